@@ -1,0 +1,1 @@
+"""Who owns which tokens, and everything that travels between ranks."""

@@ -1,0 +1,104 @@
+"""Every collective of the library is issued in this file, and counted.
+
+The rest of the library says *what* travels; this file says how. Arrows: nothing here knows about operators.
+Groups are explicit everywhere: a ``ProcessGroup`` or a one-dimensional ``DeviceMesh``, never a global default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames the flat all-gather; torch >= 2.11 is supported, so the choice is made once, here.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Counter:
+    """What this process has sent: collective calls, and the bytes of its own payloads."""
+
+    calls: int = 0
+    bytes: int = 0
+
+    def add(self, tensor: Tensor) -> None:
+        self.calls += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+
+    def reset(self) -> None:
+        self.calls = 0
+        self.bytes = 0
+
+
+counter = Counter()
+
+
+def resolve_group(group: Any) -> dist.ProcessGroup:
+    """The process group behind ``group``.
+
+    Accepts a ``torch.distributed.ProcessGroup`` or a one-dimensional ``DeviceMesh``. Raises ValueError naming
+    what came if it is neither, if torch.distributed is not initialised, or if this rank is not a member.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "group: expected an initialised torch.distributed (call torch.distributed.init_process_group first), "
+            "got a group while none is initialised"
+        )
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: expected a group that contains this rank, got one that this rank is not in")
+    if isinstance(group, dist.ProcessGroup):
+        if dist.get_rank(group) < 0:
+            raise ValueError("group: expected a group that contains this rank, got one that this rank is not in")
+        return group
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group: expected a one-dimensional DeviceMesh (slice the mesh by its sequence axis), got "
+                f"{group.ndim} dimensions {group.mesh_dim_names}"
+            )
+        if group.get_coordinate() is None:
+            raise ValueError("group: expected a DeviceMesh that contains this rank, got one that this rank is not in")
+        return group.get_group()
+    if type(group).__module__.split(".")[0] == "mpi4py":
+        raise ValueError("group: mpi4py communicators are not supported yet; expected a ProcessGroup or DeviceMesh")
+    raise ValueError(
+        f"group: expected a torch.distributed ProcessGroup or a one-dimensional DeviceMesh, got {type(group).__name__}"
+    )
+
+
+def group_rank(pg: dist.ProcessGroup) -> int:
+    """This process's rank inside ``pg``."""
+    return dist.get_rank(pg)
+
+
+def group_size(pg: dist.ProcessGroup) -> int:
+    """Number of ranks in ``pg``."""
+    return dist.get_world_size(pg)
+
+
+def all_gather_flat(x: Tensor, pg: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+    """All-gather a one-dimensional tensor of the same length on every rank: ``[n] -> [P * n]``, rank-major.
+
+    Returns the output and, with ``async_op``, the work to wait for. One collective.
+    """
+    out = x.new_empty(group_size(pg) * x.numel())
+    counter.add(x)
+    work = _all_gather_flat(out, x, group=pg, async_op=async_op)
+    return out, work
+
+
+def all_reduce_sum(x: Tensor, pg: dist.ProcessGroup, async_op: bool = False) -> Any:
+    """Sum ``x`` over the group, in place. One collective."""
+    counter.add(x)
+    return dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
+
+
+def all_gather_objects(obj: Any, pg: dist.ProcessGroup) -> list[Any]:
+    """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
+    gathered: list[Any] = [None] * group_size(pg)
+    counter.calls += 1
+    dist.all_gather_object(gathered, obj, group=pg)
+    return gathered
