@@ -1,0 +1,57 @@
+# make test and make train set everything up themselves, in .venv, and cost nothing to repeat.
+#   PYTHON=python3.12 make test   another interpreter for a new .venv
+#   make train ARGS="--steps 50"  further options for launch/train.py
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint install clean
+
+help:
+	@echo "make train      train the small byte-level model on 8 ranks; results in out/train"
+	@echo "make test       the test suite, without tests marked slow"
+	@echo "make test-all   every test"
+	@echo "make lint       ruff and mypy"
+	@echo "make install    only set up .venv"
+	@echo "make clean      remove .venv, out/ and caches"
+
+# One rank a GPU where there are GPUs (at most 8), else 8 ranks on the CPU with one thread each.
+train: $(STAMP)
+	@ranks=$$($(PY) -c "import torch; print(min(torch.cuda.device_count(), 8) or 8)") && \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m torch.distributed.run --standalone --nproc-per-node $$ranks \
+	    launch/train.py --out out/train $(ARGS)
+
+test: $(STAMP)
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+install: $(STAMP)
+
+# The stamp is newer than the files that decide what is installed, or the installation runs again; pip changes only
+# what differs. A .venv without a working pip and Python >= 3.10 is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' on this machine's PATH;" \
+	        "hla_dist needs Python 3.10 or later. Name one: PYTHON=python3.12 make ..." >&2; exit 1; }; \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: hla_dist needs Python 3.10" \
+	        "or later; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another: PYTHON=python3.12 make ..." >&2; exit 1; }; \
+	    $(PYTHON) -m venv --clear $(VENV) || { echo "error: '$(PYTHON) -m venv' failed, see above;" \
+	        "on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
