@@ -1,0 +1,13 @@
+"""Oracles: the operators written for the eye, not for the clock. They import torch and nothing of the fast paths.
+
+``serial`` steps the streaming recurrences token by token; ``quadratic`` builds the masked T x T matrices. The two share
+how arguments are read (``arguments.py``) and nothing else, so that each checks the other. Both are plain torch:
+autograd through them is the oracle for gradients.
+"""
+
+from __future__ import annotations
+
+from .quadratic import quadratic
+from .serial import serial
+
+__all__ = ["quadratic", "serial"]

@@ -1,0 +1,126 @@
+"""How the oracles read their arguments: every head gets its own key, value, gate and state.
+
+After ``read_arguments`` nothing is optional any more: keys and values are repeated for the query heads that share them,
+q is scaled, v carries its column of ones under ``normalize``, and a missing state is zero.
+
+    B batch, T tokens, H query heads, G key/value heads (G divides H), K key size, V value size, N = B state rows
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+
+OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
+_RIDGED = ("hla2", "hla3")  # the operators that contain u = (S + ridge I) q
+_STATES = {"linear_attention": LinearState, "hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}
+
+
+class Arguments(NamedTuple):
+    """Arguments of one call, expanded to query heads; heads before tokens."""
+
+    q: Tensor  # [B, H, T, K], scaled
+    k: Tensor  # [B, H, T, K]
+    v: Tensor  # [B, H, T, V], or V + 1 with normalize
+    log_decay: Tensor  # [B, H, T], zero where there is no gate
+    state: tuple[Tensor, ...]  # the carry before the first token, S symmetric
+
+
+def state_type(name: str, mask: str) -> Any:
+    """The NamedTuple that holds the state of operator ``name`` under ``mask``."""
+    return PrefixState if mask == "prefix" else _STATES[name]
+
+
+def read_arguments(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None,
+    decay_form: str,
+    scale: float,
+    ridge: float,
+    normalize: bool,
+    mask: str,
+    initial_state: tuple[Tensor, ...] | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> Arguments:
+    """Check the options and expand the tensors.
+
+    Raises ValueError naming the argument, what was expected and what came.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"name: expected one of {', '.join(OPERATORS)}, got {name!r}")
+    if decay_form == "paper":
+        raise ValueError("decay_form: 'paper' is not supported by the reference yet, expected 'masked'")
+    if decay_form != "masked":
+        raise ValueError(f"decay_form: expected 'masked', got {decay_form!r}")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens: packed documents are not supported by the reference yet, expected None")
+    if mask not in ("causal", "prefix", "full"):
+        raise ValueError(f"mask: expected 'causal', 'prefix' or 'full', got {mask!r}")
+    if mask == "prefix" and name != "hla2":
+        raise ValueError(f"mask: 'prefix' is defined for hla2 only, got it for {name}")
+    if mask == "full":  # every token sees the whole sequence: nothing decays and nothing streams
+        if log_decay is not None:
+            raise ValueError("log_decay: expected None with mask='full', which has no decay")
+        if initial_state is not None or output_final_state:
+            raise ValueError("initial_state, output_final_state: mask='full' has no streaming state")
+    if ridge != 0.0 and name not in _RIDGED:
+        raise ValueError(f"ridge: expected 0 for {name} (hla2 and hla3 have a ridge), got {ridge}")
+
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k, v: expected four dimensions, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    (B, T, H, K), G, V = q.shape, k.shape[2], v.shape[3]
+    if list(k.shape) != [B, T, G, K] or list(v.shape) != [B, T, G, V] or G == 0 or H % G:
+        raise ValueError(
+            "q, k, v: expected [B, T, H, K], [B, T, G, K], [B, T, G, V] with G dividing H, got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+
+    if log_decay is None:
+        gates = q.new_zeros(B, T, H)
+    else:
+        gates = log_decay.expand(B, T, -1) if log_decay.ndim == 1 else log_decay
+        if gates.ndim != 3 or list(gates.shape[:2]) != [B, T] or gates.shape[2] not in (H, G):
+            raise ValueError(
+                f"log_decay: expected [{H}], [{G}], [{B}, {T}, {H}] or [{B}, {T}, {G}], got {list(log_decay.shape)}"
+            )
+        gates = gates.repeat_interleave(H // gates.shape[2], dim=2)
+
+    if normalize:
+        v = torch.cat([v, v.new_ones(B, T, G, 1)], dim=-1)
+        V += 1
+    k = k.repeat_interleave(H // G, dim=2)
+    v = v.repeat_interleave(H // G, dim=2)
+
+    # S, where the state has one, is its first field and the only square one; every other field is [K, V]
+    fields = state_type(name, mask)._fields
+    shapes = [(B, H, K, K) if field == "S" else (B, H, K, V) for field in fields]
+    if initial_state is None:
+        state = tuple(q.new_zeros(shape) for shape in shapes)
+    else:
+        if [tuple(x.shape) for x in initial_state] != shapes:
+            came = [list(x.shape) for x in initial_state]
+            raise ValueError(f"initial_state: expected {', '.join(fields)} of shapes {shapes}, got {came}")
+        state = tuple(
+            (x + x.mT) / 2 if field == "S" else x
+            for field, x in zip(fields, (x.to(q.dtype) for x in initial_state), strict=True)
+        )
+    heads_first = (0, 2, 1, 3)
+    return Arguments(
+        scale * q.permute(heads_first), k.permute(heads_first), v.permute(heads_first), gates.permute(0, 2, 1), state
+    )
+
+
+def finish(out: Tensor, normalize: bool, eps: float) -> Tensor:
+    """``[B, H, T, V]`` to ``[B, T, H, V]``; under ``normalize`` the last column is the denominator."""
+    if normalize:
+        out = out[..., :-1] / (out[..., -1:] + eps)
+    return out.permute(0, 2, 1, 3)

@@ -1,0 +1,154 @@
+"""The masked matrix forms: every operator as T x T matrices (algebra, sections 2 and 4).
+
+Nothing here is streamed: no recurrence, no cascade of passes. Written from the matrix column of the table of operators,
+with N = Q K^T, L lower triangular with diagonal, and D the decay between every two tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import Arguments, finish, read_arguments, state_type
+
+
+def quadratic(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: tuple[Tensor, ...] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Operator ``name`` as masked T x T matrices.
+
+    D[t, i] is the product of the gates of tokens i + 1 .. t, and 0 for i > t. Without an initial state:
+
+        linear_attention     o = (D * N) V
+        hla2                 o = A V                A = D * (N (D * N)^T + ridge Q Q^T)
+        ahla                 o = (D * N) (D * N) V
+        hla3                 o = A (D * N) V
+        hla2, mask prefix    o = (D * ((D * N) N^T + ridge Q Q^T)) V
+
+    and ``mask="full"`` is the same without D: linear_attention N V, hla2 (N N^T + ridge Q Q^T) V, ahla N N V,
+    hla3 (N N^T + ridge Q Q^T) N V. An initial state adds the terms of the algebra's section 4. Shapes as in the public
+    operators; returns ``out [B, T, H, V]`` and the state or None. Computes in the dtype of q (decays in that of
+    log_decay). Differentiable by autograd in every tensor; memory B H T^2. Raises ValueError as ``read_arguments``
+    does. No communication.
+    """
+    a = read_arguments(
+        name,
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        decay_form=decay_form,
+        scale=scale,
+        ridge=ridge,
+        normalize=normalize,
+        mask=mask,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+    N, QQ = a.q @ a.k.mT, a.q @ a.q.mT  # [B, H, T, T]
+    if mask == "full":
+        A = {"linear_attention": N, "ahla": N @ N}.get(name)
+        if A is None:
+            A = N @ N.mT + ridge * QQ
+            A = A if name == "hla2" else A @ N
+        return finish(A @ a.v, normalize, eps), None
+
+    D, from_start, to_end = _decays(a.log_decay, q.dtype)
+    forms = {"linear_attention": _linear, "hla2": _hla2, "ahla": _ahla, "hla3": _hla3}
+    form = _prefix if mask == "prefix" else forms[name]
+    out, state = form(a, N, QQ, D, from_start, to_end, ridge)
+    return finish(out, normalize, eps), state_type(name, mask)(*state) if output_final_state else None
+
+
+def _decays(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """D [B, H, T, T]; the decay from before the first token to each token, and from each token to the end [B, H, T, 1].
+
+    Each entry is summed on its own from its first gate: a difference of two cumulative sums would lose the small gates
+    behind a large one.
+    """
+    T = log_decay.shape[-1]
+    after = torch.ones(T, T, dtype=torch.bool, device=log_decay.device).tril(-1)  # [t, i]: gate t lies after token i
+    sums = torch.where(after, log_decay[..., :, None], 0).cumsum(-2)  # [t, i]: gates i + 1 .. t
+    lower = after.logical_or(torch.eye(T, dtype=torch.bool, device=log_decay.device))
+    D = torch.where(lower, sums, -torch.inf).exp()
+    from_start = log_decay.cumsum(-1).exp()[..., None]
+    to_end = D[..., -1:, :].mT if T else from_start
+    return D.to(dtype), from_start.to(dtype), to_end.to(dtype)
+
+
+def _whole(from_start: Tensor) -> Tensor:
+    """The decay across all tokens [B, H, 1, 1]; an empty sequence decays nothing."""
+    return from_start[..., -1:, :] if from_start.shape[-2] else from_start.new_ones(*from_start.shape[:2], 1, 1)
+
+
+Form = tuple[Tensor, tuple[Tensor, ...]]
+
+
+def _linear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+    (P0,) = a.state
+    P = a.k.mT @ (to_end * a.v) + _whole(from_start) * P0
+    return (D * N) @ a.v + from_start * (a.q @ P0), (P,)
+
+
+def _hla2(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+    S0, F0 = a.state
+    rho = _whole(from_start)
+    out = _bilinear(a, N, QQ, D, from_start, ridge) @ a.v + from_start * (a.q @ F0)
+    S = a.k.mT @ (to_end * a.k) + rho * S0
+    # F column by column of K: key i has seen every query j >= i, and Gamma(end, j) Gamma(j, i) = Gamma(end, i)
+    F = (to_end * a.k).mT @ (N.tril().mT @ a.v) + ridge * a.q.mT @ (to_end * a.v) + rho * (F0 + S0 @ (a.q.mT @ a.v))
+    return out, (S, F)
+
+
+def _bilinear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, ridge: float) -> Tensor:
+    """A[t, j] = Gamma(t, j) q_t^T (S_j + ridge I) q_j for j <= t, the initial S among the S_j."""
+    carried = from_start * (a.q @ a.state[0] @ a.q.mT).tril()  # Gamma(t, j) Gamma(j, start) = Gamma(t, start)
+    return D * (N @ (D * N).mT + ridge * QQ) + carried
+
+
+def _ahla(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+    P0, E0 = a.state
+    rho, W, M = _whole(from_start), D * N, N.tril()
+    # between the two factors of W W the decay is Gamma(t, j) Gamma(j, i) = Gamma(t, i); towards the start likewise
+    out = W @ (W @ a.v) + from_start * (a.q @ E0 + M @ (a.q @ P0))
+    P = a.k.mT @ (to_end * a.v) + rho * P0
+    E = (M.mT @ a.k).mT @ (to_end * a.v) + rho * (E0 + a.k.mT @ a.q @ P0)
+    return out, (P, E)
+
+
+def _hla3(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+    S0, P0, F0 = a.state
+    rho, W = _whole(from_start), D * N
+    r = W @ a.v + from_start * (a.q @ P0)
+    out = _bilinear(a, N, QQ, D, from_start, ridge) @ r + from_start * (a.q @ F0)
+    S = a.k.mT @ (to_end * a.k) + rho * S0
+    P = a.k.mT @ (to_end * a.v) + rho * P0
+    u = W @ a.k + ridge * a.q + from_start * (a.q @ S0)
+    F = u.mT @ (to_end * r) + rho * F0
+    return out, (S, P, F)
+
+
+def _prefix(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+    S0, C0 = a.state
+    rho, W = _whole(from_start), D * N
+    seen = W @ N.mT + ridge * QQ + from_start * (a.q @ S0 @ a.q.mT)  # [t, j] = q_t^T (S_t + ridge I) q_j
+    from_carry = W @ a.k + ridge * a.q + from_start * (a.q @ S0)  # q_t^T (S_t + ridge I)
+    out = (D * seen) @ a.v + from_start * (from_carry @ C0)
+    S = a.k.mT @ (to_end * a.k) + rho * S0
+    C = a.q.mT @ (to_end * a.v) + rho * C0
+    return out, (S, C)

@@ -1,0 +1,125 @@
+"""The streaming recurrences, one token at a time (algebra, sections 2 and 3).
+
+One Python iteration a token, one state a sequence and head: the meaning of the operators, at the speed of an oracle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import finish, read_arguments, state_type
+
+
+def serial(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: tuple[Tensor, ...] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Operator ``name`` token by token: update the state with (g, k, v), then read it with q.
+
+    With q replaced by scale q, I the identity and every state decayed by the token's gate g = exp(log_decay) first:
+
+        linear_attention     P += k v^T                                              o = P^T q
+        hla2                 S += k k^T;  F += (S + ridge I) q v^T                   o = F^T q
+        ahla                 P += k v^T;  E += k (P^T q)^T                           o = E^T q
+        hla3                 S += k k^T;  P += k v^T;  F += (S + ridge I) q (P^T q)^T    o = F^T q
+        hla2, mask prefix    S += k k^T;  C += q v^T                                 o = C^T (S + ridge I) q
+
+    ``mask="full"`` lets every token read the sums over the whole sequence. Shapes as in the public operators:
+    q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``; returns ``out [B, T, H, V]`` and the state or None.
+    Computes in the dtype of q, whatever it is. Differentiable by autograd in every tensor, memory linear in T times
+    the state. Raises ValueError as ``read_arguments`` does. No communication.
+    """
+    a = read_arguments(
+        name,
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        decay_form=decay_form,
+        scale=scale,
+        ridge=ridge,
+        normalize=normalize,
+        mask=mask,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+    if mask == "full":
+        return finish(_full(name, a.q, a.k, a.v, ridge), normalize, eps), None
+
+    gates = a.log_decay.exp().to(q.dtype)  # [B, H, T]
+    state = a.state
+    outs = []
+    for t in range(q.shape[1]):
+        g = gates[:, :, t, None, None]  # [B, H, 1, 1]
+        o, state = _step(name, mask, a.q[:, :, t], a.k[:, :, t], a.v[:, :, t], g, state, ridge)
+        outs.append(o)
+    # with no tokens there is nothing to stack, and the state is the one that came
+    out = torch.stack(outs, dim=2) if outs else a.v + a.q.sum(-1, keepdim=True)
+    return finish(out, normalize, eps), state_type(name, mask)(*state) if output_final_state else None
+
+
+def _step(
+    name: str, mask: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: tuple[Tensor, ...], ridge: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1, 1]: its output [B, H, V], and the state after it."""
+    if name == "linear_attention":
+        (P,) = state
+        P = g * P + _outer(k, v)
+        return _read(P, q), (P,)
+    if name == "ahla":
+        P, E = state
+        P = g * P + _outer(k, v)
+        E = g * E + _outer(k, _read(P, q))
+        return _read(E, q), (P, E)
+    S = g * state[0] + _outer(k, k)
+    u = _read(S, q) + ridge * q  # S is symmetric: S^T q = S q
+    if mask == "prefix":
+        C = g * state[1] + _outer(q, v)
+        return _read(C, u), (S, C)
+    if name == "hla2":
+        F = g * state[1] + _outer(u, v)
+        return _read(F, q), (S, F)
+    P = g * state[1] + _outer(k, v)
+    F = g * state[2] + _outer(u, _read(P, q))
+    return _read(F, q), (S, P, F)
+
+
+def _full(name: str, q: Tensor, k: Tensor, v: Tensor, ridge: float) -> Tensor:
+    """Every token reads the moments of the whole sequence, summed here token by token: [B, H, T, V]."""
+    B, H, T, K = q.shape
+    kk, qq, kq = (q.new_zeros(B, H, K, K) for _ in range(3))
+    kv, qv = (q.new_zeros(B, H, K, v.shape[-1]) for _ in range(2))
+    for t in range(T):
+        qt, kt, vt = q[:, :, t], k[:, :, t], v[:, :, t]
+        kk, qq, kq = kk + _outer(kt, kt), qq + _outer(qt, qt), kq + _outer(kt, qt)
+        kv, qv = kv + _outer(kt, vt), qv + _outer(qt, vt)
+    if name == "linear_attention":
+        return q @ kv
+    if name == "ahla":
+        return (q @ kq) @ kv
+    u = q @ kk + ridge * q
+    return u @ qv if name == "hla2" else (u @ qq) @ kv
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., :, None] * b[..., None, :]
+
+
+def _read(M: Tensor, a: Tensor) -> Tensor:
+    """M^T a: [B, H, K, V], [B, H, K] -> [B, H, V]."""
+    return (M * a[..., :, None]).sum(-2)

@@ -1,0 +1,74 @@
+"""The state of every operator: the carry after the last token, which is also the carry before the first.
+
+Letters, as everywhere: N rows (batch rows, or documents when sequences are packed), H query heads, K the size of
+queries and keys, V the size of values; with ``normalize`` every V below reads V + 1 (a column of ones rides along).
+Gates are written Gamma(end, i): the product of the gates after token i up to the end of the sequence.
+
+Every field is ``[N, H, K, K]`` or ``[N, H, K, V]``, float32, or float64 for float64 inputs. Heads are always query
+heads: that keys and values may be shared between them is a matter of storage, not of this interface.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["AHLAState", "HLA2State", "HLA3State", "LinearState", "PrefixState"]
+
+
+class LinearState(NamedTuple):
+    """State of ``linear_attention``.
+
+    P = sum_i Gamma(end, i) k_i v_i^T                                  [N, H, K, V]
+    """
+
+    P: Tensor
+
+
+class HLA2State(NamedTuple):
+    """State of ``hla2`` under the causal mask.
+
+    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
+    F = sum_i Gamma(end, i) u_i v_i^T,   u_i = (S_i + ridge I) q_i     [N, H, K, V]
+
+    A given S enters as (S + S^T) / 2, and its gradient is symmetric likewise.
+    """
+
+    S: Tensor
+    F: Tensor
+
+
+class AHLAState(NamedTuple):
+    """State of ``ahla``.
+
+    P = sum_i Gamma(end, i) k_i v_i^T                                  [N, H, K, V]
+    E = sum_i Gamma(end, i) k_i r_i^T,   r_i = P_i^T q_i               [N, H, K, V]
+    """
+
+    P: Tensor
+    E: Tensor
+
+
+class HLA3State(NamedTuple):
+    """State of ``hla3``; u and r as in ``HLA2State`` and ``AHLAState``.
+
+    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
+    P = sum_i Gamma(end, i) k_i v_i^T                                  [N, H, K, V]
+    F = sum_i Gamma(end, i) u_i r_i^T                                  [N, H, K, V]
+    """
+
+    S: Tensor
+    P: Tensor
+    F: Tensor
+
+
+class PrefixState(NamedTuple):
+    """State of ``hla2`` under the prefix mask, where both moments decay.
+
+    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
+    C = sum_i Gamma(end, i) q_i v_i^T                                  [N, H, K, V]
+    """
+
+    S: Tensor
+    C: Tensor
