@@ -1,0 +1,225 @@
+"""One block of chunks: every pass of a cascade, forward and backward, without a loop over chunks.
+
+Shapes: N rows (batch x head), n chunks of c tokens, L = n * c; sequences ``[N, L, D]`` in the compute dtype, states
+``[N, rows, columns]``. Quantities are computed when first read and kept for the block, so a stage asks only for
+what it needs (the backward of hla2 never forms the forward output, its summary never reads F).
+
+Per pass, with W = (a b^T) o D and Z = (dout c^T) o D inside a chunk and P, R the states entering it:
+
+    out = W c + Gamma(t, start) a P
+    da  = Z b + Gamma(t, start) dout P^T
+    db  = Z^T a + Gamma(end, i) c R^T
+    dc  = W^T dout + Gamma(end, i) b R
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hla_dist.operators.cascade import Fields, Operator, Pass
+from hla_dist.operators.gates import BlockGates
+
+
+class Block:
+    """Forward quantities of one block. ``sequences`` holds q, k, v and any inner result known beforehand."""
+
+    def __init__(self, operator: Operator, sequences: Fields, gates: BlockGates, carry: Fields, ridge: float):
+        self.operator = operator
+        self.gates = gates
+        self.ridge = ridge
+        self.carry = carry
+        self._sequences = dict(sequences)
+        self._weighted: dict[tuple[str, str], Tensor] = {}
+        self._scores: dict[tuple[str, str], Tensor] = {}
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def sequence(self, name: str) -> Tensor:
+        """q, k, v or the result of a pass, ``[N, L, D]``."""
+        if name not in self._sequences:
+            self._sequences[name] = self.output(next(p for p in self.operator.passes if p.out == name))
+        return self._sequences[name]
+
+    def chunked(self, x: Tensor) -> Tensor:
+        """``[N, L, D] -> [N * n, c, D]``."""
+        return x.view(-1, self.gates.c, x.shape[-1])
+
+    def weighted(self, name: str, towards: str) -> Tensor:
+        """A sequence times Gamma(t, start) or Gamma(end, t) of its chunk."""
+        if self.gates.start is None:
+            return self.sequence(name)
+        if (name, towards) not in self._weighted:
+            self._weighted[name, towards] = self.decay(self.sequence(name), towards)
+        return self._weighted[name, towards]
+
+    def decay(self, x: Tensor, towards: str) -> Tensor:
+        """``x`` times Gamma towards the ``"start"`` or ``"end"`` of each token's chunk."""
+        factor = self.gates.start if towards == "start" else self.gates.end
+        if factor is None:
+            return x
+        return (x.view(-1, self.gates.n, self.gates.c, x.shape[-1]) * factor).view(x.shape)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Multiply ``[N * n, c, c]`` by Gamma(t, i) and the causal mask, in place."""
+        scores.view(-1, self.gates.n, self.gates.c, self.gates.c).mul_(self.gates.within)
+        return scores
+
+    def scores(self, a: str, b: str) -> Tensor:
+        """``W = (a b^T) o D``, shared by passes that read the same pair."""
+        if (a, b) not in self._scores:
+            product = torch.bmm(self.chunked(self.sequence(a)), self.chunked(self.sequence(b)).mT)
+            self._scores[a, b] = self.mask(product)
+        return self._scores[a, b]
+
+    def states(self, p: Pass) -> tuple[Tensor, Tensor]:
+        """The state entering every chunk ``[N, n, rows * columns]`` and the one leaving the block."""
+        if p.state not in self._states:
+            b = self.chunked(self.sequence(p.b))
+            parts = torch.bmm(b.mT, self.chunked(self.weighted(p.c, "end")))
+            carry = self.carry[p.state]
+            parts = parts.view(carry.shape[0], self.gates.n, -1)
+            self._states[p.state] = self.gates.scan(parts, carry.flatten(1))
+        return self._states[p.state]
+
+    def entering(self, p: Pass) -> Tensor:
+        """The state entering every chunk as matrices, ``[N * n, rows, columns]``."""
+        return self.states(p)[0].view(-1, *self.carry[p.state].shape[-2:])
+
+    def leaving(self, p: Pass) -> Tensor:
+        """The state after the block's last token, ``[N, rows, columns]``."""
+        return self.states(p)[1].view(self.carry[p.state].shape)
+
+    def leaving_only(self, p: Pass) -> Tensor:
+        """The same where no chunk state is read: one product over the whole block."""
+        factor = self.gates.block_end
+        c = self.sequence(p.c)
+        part = torch.bmm(self.sequence(p.b).mT, c if factor is None else c * factor)
+        return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
+
+    def output(self, p: Pass) -> Tensor:
+        """``out = LA(a, b, c) + ridge a``, ``[N, L, D]``."""
+        c = self.sequence(p.c)
+        out = torch.bmm(self.scores(p.a, p.b), self.chunked(c))
+        out.baddbmm_(self.chunked(self.weighted(p.a, "start")), self.entering(p))
+        out = out.view(c.shape)
+        if p.ridge and self.ridge:
+            out.add_(self.sequence(p.a), alpha=self.ridge)
+        return out
+
+
+class ReverseBlock(Block):
+    """Gradients of one block, given the output's; reverse carries enter from the right.
+
+    ``gradients`` holds dout of the last pass, and after ``run`` whatever names it was asked for; only the products
+    these need are formed.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        sequences: Fields,
+        gates: BlockGates,
+        carry: Fields,
+        ridge: float,
+        gradients: Fields,
+        reverse_carry: Fields,
+    ):
+        super().__init__(operator, sequences, gates, carry, ridge)
+        self.given: frozenset[str] = frozenset()
+        self.gradients = dict(gradients)
+        self.reverse_carry = reverse_carry
+        self.gate_terms: Tensor | None = None  # sum over passes of a . da - b . db, [N, L]
+        self.tails: Tensor | None = None  # <carry out, reverse carry> at every chunk's end, [N, n]
+
+    def give(self, gradients: Fields) -> None:
+        """Inner gradients known beforehand: not computed again."""
+        self.gradients |= gradients
+        self.given = frozenset(gradients)
+
+    def run(self, wanted: frozenset[str], gate: bool = False) -> Fields:
+        """Fill ``gradients`` for ``wanted`` (and ``gate_terms``, ``tails``); return the reverse states that leave."""
+        needed = set(wanted)
+        for p in self.operator.passes:
+            if needed & {p.a, p.b, p.c}:
+                needed.add(p.out)
+        leaving: Fields = {}
+        for p in reversed(self.operator.passes):
+            if gate or needed & {p.a, p.b, p.c} - self.given:
+                leaving[p.reverse] = self._run_pass(p, needed - self.given, gate)
+            else:
+                leaving[p.reverse] = self._leaving_only(p)
+        return leaving
+
+    def _leaving_only(self, p: Pass) -> Tensor:
+        """The reverse state that leaves to the left, where none is read inside: one product over the block."""
+        factor = self.gates.block_start
+        dout = self.gradients[p.out]
+        part = torch.bmm(self.sequence(p.a).mT, dout if factor is None else dout * factor)
+        return part.addcmul_(self.reverse_carry[p.reverse], self.gates.block[..., None])
+
+    def _run_pass(self, p: Pass, want: set[str], gate: bool) -> Tensor:
+        dout = self.chunked(self.gradients[p.out])
+        decayed = self.chunked(self.decay(self.gradients[p.out], "start"))
+        a, b, c = self.sequence(p.a), self.sequence(p.b), self.sequence(p.c)
+        parts = torch.bmm(self.chunked(a).mT, decayed)
+        carry = self.reverse_carry[p.reverse]
+        parts = parts.view(carry.shape[0], self.gates.n, -1)
+        entering, leaving = self.gates.scan_reverse(parts, carry.flatten(1))
+        reverse = entering.view(-1, *carry.shape[-2:])
+
+        z = self.mask(torch.bmm(dout, self.chunked(c).mT)) if want & {p.a, p.b} else None
+        if p.a in want:
+            da = torch.bmm(z, self.chunked(b)).baddbmm_(decayed, self.entering(p).mT).view(a.shape)
+            if gate:
+                self._gate_terms(a, da, 1)
+            self._accumulate(p.a, da)
+            if p.ridge and self.ridge:
+                self.gradients[p.a].add_(self.gradients[p.out], alpha=self.ridge)
+        if p.b == p.c and p.b in want and not gate:
+            # One product with R + R^T stands for both: LA(q, k, k) is the pass this is for.
+            both = torch.bmm(z.mT, self.chunked(a)).baddbmm_(self.scores(p.a, p.b).mT, dout)
+            both.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse + reverse.mT)
+            self._accumulate(p.b, both.view(b.shape))
+            return leaving.view(carry.shape)
+        if p.b in want:
+            db = torch.bmm(z.mT, self.chunked(a)).baddbmm_(self.chunked(self.weighted(p.c, "end")), reverse.mT)
+            db = db.view(b.shape)
+            if gate:
+                self._gate_terms(b, db, -1)
+            self._accumulate(p.b, db)
+        if p.c in want:
+            dc = torch.bmm(self.scores(p.a, p.b).mT, dout)
+            dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
+            self._accumulate(p.c, dc.view(c.shape))
+        if gate:
+            for name, sign in ((p.a, 1), (p.b, -1)):
+                if name in self.given:  # then all of its gradient comes from this pass
+                    self._gate_terms(self.sequence(name), self.gradients[name], sign)
+            self._tail(p, entering)
+        return leaving.view(carry.shape)
+
+    def _accumulate(self, name: str, gradient: Tensor) -> None:
+        if name in self.gradients:
+            self.gradients[name].add_(gradient)
+        else:
+            self.gradients[name] = gradient
+
+    def _gate_terms(self, x: Tensor, dx: Tensor, sign: int) -> None:
+        terms = (x * dx).sum(-1)
+        if self.gate_terms is None:
+            self.gate_terms = terms if sign > 0 else -terms
+        else:
+            self.gate_terms.add_(terms, alpha=sign)
+
+    def _tail(self, p: Pass, reverse: Tensor) -> None:
+        entering, leaving = self.states(p)
+        tails = torch.empty(reverse.shape[:2], dtype=reverse.dtype, device=reverse.device)
+        torch.sum(entering[:, 1:] * reverse[:, :-1], -1, out=tails[:, :-1])
+        torch.sum(leaving * reverse[:, -1], -1, out=tails[:, -1])
+        self.tails = tails if self.tails is None else self.tails.add_(tails)
+
+    def gate_gradient(self) -> Tensor:
+        """d log g of every token, ``[N, L]``; the running sum restarts at every chunk with that chunk's tail."""
+        terms = self.gate_terms.view(-1, self.gates.n, self.gates.c)
+        after = terms.flip(-1).cumsum(-1).flip(-1)
+        return (after + self.tails[..., None]).flatten(1)

@@ -1,0 +1,111 @@
+"""What an operator is: a cascade of first-order causal passes, and how its segments combine.
+
+Letters follow docs/algebra.md. One pass reads three sequences and one carry:
+
+    LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i          out, per token
+    P             = sum_i Gamma(end, i) b_i c_i^T                   its state, entering as a carry
+    R             = sum_t Gamma(t, start) a_t dout_t^T              its reverse state
+
+An operator lists its passes in order; the result of an earlier pass may be read by a later one, the last pass
+gives the output. From this list alone the stages of ``stages.py`` (and later the Triton kernels) compute outputs,
+carries and every gradient. What cannot be derived from the list, how two segments combine, is the operator's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+Fields = dict[str, Tensor]
+
+
+class Pass(NamedTuple):
+    """One causal pass ``out = LA(a, b, c) (+ ridge * a)`` with the names of its forward and reverse states."""
+
+    out: str
+    a: str
+    b: str
+    c: str
+    state: str
+    reverse: str
+    ridge: bool = False
+
+
+class Moment(NamedTuple):
+    """A field that only serves to combine: ``sum_i w_i left_i right_i^T``, undecayed or with w = Gamma(i, start)."""
+
+    name: str
+    left: str
+    right: str
+    from_start: bool = False
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A cascade and its semidirect product.
+
+    ``combine(left, right)`` and ``combine_reverse(left, left_reverse, right_reverse)`` work on dictionaries of
+    fields ``[..., rows, columns]`` that also hold ``rho [...]``. ``backward_fields`` are the forward fields of a
+    segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    moments: tuple[Moment, ...]
+    combine: Callable[[Fields, Fields], Fields]
+    combine_reverse: Callable[[Fields, Fields, Fields], Fields]
+    backward_fields: tuple[str, ...] = ()
+    symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
+    shared: frozenset[str] = frozenset()  # depend on k, v and the gate alone: one per K/V head where gates allow
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the carry's fields, in the order of the public state."""
+        return tuple(p.state for p in self.passes)
+
+    @property
+    def reverses(self) -> tuple[str, ...]:
+        """Names of the reverse carry's fields, pass by pass."""
+        return tuple(p.reverse for p in self.passes)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of a summary's fields other than ``rho``."""
+        return self.states + tuple(m.name for m in self.moments)
+
+    @property
+    def first_level(self) -> tuple[Pass, ...]:
+        """Inner passes that read inputs only: kept by ``summarize``, corrected by ``finish``."""
+        return tuple(p for p in self.passes[:-1] if {p.a, p.b, p.c} <= {"q", "k", "v"})
+
+    @property
+    def reverse_first_level(self) -> tuple[str, ...]:
+        """Inner results whose gradient comes from the last pass alone: kept by ``summarize_backward``."""
+        last = self.passes[-1]
+        later = {name for p in self.passes[:-1] for name in (p.a, p.b, p.c)}
+        return tuple(p.out for p in self.passes[:-1] if p.out in (last.a, last.b, last.c) and p.out not in later)
+
+    def columns(self, name: str, key_dim: int, value_dim: int) -> int:
+        """Width of a sequence by name: K for what lives in key space, V for what lives in value space."""
+        if name in ("q", "k"):
+            return key_dim
+        if name == "v":
+            return value_dim
+        source = next(p for p in self.passes if p.out == name)
+        return self.columns(source.c, key_dim, value_dim)
+
+    def shape(self, field: str, key_dim: int, value_dim: int) -> tuple[int, int]:
+        """Rows and columns of a state, reverse state or moment by name."""
+        pairs = {p.state: (p.b, p.c) for p in self.passes}
+        pairs |= {p.reverse: (p.a, p.out) for p in self.passes}
+        pairs |= {m.name: (m.left, m.right) for m in self.moments}
+        rows, columns = pairs[field]
+        return self.columns(rows, key_dim, value_dim), self.columns(columns, key_dim, value_dim)
+
+
+def decayed(rho: Tensor, field: Tensor) -> Tensor:
+    """``rho * field`` with ``rho [...]`` broadcast over a field's two last axes."""
+    return rho[..., None, None] * field

@@ -1,0 +1,128 @@
+"""Products of decay gates inside a block of chunks, always as exponentials of same-sign partial sums.
+
+Shapes: N rows (batch x head), n chunks of c tokens, L = n * c. Log gates are <= 0, so every product is formed as
+exp(sum of the logs in between): no ratio, no difference of long cumulative sums, nothing that can overflow, and a
+gate of any strength leaves its neighbours' precision alone.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def _lower(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(rows, columns, dtype=dtype, device=device).tril_(diagonal)
+
+
+def segment_products(logs: Tensor) -> Tensor:
+    """``exp(logs[y] + ... + logs[x-1])`` for x >= y, 0 above the diagonal.
+
+    logs ``[..., n]`` -> ``[..., n + 1, n + 1]``, indexed [x, y]. The sums are one matrix product, in the dtype of
+    ``logs``.
+    """
+    n = logs.shape[-1]
+    before = _lower(n + 1, n, -1, logs.dtype, logs.device)  # m < x
+    after = _lower(n, n + 1, 0, logs.dtype, logs.device)  # m >= y
+    sums = (logs[..., None, :] * before) @ after
+    return sums.exp_().mul_(_lower(n + 1, n + 1, 0, logs.dtype, logs.device))
+
+
+class BlockGates:
+    """Everything a block needs to know of its gates.
+
+    within  [N, n, c, c]      Gamma(t, i) inside a chunk, 0 for i > t
+    start   [N, n, c, 1]      Gamma(t, chunk start), the first token's own gate included; None without gates
+    end     [N, n, c, 1]      Gamma(chunk end, i)
+    chunks  [N, n+1, n+1]     product of whole chunks y .. x-1
+
+    N and n may be 1 where rows or chunks share their gates. ``documents [L + 1]`` counts document starts inside the
+    shard, the entry before the block's first token included: a product across a start is 0, whatever the gates.
+    """
+
+    def __init__(
+        self, logs: Tensor | None, documents: Tensor | None, n: int, c: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.n, self.c = n, c
+        self.plain = logs is None and documents is None
+        if logs is None:
+            self.within = _lower(c, c, 0, dtype, device)[None, None]
+            self.chunks = _lower(n + 1, n + 1, 0, dtype, device)[None]
+            self.start = self.end = None
+            if documents is not None:
+                self.start = torch.ones(1, 1, c, 1, dtype=dtype, device=device)
+                self.end = self.start
+        else:  # logs [N, n or 1, c]
+            before = _lower(c, c, 0, dtype, device)  # j <= t
+            after = _lower(c, c, -1, dtype, device)  # j > i
+            sums = (logs[..., None, :] * before) @ after
+            self.within = sums.exp_().mul_(before)
+            self.start = logs.cumsum(-1).exp_()[..., None]
+            self.end = self.within[..., -1, :, None]
+            self.chunks = segment_products(logs.sum(-1).expand(-1, n))
+        if documents is not None:
+            self._cut(documents, dtype)
+
+    def _cut(self, documents: Tensor, dtype: torch.dtype) -> None:
+        """Cut every product that crosses a document's first token."""
+        edges = documents[:: self.c]  # in force before chunk 0, 1, ..., and after the last
+        tokens = documents[1:].view(self.n, self.c)
+        self.within = self.within * (tokens[:, :, None] == tokens[:, None, :]).to(dtype)
+        self.start = self.start * (tokens == edges[:-1, None]).to(dtype)[..., None]
+        self.end = self.end * (tokens == edges[1:, None]).to(dtype)[..., None]
+        self.chunks = self.chunks * (edges[:, None] == edges[None, :]).to(dtype)
+
+    @property
+    def block_start(self) -> Tensor | None:
+        """``Gamma(t, block start)  [N, L, 1]``, or None without gates."""
+        if self.start is None:
+            return None
+        return (self.start * self.chunks[:, :-1, 0, None, None]).flatten(1, 2)
+
+    @property
+    def block_end(self) -> Tensor | None:
+        """``Gamma(block end, i)  [N, L, 1]``, or None without gates."""
+        if self.end is None:
+            return None
+        return (self.end * self.chunks[:, -1, 1:, None, None]).flatten(1, 2)
+
+    @property
+    def block(self) -> Tensor:
+        """The product of all of the block's gates, ``[N, 1]`` (N may be 1)."""
+        return self.chunks[:, -1, :1]
+
+    def scan(self, parts: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """States entering every chunk and leaving the block, left to right.
+
+        parts ``[N, n, M]``: what each chunk adds to the state at its own end (overwritten); carry ``[N, M]``.
+        One small matrix product over chunks instead of a loop.
+        """
+        self._enter(parts[:, 0], carry, 0)
+        entering = torch.bmm(self._later.expand(parts.shape[0], -1, -1), parts)
+        entering[:, 0] = carry
+        if self.n == 1:
+            return entering, parts[:, 0]
+        return entering, entering[:, -1] * self.chunks[:, self.n, self.n - 1, None] + parts[:, -1]
+
+    def scan_reverse(self, parts: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """Reverse states entering every chunk from the right, and leaving the block to the left.
+
+        parts ``[N, n, M]``: what each chunk adds to the reverse state at its own start (overwritten).
+        """
+        self._enter(parts[:, -1], carry, self.n - 1)
+        entering = torch.bmm(self._later.mT.expand(parts.shape[0], -1, -1), parts)
+        entering[:, -1] = carry
+        if self.n == 1:
+            return entering, parts[:, 0]
+        return entering, entering[:, 0] * self.chunks[:, 1, :1] + parts[:, 0]
+
+    @property
+    def _later(self) -> Tensor:
+        """``[N, n, n]``: product of the chunks strictly between i and j, for i < j, at [j, i]."""
+        return self.chunks[:, :-1, 1:]
+
+    def _enter(self, part: Tensor, carry: Tensor, chunk: int) -> None:
+        part.addcmul_(carry, self.chunks[:, chunk + 1, chunk, None])
