@@ -1,0 +1,79 @@
+"""Shape of a language model, and the named sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a model's parameters and their meaning; saved with every checkpoint.
+
+    ``mlp_size`` 0 means 8/3 of ``hidden_size`` rounded up to a multiple of 32, so that a SwiGLU block has as many
+    parameters as a two-matrix block four times as wide. ``attention`` holds further keyword options of
+    :class:`hla_dist.HLAAttention`. Raises ValueError for sizes that cannot be built.
+    """
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_size: int = 0
+    op: str = "hla2"
+    norm_eps: float = 1e-6
+    attention: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ModelConfig: expected {name} >= 1, got {getattr(self, name)}")
+        if self.mlp_size < 0:
+            raise ValueError(f"ModelConfig: expected mlp_size >= 0, got {self.mlp_size}")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"ModelConfig: expected hidden_size divisible by num_heads (or an explicit head_dim), got "
+                f"{self.hidden_size} and {self.num_heads}"
+            )
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(
+                f"ModelConfig: expected num_kv_heads dividing num_heads, got {self.num_kv_heads} and {self.num_heads}"
+            )
+
+    @property
+    def resolved_mlp_size(self) -> int:
+        """Width of the SwiGLU hidden layer."""
+        return self.mlp_size or -(-8 * self.hidden_size // (3 * 32)) * 32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Inverse of :meth:`to_dict`; raises ValueError naming a field that this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"ModelConfig: unknown field(s) {', '.join(unknown)}")
+        return cls(**values)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> ModelConfig:
+        """A named size with some fields changed; raises ValueError listing the names if there is none such."""
+        if name not in SIZES:
+            raise ValueError(f"model size: expected one of {', '.join(SIZES)}, got {name!r}")
+        return cls(**{**SIZES[name], **changes})
+
+
+# Parameters below are without the embedding, which depends on the vocabulary.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(hidden_size=128, num_layers=3, num_heads=4),  # 0.6 M: the demonstration, minutes on two CPU cores
+    "small": dict(hidden_size=256, num_layers=6, num_heads=4),  # 5 M
+    "30m": dict(hidden_size=512, num_layers=10, num_heads=8),
+    "125m": dict(hidden_size=768, num_layers=12, num_heads=12),
+    "350m": dict(hidden_size=1024, num_layers=24, num_heads=16),
+    "760m": dict(hidden_size=1536, num_layers=24, num_heads=12),
+    "1.3b": dict(hidden_size=2048, num_layers=24, num_heads=16),
+}

@@ -1,0 +1,148 @@
+"""The options of a training run: one typed field each, from which the command line and its --help are made."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NoReturn
+
+from hla_dist.models.config import SIZES, ModelConfig
+from hla_dist.training.failure import UserError
+
+
+DEMO_STEPS = 600
+DEMO_MINUTES = 4.4  # leaves time for evaluation, parity and plots within six minutes on slower machines
+
+
+def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
+    """A field with its group and help text; further keywords go to argparse."""
+    metadata = {"group": group, "help": text, "keywords": keywords}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run. The defaults are the demonstration: minutes on two CPU cores."""
+
+    data: list[str] = option(
+        [], "data", "files, folders, or one .npy/.bin memmap of tokens; none: the standard library sources of the "
+        "running Python", nargs="+", metavar="PATH"
+    )  # fmt: skip
+    tokenizer: str | None = option(None, "data", "JSON of the package 'tokenizers'; none: bytes", metavar="FILE")
+    vocab_size: int = option(0, "data", "vocabulary; 0: the tokenizer's, or 256 for bytes (a memmap needs it)")
+    token_dtype: str = option("uint16", "data", "type of the numbers in a .bin memmap", choices=["uint16", "uint32"])
+    held_out: float = option(0.05, "data", "share of the text that is held out, by files or, if they are few, the tail")
+    seq_len: int = option(8192, "data", "tokens of a sequence, over all ranks that share it")
+
+    size: str = option("tiny", "model", "named size, which the options below change", choices=list(SIZES))
+    op: str = option("hla2", "model", "operator of the attention layers", choices=["hla2", "linear_attention"])
+    hidden_size: int = option(0, "model", "width; 0: the named size's")
+    layers: int = option(0, "model", "blocks; 0: the named size's")
+    heads: int = option(0, "model", "query heads; 0: the named size's")
+    kv_heads: int = option(0, "model", "key/value heads; 0: as many as query heads")
+    head_dim: int = option(0, "model", "dimension of a head; 0: width / heads")
+
+    steps: int = option(DEMO_STEPS, "optimisation", "optimiser steps")
+    max_minutes: float | None = option(
+        None, "optimisation", "end training after this time, start-up included, even if steps are left (0: no limit); "
+        f"the learning rate follows steps or time, whichever is further; none: {DEMO_MINUTES} if --steps is left at "
+        "its default, else no limit"
+    )  # fmt: skip
+    batch_size: int = option(1, "optimisation", "sequences a micro-batch, per replica")
+    accumulate: int = option(1, "optimisation", "micro-batches whose gradients make a step")
+    lr: float = option(5e-3, "optimisation", "peak learning rate of AdamW")
+    min_lr: float = option(0.05, "optimisation", "last learning rate as a share of the peak")
+    warmup: int = option(20, "optimisation", "steps of linear warm-up")
+    weight_decay: float = option(0.1, "optimisation", "weight decay of matrices")
+    clip: float = option(1.0, "optimisation", "largest global gradient norm; 0: no clipping")
+    bf16: bool = option(False, "optimisation", "matrix products in bfloat16 (autocast); parameters stay float32")
+    checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward, to save memory")
+    seed: int = option(0, "optimisation", "seed of initialisation and of the order of the data")
+
+    sp: int = option(0, "ranks", "ranks a sequence is sharded over; 0: all; the rest of the world are replicas")
+    device: str = option("auto", "ranks", "auto: a GPU a rank where there are GPUs", choices=["auto", "cpu", "cuda"])
+    threads: int = option(0, "ranks", "CPU threads a rank; 0: the machine's cores over its ranks")
+    timeout: float = option(120.0, "ranks", "seconds after which a collective that cannot finish is an error")
+
+    out: str | None = option(
+        None, "output", "directory of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, "
+        "parity.json, sample.txt; none: nothing is written", metavar="DIR"
+    )  # fmt: skip
+    resume: str | None = option(
+        None, "output", "go on from a checkpoint: a directory, or without a value the newest one of --out",
+        nargs="?", const="", metavar="DIR"
+    )  # fmt: skip
+    eval_every: int = option(150, "output", "steps between evaluations on held-out text (also first and last)")
+    eval_tokens: int = option(131072, "output", "held-out tokens of an evaluation")
+    save_every: int = option(0, "output", "steps between checkpoints; 0: only the last")
+    keep: int = option(2, "output", "checkpoints to keep")
+    parity: bool = option(True, "output", "at the end compare one batch on all ranks with one process")
+    sample: int = option(400, "output", "tokens of generated text at the end")
+    prompt: str = option("def ", "output", "what the generated text continues")
+
+    def __post_init__(self) -> None:
+        if self.max_minutes is None:
+            self.max_minutes = DEMO_MINUTES if self.steps == DEMO_STEPS else 0.0
+        least = {"seq_len": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "keep": 1, "eval_every": 1, "timeout": 1,
+                 "vocab_size": 0, "max_minutes": 0, "warmup": 0, "clip": 0, "lr": 0, "min_lr": 0, "weight_decay": 0,
+                 "save_every": 0, "sample": 0, "eval_tokens": 1, "threads": 0, "sp": 0, "hidden_size": 0, "layers": 0,
+                 "heads": 0, "kv_heads": 0, "head_dim": 0, "seed": 0}  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not value >= minimum:  # NaN too
+                raise UserError(f"{flag(name)}: expected at least {minimum}, got {value}")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"--held-out: expected a share between 0 and 1, got {self.held_out}")
+        if self.resume == "" and self.out is None:
+            raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model these options describe; UserError if there is none such."""
+        names = {"hidden_size": "hidden_size", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads",
+                 "head_dim": "head_dim"}  # fmt: skip
+        changes = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours)}
+        try:
+            return ModelConfig.named(self.size, vocab_size=vocab_size, op=self.op, **changes)
+        except ValueError as exc:
+            raise UserError(str(exc)) from exc
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """A configuration from command-line arguments; raises UserError in one line instead of printing the usage."""
+    parser = _Parser(
+        prog="launch/train.py",
+        description="Train a byte- or token-level HLA language model, its sequences sharded over the ranks of torchrun.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    types: dict[str, Any] = {"int": int, "float": float, "float | None": float, "str": str, "str | None": str, "list[str]": str}
+    for item in fields(TrainConfig):
+        name = item.metadata["group"]
+        group = groups.setdefault(name, None) or parser.add_argument_group(name)
+        groups[name] = group
+        keywords = dict(item.metadata["keywords"])
+        if item.type == "bool":
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["type"] = types[str(item.type)]
+            if "choices" not in keywords:
+                keywords.setdefault("metavar", {"int": "N", "float": "X", "float | None": "X"}.get(str(item.type), "TEXT"))
+        default = [] if item.type == "list[str]" else item.default
+        group.add_argument(flag(item.name), dest=item.name, default=default, help=item.metadata["help"], **keywords)
+    return TrainConfig(**vars(parser.parse_args(arguments)))

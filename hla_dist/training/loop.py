@@ -1,0 +1,161 @@
+"""One optimiser step, and the evaluation: what every rank does, and what they agree on.
+
+Letters: B samples a micro-batch, T tokens of a shard, N vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hla_dist import shard_batch, token_loss
+from hla_dist.parallel.collectives import all_reduce_sum
+from hla_dist.training.data import Windows, cut
+from hla_dist.training.mesh import Layout
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What one reduction tells every rank alike."""
+
+    loss: float  # nats a token, over all ranks
+    grad_norm: float
+    stop: bool  # some rank was asked to stop
+    clock: float  # rank 0's reading of the time budget, 0 .. 1
+
+    @property
+    def finite(self) -> bool:
+        """Whether a step may be taken; the same answer on every rank, since the numbers are the same."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Trainer:
+    """Gradients of a step over a mesh, and the step.
+
+    The loss is each shard's sum of cross-entropies over the global count of tokens, so gradients are *summed* over
+    all ranks, whatever their number: loss and gradients do not depend on it. Communication of a step: what the
+    model's attention layers send, and one all-reduce over the world of all gradients with the loss, the wish to stop
+    and the clock beside them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        windows: Windows,
+        layout: Layout,
+        *,
+        batch_size: int,
+        accumulate: int,
+        clip: float,
+        bf16: bool,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.windows = windows
+        self.layout = layout
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.clip = clip
+        self.bf16 = bf16
+        self.samples = 0  # read so far by all replicas together: the position in the data
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.accumulate * self.layout.replicas * self.windows.seq_len
+
+    def compute_gradients(self, stop: bool = False, clock: float = 0.0) -> Agreed:
+        """Forward and backward of the next samples; afterwards ``.grad`` is the whole batch's on every rank."""
+        self.optimizer.zero_grad(set_to_none=True)
+        labels = self.tokens_per_step  # of the whole step: every token of a window is one
+        loss = torch.zeros((), device=self.layout.device)
+        for micro in range(self.accumulate):
+            first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
+            tokens = self.windows.batch(first, self.batch_size).to(self.layout.device)
+            part = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16)
+            part.backward()
+            loss += part.detach()
+        self.samples += self.batch_size * self.accumulate * self.layout.replicas
+        extra = torch.stack([loss, loss.new_tensor(float(stop)), loss.new_tensor(clock if self.layout.rank == 0 else 0)])
+        loss_sum, stops, agreed_clock = sum_over_ranks(list(self.model.parameters()), extra, self.layout).tolist()
+        norm = gradient_norm(self.model.parameters())
+        return Agreed(loss_sum, float(norm), stops > 0, agreed_clock)
+
+    def step(self, agreed: Agreed, lr: float) -> bool:
+        """Clips to a global norm and steps; leaves everything as it is where loss or norm are not finite."""
+        if not agreed.finite:
+            return False
+        scale = min(1.0, self.clip / (agreed.grad_norm + 1e-6)) if self.clip else 1.0
+        if scale < 1.0:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return True
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Any, starts: list[int]) -> float:
+        """Mean loss in nats a token over the windows at ``starts``, shared out among the replicas.
+
+        Communication: the attention layers', and one all-reduce of two numbers.
+        """
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
+        mine = starts[self.layout.replica :: self.layout.replicas]
+        for begin in range(0, len(mine), self.batch_size):
+            cuts = [
+                cut(tokens, start, self.windows.seq_len, self.windows.vocab_size)
+                for start in mine[begin : begin + self.batch_size]
+            ]
+            batch = shard_batch(torch.stack(cuts).to(self.layout.device), self.layout.sequence)
+            with autocast(self.layout.device, self.bf16):
+                logits = self.model(batch.inputs)
+            losses = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum")
+            total += torch.tensor([float(losses), batch.labels.numel()], dtype=torch.float64)
+        total = total.to(self.layout.device)
+        all_reduce_sum(total, self.layout.world)
+        self.model.train()
+        return float(total[0] / total[1])
+
+
+def micro_batch_loss(model: nn.Module, tokens: Tensor, layout: Layout, labels: int, bf16: bool = False) -> Tensor:
+    """This rank's share of a mean loss: of ``tokens`` [B, seq_len + 1], the same on every rank of a sequence group.
+
+    ``labels`` is how many labels the mean is over: those of all shards, replicas and micro-batches.
+    """
+    batch = shard_batch(tokens, layout.sequence)
+    with autocast(layout.device, bf16):
+        logits = model(batch.inputs)  # [B, T, N]
+    return token_loss(logits, batch.labels, layout.sequence, valid_tokens=labels)
+
+
+def sum_over_ranks(parameters: list[nn.Parameter], extra: Tensor, layout: Layout) -> Tensor:
+    """Sums all gradients and the numbers ``extra`` over the world, in one all-reduce; returns the summed numbers.
+
+    Parameters without a gradient count as zero, since they may have one on another rank.
+    """
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.reshape(-1).to(extra.dtype) for g in grads] + [extra])
+    all_reduce_sum(flat, layout.world)
+    offset = 0
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = flat[offset : offset + grad.numel()].view_as(grad).to(grad.dtype)
+        offset += grad.numel()
+    return flat[offset:]
+
+
+def gradient_norm(parameters: Any) -> Tensor:
+    """Global 2-norm of all gradients; the same bits on every rank where the gradients are."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def autocast(device: torch.device, bf16: bool) -> Any:
+    """bfloat16 matrix products where asked for; parameters, state and reductions stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

@@ -1,0 +1,88 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hla_dist.training.failure import UserError
+
+
+class MetricsLog:
+    """One JSON line and one set of TensorBoard scalars a step; use it on one rank.
+
+    With ``resume_step`` lines of later steps, which the resumed run will write again, are dropped. Raises UserError
+    where the disk does not take a line.
+    """
+
+    def __init__(self, directory: Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # late: a second of imports that one rank needs
+
+        self.path = directory / "metrics.jsonl"
+        self.history: list[dict[str, Any]] = []
+        if resume_step is not None and self.path.is_file():
+            self.history = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+        self._file = open(self.path, "w")
+        for line in self.history:
+            self._file.write(json.dumps(line) + "\n")
+        purge = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge, flush_secs=30)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Appends a line; values that are None are left out, those that are not finite become null."""
+        line = {"step": step} | {
+            key: value if not isinstance(value, float) or math.isfinite(value) else None
+            for key, value in values.items()
+            if value is not None
+        }
+        self.history.append(line)
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, step)
+        except OSError as exc:
+            raise UserError(f"metrics: cannot write {self.path}: {exc.strerror or exc}") from exc
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a last line that a crash has cut off is dropped."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_loss(path: Path, history: list[dict[str, Any]], unit: str, per_unit: float, bigram: float | None) -> None:
+    """PNG of training loss (times ``per_unit``), held-out loss and the bigram model's line, all in ``unit``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [(line["tokens"], line["loss"] * per_unit) for line in history if line.get("loss") is not None]
+    held_out = [(line["tokens"], line["held_out"]) for line in history if line.get("held_out") is not None]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training, each step")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:blue", marker="o", label="held out")
+    if bigram is not None:
+        axes.axhline(bigram, color="tab:red", linestyle="--", label=f"bigram model, held out: {bigram:.2f}")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,284 @@
+"""A training run from configuration to last line: what `launch/train.py` does once the ranks are connected."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hla_dist import SequenceParallelHLA
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.parallel.collectives import all_gather_flat
+from hla_dist.training import checkpoint as checkpoints
+from hla_dist.training.bigram import bigram_bits
+from hla_dist.training.config import TrainConfig
+from hla_dist.training.data import Corpus, Windows, cut, held_out_windows, load_corpus
+from hla_dist.training.failure import UserError, together
+from hla_dist.training.generate import generate
+from hla_dist.training.loop import Trainer
+from hla_dist.training.mesh import Layout
+from hla_dist.training.metrics import MetricsLog, plot_loss
+from hla_dist.training.optim import build_adamw, lr_factor
+from hla_dist.training.parity import Parity, check_parity
+from hla_dist.training.stop import StopSignal
+
+
+class Run:
+    """State of one run on one rank. Rank 0 writes and prints; all ranks compute."""
+
+    def __init__(self, config: TrainConfig, layout: Layout, stop: StopSignal, started: float) -> None:
+        self.config = config
+        self.layout = layout
+        self.stop = stop
+        self.started = started  # time.monotonic() at the start of the program
+        self.main = layout.rank == 0
+        self.step = 0
+        self.log: MetricsLog | None = None
+        self.out = None if config.out is None else Path(config.out)
+        self.corpus: Corpus = together(layout.world, self._load_corpus)
+        self.model_config: ModelConfig = together(layout.world, lambda: config.model_config(self._vocabulary()))
+        torch.manual_seed(config.seed)  # the same on every rank: parameters start equal
+        model = together(layout.world, lambda: LanguageModel(self.model_config)).to(layout.device)
+        model.activation_checkpointing = config.checkpoint_activations
+        self.parameters = sum(p.numel() for p in model.parameters())
+        # Gradients are summed by the trainer, over both axes of the mesh at once and once a step, not once a backward.
+        self.model = SequenceParallelHLA(model, layout.sequence, reduce_gradients=False)
+        optimizer = build_adamw(self.model, config.lr, config.weight_decay)
+        windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed)
+        self.trainer = Trainer(
+            self.model, optimizer, windows, layout, batch_size=config.batch_size, accumulate=config.accumulate,
+            clip=config.clip, bf16=config.bf16,
+        )  # fmt: skip
+        self.starts = held_out_windows(self.corpus.held_out, config.seq_len, config.eval_tokens)
+        # bits per byte, or per token where the text behind the tokens is not known
+        self.unit = "bits per byte" if self.corpus.bytes_per_token else "bits per token"
+        self.per_unit = 1 / (math.log(2) * (self.corpus.bytes_per_token or 1.0))
+        resumed = together(layout.world, self._resume)
+        together(layout.world, lambda: self._open_output(resumed))
+
+    def _load_corpus(self) -> Corpus:
+        c = self.config
+        return load_corpus(
+            c.data, seq_len=c.seq_len, held_out=c.held_out, tokenizer=c.tokenizer, vocab_size=c.vocab_size,
+            token_dtype=c.token_dtype,
+        )  # fmt: skip
+
+    def _vocabulary(self) -> int:
+        return self.config.vocab_size or self.corpus.vocab_size
+
+    def _resume(self) -> bool:
+        if self.config.resume is None:
+            return False
+        path = Path(self.config.resume or self.config.out or "")
+        saved = checkpoints.open_checkpoint(path)
+        checkpoints.load(saved, self.model, self.trainer.optimizer)
+        self.step = saved.step
+        self.trainer.samples = int(saved.state["samples"])
+        if self.step >= self.config.steps:
+            raise UserError(f"--steps: expected more than the {self.step} steps of {saved.path}, got {self.config.steps}")
+        states = checkpoints.load_random(saved)
+        if len(states) == int(saved.state["ranks"]) == torch.distributed.get_world_size():
+            set_random_state(states[self.layout.rank])
+        return True
+
+    def _open_output(self, resumed: bool) -> None:
+        if self.out is None or not self.main:
+            return
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out: expected a directory, got the file {self.out}")
+        own = resumed and (not self.config.resume or Path(self.config.resume).resolve().is_relative_to(self.out.resolve()))
+        if not own and (self.out / "config.json").exists():
+            move_aside(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        resolved = {
+            "run": self.config.to_dict(),
+            "model": self.model_config.to_dict(),
+            "parameters": self.parameters,
+            "ranks": torch.distributed.get_world_size(),
+            "shards": self.layout.shards,
+            "device": self.layout.device.type,
+            "data": self.corpus.description,
+            "torch": torch.__version__,
+        }
+        (self.out / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        self.log = MetricsLog(self.out, self.step if own else None)
+
+    def train(self) -> int:
+        """The whole run; returns the exit code. Raises UserError alike on every rank."""
+        self.say(
+            f"{self.parameters:,} parameters, {self.config.op}; {self.config.seq_len:,} tokens a sequence over "
+            f"{self.layout.shards} rank(s), {self.layout.replicas} replica(s)"
+        )
+        self.say(
+            f"text: {self.corpus.description}; {len(self.corpus.train):,} tokens to train on, "
+            f"{len(self.starts) * self.config.seq_len:,} of {len(self.corpus.held_out):,} held-out tokens to evaluate on"
+        )
+        first = self.evaluate()
+        self.write(held_out=first, tokens=self.tokens)
+        last, speed = self._loop(first)
+        self.save()
+        if last is None:
+            how = f"; continue with --resume --out {self.out}" if self.out else ""
+            self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
+            self._close()
+            return self.stop.exit_code
+        return self._finish(first, last, speed)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.trainer.samples * self.config.seq_len
+
+    def _loop(self, loss: float) -> tuple[float | None, float]:
+        """Steps until the end; returns the last held-out loss (None if stopped by a signal) and tokens per second."""
+        c = self.config
+        bar = tqdm(total=c.steps, initial=self.step, disable=not self.main, unit="step", dynamic_ncols=True,
+                   mininterval=0.5 if sys.stderr.isatty() else 10.0)  # fmt: skip
+        tokens = seconds = 0.0
+        bad_steps = 0
+        while True:
+            began = time.monotonic()
+            agreed = self.trainer.compute_gradients(bool(self.stop), self._clock())
+            progress = max((self.step - c.warmup) / max(c.steps - c.warmup, 1), agreed.clock)
+            lr = c.lr * lr_factor(self.step, c.warmup, progress, c.min_lr)
+            bad_steps = 0 if self.trainer.step(agreed, lr) else bad_steps + 1
+            self.step += 1
+            took = time.monotonic() - began
+            seconds += took
+            tokens += self.trainer.tokens_per_step
+            if bad_steps >= 10:
+                raise UserError(f"loss or gradients not finite in {bad_steps} steps on end, up to {self.step}; try a lower --lr")
+            end = self.step >= c.steps or agreed.clock >= 1
+            held_out = None
+            if not agreed.stop and (end or self.step % c.eval_every == 0):
+                held_out = loss = self.evaluate()
+            self.write(
+                loss=agreed.loss, tokens=self.tokens, tokens_per_s=self.trainer.tokens_per_step / took,
+                grad_norm=agreed.grad_norm, lr=lr, held_out=held_out, skipped=bool(bad_steps) or None,
+            )  # fmt: skip
+            bar.set_postfix_str(f"loss {agreed.loss:.3f}, held out {loss:.3f} {self.unit}", refresh=False)
+            bar.update()
+            if end or agreed.stop:
+                bar.close()
+                return (None if agreed.stop else loss), tokens / seconds
+            if c.save_every and self.step % c.save_every == 0:
+                self.save()
+
+    def _clock(self) -> float:
+        """Share of the time budget that is over; 0 without a budget."""
+        return (time.monotonic() - self.started) / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+
+    def evaluate(self) -> float:
+        """Held-out loss in the run's unit, the same on every rank."""
+        return self.trainer.evaluate(self.corpus.held_out, self.starts) * self.per_unit
+
+    def bigram(self) -> float | None:
+        """The bigram model's held-out loss in the run's unit, on the labels that :meth:`evaluate` scores."""
+        size = self.model_config.vocab_size
+        windows = [cut(self.corpus.held_out, start, self.config.seq_len, size).numpy() for start in self.starts]
+        bits = bigram_bits(self.corpus.train, windows, size)
+        return None if bits is None else bits / (self.corpus.bytes_per_token or 1.0)
+
+    def save(self) -> None:
+        """A checkpoint, written by rank 0; every rank raises UserError if that fails."""
+        if self.out is None:
+            return
+        state = random_state(self.layout.device)
+        gathered, _ = all_gather_flat(state.to(self.layout.device), self.layout.world)
+        ranks = gathered.numel() // state.numel()
+        directory = self.out / "checkpoints"
+
+        def write() -> None:
+            if self.main:
+                values = {
+                    "samples": self.trainer.samples,
+                    "ranks": ranks,
+                    "model": self.model_config.to_dict(),
+                    "run": self.config.to_dict(),
+                }
+                random = gathered.view(ranks, -1).cpu()
+                checkpoints.save(directory, self.step, self.model, self.trainer.optimizer, random, values)
+                checkpoints.prune(directory, self.config.keep)
+
+        together(self.layout.world, write)
+
+    def _finish(self, first: float, last: float, speed: float) -> int:
+        """What comes after the last step: parity, sample, plot, and the lines that sum the run up."""
+        alone = None
+        if self.main:
+            alone = LanguageModel(self.model_config).to(self.layout.device)
+            alone.load_state_dict(self.model.state_dict())
+        parity = None
+        if self.config.parity:
+            parity = check_parity(self.model, alone, self.trainer.windows, self.trainer.samples, self.layout)
+        together(self.layout.world, lambda: self._report(alone, parity, first, last, speed))
+        self._close()
+        return 0 if parity is None or parity.ok else 1
+
+    def _report(
+        self, alone: LanguageModel | None, parity: Parity | None, first: float, last: float, speed: float
+    ) -> None:
+        if alone is None:
+            return
+        bigram = self.bigram()
+        text = ""
+        if self.config.sample:
+            prompt = self.corpus.encode(self.config.prompt)
+            text = self.corpus.decode(prompt + generate(alone, prompt, self.config.sample, seed=self.config.seed))
+            self.say(f"sample after {self.config.prompt!r}:\n" + "".join(f"    {line}\n" for line in text.splitlines()))
+        against = "" if bigram is None else f"; bigram model on the same text {bigram:.3f}, {bigram - last:+.3f} below it"
+        self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}{against}")
+        self.say(f"training: {self.step} steps, {self.tokens:,} tokens, {speed:,.0f} tokens per second")
+        if parity is not None:
+            self.say(parity.line())
+        if self.out is not None and self.log is not None:
+            plot_loss(self.out / "loss.png", self.log.history, self.unit, self.per_unit, bigram)
+            summary = {
+                "unit": self.unit, "held_out_first": first, "held_out_last": last, "bigram": bigram, "steps": self.step,
+                "tokens": self.tokens, "tokens_per_s": speed, "parity": parity and parity.to_dict(), "sample": text,
+                "seconds": time.monotonic() - self.started,
+            }  # fmt: skip
+            (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            self.say(f"written to {self.out}: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, summary.json")
+
+    def write(self, **values: Any) -> None:
+        if self.log is not None:
+            self.log.write(self.step, **values)
+
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def _close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+
+def random_state(device: torch.device) -> Tensor:
+    """torch's random state on this rank as bytes, the GPU's after the CPU's."""
+    cpu = torch.get_rng_state()
+    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
+
+
+def set_random_state(state: Tensor) -> None:
+    """Inverse of :func:`random_state`; the GPU's part is set only where there is one."""
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size].contiguous())
+    if state.numel() > size and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[size:].contiguous())
+
+
+def move_aside(directory: Path) -> None:
+    """Renames an earlier run's directory to the first free ``<name>.N``, so that nothing of it is lost."""
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    directory.rename(target)

@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM; a third one ends the process at once.
+
+    Under torchrun a Ctrl-C arrives twice, from the terminal and from the launcher, so only a third means haste. The
+    ranks may hear of it in different steps: the training step spreads it (``Agreed.stop``), so all stop after the
+    same one. A rank that waits for a dead peer leaves by the collective's own error or timeout, not by this.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._count = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def __bool__(self) -> bool:
+        return self.number is not None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name if self.number else "a signal to another rank"
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's convention for an end by a signal."""
+        return 128 + (self.number or signal.SIGTERM)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+        self._count += 1
+        if self._count >= 3:
+            os._exit(128 + number)

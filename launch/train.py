@@ -1,0 +1,97 @@
+"""Trains a language model whose sequences are sharded over the ranks of torchrun; see --help.
+
+    torchrun --standalone --nproc_per_node 8 launch/train.py --out out/train
+    python launch/train.py --data TEXT --seq-len 2048                          one process, without torchrun
+
+Exit codes: 0 the run is finished; 1 an error, or a parity difference above 1e-5; 128 + N stopped by signal N, after
+the checkpoint was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+STARTED = time.monotonic()
+
+with contextlib.suppress(ImportError):  # an installed package needs no path
+    import hla_dist  # noqa: F401
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from hla_dist.training.config import TrainConfig, parse  # noqa: E402
+from hla_dist.training.failure import UserError, describe  # noqa: E402
+from hla_dist.training.mesh import build_layout, connect, sequence_ranks  # noqa: E402
+from hla_dist.training.run import Run  # noqa: E402
+from hla_dist.training.stop import StopSignal  # noqa: E402
+
+# How torch reports a peer that has gone, or has not come in time: the mistake itself is that peer's to report.
+PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timeout", "NCCL", "recvBytes", "sendBytes")
+
+
+def main() -> int:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO())
+        with quiet:  # --help is printed once
+            config = parse()
+        sequence_ranks(world_size, config.sp)
+        device = choose_device(config)
+    except UserError as exc:
+        leave(rank, str(exc), alike=True)
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    try:
+        stop = StopSignal()
+        connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
+        code = Run(config, build_layout(config.sp, device), stop, STARTED).train()
+        torch.distributed.destroy_process_group()
+    except UserError as exc:
+        leave(rank, str(exc), alike=True)
+    except ValueError as exc:  # the library's own checks: raised alike on every rank of a group
+        leave(rank, describe(exc), alike=True)
+    except Exception as exc:
+        if isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in PEER_GONE):
+            leave(rank, f"another rank is gone or did not come in time: {describe(exc)}", alike=False)
+        traceback.print_exc()
+        leave(rank, describe(exc), alike=False)
+    return code
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """This rank's device; UserError if the GPUs do not suffice for one a rank."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus < ranks:
+        raise UserError(f"--device: expected a GPU for each of {ranks} rank(s) on this machine, got {gpus}; or --device cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def leave(rank: int, message: str, alike: bool) -> NoReturn:
+    """Ends this process with one line and exit code 1; of a mistake all ranks share, rank 0 speaks.
+
+    The others give it a moment first: torchrun ends all ranks as soon as one has failed. os._exit, since tearing
+    down a process group whose peers may be gone can wait for them.
+    """
+    if rank == 0 or not alike:
+        who = "" if alike else f" (rank {rank})"
+        print(f"train.py: error{who}: {message}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
