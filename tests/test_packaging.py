@@ -1,0 +1,124 @@
+"""What is shipped and pinned: every package folder is listed, every dependency is declared and locked."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings the package the module came from
+    import tomli as tomllib  # type: ignore[no-redef]
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# import names that differ from the name of the package they come in
+DISTRIBUTIONS = {"mpl_toolkits": "matplotlib"}
+FIRST_PARTY = {"hla_dist", "hla_kernels", "tests", "benchmarks", "launch"}
+
+
+def folders(top: Path) -> set[str]:
+    """Dotted names of the folders under ``top`` that hold Python files."""
+    return {".".join(p.parent.relative_to(top.parent).parts) for p in top.rglob("*.py")}
+
+
+def imported(path: Path, top_level: bool) -> set[str]:
+    """Top-level names of the modules a file imports; only those that run on import with ``top_level``."""
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"__future__"}
+
+
+def declared(*extras: str) -> set[str]:
+    """Names of the packages that the project needs, with those of ``extras``."""
+    groups = [PROJECT["project"]["dependencies"]]
+    groups += [PROJECT["project"]["optional-dependencies"][extra] for extra in extras]
+    names = {canonicalize_name(Requirement(text).name) for group in groups for text in group}
+    return names - {"hla-dist"}
+
+
+def pins() -> dict[str, list[Requirement]]:
+    """The lock's lines by package; several where versions depend on the Python."""
+    found: dict[str, list[Requirement]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#"):
+            requirement = Requirement(line)
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
+
+
+def test_every_package_folder_is_shipped():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    kernels = {name.replace("kernels", "hla_kernels", 1) for name in folders(ROOT / "kernels")}
+    assert listed == folders(ROOT / "hla_dist") | kernels
+
+
+def test_hla_kernels_is_the_kernels_folder():
+    import hla_kernels
+
+    assert Path(hla_kernels.__file__).resolve() == (ROOT / "kernels" / "__init__.py").resolve()
+
+
+@pytest.mark.parametrize("extra", sorted(PROJECT["project"]["optional-dependencies"]))
+def test_every_dependency_is_locked_within_its_range(extra: str):
+    locked = pins()
+    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        if requirement.name == "hla-dist":
+            continue
+        lines = locked.get(canonicalize_name(requirement.name))
+        assert lines, f"{requirement.name} is not in constraints.txt"
+        for line in lines:
+            (pin,) = line.specifier
+            assert pin.operator == "==", f"constraints.txt: {line} is not a pin"
+            assert requirement.specifier.contains(Version(pin.version)), f"constraints.txt: {line} is not {requirement}"
+
+
+def test_the_lock_holds_for_the_running_python():
+    """One line a package applies here, never two, whatever the Python."""
+    for name, lines in pins().items():
+        applying = [line for line in lines if line.marker is None or line.marker.evaluate()]
+        assert len(applying) <= 1, f"constraints.txt: {name} is pinned twice: {applying}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras", "top_level"),
+    [
+        ("hla_dist", (), True),
+        ("hla_dist", ("train",), False),
+        ("kernels", ("triton",), False),
+        ("launch", ("train",), False),
+        ("tests", ("test", "train"), False),
+    ],
+)
+def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: bool):
+    """What a folder imports is a dependency, or in an extra where an import waits until it is needed."""
+    names = declared(*extras)
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for name in imported(path, top_level) - FIRST_PARTY:
+            package = canonicalize_name(DISTRIBUTIONS.get(name, name))
+            assert package in names, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not declare"
+
+
+def test_importing_needs_no_triton_gpu_or_process_group():
+    """In a fresh interpreter whose Triton is hidden and that shows no device."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, hla_dist, hla_dist.models, hla_dist.training\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not torch.distributed.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,122 @@
+"""README.md and docs/ tell the truth: their Python runs, and the files and commands they name exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# `folder/file.py`, `folder/`; the folders are those of the repository, so that `q/k` is not a path
+PATH = re.compile(r"`((?:hla_dist|kernels|launch|tests|benchmarks|docs|\.ci)/[\w./-]*)`")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """A page's fenced blocks of one language."""
+    return [code for kind, code in FENCE.findall(page.read_text()) if kind == language]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def python_blocks() -> list:
+    return [
+        pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(blocks(page, "python"))
+    ]
+
+
+def tree_paths(block: str) -> list[str]:
+    """The paths an annotated file tree names: the first word of a line, under the folders it is indented in."""
+    parents: list[tuple[int, str]] = []
+    paths = []
+    for line in block.splitlines():
+        if not line.strip():
+            continue
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        parents = [p for p in parents if p[0] < indent]
+        paths.append("".join(p for _, p in parents) + name)
+        if name.endswith("/"):
+            parents.append((indent, name))
+    return paths
+
+
+def anchor(heading: str) -> str:
+    """The fragment that a heading gets on the usual forges."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_python_blocks_run(code: str, tmp_path: Path):
+    """Each block is a program of its own; one that makes a process group runs on two ranks under torchrun."""
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    command = [sys.executable]
+    if "init_process_group" in code:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_has_an_example_on_several_ranks():
+    assert any("init_process_group" in code for code in blocks(PAGES[0], "python"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_files_exist(page: Path):
+    missing = [path for path in PATH.findall(prose(page)) if not (ROOT / path).exists()]
+    assert not missing, f"{page.name} names files that do not exist: {missing}"
+
+
+def test_the_readme_tree_exists():
+    trees = [block for block in blocks(PAGES[0], "text") if "hla_dist/" in block]
+    assert len(trees) == 1
+    paths = tree_paths(trees[0])
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert len(paths) > 10 and not missing, f"the README's tree names what does not exist: {missing}"
+
+
+def test_tree_paths_reads_indentation():
+    """The reader above can see a missing file."""
+    assert tree_paths("a/  one\n  b.py  two\n  c/\n    d.py\ne.md") == ["a/", "a/b.py", "a/c/", "a/c/d.py", "e.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path):
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, fragment = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), f"{page.name} links to {target}"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", prose(other), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page.name} links to {target}, which has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_make_targets_exist(page: Path):
+    """Every `make x` in text or in a shell block is a target."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", prose(page)))
+    named |= {t for block in blocks(page, "bash") for t in re.findall(r"^make ([a-z-]+)", block, re.MULTILINE)}
+    assert named <= targets, f"{page.name}: no such target: {sorted(named - targets)}"
+
+
+def test_docstrings_cite_equations_that_exist():
+    """`docs/algebra.md, eq. 4` in a docstring has its \\tag{4}."""
+    tags = set(re.findall(r"\\tag\{(\d+)\}", (ROOT / "docs" / "algebra.md").read_text()))
+    for path in sorted((ROOT / "hla_dist").rglob("*.py")):
+        for number in re.findall(r"algebra\.md, eqs?\. \(?(\d+)", path.read_text()):
+            assert number in tags, f"{path.relative_to(ROOT)} cites equation {number}"
