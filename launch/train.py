@@ -71,7 +71,7 @@ def choose_device(config: TrainConfig) -> torch.device:
         return torch.device("cpu")
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus < ranks:
-        raise UserError(f"--device: expected a GPU for each of {ranks} rank(s) on this machine, got {gpus}; or --device cpu")
+        raise UserError(f"--device: expected a GPU for each of {ranks} rank(s) here (or --device cpu), got {gpus}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device

@@ -43,17 +43,24 @@ class Block(nn.Module):
             op=config.op,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            **config.attention,
+            **{"residual_scale": residual_scale(config), "norm_eps": config.norm_eps, **config.attention},
         )
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size)
 
     def forward(
-        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, return_state: bool = False
+        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Any]:
-        mixed, state = self.attention(self.attention_norm(x), state, cu_seqlens, output_final_state=return_state)
+        mixed, state = self.attention(
+            self.attention_norm(x), state, cu_seqlens, positions=positions, output_final_state=return_state
+        )
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """1/sqrt(writers): with it the residual stream's variance at initialisation does not grow with depth (GPT-2)."""
+    return 1.0 / math.sqrt(2 * config.num_layers)
 
 
 class LanguageModel(nn.Module):
@@ -61,8 +68,8 @@ class LanguageModel(nn.Module):
 
         logits = norm(blocks(E[tokens])) E^T                      tokens [B, T] -> logits [B, T, N]
 
-    There are no position embeddings of its own: order comes from the attention layers (causal, with decay), so
-    nothing here depends on where a shard begins. Wrap it in :class:`hla_dist.SequenceParallelHLA` to run it on
+    It has no position embeddings of its own: order comes from the attention layers (causal, with decay), so nothing
+    here depends on where a shard begins. Wrap it in :class:`hla_dist.SequenceParallelHLA` to run it on
     shards of a sequence; its communication is that of its attention layers.
     """
 
@@ -76,16 +83,16 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of deviation 1/sqrt(inputs), embedding 0.02; writers to the residual stream scaled down.
+        """Normal weights of deviation 1/sqrt(inputs), times :func:`residual_scale` where they write to the stream.
 
-        With 2 * num_layers writers, each scaled by 1/sqrt(2 * num_layers), the stream's variance does not grow
-        with depth (GPT-2's rule). Attention layers keep their own initialisation, save for that scale.
+        The embedding's deviation is 0.02, as usual where it is also the output. Attention layers keep theirs.
         """
-        residual = 1.0 / math.sqrt(2 * self.config.num_layers)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
             nn.init.normal_(block.mlp.gate_up.weight, std=1.0 / math.sqrt(self.config.hidden_size))
-            nn.init.normal_(block.mlp.down.weight, std=residual / math.sqrt(self.config.resolved_mlp_size))
+            nn.init.normal_(
+                block.mlp.down.weight, std=residual_scale(self.config) / math.sqrt(self.config.resolved_mlp_size)
+            )
 
     def forward(
         self,
@@ -93,13 +100,15 @@ class LanguageModel(nn.Module):
         state: list[Any] | None = None,
         cu_seqlens: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, list[Any]]:
         """Logits [B, T, N]; with ``return_state`` also one state a layer, the ``state`` of the next call.
 
         Streaming a text in pieces of any length, each with the state the last one returned, gives the logits of
-        the whole text; T = 1 is the decode step. Raises ValueError for tokens that are not [B, T] integers or a
-        state of another depth.
+        the whole text; T = 1 is the decode step. ``positions``, the tokens' global ones, matter with rotary
+        attention only, and there must be given with a state. Raises ValueError for tokens that are not integers
+        [B, T], or a state of another depth.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
@@ -108,13 +117,11 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         states: list[Any] = []
         for index, block in enumerate(self.blocks):
-            before = None if state is None else state[index]
+            arguments = (x, None if state is None else state[index], cu_seqlens, positions, return_state)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, after = checkpoint(
-                    block, x, before, cu_seqlens, return_state, use_reentrant=False, context_fn=checkpoint_context
-                )
+                x, after = checkpoint(block, *arguments, use_reentrant=False, context_fn=checkpoint_context)
             else:
-                x, after = block(x, before, cu_seqlens, return_state)
+                x, after = block(*arguments)
             states.append(after)
         logits = F.linear(self.norm(x), self.embedding.weight)
         return (logits, states) if return_state else logits

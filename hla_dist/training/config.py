@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.training.failure import UserError
 
-
 DEMO_STEPS = 600
 DEMO_MINUTES = 4.4  # leaves time for evaluation, parity and plots within six minutes on slower machines
 
@@ -75,7 +74,7 @@ class TrainConfig:
         None, "output", "go on from a checkpoint: a directory, or without a value the newest one of --out",
         nargs="?", const="", metavar="DIR"
     )  # fmt: skip
-    eval_every: int = option(150, "output", "steps between evaluations on held-out text (also first and last)")
+    eval_every: int = option(150, "output", "steps between evaluations on held-out text, besides first and last")
     eval_tokens: int = option(131072, "output", "held-out tokens of an evaluation")
     save_every: int = option(0, "output", "steps between checkpoints; 0: only the last")
     keep: int = option(2, "output", "checkpoints to keep")
@@ -126,23 +125,24 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     """A configuration from command-line arguments; raises UserError in one line instead of printing the usage."""
     parser = _Parser(
         prog="launch/train.py",
-        description="Train a byte- or token-level HLA language model, its sequences sharded over the ranks of torchrun.",
+        description="Train an HLA language model on text, its sequences sharded over the ranks of torchrun.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
-    types: dict[str, Any] = {"int": int, "float": float, "float | None": float, "str": str, "str | None": str, "list[str]": str}
+    types: dict[str, Any] = {"int": int, "float": float, "str": str, "list[str]": str}
     for item in fields(TrainConfig):
         name = item.metadata["group"]
         group = groups.setdefault(name, None) or parser.add_argument_group(name)
         groups[name] = group
         keywords = dict(item.metadata["keywords"])
+        kind = str(item.type).removesuffix(" | None")
         if item.type == "bool":
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            keywords["type"] = types[str(item.type)]
+            keywords["type"] = types[kind]
             if "choices" not in keywords:
-                keywords.setdefault("metavar", {"int": "N", "float": "X", "float | None": "X"}.get(str(item.type), "TEXT"))
-        default = [] if item.type == "list[str]" else item.default
+                keywords.setdefault("metavar", {"int": "N", "float": "X"}.get(kind, "TEXT"))
+        default = [] if kind == "list[str]" else item.default
         group.add_argument(flag(item.name), dest=item.name, default=default, help=item.metadata["help"], **keywords)
     return TrainConfig(**vars(parser.parse_args(arguments)))

@@ -103,9 +103,7 @@ def list_files(paths: Sequence[str]) -> list[tuple[str, Path]]:
         if not given.is_dir():
             files.append((given.name, given))
             continue
-        visible = (
-            p for p in given.rglob("*") if not any(part.startswith(".") for part in p.relative_to(given).parts)
-        )
+        visible = (p for p in given.rglob("*") if not any(part.startswith(".") for part in p.relative_to(given).parts))
         inside = _named(given, (p for p in visible if p.is_file()))
         if not inside:
             raise UserError(f"--data: expected text in {given}, got a folder without files")
@@ -226,7 +224,7 @@ class Windows:
 
 
 def held_out_windows(tokens: np.ndarray, seq_len: int, wanted_tokens: int) -> list[int]:
-    """Starts of non-overlapping windows spread evenly over the held-out text, ``wanted_tokens`` in all if it has them."""
+    """Starts of non-overlapping windows spread evenly over the text, ``wanted_tokens`` in all if it has them."""
     fitting = (len(tokens) - 1) // seq_len
     count = max(1, min(fitting, wanted_tokens // seq_len))
     return [(i * fitting // count) * seq_len for i in range(count)]

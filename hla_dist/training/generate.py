@@ -29,11 +29,14 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
-    logits, state = model(torch.tensor([prompt], device=device), return_state=True)
     tokens: list[int] = []
+    following, state, position = prompt, None, 0
     while len(tokens) < new_tokens:
+        positions = torch.arange(position, position + len(following), device=device)
+        logits, state = model(torch.tensor([following], device=device), state, positions=positions, return_state=True)
         tokens.append(pick(logits[0, -1].float().cpu(), temperature, top_k, generator))
-        logits, state = model(torch.tensor([[tokens[-1]]], device=device), state, return_state=True)
+        position += len(following)
+        following = tokens[-1:]
     model.train(was_training)
     return tokens
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hla_dist import shard_batch, token_loss
+from hla_dist import SequenceParallelHLA, shard_batch, token_loss
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
 from hla_dist.training.mesh import Layout
@@ -22,31 +22,27 @@ from hla_dist.training.mesh import Layout
 
 @dataclass(frozen=True)
 class Agreed:
-    """What one reduction tells every rank alike."""
+    """What the ranks agree on before a step."""
 
     loss: float  # nats a token, over all ranks
     grad_norm: float
+    finite: bool  # on every rank: else none of them steps
     stop: bool  # some rank was asked to stop
     clock: float  # rank 0's reading of the time budget, 0 .. 1
-
-    @property
-    def finite(self) -> bool:
-        """Whether a step may be taken; the same answer on every rank, since the numbers are the same."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Trainer:
     """Gradients of a step over a mesh, and the step.
 
-    The loss is each shard's sum of cross-entropies over the global count of tokens, so gradients are *summed* over
-    all ranks, whatever their number: loss and gradients do not depend on it. Communication of a step: what the
-    model's attention layers send, and one all-reduce over the world of all gradients with the loss, the wish to stop
-    and the clock beside them.
+    The loss is each shard's sum of cross-entropies over the number of labels in the whole step, and ``model`` sums
+    gradients over all ranks (its ``gradient_group`` is the world): loss and gradients do not depend on how many ranks
+    there are. Communication of a step: what the attention layers send, one all-reduce of the gradients, one of four
+    numbers.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SequenceParallelHLA,
         optimizer: torch.optim.Optimizer,
         windows: Windows,
         layout: Layout,
@@ -71,21 +67,30 @@ class Trainer:
         return self.batch_size * self.accumulate * self.layout.replicas * self.windows.seq_len
 
     def compute_gradients(self, stop: bool = False, clock: float = 0.0) -> Agreed:
-        """Forward and backward of the next samples; afterwards ``.grad`` is the whole batch's on every rank."""
+        """Forward and backward of the next samples; afterwards ``.grad`` is the whole step's on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
-        labels = self.tokens_per_step  # of the whole step: every token of a window is one
+        labels = self.tokens_per_step  # of the whole step: every token of a window has one
         loss = torch.zeros((), device=self.layout.device)
         for micro in range(self.accumulate):
             first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
             tokens = self.windows.batch(first, self.batch_size).to(self.layout.device)
-            part = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16)
-            part.backward()
-            loss += part.detach()
+            last = micro == self.accumulate - 1
+            with nullcontext() if last else self.model.no_sync():
+                share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16)
+                share.backward()
+            loss += share.detach()
         self.samples += self.batch_size * self.accumulate * self.layout.replicas
-        extra = torch.stack([loss, loss.new_tensor(float(stop)), loss.new_tensor(clock if self.layout.rank == 0 else 0)])
-        loss_sum, stops, agreed_clock = sum_over_ranks(list(self.model.parameters()), extra, self.layout).tolist()
-        norm = gradient_norm(self.model.parameters())
-        return Agreed(loss_sum, float(norm), stops > 0, agreed_clock)
+        norm = float(gradient_norm(self.model.parameters()))
+        return self._agree(float(loss), norm, stop, clock)
+
+    def _agree(self, loss: float, norm: float, stop: bool, clock: float) -> Agreed:
+        # The norm is that of summed gradients, the same on every rank; that each finds it finite is part of the sum.
+        unfit = not (math.isfinite(loss) and math.isfinite(norm))
+        numbers = [loss, float(unfit), float(stop), clock if self.layout.rank == 0 else 0.0]
+        summed = torch.tensor(numbers, dtype=torch.float64, device=self.layout.device)
+        all_reduce_sum(summed, self.layout.world)
+        loss, unfits, stops, clock = summed.tolist()
+        return Agreed(loss, norm, unfits == 0, stops > 0, clock)
 
     def step(self, agreed: Agreed, lr: float) -> bool:
         """Clips to a global norm and steps; leaves everything as it is where loss or norm are not finite."""
@@ -133,21 +138,6 @@ def micro_batch_loss(model: nn.Module, tokens: Tensor, layout: Layout, labels: i
     with autocast(layout.device, bf16):
         logits = model(batch.inputs)  # [B, T, N]
     return token_loss(logits, batch.labels, layout.sequence, valid_tokens=labels)
-
-
-def sum_over_ranks(parameters: list[nn.Parameter], extra: Tensor, layout: Layout) -> Tensor:
-    """Sums all gradients and the numbers ``extra`` over the world, in one all-reduce; returns the summed numbers.
-
-    Parameters without a gradient count as zero, since they may have one on another rank.
-    """
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([g.reshape(-1).to(extra.dtype) for g in grads] + [extra])
-    all_reduce_sum(flat, layout.world)
-    offset = 0
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = flat[offset : offset + grad.numel()].view_as(grad).to(grad.dtype)
-        offset += grad.numel()
-    return flat[offset:]
 
 
 def gradient_norm(parameters: Any) -> Tensor:

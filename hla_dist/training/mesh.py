@@ -54,9 +54,7 @@ def build_layout(sp: int, device: torch.device) -> Layout:
     """The mesh ``(dp_replicate, cp)`` over the world; process groups must be initialised."""
     world_size = dist.get_world_size()
     shards = sequence_ranks(world_size, sp)
-    mesh = dist.init_device_mesh(
-        device.type, (world_size // shards, shards), mesh_dim_names=("dp_replicate", "cp")
-    )
+    mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("dp_replicate", "cp"))
     replica, _ = mesh.get_coordinate() or (0, 0)
     return Layout(
         world=resolve_group(dist.group.WORLD),

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist.models import LanguageModel
-from hla_dist.parallel.collectives import all_gather_objects, group_size
+from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
 from hla_dist.training.data import Windows
-from hla_dist.training.loop import gradient_norm, micro_batch_loss, sum_over_ranks
+from hla_dist.training.loop import gradient_norm, micro_batch_loss
 from hla_dist.training.mesh import Layout
 
 LIMIT = 1e-5
@@ -77,12 +77,13 @@ def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows
     model.zero_grad(set_to_none=True)
     share = micro_batch_loss(model, tokens[layout.replica], layout, layout.replicas * windows.seq_len)
     share.backward()
-    (loss,) = sum_over_ranks(list(model.parameters()), share.detach()[None], layout).tolist()
+    loss = share.detach().double()
+    all_reduce_sum(loss, layout.world)
     norm = float(gradient_norm(model.parameters()))
     report = None
     if layout.rank == 0:
         assert alone is not None
-        report = _compare(model, alone, tokens, loss, norm, group_size(layout.world))
+        report = _compare(model, alone, tokens, float(loss), norm, group_size(layout.world))
     model.zero_grad(set_to_none=True)
     reports = all_gather_objects(report, layout.world)
     return reports[0]

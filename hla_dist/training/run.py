@@ -48,8 +48,8 @@ class Run:
         model = together(layout.world, lambda: LanguageModel(self.model_config)).to(layout.device)
         model.activation_checkpointing = config.checkpoint_activations
         self.parameters = sum(p.numel() for p in model.parameters())
-        # Gradients are summed by the trainer, over both axes of the mesh at once and once a step, not once a backward.
-        self.model = SequenceParallelHLA(model, layout.sequence, reduce_gradients=False)
+        # sequences are sharded along one axis of the mesh, gradients summed over both
+        self.model = SequenceParallelHLA(model, layout.sequence, gradient_group=layout.world)
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
         windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed)
         self.trainer = Trainer(
@@ -82,7 +82,7 @@ class Run:
         self.step = saved.step
         self.trainer.samples = int(saved.state["samples"])
         if self.step >= self.config.steps:
-            raise UserError(f"--steps: expected more than the {self.step} steps of {saved.path}, got {self.config.steps}")
+            raise UserError(f"--steps: expected more than the {self.step} of {saved.path}, got {self.config.steps}")
         states = checkpoints.load_random(saved)
         if len(states) == int(saved.state["ranks"]) == torch.distributed.get_world_size():
             set_random_state(states[self.layout.rank])
@@ -93,7 +93,8 @@ class Run:
             return
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out: expected a directory, got the file {self.out}")
-        own = resumed and (not self.config.resume or Path(self.config.resume).resolve().is_relative_to(self.out.resolve()))
+        source = Path(self.config.resume or self.out)
+        own = resumed and source.resolve().is_relative_to(self.out.resolve())
         if not own and (self.out / "config.json").exists():
             move_aside(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ class Run:
         )
         self.say(
             f"text: {self.corpus.description}; {len(self.corpus.train):,} tokens to train on, "
-            f"{len(self.starts) * self.config.seq_len:,} of {len(self.corpus.held_out):,} held-out tokens to evaluate on"
+            f"{len(self.corpus.held_out):,} held out, evaluation on {len(self.starts) * self.config.seq_len:,} of them"
         )
         first = self.evaluate()
         self.write(held_out=first, tokens=self.tokens)
@@ -154,7 +155,9 @@ class Run:
             seconds += took
             tokens += self.trainer.tokens_per_step
             if bad_steps >= 10:
-                raise UserError(f"loss or gradients not finite in {bad_steps} steps on end, up to {self.step}; try a lower --lr")
+                raise UserError(
+                    f"loss or gradients not finite in steps {self.step - 9} to {self.step}; try a lower --lr"
+                )
             end = self.step >= c.steps or agreed.clock >= 1
             held_out = None
             if not agreed.stop and (end or self.step % c.eval_every == 0):
@@ -233,8 +236,7 @@ class Run:
             prompt = self.corpus.encode(self.config.prompt)
             text = self.corpus.decode(prompt + generate(alone, prompt, self.config.sample, seed=self.config.seed))
             self.say(f"sample after {self.config.prompt!r}:\n" + "".join(f"    {line}\n" for line in text.splitlines()))
-        against = "" if bigram is None else f"; bigram model on the same text {bigram:.3f}, {bigram - last:+.3f} below it"
-        self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}{against}")
+        self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}" + against(bigram, last))
         self.say(f"training: {self.step} steps, {self.tokens:,} tokens, {speed:,.0f} tokens per second")
         if parity is not None:
             self.say(parity.line())
@@ -246,7 +248,7 @@ class Run:
                 "seconds": time.monotonic() - self.started,
             }  # fmt: skip
             (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self.say(f"written to {self.out}: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, summary.json")
+            self.say(f"in {self.out}: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, summary.json")
 
     def write(self, **values: Any) -> None:
         if self.log is not None:
@@ -260,6 +262,14 @@ class Run:
     def _close(self) -> None:
         if self.log is not None:
             self.log.close()
+
+
+def against(bigram: float | None, loss: float) -> str:
+    """How a loss compares with the bigram model's."""
+    if bigram is None:
+        return ""
+    where = "below" if loss < bigram else "above"
+    return f"; a bigram model on the same text {bigram:.3f}, so the model is {abs(bigram - loss):.3f} {where} it"
 
 
 def random_state(device: torch.device) -> Tensor:
