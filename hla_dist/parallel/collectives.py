@@ -102,3 +102,9 @@ def all_gather_objects(obj: Any, pg: dist.ProcessGroup) -> list[Any]:
     counter.calls += 1
     dist.all_gather_object(gathered, obj, group=pg)
     return gathered
+
+
+def broadcast(x: Tensor, pg: dist.ProcessGroup) -> None:
+    """Overwrite ``x`` with that of the group's rank 0, in place. One collective."""
+    counter.add(x)
+    dist.broadcast(x, group=pg, group_src=0)

@@ -1,0 +1,335 @@
+"""HLAAttention: projections, norms, gates and decay around one operator of the library.
+
+Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim, V value_dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hla_dist import functional
+from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
+
+__all__ = ["HLAAttention"]
+
+_ORDERS = {"linear_attention": 1, "hla2": 2, "ahla": 2, "hla3": 3}
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class Projection(nn.Linear):
+    """A bias-free linear map initialised from a normal distribution of standard deviation ``std``."""
+
+    def __init__(self, in_features: int, out_features: int, std: float, **factory: Any) -> None:
+        self.std = std  # before super().__init__, which calls reset_parameters
+        super().__init__(in_features, out_features, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class HLAAttention(nn.Module):
+    """Multi-head attention of order 1, 2 or 3 with a state of constant size.
+
+        q = rotary(norm(phi(x W_q)))       [B, T, H, K]        k likewise [B, T, G, K],  v = x W_v [B, T, G, V]
+        o = op(q, k, v, log_decay)         [B, T, H, V]        float32 states inside, whatever x's dtype
+        y = (rms_norm(o) * act(x W_g)) W_o                     [B, T, D]
+
+    Every parameter's gradient on a rank is that of the rank's own tokens: ``SequenceParallelHLA`` adds them up.
+    Communication: that of the operator over ``group``, one all-gather forward and one backward; see ``rope_theta``.
+    Raises ValueError naming the option, what was expected and what came.
+
+    Options, and why they are what they are:
+
+    ``op``: ``"hla2"`` (default), ``"linear_attention"``, and any further operator of the library by name.
+    ``num_kv_heads``: G, dividing H (default H); fewer key/value heads, less to store and to send.
+    ``head_dim``: K (default D / H). ``value_dim``: V, per head (default K); the state is K x V a head.
+    ``feature_map``: callable on queries and keys before their norm, e.g. ``torch.relu`` (default None: the operators
+        need no positivity). It may change K.
+    ``qk_norm``: ``"l2"`` (default) gives q and k length 1, which bounds every state by powers of the token count
+        whatever the weights do; ``"rms"`` gives them length sqrt(K) times a learned weight a channel; None leaves
+        them, and bounding them, to the caller.
+    ``scale``: multiplies q (default: 1/sqrt(K), with ``"l2"`` sqrt(K); either way scale * (q . k) of unrelated q and
+        k has variance 1, so that the first tokens' outputs are of order 1 for every K, order and norm).
+    ``decay``: ``"token"`` (default): log g = log_sigmoid(x W_d + b) / temperature for each token and head, in float32
+        (a slow gate is 1 - 10^-4, which bf16 rounds to 1); ``"head"``: the same without x W_d; None: no decay.
+    ``decay_heads``: gates per query head (H, default) or per key/value head (G; S is then shared within each).
+    ``decay_temperature``: how hard a token can cut (default 1: a gate moves freely between 0 and 1; GLA's 16 keeps
+        every gate near 1).
+    ``decay_range``: memory of the first and the last head at initialisation, in tokens (default 16 to 8192; the
+        others between, in equal ratios), so that some heads read locally and some far from the start.
+    ``output_norm``: RMS norm of each head's output, in float32 (default True). Outputs of order n grow like T^n without
+        decay; with it the first token and the millionth leave this layer at the same scale.
+    ``norm_eps``: its epsilon (default 1e-6), small beside the first token's output of order 1.
+    ``output_gate``: ``"silu"`` (default) or ``"sigmoid"`` of a further projection of x, or None.
+    ``residual_scale``: factor on W_o's initialisation (default 1; 1/sqrt(2 layers) keeps a deep residual stream's
+        variance from growing).
+    ``rope_theta``: base of rotary positions (default None: the decay tells order; 10000 is usual). Positions are
+        global: ``positions`` given to forward, else counted from the shard's start, which is known from
+        ``shard_lengths`` or else asked for by one all-gather of one integer a call; a call with ``state`` needs them.
+    ``mask``, ``ridge``, ``normalize``, ``eps``, ``chunk_size``, ``exchange``, ``backend``: the operator's.
+
+    fp16 activations are widened to float32 for the operator alone: what is inside grows like T, beyond fp16's 65504.
+
+    Plain attributes ``group`` and ``shard_lengths`` (None; not in the state_dict, not pickled, shared by deepcopy) are
+    set by ``SequenceParallelHLA``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        op: str = "hla2",
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        value_dim: int | None = None,
+        feature_map: Callable[[Tensor], Tensor] | None = None,
+        qk_norm: str | None = "l2",
+        scale: float | None = None,
+        decay: str | None = "token",
+        decay_heads: int | None = None,
+        decay_temperature: float = 1.0,
+        decay_range: tuple[float, float] = (16.0, 8192.0),
+        output_norm: bool = True,
+        norm_eps: float = 1e-6,
+        output_gate: str | None = "silu",
+        residual_scale: float = 1.0,
+        rope_theta: float | None = None,
+        mask: str = "causal",
+        ridge: float = 0.0,
+        normalize: bool = False,
+        eps: float = 1e-6,
+        chunk_size: int | None = None,
+        exchange: str = "auto",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads),
+                           ("head_dim", head_dim), ("value_dim", value_dim)):  # fmt: skip
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(
+                f"head_dim: expected to be given unless num_heads divides hidden_size, got hidden_size={hidden_size}, "
+                f"num_heads={num_heads}"
+            )
+        self.hidden_size, self.num_heads, self.op = hidden_size, num_heads, op
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.value_dim = self.head_dim if value_dim is None else value_dim
+        self.decay_heads = num_heads if decay_heads is None else decay_heads
+        _one_of("op", op, tuple(name for name in _ORDERS if hasattr(functional, name)))
+        _one_of("qk_norm", qk_norm, ("l2", "rms", None))
+        _one_of("decay", decay, ("token", "head", None))
+        _one_of("output_gate", output_gate, (*_GATES, None))
+        _one_of("mask", mask, ("causal", "prefix", "full"))
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {self.num_kv_heads}")
+        _one_of("decay_heads", self.decay_heads, (num_heads, self.num_kv_heads))
+        if feature_map is not None and not callable(feature_map):
+            raise ValueError(f"feature_map: expected a callable or None, got {feature_map!r}")
+        if not decay_temperature > 0:
+            raise ValueError(f"decay_temperature: expected a number > 0, got {decay_temperature}")
+        if len(decay_range) != 2 or not 0 < decay_range[0] <= decay_range[1] < math.inf:
+            raise ValueError(f"decay_range: expected 0 < shortest <= longest memory in tokens, got {decay_range}")
+        if rope_theta is not None and (not rope_theta > 0 or self.head_dim % 2):
+            raise ValueError(f"rope_theta: expected > 0 and an even head_dim, got {rope_theta} and {self.head_dim}")
+        if mask == "full" and decay is not None:
+            raise ValueError(
+                f"decay: expected None with mask='full', which sees the whole sequence alike, got {decay!r}"
+            )
+
+        self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
+        self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
+        self.output_norm, self.norm_eps, self.output_gate = output_norm, norm_eps, output_gate
+        self.rope_theta, self.mask = rope_theta, mask
+        self.ridge, self.normalize, self.eps = ridge, normalize, eps
+        self.chunk_size, self.exchange, self.backend = chunk_size, exchange, backend
+        self.group: Any = None
+        self.shard_lengths: Sequence[int] | None = None
+
+        queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        values, outputs = self.num_kv_heads * self.value_dim, num_heads * self.value_dim
+        std = hidden_size**-0.5
+        factory = {"device": device, "dtype": dtype}
+        self.q_proj = Projection(hidden_size, queries, std, **factory)
+        self.k_proj = Projection(hidden_size, keys, std, **factory)
+        self.v_proj = Projection(hidden_size, values, std, **factory)
+        self.g_proj = None if output_gate is None else Projection(hidden_size, outputs, std, **factory)
+        self.o_proj = Projection(outputs, hidden_size, residual_scale * outputs**-0.5, **factory)
+        # gates that differ from token to token from the start: half a unit of the logit
+        self.d_proj = Projection(hidden_size, self.decay_heads, 0.5 * std, **factory) if decay == "token" else None
+
+        def vector(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, **factory))
+
+        self.decay_bias = None if decay is None else vector(self.decay_heads)
+        self.q_weight = vector(self.head_dim) if qk_norm == "rms" else None
+        self.k_weight = vector(self.head_dim) if qk_norm == "rms" else None
+        self.o_weight = vector(num_heads, self.value_dim) if output_norm else None
+        self._reset_vectors()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew; after ``to_empty`` on a module built on the meta device, for example.
+
+        The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, tau from ``decay_range`` in equal ratios.
+        """
+        for child in self.children():
+            if isinstance(child, Projection):
+                child.reset_parameters()
+        self._reset_vectors()
+
+    def _reset_vectors(self) -> None:
+        for weight in (self.q_weight, self.k_weight, self.o_weight):
+            if weight is not None:
+                nn.init.ones_(weight)
+        if self.decay_bias is not None:
+            shortest, longest = (math.log(tau) for tau in self.decay_range)
+            steps = max(self.decay_heads - 1, 1)
+            # softplus(-b) = temperature / tau
+            biases = [
+                -math.log(math.expm1(self.decay_temperature * math.exp(-(shortest + (longest - shortest) * h / steps))))
+                for h in range(self.decay_heads)
+            ]
+            with torch.no_grad():
+                self.decay_bias.copy_(torch.tensor(biases))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        group: Any = None,
+        output_final_state: bool | None = None,
+    ) -> tuple[Tensor, Any]:
+        """``y [B, T, D]`` and the state after the last token, for ``x [B, T, D]``, this rank's shard with a group.
+
+        ``state`` is what an earlier call returned, for text that goes on; T = 1 with it is the decode step.
+        ``output_final_state`` None means: if a state came in, or gradients are off (a training step does not pay for
+        it). ``positions`` [T] or [B, T] are global, and used with ``rope_theta`` only. ``group`` wins over the
+        attribute. Errors, communication and numerics are the operator's; see the class.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
+            raise ValueError(
+                f"x: expected a floating-point tensor [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
+            )
+        group = self.group if group is None else group
+        if output_final_state is None:
+            output_final_state = state is not None or not torch.is_grad_enabled()
+        batch, tokens = x.shape[:2]
+        q = self.q_proj(x).view(batch, tokens, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.value_dim)
+        if self.feature_map is not None:
+            q, k = self.feature_map(q), self.feature_map(k)
+        q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
+        if self.rope_theta is not None:
+            if positions is None:
+                positions = self._positions(x, state, group)
+            cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        activation = v.dtype
+        if activation == torch.float16:
+            q, k, v = q.float(), k.float(), v.float()
+
+        options: dict[str, Any] = {"ridge": self.ridge} if self.ridge else {}
+        if self.scale is not None:
+            options["scale"] = self.scale
+        else:
+            options["scale"] = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5)
+        o, state = getattr(functional, self.op)(
+            q,
+            k,
+            v,
+            log_decay=self._log_decay(x),
+            mask=self.mask,
+            normalize=self.normalize,
+            eps=self.eps,
+            initial_state=state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            group=group,
+            exchange=self.exchange,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+            **options,
+        )
+        if self.o_weight is not None:
+            # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
+            o = F.rms_norm(o, (self.value_dim,), None, self.norm_eps) * self.o_weight.to(o.dtype)
+        o = o.to(activation).reshape(batch, tokens, self.num_heads * self.value_dim)
+        if self.g_proj is not None:
+            o = o * _GATES[self.output_gate](self.g_proj(x))
+        return self.o_proj(o), state
+
+    def _normalized(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight a channel."""
+        if self.qk_norm is None:
+            return x
+        size = x.shape[-1]
+        unit_variance = F.rms_norm(x, (size,), None, self.norm_eps)  # float32 at least inside
+        if weight is None:
+            return unit_variance * size**-0.5
+        if size != self.head_dim:
+            raise ValueError(f"feature_map: expected to keep head_dim={self.head_dim} with qk_norm='rms', got {size}")
+        return unit_variance * weight.to(x.dtype)
+
+    def _log_decay(self, x: Tensor) -> Tensor | None:
+        """Natural log of the gates, [B, T, decay_heads] or [decay_heads]; float32 or wider, strictly below 0."""
+        if self.decay_bias is None:
+            return None
+        wide = torch.float64 if self.decay_bias.dtype == torch.float64 else torch.float32
+        logits = self.decay_bias.to(wide)
+        if self.d_proj is not None:
+            # only the small, token-dependent part is ever rounded to x's dtype
+            logits = self.d_proj(x).to(wide) + logits
+        return F.logsigmoid(logits) / self.decay_temperature
+
+    def _positions(self, x: Tensor, state: Any, group: Any) -> Tensor:
+        """Global positions [T] of this rank's tokens; see ``rope_theta``."""
+        if state is not None:
+            raise ValueError("positions: expected to be given with rope_theta and a state, got None")
+        tokens, start = x.shape[1], 0
+        if group is not None:
+            pg = resolve_group(group)
+            lengths = self.shard_lengths
+            if lengths is None:
+                lengths = all_gather_flat(torch.tensor([tokens], device=x.device), pg)[0].tolist()
+            start = sum(lengths[: group_rank(pg)])
+        return torch.arange(start, start + tokens, device=x.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A group is a connection of this run, not part of the layer: what is pickled comes back without it.
+        return {**self.__dict__, "group": None, "shard_lengths": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HLAAttention:
+        # A copy within the run (an average of weights, say) keeps working over the same group.
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def extra_repr(self) -> str:
+        return (
+            f"op={self.op!r}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"value_dim={self.value_dim}, decay={self.decay!r}, qk_norm={self.qk_norm!r}"
+        )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")

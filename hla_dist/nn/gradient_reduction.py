@@ -1,0 +1,171 @@
+"""Parameter gradients summed over a group, once a backward.
+
+Autograd runs a hook of ours before it adds a gradient to a parameter, and at the gradient of the module's output; the
+first of them in a backward asks the engine for a call at its end, where all gradients are reduced together in the
+parameters' order. They are not overlapped with the backward: the order then never depends on timing, and ranks whose
+shard is empty, or whose parameters went unused, need no special case.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._pytree import tree_leaves
+
+from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank
+
+__all__ = ["GradientReduction", "broadcast_from_first"]
+
+_BUCKET_BYTES = 256 << 20
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    # by name: importing torch.distributed.tensor costs every user of the library most of a second
+    return any(cls.__name__ == "DTensor" for cls in type(x).__mro__)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and device together, in order, at most _BUCKET_BYTES unless one alone is more."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for x in tensors:
+        kinds.setdefault((x.dtype, x.device), []).append(x)
+    for kind in kinds.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for x in kind:
+            if bucket and size + x.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(x)
+            size += x.nbytes
+        yield bucket
+
+
+def broadcast_from_first(tensors: Iterable[Tensor], pg: dist.ProcessGroup) -> None:
+    """Overwrite ``tensors`` with those of the group's rank 0; DTensors are left alone. One broadcast a bucket."""
+    with torch.no_grad():
+        for bucket in _buckets(x.detach() for x in tensors if not _is_dtensor(x)):
+            flat = torch.cat([x.flatten() for x in bucket])
+            broadcast(flat.view(torch.uint8), pg)  # as bytes: every dtype travels
+            for x, piece in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+                x.copy_(piece.view(x.shape))
+
+
+class GradientReduction:
+    """Sums ``.grad`` of the module's plain parameters over ``pg`` at the end of every backward while ``enabled``.
+
+        grad_r <- sum over ranks r of grad_r                      one all-reduce a bucket of one dtype, fixed order
+
+    fp16 and bf16 gradients are summed in float32. A parameter that no rank has a gradient for keeps None; where only
+    some have one, the others count as zero. What is in ``.grad`` from an earlier reduction counts once, not once a
+    rank: it stays on the group's rank 0 when new gradients are added to it. Raises ValueError for sparse gradients.
+    """
+
+    def __init__(self, module: nn.Module, pg: dist.ProcessGroup) -> None:
+        self.enabled = True
+        self._module, self._pg = module, pg
+        self._hooked: dict[int, tuple[weakref.ref, Any]] = {}  # by id: parameters compare element by element
+        self._summed: set[int] = set()  # ids of parameters whose .grad is a sum over the group already
+        self._at_end: weakref.ref | None = None
+        self._hook_parameters()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self._module.parameters() if p.requires_grad and not _is_dtensor(p)]
+
+    def _hook_parameters(self) -> None:
+        """Also finds parameters that came later: unfrozen, or made anew by ``to_empty``."""
+        this = weakref.ref(self)  # a wrapper that is gone reduces nothing
+        for p in self._parameters():
+            known = self._hooked.get(id(p))
+            if known is not None and known[0]() is p:
+                continue
+            parameter = weakref.ref(p)
+
+            def before_accumulation(_: Tensor, parameter: weakref.ref = parameter) -> None:
+                reduction = this()
+                if reduction is not None:
+                    reduction._keep_sum_on_first(parameter())
+                    reduction._ask_for_reduction()
+
+            self._hooked[id(p)] = (parameter, p.register_hook(before_accumulation))
+            self._summed.discard(id(p))
+
+    def prepare(self, output: Any) -> None:
+        """After a forward: see to it that a backward through ``output`` ends in a reduction, whatever it reaches."""
+        self._hook_parameters()
+        this = weakref.ref(self)
+
+        def at_output(_: Tensor) -> None:
+            reduction = this()
+            if reduction is not None:
+                reduction._ask_for_reduction()
+
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                x.register_hook(at_output)
+
+    def remove(self) -> None:
+        """Take every hook off the parameters."""
+        for _, handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
+        self.enabled = False
+
+    def _keep_sum_on_first(self, p: nn.Parameter | None) -> None:
+        if p is not None and id(p) in self._summed:
+            self._summed.discard(id(p))
+            if p.grad is not None and group_rank(self._pg) != 0:
+                p.grad.detach().zero_()
+
+    def _ask_for_reduction(self) -> None:
+        """Once a backward; if that fails, the engine drops the callback, the reference dies, and the next asks anew."""
+        if not self.enabled or (self._at_end is not None and self._at_end() is not None):
+            return
+        callback = _AtEnd(self)
+        self._at_end = weakref.ref(callback)
+        Variable._execution_engine.queue_callback(callback)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum the gradients now; every rank of the group must call it."""
+        self._at_end = None
+        parameters = self._parameters()
+        for p in parameters:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise ValueError(f"gradients: expected dense ones (nn.Embedding(sparse=False)), got {p.grad.layout}")
+            self._keep_sum_on_first(p)
+        for bucket in _buckets(parameters):
+            self._reduce_bucket(bucket)
+        self._summed = {id(p) for p in parameters if p.grad is not None}
+
+    def _reduce_bucket(self, bucket: list[Tensor]) -> None:
+        dtype = torch.float32 if bucket[0].dtype in (torch.float16, torch.bfloat16) else bucket[0].dtype
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        missing = [p.grad is None for p in bucket]
+        present = torch.tensor([0.0 if m else 1.0 for m in missing], device=bucket[0].device)
+        flat = torch.cat([x.flatten().to(dtype) for x in (*pieces, present)])
+        all_reduce_sum(flat, self._pg)
+        *sums, counts = flat.split([*(p.numel() for p in bucket), len(bucket)])
+        if any(missing):  # only then are the counts read: on a GPU that waits for the reduction
+            counted = counts.real.tolist()
+        for i, (p, total) in enumerate(zip(bucket, sums, strict=True)):
+            if not missing[i]:
+                p.grad.copy_(total.view(p.shape))
+            elif counted[i] > 0:
+                p.grad = total.view(p.shape).to(p.dtype, copy=True)
+
+
+class _AtEnd:
+    """What the engine calls at the end of a backward, and alone keeps alive until then."""
+
+    def __init__(self, reduction: GradientReduction) -> None:
+        self.reduction = reduction
+
+    def __call__(self) -> None:
+        self.reduction.reduce()

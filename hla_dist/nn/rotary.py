@@ -1,0 +1,35 @@
+"""Rotary positions that stay exact at a million tokens.
+
+Letters: B batch, T local tokens, H heads, K head size (even).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_rotary", "rotary_tables"]
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles.
+
+        angle[t, m] = positions[t] * theta^(-2m / K),  m < K/2          positions [T] or [B, T] -> [.., T, K/2] each
+
+    Angles are computed in float64 (in float32 an angle near 10^6 is known to 0.06 only), tables returned in float32.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angle = positions.to(torch.float64).unsqueeze(-1) * theta**-exponent
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[m], x[m + K/2]) by their angles; norms are kept, and products depend on distances only.
+
+        x [B, T, H, K],  cos, sin [T, K/2] or [B, T, K/2] -> [B, T, H, K]
+
+    float32 or wider inside, returned in x's dtype.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one table for all heads
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,263 @@
+"""Who owns which tokens: cutting a sequence into shards, joining it again, and the loss that fits.
+
+A sequence of T tokens is cut into P contiguous shards in rank order (a recurrence needs the past on lower ranks: no
+head-tail balancing here). By default rank r owns tokens [r*T//P, (r+1)*T//P), so lengths differ by at most one;
+``lengths`` gives them otherwise, zeros allowed.
+
+The convention for gradients, everywhere in the library: *every rank's loss is its own share of the total, and
+gradients are summed over the group*. ``token_loss`` computes such shares; ``unshard`` sums in its backward. A loss that
+every rank computes alike from unsharded tensors is counted P times under this convention: divide it by P.
+
+``group`` is a ProcessGroup, a one-dimensional DeviceMesh, or None for a sequence that is not sharded.
+
+Letters: B batch, T tokens, N vocabulary, P ranks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from hla_dist.parallel.collectives import all_gather_flat, all_reduce_sum, group_rank, group_size, resolve_group
+
+__all__ = ["ShardedBatch", "default_lengths", "shard", "shard_batch", "token_loss", "unshard"]
+
+_MAX_DIMS = 8  # of a tensor that unshard can agree on
+
+
+class ShardedBatch(NamedTuple):
+    """One rank's share of a batch of token sequences.
+
+    inputs    [B, T_local]   what the model reads
+    labels    [B, T_local]   the next token of each, ``ignore_index`` where there is none to predict
+    positions [T_local]      the global position of each, the first token of the sequence being 0
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    positions: Tensor
+
+
+def default_lengths(total: int, parts: int) -> list[int]:
+    """Lengths of ``parts`` contiguous shards of ``total`` tokens, as equal as they can be."""
+    return [(r + 1) * total // parts - r * total // parts for r in range(parts)]
+
+
+def _members(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
+    """The process group (None: a single process), this rank in it, and its size."""
+    if group is None:
+        return None, 0, 1
+    pg = resolve_group(group)
+    return pg, group_rank(pg), group_size(pg)
+
+
+def _check_dim(x: Tensor, dim: int) -> int:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: expected a dimension of x {list(x.shape)}, got {dim}")
+    return dim % x.dim()
+
+
+def _check_lengths(lengths: Sequence[int], parts: int, total: int | None = None) -> list[int]:
+    checked = [int(n) for n in lengths]
+    if len(checked) != parts:
+        raise ValueError(f"lengths: expected one length for each of {parts} ranks, got {len(checked)}")
+    if min(checked) < 0:
+        raise ValueError(f"lengths: expected lengths >= 0, got {checked}")
+    if total is not None and sum(checked) != total:
+        raise ValueError(f"lengths: expected lengths that sum to the {total} tokens given, got {checked}")
+    return checked
+
+
+def shard(x: Tensor, group: Any, dim: int = 1, lengths: Sequence[int] | None = None) -> Tensor:
+    """This rank's shard of ``x``, which every rank holds whole.
+
+        [.., T, ..] -> [.., T_local, ..]                                T = dim ``dim`` of x
+
+    Differentiable: the gradient of x is this rank's slice, zero elsewhere; its sum over the ranks is the whole one.
+    No communication. Raises ValueError if ``lengths`` are not one a rank, or do not sum to T.
+    """
+    _, rank, parts = _members(group)
+    dim = _check_dim(x, dim)
+    total = x.shape[dim]
+    lengths = default_lengths(total, parts) if lengths is None else _check_lengths(lengths, parts, total)
+    return x.narrow(dim, sum(lengths[:rank]), lengths[rank]).contiguous()
+
+
+def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: int = 1) -> Tensor:
+    """The whole tensor, on every rank, from its shards.
+
+        [.., T_local, ..] -> [.., T, ..]                                T = sum of the ranks' T_local
+
+    Differentiable: each rank's shard gets the *sum over the ranks* of the gradients of its slice (a loss computed
+    alike on every rank is therefore counted P times; see the head of this file).
+
+    Communication: forward one all-gather of shards padded to the longest; backward one all-reduce of the whole
+    gradient. Without ``lengths``, first a small all-gather of lengths and shapes (read on the host), by which every
+    rank raises the same ValueError if dtypes or shapes differ; with ``lengths`` the other dimensions are taken to
+    agree, and only this rank's length is checked. Raises ValueError naming the argument otherwise.
+    """
+    pg, rank, parts = _members(group)
+    if pg is None or parts == 1:
+        dim = _check_dim(x, dim)
+        if lengths is not None:
+            _check_lengths(lengths, 1, x.shape[dim])
+        return x
+    if lengths is None:
+        dim, lengths = _agree_on_shapes(x, dim, pg)
+    else:
+        dim = _check_dim(x, dim)
+        lengths = _check_lengths(lengths, parts)
+        if x.shape[dim] != lengths[rank]:
+            raise ValueError(f"x: expected lengths[{rank}] = {lengths[rank]} in dim {dim}, got {list(x.shape)}")
+    return _Unshard.apply(x, pg, lengths, dim)
+
+
+def _agree_on_shapes(x: Tensor, dim: int, pg: dist.ProcessGroup) -> tuple[int, list[int]]:
+    """Every rank's length in ``dim``; raises the same ValueError on all ranks if their tensors do not fit."""
+    good = -x.dim() <= dim < x.dim() <= _MAX_DIMS
+    record = [int(good), x.dim(), dim % max(x.dim(), 1), zlib.crc32(str(x.dtype).encode())]
+    sizes = list(x.shape[:_MAX_DIMS])
+    record += sizes + [0] * (_MAX_DIMS - len(sizes))
+    gathered, _ = all_gather_flat(torch.tensor(record, dtype=torch.int64, device=x.device), pg)
+    records = gathered.view(-1, len(record)).tolist()
+    bad = [r for r, other in enumerate(records) if not other[0]]
+    if bad:
+        raise ValueError(
+            f"dim: expected a dimension of x, and at most {_MAX_DIMS} of them, got dim={dim} with x {list(x.shape)} "
+            f"here (wrong on rank {bad[0]})"
+        )
+    dim = record[2]
+    for r, other in enumerate(records):
+        without_length = [n for d, n in enumerate(other) if d != 4 + dim]
+        first = [n for d, n in enumerate(records[0]) if d != 4 + dim]
+        if without_length != first:
+            shapes = [list(one[4 : 4 + one[1]]) for one in (records[0], other)]
+            raise ValueError(
+                f"x: expected the same dtype, dim and sizes outside dim on every rank, got {shapes[0]} on rank 0 and "
+                f"{shapes[1]} on rank {r} (here {x.dtype}, dim {dim})"
+            )
+    return dim, [other[4 + dim] for other in records]
+
+
+class _Unshard(torch.autograd.Function):
+    """All-gather along ``dim`` forward; all-reduce and slice backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pg: dist.ProcessGroup, lengths: list[int], dim: int) -> Tensor:
+        ctx.pg, ctx.dim = pg, dim
+        rank = group_rank(pg)
+        ctx.start, ctx.length = sum(lengths[:rank]), lengths[rank]
+        front = x.movedim(dim, 0)
+        rest, longest = front.shape[1:], max(lengths)
+        padded = front.new_zeros(longest, *rest)  # gloo gathers flat tensors of one size only
+        padded[: lengths[rank]] = front
+        flat, _ = all_gather_flat(padded.flatten(), pg)
+        gathered = flat.view(len(lengths), longest, *rest)
+        return torch.cat([gathered[r, :n] for r, n in enumerate(lengths)]).movedim(0, dim).contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # A reduce-scatter would send half as much, but only of equal shards; this is not a steady-state path.
+        total = grad.clone(memory_format=torch.contiguous_format)
+        all_reduce_sum(total, ctx.pg)
+        return total.narrow(ctx.dim, ctx.start, ctx.length).contiguous(), None, None, None
+
+
+def shard_batch(
+    tokens: Tensor, group: Any, lengths: Sequence[int] | None = None, ignore_index: int = -100
+) -> ShardedBatch:
+    """Inputs, labels and positions of this rank's shard of a batch of sequences that every rank holds whole.
+
+        inputs = tokens[:, :-1],  labels = tokens[:, 1:]                tokens [B, T + 1], then both cut into shards
+
+    The shift comes before the cut, so a shard's last label is the next rank's first token. Where a token equals
+    ``ignore_index`` it is padding: as a label it stays and does not count, as an input it is replaced by 0.
+
+    No communication: every rank must give the same tokens. Raises ValueError unless tokens are integers [B, T + 1],
+    T >= 1, or if ``lengths`` are not one a rank summing to T.
+    """
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens: expected integers [B, T + 1], got {tokens.dtype} {list(tokens.shape)}")
+    if tokens.shape[1] < 2:
+        raise ValueError(f"tokens: expected at least 2 a sequence (inputs and labels), got {list(tokens.shape)}")
+    _, rank, parts = _members(group)
+    total = tokens.shape[1] - 1
+    lengths = default_lengths(total, parts) if lengths is None else _check_lengths(lengths, parts, total)
+    inputs = shard(tokens[:, :-1], group, lengths=lengths)
+    labels = shard(tokens[:, 1:], group, lengths=lengths)
+    start = sum(lengths[:rank])
+    positions = torch.arange(start, start + lengths[rank], device=tokens.device)
+    return ShardedBatch(inputs.masked_fill(inputs == ignore_index, 0), labels, positions)
+
+
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    group: Any = None,
+    ignore_index: int = -100,
+    valid_tokens: Tensor | int | None = None,
+) -> Tensor:
+    """This rank's share of the mean cross-entropy over the valid tokens of the whole sequence, in nats.
+
+        share = sum_{local valid t} -log softmax(logits_t)[label_t]  /  (valid tokens on all ranks)
+                                                                        logits [.., N], labels [..] -> scalar
+
+    Shares sum to the loss, and gradients of shares, summed over the group, are its gradient: neither depends on how
+    many ranks there are. A shard with no valid token, or no token, has share 0 and stays connected to the graph, as
+    the operators' backward needs of every rank. With no valid token anywhere all shares are 0.
+
+    float32, or float64 for float64 logits. Communication: one all-reduce of two integers, none if ``valid_tokens``
+    is given (the global count, when it is known or covers several micro-batches). Raises ValueError, the same on
+    every rank unless ``valid_tokens`` is given, for shapes that do not match or (on CPU) labels out of range.
+    """
+    problem = _loss_problem(logits, labels, ignore_index)
+    pg, _, parts = _members(group)
+    if valid_tokens is None:
+        # the second number is how many ranks have a problem, so that one rank's error never leaves others waiting
+        valid = (labels != ignore_index).sum() if not problem else torch.zeros((), dtype=torch.int64)
+        count = torch.stack([valid.to(logits.device), torch.full_like(valid, bool(problem), device=logits.device)])
+        if pg is not None and parts > 1:
+            all_reduce_sum(count, pg)
+            if not problem and count.device.type == "cpu" and count[1]:
+                problem = (
+                    f"labels: expected labels that fit logits on every rank, got {count[1]} rank(s) where they do not"
+                )
+        valid_tokens = count[0]
+    if problem:
+        raise ValueError(problem)
+    classes = logits.shape[-1]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(
+        wide.reshape(labels.numel(), classes), labels.reshape(-1).long(), ignore_index=ignore_index, reduction="sum"
+    )
+    if isinstance(valid_tokens, Tensor):
+        return total / valid_tokens.clamp(min=1)
+    return total / max(valid_tokens, 1)
+
+
+def _loss_problem(logits: Tensor, labels: Tensor, ignore_index: int) -> str:
+    """What is wrong with the arguments of ``token_loss``; empty if nothing is."""
+    if not logits.is_floating_point() or logits.dim() < 1:
+        return f"logits: expected a floating-point tensor [.., N], got {logits.dtype} {list(logits.shape)}"
+    if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        return (
+            f"labels: expected integers {list(logits.shape[:-1])} for logits {list(logits.shape)}, "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        return f"labels: expected device {logits.device}, that of logits, got {labels.device}"
+    if labels.device.type == "cpu" and labels.numel():  # on other devices a look at the values would synchronise
+        counted = labels[labels != ignore_index]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
+            return (
+                f"labels: expected values in [0, {logits.shape[-1]}) or {ignore_index}, "
+                f"got {int(counted.min())} to {int(counted.max())}"
+            )
+    return ""

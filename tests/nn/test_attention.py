@@ -1,0 +1,248 @@
+"""HLAAttention in one process: what its options do, streaming, initialisation, precision, bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from hla_dist.nn import HLAAttention
+from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from tests.harness import assert_bitwise, assert_close, raises_value_error
+from tests.tolerances import FLOAT64
+
+VARIANTS = {
+    "default": {},
+    "first order": dict(op="linear_attention"),
+    "grouped heads": dict(num_kv_heads=2, value_dim=6),
+    "multi-query": dict(num_kv_heads=1, decay_heads=1),
+    "gates per head": dict(decay="head"),
+    "no decay": dict(decay=None),
+    "rms norm, sigmoid gate": dict(qk_norm="rms", output_gate="sigmoid"),
+    "bare": dict(qk_norm=None, output_gate=None, output_norm=False, decay=None),
+    "positive features, ratio": dict(feature_map=torch.relu, normalize=True),
+    "features of another size": dict(feature_map=lambda x: torch.cat([x, -x], -1)),
+    "ridge": dict(ridge=0.5),
+    "rotary": dict(rope_theta=1e4),
+    "prefix": dict(mask="prefix"),
+}
+
+
+def _layer(dtype: torch.dtype = torch.float64, **options) -> HLAAttention:
+    torch.manual_seed(0)
+    return HLAAttention(32, 4, **options).to(dtype)
+
+
+def _tokens(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, tokens, 32, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_streaming_equals_the_whole(name):
+    """Prefill, a second piece, an empty piece, and token by token: outputs, and gradients through the state."""
+    layer = _layer(**VARIANTS[name])
+    x = _tokens(21).requires_grad_()
+    rotary = {"positions": torch.arange(21)} if layer.rope_theta else {}
+    whole, none = layer(x, **rotary)
+    assert none is None, "a training step must not compute a final state"
+    weight = torch.randn_like(whole)
+    (whole * weight).sum().backward()
+    want = {n: p.grad.clone() for n, p in layer.named_parameters()} | {"x": x.grad.clone()}
+    layer.zero_grad()
+    x.grad = None
+    state, pieces, start = None, [], 0
+    for length in (9, 7, 0, 1, 1, 1, 2):
+        rotary = {"positions": torch.arange(start, start + length)} if layer.rope_theta else {}
+        y, state = layer(x[:, start : start + length], state, output_final_state=True, **rotary)
+        pieces.append(y)
+        start += length
+    streamed = torch.cat(pieces, 1)
+    assert_close("y", streamed, whole.detach(), FLOAT64)
+    (streamed * weight).sum().backward()
+    for n, p in layer.named_parameters():
+        assert p.grad.norm() > 0, f"{n} takes no part"
+        assert_close(f"d {n}", p.grad, want[n], FLOAT64)
+    assert_close("dx", x.grad, want["x"], FLOAT64)
+
+
+def test_final_state_comes_when_streaming_or_without_gradients():
+    layer, x = _layer(), _tokens(3)
+    assert layer(x)[1] is None
+    with torch.no_grad():
+        state = layer(x)[1]
+    assert layer(x, state)[1] is not None
+    assert layer(x, state, output_final_state=False)[1] is None
+
+
+def test_initial_gates_spread_over_time_scales_and_differ_between_tokens():
+    layer = _layer(torch.float32, decay_range=(4.0, 4096.0), decay_temperature=2.0)
+    with torch.no_grad():
+        at_rest = layer._log_decay(torch.zeros(1, 1, 32))
+        gates = layer._log_decay(_tokens(50, torch.float32))
+    assert at_rest.dtype == torch.float32
+    memory = -1 / at_rest.flatten()
+    assert torch.allclose(memory, 4.0 * (4096 / 4) ** (torch.arange(4) / 3), rtol=1e-3)
+    assert (gates < 0).all()
+    assert (gates.std(dim=1) > 0).all()
+
+
+def test_gates_stay_float32_under_bf16():
+    layer = _layer(torch.float32, decay_range=(1e6, 1e6))
+    with torch.autocast("cpu", torch.bfloat16):
+        log_decay = layer._log_decay(torch.zeros(1, 5, 32))
+    assert log_decay.dtype == torch.float32
+    assert torch.allclose(log_decay, torch.tensor(-1e-6), rtol=1e-3)
+
+
+def test_meta_device_and_reset_parameters():
+    for options in VARIANTS.values():
+        with torch.device("meta"):
+            layer = HLAAttention(32, 4, **options)
+        assert all(p.is_meta for p in layer.parameters())
+        torch.manual_seed(0)
+        layer = layer.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.fill_(math.nan)
+        layer.reset_parameters()
+        for (n, p), q in zip(layer.named_parameters(), _layer(torch.float32, **options).parameters(), strict=True):
+            assert_bitwise(n, p.detach(), q.detach())
+
+
+def test_reset_of_every_submodule_in_any_order_is_the_same_distribution():
+    """Frameworks that reset each submodule alone must not fall back to nn.Linear's initialisation."""
+    layer = _layer(torch.float32, residual_scale=0.1)
+    for child in layer.children():
+        child.reset_parameters()
+    assert abs(layer.o_proj.weight.std().item() / (0.1 * 32**-0.5) - 1) < 0.1
+    assert abs(layer.q_proj.weight.std().item() / 32**-0.5 - 1) < 0.1
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize("options", [{}, dict(op="linear_attention"), dict(qk_norm="rms"), dict(qk_norm=None)])
+def test_first_outputs_are_of_order_one(size, options):
+    torch.manual_seed(0)
+    layer = HLAAttention(256, 2, head_dim=size, output_norm=False, output_gate=None, decay=None, **options)
+    layer.o_proj = torch.nn.Identity()
+    with torch.no_grad():
+        first = layer(torch.randn(200, 1, 256))[0]
+    assert 0.5 < first.square().mean().sqrt() < 3
+
+
+@pytest.mark.parametrize("decay", ["token", None])
+def test_bf16_is_stable_over_long_sequences(decay):
+    """Undecayed outputs grow like T^2; the layer's, and its gradients, must not, nor vanish."""
+    torch.manual_seed(0)
+    layer = HLAAttention(32, 2, decay=decay, dtype=torch.bfloat16)
+    x = torch.randn(1, 32768, 32).bfloat16().requires_grad_()
+    y, _ = layer(x)
+    scale = y.detach().float().square().mean(-1).sqrt()[0]
+    assert torch.isfinite(scale).all()
+    early, late = scale[:512].mean(), scale[-512:].mean()
+    assert 0.5 < early / late < 2, (early, late)
+    (y.float() * torch.randn(y.shape)).sum().backward()
+    for n, p in (*layer.named_parameters(), ("x", x)):
+        assert torch.isfinite(p.grad).all(), n
+        assert p.grad.abs().max() > 0, n
+    size = x.grad.float().square().mean(-1).sqrt()[0]
+    assert size[:512].mean() < 100 * size[-512:].mean()
+    assert size.max() < 1e3 * size.mean()
+
+
+def test_half_precision_inputs_do_not_overflow():
+    """An undecayed u passes 65504 within a few thousand tokens that agree."""
+    layer = _layer(torch.float32, decay=None).half()
+    x = torch.ones(1, 4096, 32, dtype=torch.float16, requires_grad=True)
+    y, _ = layer(x)
+    assert y.dtype == torch.float16
+    y.sum().backward()
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_autocast_runs_the_layer_in_bf16():
+    layer, x = _layer(torch.float32), _tokens(64, torch.float32)
+    want, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = layer(x)
+    assert got.dtype == torch.bfloat16
+    assert_close("y", got, want.detach(), 3e-2)
+    got.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_rotary_products_depend_on_distance_only_even_far_out():
+    q, k = torch.randn(1, 1, 3, 64), torch.randn(1, 1, 3, 64)
+
+    def product(i: int, j: int) -> torch.Tensor:
+        rotated = [apply_rotary(x, *rotary_tables(torch.tensor([p]), 64, 1e4)) for x, p in ((q, i), (k, j))]
+        return (rotated[0] * rotated[1]).sum(-1)
+
+    assert_close("far", product(1_000_007, 1_000_000), product(7, 0), 1e-5)
+    assert_close("norm", apply_rotary(q, *rotary_tables(torch.tensor([12345]), 64, 1e4)).norm(), q.norm(), 1e-6)
+    assert not torch.allclose(product(9, 0), product(7, 0), rtol=1e-2)
+
+
+def test_copies_and_pickles():
+    layer, x = _layer(), _tokens(5)
+    layer.group = unpicklable = (i for i in ())  # stands for a process group: neither pickled nor copied
+    twin = copy.deepcopy(layer)
+    assert twin.group is unpicklable, "a copy must go on over the same group, not alone"
+    back = pickle.loads(pickle.dumps(layer))
+    assert back.group is None
+    assert layer.group is unpicklable
+    layer.group = None
+    assert_bitwise("y", back(x)[0].detach(), layer(x)[0].detach())
+
+
+def test_compiles_without_graph_breaks():
+    for options in ({}, dict(rope_theta=1e4, qk_norm="rms", num_kv_heads=2)):
+        layer = _layer(torch.float32, **options)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = _tokens(70, torch.float32).requires_grad_()
+        want = torch.autograd.grad(layer(x)[0].square().sum(), [x, *layer.parameters()])
+        got = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])
+        for a, b in zip(got, want, strict=True):
+            assert_close("gradient", a, b, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (dict(op="softmax"), ("op", "'hla2'", "'softmax'")),
+        (dict(num_heads=0), ("num_heads", "positive integer", "got 0")),
+        (dict(num_heads=5), ("head_dim", "num_heads=5")),
+        (dict(num_kv_heads=3), ("num_kv_heads", "divisor of num_heads=4", "got 3")),
+        (dict(qk_norm="layer"), ("qk_norm", "'l2', 'rms', None", "'layer'")),
+        (dict(decay="always"), ("decay", "'token', 'head', None", "'always'")),
+        (dict(decay_heads=2), ("decay_heads", "got 2")),
+        (dict(decay_temperature=0), ("decay_temperature", "> 0", "got 0")),
+        (dict(decay_range=(8, 4)), ("decay_range", "(8, 4)")),
+        (dict(output_gate="relu"), ("output_gate", "'silu', 'sigmoid', None", "'relu'")),
+        (dict(rope_theta=1e4, head_dim=7), ("rope_theta", "even head_dim", "7")),
+        (dict(mask="causal-ish"), ("mask", "'causal', 'prefix', 'full'")),
+        (dict(mask="full"), ("decay", "None with mask='full'", "'token'")),
+        (dict(feature_map="relu"), ("feature_map", "callable", "'relu'")),
+    ],
+)
+def test_bad_options_are_named(options, parts):
+    with raises_value_error(*parts):
+        HLAAttention(**{"hidden_size": 32, "num_heads": 4, **options})
+
+
+def test_bad_inputs_are_named():
+    layer = _layer()
+    with raises_value_error("x", "[B, T, 32]", "[2, 5, 31]"):
+        layer(_tokens(5)[..., :31])
+    with raises_value_error("x", "[B, T, 32]", "[5, 32]"):
+        layer(_tokens(5)[0])
+    with raises_value_error("x", "floating-point", "torch.int64"):
+        layer(_tokens(5).long())
+    with raises_value_error("feature_map", "head_dim=8", "got 16"):
+        _layer(qk_norm="rms", feature_map=lambda x: torch.cat([x, x], -1))(_tokens(5))
+    rotary = _layer(rope_theta=1e4)
+    with torch.no_grad(), raises_value_error("positions", "state"):
+        rotary(_tokens(1), rotary(_tokens(5))[1])
