@@ -8,8 +8,10 @@ shard is empty, or whose parameters went unused, need no special case.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +27,10 @@ __all__ = ["GradientReduction", "broadcast_from_first"]
 _BUCKET_BYTES = 256 << 20
 
 
-def _is_dtensor(x: Tensor) -> bool:
-    # by name: importing torch.distributed.tensor costs every user of the library most of a second
-    return any(cls.__name__ == "DTensor" for cls in type(x).__mro__)
+def is_dtensor(x: Tensor) -> bool:
+    # Importing torch.distributed.tensor takes a second, which only those should pay who use it.
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(x, loaded.DTensor)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -50,7 +53,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def broadcast_from_first(tensors: Iterable[Tensor], pg: dist.ProcessGroup) -> None:
     """Overwrite ``tensors`` with those of the group's rank 0; DTensors are left alone. One broadcast a bucket."""
     with torch.no_grad():
-        for bucket in _buckets(x.detach() for x in tensors if not _is_dtensor(x)):
+        for bucket in _buckets(x.detach() for x in tensors if not is_dtensor(x)):
             flat = torch.cat([x.flatten() for x in bucket])
             broadcast(flat.view(torch.uint8), pg)  # as bytes: every dtype travels
             for x, piece in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
@@ -70,31 +73,32 @@ class GradientReduction:
     def __init__(self, module: nn.Module, pg: dist.ProcessGroup) -> None:
         self.enabled = True
         self._module, self._pg = module, pg
-        self._hooked: dict[int, tuple[weakref.ref, Any]] = {}  # by id: parameters compare element by element
+        # Ours are the plain parameters of now. FSDP2 puts plain ones in their place between a forward and its
+        # backward, but those are other objects.
+        self._ours = {id(p): weakref.ref(p) for p in module.parameters() if not is_dtensor(p)}
+        self._hooks: dict[int, Any] = {}
         self._summed: set[int] = set()  # ids of parameters whose .grad is a sum over the group already
         self._at_end: weakref.ref | None = None
         self._hook_parameters()
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self._module.parameters() if p.requires_grad and not _is_dtensor(p)]
+        """The parameters to reduce, in order; raises ValueError if one was replaced by another after construction."""
+        parameters = [p for p in self._module.parameters() if p.requires_grad and not is_dtensor(p)]
+        ours = [p for p in parameters if id(p) in self._ours and self._ours[id(p)]() is p]
+        if len(ours) < len(parameters) and "torch.distributed.fsdp" not in sys.modules:
+            new = {id(p) for p in parameters} - {id(p) for p in ours}
+            names = [name for name, p in self._module.named_parameters() if id(p) in new]
+            raise ValueError(
+                f"module: expected the parameters it was wrapped with, got others for {names}: wrap it last"
+            )
+        return ours
 
     def _hook_parameters(self) -> None:
-        """Also finds parameters that came later: unfrozen, or made anew by ``to_empty``."""
+        """Before every step, since a parameter without gradient takes no hook and may be unfrozen later."""
         this = weakref.ref(self)  # a wrapper that is gone reduces nothing
         for p in self._parameters():
-            known = self._hooked.get(id(p))
-            if known is not None and known[0]() is p:
-                continue
-            parameter = weakref.ref(p)
-
-            def before_accumulation(_: Tensor, parameter: weakref.ref = parameter) -> None:
-                reduction = this()
-                if reduction is not None:
-                    reduction._keep_sum_on_first(parameter())
-                    reduction._ask_for_reduction()
-
-            self._hooked[id(p)] = (parameter, p.register_hook(before_accumulation))
-            self._summed.discard(id(p))
+            if id(p) not in self._hooks:
+                self._hooks[id(p)] = p.register_hook(partial(_before_accumulation, this, self._ours[id(p)]))
 
     def prepare(self, output: Any) -> None:
         """After a forward: see to it that a backward through ``output`` ends in a reduction, whatever it reaches."""
@@ -112,9 +116,9 @@ class GradientReduction:
 
     def remove(self) -> None:
         """Take every hook off the parameters."""
-        for _, handle in self._hooked.values():
+        for handle in self._hooks.values():
             handle.remove()
-        self._hooked.clear()
+        self._hooks.clear()
         self.enabled = False
 
     def _keep_sum_on_first(self, p: nn.Parameter | None) -> None:
@@ -159,6 +163,13 @@ class GradientReduction:
                 p.grad.copy_(total.view(p.shape))
             elif counted[i] > 0:
                 p.grad = total.view(p.shape).to(p.dtype, copy=True)
+
+
+def _before_accumulation(this: weakref.ref, parameter: weakref.ref, _: Tensor) -> None:
+    reduction = this()
+    if reduction is not None:
+        reduction._keep_sum_on_first(parameter())
+        reduction._ask_for_reduction()
 
 
 class _AtEnd:

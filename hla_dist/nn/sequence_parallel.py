@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hla_dist.nn.attention import HLAAttention
-from hla_dist.nn.gradient_reduction import GradientReduction, broadcast_from_first
+from hla_dist.nn.gradient_reduction import GradientReduction, broadcast_from_first, is_dtensor
 from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size, resolve_group
 
 __all__ = ["SequenceParallelHLA"]
@@ -65,7 +66,7 @@ class SequenceParallelHLA(nn.Module):
         super().__init__()
         pg = resolve_group(group)
         everyone = pg if gradient_group is None else resolve_group(gradient_group)
-        problem = _problem(module, pg, shard_lengths, sync_parameters)
+        problem = _problem(module, pg, shard_lengths)
         # Agreed on before anything is set: a rank with a problem must not leave the others waiting.
         _agree(module, problem, everyone)
         self.module = module
@@ -74,6 +75,10 @@ class SequenceParallelHLA(nn.Module):
         for layer in self._layers:
             layer.group = group
         self.shard_lengths = shard_lengths
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        for part in module.modules() if fsdp is not None else ():
+            if isinstance(part, fsdp.FSDPModule):  # whose parameters they are shows only while they are sharded
+                part.reshard()
         several = group_size(everyone) > 1
         if sync_parameters and several:
             broadcast_from_first([*module.parameters(), *module.buffers()], everyone)
@@ -195,7 +200,7 @@ def _length_problem(lengths: Sequence[int] | None, ranks: int) -> str:
     return ""
 
 
-def _problem(module: Any, pg: dist.ProcessGroup, lengths: Sequence[int] | None, sync_parameters: bool) -> str:
+def _problem(module: Any, pg: dist.ProcessGroup, lengths: Sequence[int] | None) -> str:
     """What keeps this rank from wrapping ``module``; empty if nothing does."""
     if not isinstance(module, nn.Module):
         return f"module: expected a torch.nn.Module, got {type(module).__name__}"
@@ -208,8 +213,8 @@ def _problem(module: Any, pg: dist.ProcessGroup, lengths: Sequence[int] | None, 
                 f"module: expected HLAAttention layers without a group, got {name or 'one'} that has one "
                 "(wrapped twice? unwrap() undoes it)"
             )
-    if sync_parameters and any(p.is_meta for p in module.parameters()):
-        return "module: expected parameters on a real device (to_empty), or sync_parameters=False, got the meta device"
+    if any(p.is_meta and not is_dtensor(p) for p in module.parameters()):
+        return "module: expected parameters on a real device (to_empty before wrapping), got the meta device"
     return _length_problem(lengths, group_size(pg))
 
 

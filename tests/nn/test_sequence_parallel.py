@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
-from hla_dist.parallel.shard import default_lengths, shard, shard_batch, token_loss
+from hla_dist.parallel.shard import default_lengths, shard_batch, token_loss
 from tests.harness import assert_bitwise, assert_close, raises_value_error
 from tests.tolerances import FLOAT64
 
@@ -227,11 +230,11 @@ def _names(pg):
     plain, rank = _model(), dist.get_rank(pg)
     expected = {n: p.detach().clone() for n, p in plain.state_dict().items()}
     named = [n for n, _ in plain.named_parameters()], [n for n, _ in plain.named_buffers()]
-    inside = set(n for n, _ in plain.named_modules())
+    inside = {n for n, _ in plain.named_modules()}
     model = SequenceParallelHLA(plain, pg)
     assert list(model.state_dict()) == list(expected)
     assert ([n for n, _ in model.named_parameters()], [n for n, _ in model.named_buffers()]) == named
-    assert set(n for n, _ in model.named_modules()) == inside
+    assert {n for n, _ in model.named_modules()} == inside
     assert model.layers[0].group is pg  # attributes are the module's
     assert model.get_parameter("layers.0.q_proj.weight") is plain.layers[0].q_proj.weight
     assert not hasattr(model, "no such attribute")
@@ -373,9 +376,63 @@ def _bad(pg):
             call()
     with raises_value_error("shard_lengths", "each of 3"):
         wrapped.shard_lengths = [1]
+    wrapped.layers[0].o_weight = nn.Parameter(torch.ones(4, 4).double())
+    fsdp = sys.modules.pop("torch.distributed.fsdp", None)  # where it is loaded, it may have put them there
+    try:
+        with raises_value_error("wrapped with", "layers.0.o_weight", "wrap it last"):
+            _step(wrapped, pg, None)
+    finally:
+        if fsdp is not None:
+            sys.modules["torch.distributed.fsdp"] = fsdp
     layers = [layer.group for layer in _model().layers]
     assert layers == [None, None]
 
 
 def test_bad_input_is_every_ranks_error(pool):
     pool.run_group(3, _bad, timeout=20)
+
+
+def _fsdp(pg, wrap_first):
+    mesh = DeviceMesh.from_group(pg, "cpu")
+    model = _model()
+    if wrap_first:
+        model = SequenceParallelHLA(model, pg)
+    sharded = []
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+        sharded.append(module)
+    for module in sharded:  # gradients are summed, not averaged
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if not wrap_first:
+        text = _text()
+        with torch.no_grad():  # leaves parameters gathered, as if they were plain
+            for layer in model.layers:
+                layer.group = pg
+            model(text[:, :-1])
+            for layer in model.layers:
+                layer.group = None
+        model = SequenceParallelHLA(model, pg)
+    # Accumulated the way FSDP2 has it: the first micro-batch's gradients stay where they are, on gathered parameters.
+    root = sharded[-1]
+    root.set_requires_gradient_sync(False)
+    root.set_reshard_after_backward(False)
+    _step(model, pg, None, 1)
+    root.set_requires_gradient_sync(True)
+    root.set_reshard_after_backward(True)
+    logits = _step(model, pg, None)
+    grads = {n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        assert_bitwise("second run", model(shard_batch(_text(), pg).inputs)["logits"], logits)
+    names = list(get_model_state_dict(model))
+    return logits, grads, names
+
+
+@pytest.mark.parametrize("wrap_first", [False, True])
+def test_fully_sharded_parameters_are_left_to_fsdp(pool, wrap_first):
+    logits, grads = _truth(1, 0)
+    results = pool.run_group(2, _fsdp, wrap_first)
+    assert_close("logits", torch.cat([r[0] for r in results], 1), logits, FLOAT64)
+    for _, got, names in results:
+        _assert_same_gradients(got, grads)
+        assert names == list(_model().state_dict())
