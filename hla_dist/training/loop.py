@@ -70,7 +70,7 @@ class Trainer:
         """Forward and backward of the next samples; afterwards ``.grad`` is the whole step's on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
         labels = self.tokens_per_step  # of the whole step: every token of a window has one
-        loss = torch.zeros((), device=self.layout.device)
+        shares = []
         for micro in range(self.accumulate):
             first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
             tokens = self.windows.batch(first, self.batch_size).to(self.layout.device)
@@ -78,10 +78,10 @@ class Trainer:
             with nullcontext() if last else self.model.no_sync():
                 share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16)
                 share.backward()
-            loss += share.detach()
+            shares.append(share.detach())
         self.samples += self.batch_size * self.accumulate * self.layout.replicas
         norm = float(gradient_norm(self.model.parameters()))
-        return self._agree(float(loss), norm, stop, clock)
+        return self._agree(float(torch.stack(shares).sum()), norm, stop, clock)
 
     def _agree(self, loss: float, norm: float, stop: bool, clock: float) -> Agreed:
         # The norm is that of summed gradients, the same on every rank; that each finds it finite is part of the sum.
@@ -121,7 +121,7 @@ class Trainer:
             batch = shard_batch(torch.stack(cuts).to(self.layout.device), self.layout.sequence)
             with autocast(self.layout.device, self.bf16):
                 logits = self.model(batch.inputs)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="sum")
+            losses = F.cross_entropy(wide(logits).flatten(0, 1), batch.labels.flatten(), reduction="sum")
             total += torch.tensor([float(losses), batch.labels.numel()], dtype=torch.float64)
         total = total.to(self.layout.device)
         all_reduce_sum(total, self.layout.world)
@@ -138,6 +138,11 @@ def micro_batch_loss(model: nn.Module, tokens: Tensor, layout: Layout, labels: i
     with autocast(layout.device, bf16):
         logits = model(batch.inputs)  # [B, T, N]
     return token_loss(logits, batch.labels, layout.sequence, valid_tokens=labels)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or float64 if they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def gradient_norm(parameters: Any) -> Tensor:

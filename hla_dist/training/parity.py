@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
 from hla_dist.training.data import Windows
-from hla_dist.training.loop import gradient_norm, micro_batch_loss
+from hla_dist.training.loop import gradient_norm, micro_batch_loss, wide
 from hla_dist.training.mesh import Layout
 
 LIMIT = 1e-5
@@ -96,7 +96,7 @@ def _compare(
     loss_alone = 0.0
     for sample in tokens:
         logits = alone(sample[:, :-1])
-        part = F.cross_entropy(logits.float().flatten(0, 1), sample[:, 1:].flatten()) / len(tokens)
+        part = F.cross_entropy(wide(logits).flatten(0, 1), sample[:, 1:].flatten()) / len(tokens)
         part.backward()
         loss_alone += float(part.detach())
     gradients = {

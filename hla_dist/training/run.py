@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.parallel.collectives import all_gather_flat
+from hla_dist.parallel.collectives import all_gather_flat, group_size
 from hla_dist.training import checkpoint as checkpoints
 from hla_dist.training.bigram import bigram_bits
 from hla_dist.training.config import TrainConfig
@@ -84,7 +84,7 @@ class Run:
         if self.step >= self.config.steps:
             raise UserError(f"--steps: expected more than the {self.step} of {saved.path}, got {self.config.steps}")
         states = checkpoints.load_random(saved)
-        if len(states) == int(saved.state["ranks"]) == torch.distributed.get_world_size():
+        if len(states) == int(saved.state["ranks"]) == group_size(self.layout.world):
             set_random_state(states[self.layout.rank])
         return True
 
@@ -102,7 +102,7 @@ class Run:
             "run": self.config.to_dict(),
             "model": self.model_config.to_dict(),
             "parameters": self.parameters,
-            "ranks": torch.distributed.get_world_size(),
+            "ranks": group_size(self.layout.world),
             "shards": self.layout.shards,
             "device": self.layout.device.type,
             "data": self.corpus.description,
@@ -281,9 +281,9 @@ def random_state(device: torch.device) -> Tensor:
 def set_random_state(state: Tensor) -> None:
     """Inverse of :func:`random_state`; the GPU's part is set only where there is one."""
     size = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:size].contiguous())
+    torch.set_rng_state(state[:size].clone())  # a clone: torch reads it as a struct, which must be aligned
     if state.numel() > size and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[size:].contiguous())
+        torch.cuda.set_rng_state(state[size:].clone())
 
 
 def move_aside(directory: Path) -> None:

@@ -1,0 +1,141 @@
+"""Text to tokens: what is read, how it is split, which windows come, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hla_dist.training.data import Windows, cut, held_out_windows, list_files, load_corpus
+from hla_dist.training.failure import UserError
+from tests.training.corpora import write_text
+
+
+def test_one_file_is_split_into_head_and_tail(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "text.txt", 1000)
+    corpus = load_corpus([str(path)], seq_len=16, held_out=0.1)
+    assert bytes(np.concatenate([corpus.train, corpus.held_out])) == path.read_bytes() + b"\0"
+    assert len(corpus.held_out) == 100
+    assert (corpus.vocab_size, corpus.bytes_per_token) == (256, 1.0)
+    assert corpus.decode(corpus.encode("a text")) == "a text"
+
+
+def test_many_files_are_split_by_their_names_alone(tmp_path: Path) -> None:
+    """A further file moves no other file to the other side."""
+    held_out = []
+    for folder, files in (("one", 60), ("two", 70)):
+        (tmp_path / folder).mkdir()
+        for number in range(files):
+            (tmp_path / folder / f"{number}.txt").write_text(f"file {number:03d}")
+        corpus = load_corpus([str(tmp_path / folder)], seq_len=8, held_out=0.2)
+        assert len(corpus.held_out) + len(corpus.train) == files * 9
+        held_out.append(set(bytes(corpus.held_out).split(b"\0")))
+    assert 5 < len(held_out[0]) < 25
+    assert all(int(text[5:]) >= 60 for text in held_out[1] - held_out[0])
+    assert held_out[0] <= held_out[1]
+
+
+def test_folders_are_read_in_order_without_hidden_and_binary_files(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    write_text(tmp_path / "b" / "2.txt", 50)
+    write_text(tmp_path / "a.txt", 50)
+    write_text(tmp_path / ".git" / "x.txt", 50)
+    (tmp_path / "c.bin").write_bytes(b"\0\1\2" * 50)
+    assert [name for name, _ in list_files([str(tmp_path)])] == ["a.txt", "b/2.txt", "c.bin"]
+    corpus = load_corpus([str(tmp_path)], seq_len=8)
+    assert len(corpus.train) + len(corpus.held_out) == 2 * 51
+    assert "2 file(s)" in corpus.description
+
+
+def test_default_is_the_standard_library() -> None:
+    names = [name for name, _ in list_files([])]
+    assert "argparse.py" in names and "json/decoder.py" in names and len(names) > 300
+    assert not any("site-packages" in name or name.startswith("test/") for name in names)
+    corpus = load_corpus(seq_len=8192)
+    assert len(corpus.train) > 5_000_000 and len(corpus.held_out) > 100_000
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".bin"])
+def test_memmap_of_tokens(tmp_path: Path, suffix: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 1000, 500).astype(np.uint16)
+    path = tmp_path / f"tokens{suffix}"
+    np.save(path, tokens) if suffix == ".npy" else tokens.tofile(path)
+    corpus = load_corpus([str(path)], seq_len=16, vocab_size=1000)
+    assert isinstance(corpus.train, np.memmap) and corpus.bytes_per_token is None
+    assert np.array_equal(np.concatenate([corpus.train, corpus.held_out]), tokens)
+    with pytest.raises(UserError, match=r"--vocab-size: expected the vocabulary"):
+        load_corpus([str(path)], seq_len=16)
+    with pytest.raises(UserError, match=r"--vocab-size: expected tokens in 0..99, got"):
+        cut(tokens, 0, 400, 100)
+
+
+def test_tokenizer_json(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "state": 2}, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = write_text(tmp_path / "text.txt", 3000)
+    corpus = load_corpus([str(path)], seq_len=16, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert corpus.vocab_size == 3
+    assert corpus.bytes_per_token == pytest.approx(3000 / (len(corpus.train) + len(corpus.held_out)))
+    assert corpus.decode(corpus.encode("the state")) == "the state"
+    (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
+    with pytest.raises(UserError, match="--tokenizer: expected the JSON of a tokenizer"):
+        load_corpus([str(path)], seq_len=16, tokenizer=str(tmp_path / "broken.json"))
+
+
+def test_an_epoch_covers_the_text_once_in_another_order_each_time() -> None:
+    tokens = np.arange(1000, dtype=np.int32)
+    windows = Windows(tokens, 16, 1000, seed=3)
+    epochs = [windows.batch(epoch * windows.per_epoch, windows.per_epoch) for epoch in range(2)]
+    for batch in epochs:
+        assert batch.shape == (windows.per_epoch, 17) and batch.dtype == torch.int64
+        assert torch.equal(batch, batch[:, :1] + torch.arange(17))
+        starts = batch[:, 0].sort().values
+        assert torch.equal(starts, starts[0] + 16 * torch.arange(windows.per_epoch))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(windows.batch(7, 2), Windows(tokens, 16, 1000, seed=3).batch(7, 2))
+    assert not torch.equal(windows.batch(7, 2), Windows(tokens, 16, 1000, seed=4).batch(7, 2))
+
+
+@pytest.mark.parametrize("length", [17, 18, 33, 34, 100])
+def test_windows_fit_into_the_shortest_texts(length: int) -> None:
+    tokens = np.arange(length, dtype=np.int32)
+    windows = Windows(tokens, 16, length, seed=0)
+    assert windows.batch(0, 5).shape == (5, 17)
+    starts = held_out_windows(tokens, 16, 10_000)
+    assert len(starts) == (length - 1) // 16 and starts[-1] + 17 <= length
+
+
+def test_missing_empty_and_short_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").touch()
+    short = write_text(tmp_path / "short.txt", 20)
+    cases = {
+        str(tmp_path / "nothing"): "nothing, which does not exist",
+        str(tmp_path / "empty"): "a folder without files",
+        str(tmp_path / "empty.txt"): r"expected text, got 1 empty or binary file\(s\)",
+        str(short): r"expected at least 65 training tokens .*--seq-len 64.*, got 11 from 1 file",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load_corpus([path], seq_len=64)
+        assert "\n" not in str(caught.value) and str(caught.value).startswith("--data: ")
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "good.txt", 100)
+    path = tmp_path / "bad.txt"
+    if os.geteuid() == 0:  # root may read everything but the memory of a process at address 0
+        path = Path("/proc/self/mem")
+        paths = [str(tmp_path / "good.txt"), str(path)]
+    else:
+        write_text(path, 100).chmod(0)
+        paths = [str(tmp_path)]
+    with pytest.raises(UserError, match=rf"--data: cannot read {path}: \w+"):
+        load_corpus(paths, seq_len=16)

@@ -1,0 +1,159 @@
+"""launch/train.py as a user starts it: with torchrun and without, with mistakes, with Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hla_dist.training import checkpoint
+from tests.training.corpora import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--device cpu --seq-len 64 --hidden-size 32 --layers 2 --heads 2 --steps 6 --warmup 2 --eval-every 3 "
+         "--eval-tokens 128 --sample 8 --lr 1e-2 --timeout 30 --threads 1").split()  # fmt: skip
+SECONDS = 60  # far above what a start takes here; a hang ends in it
+
+
+def command(ranks: int, *arguments: str, program: Path = ROOT / "launch" / "train.py") -> list[str]:
+    if not ranks:
+        return [sys.executable, str(program), *arguments]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*torchrun, str(program), *arguments]
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # the tree under test, wherever it is installed
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
+
+
+def start(ranks: int, *arguments: str, **options: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(ranks, *arguments, **options), env=environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The program's own error lines; what torchrun reports about ranks that ended is its own affair."""
+    return [line for line in done.stderr.splitlines() if line.startswith("train.py: error")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_text(tmp_path_factory.mktemp("data") / "text.txt", 6000))
+
+
+def test_torchrun_trains_and_leaves_everything(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    done = start(2, *SMALL, "--data", text, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    held_out = next(line for line in lines if line.startswith("held-out loss: first "))
+    assert re.search(
+        r"first \d\.\d{3}, last \d\.\d{3} bits per byte; a bigram model on the same text \d\.\d{3}", held_out
+    )
+    assert any(line.startswith("sample after 'def ':") for line in lines)
+    assert any(re.fullmatch(r"training: 6 steps, 384 tokens, [\d,]+ tokens per second", line) for line in lines)
+    parity = next(line for line in lines if line.startswith("parity of 2 rank(s) with 1 process: loss "))
+    assert parity.endswith(": ok")
+    assert sum(line.startswith("parity") for line in lines) == 1  # rank 0 alone speaks
+    assert "6/6" in done.stderr  # the progress bar
+    config = json.loads((out / "config.json").read_text())
+    assert config["run"]["seq_len"] == 64 and config["ranks"] == config["shards"] == 2
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out_last"] < summary["held_out_first"] and len(summary["parity"]["gradients"]) > 20
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 7
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert checkpoint.open_checkpoint(out).step == 6
+
+
+def test_without_torchrun_and_without_out_nothing_is_written(tmp_path: Path, text: str) -> None:
+    done = subprocess.run(
+        command(0, *SMALL, "--data", text, "--bf16", "--checkpoint-activations", "--accumulate", "2", "--no-parity"),
+        env=environment(), capture_output=True, text=True, timeout=SECONDS, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "over 1 rank(s)" in done.stdout and "parity" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    arguments = [*SMALL, "--data", text, "--out", str(out), "--steps", "100000", "--eval-every", "100000"]
+    process = subprocess.Popen(
+        command(0, *arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + SECONDS
+    while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr and "stopped by SIGINT after step" in stdout
+    step = checkpoint.open_checkpoint(out).step
+    assert step >= 3
+    done = start(0, *arguments[:-4], "--steps", str(step + 2), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.open_checkpoint(out).step == step + 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        (2, ["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (3, ["--sp", "2"], "--sp: expected a divisor of the world size 3 (or 0 for all ranks), got 2"),
+        (2, ["--data", "/nowhere/at/all"], "--data: expected a file or a folder, got /nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_one_line_of_rank_0(ranks: int, arguments: list[str], message: str) -> None:
+    began = time.monotonic()
+    done = start(ranks, *SMALL, *arguments)
+    assert done.returncode != 0 and time.monotonic() - began < 30
+    assert len(errors(done)) == 1 and message in errors(done)[0]
+    assert not done.stdout
+    # torchrun prints a traceback of its own; there is none of the program's
+    assert 'launch/train.py", line' not in done.stderr and "hla_dist/" not in done.stderr
+
+
+def test_help_is_printed_once() -> None:
+    done = start(2, "--help")
+    assert done.returncode == 0 and done.stdout.count("--seq-len N") == 2  # in the usage and in the list
+
+
+FAILING = """
+import os, sys
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {launch!r})
+import train
+from hla_dist.training.loop import Trainer
+inner, calls = Trainer.compute_gradients, []
+def fails(self, *arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise KeyError("a bug on one rank")
+    return inner(self, *arguments)
+Trainer.compute_gradients = fails
+sys.exit(train.main())
+"""
+
+
+def test_one_rank_raising_ends_the_others(tmp_path: Path, text: str) -> None:
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING.format(root=str(ROOT), launch=str(ROOT / "launch")))
+    began = time.monotonic()
+    out = tmp_path / "out"
+    done = start(3, *SMALL, "--data", text, "--out", str(out), "--save-every", "1", program=program)
+    assert done.returncode != 0 and time.monotonic() - began < 30
+    said = errors(done)
+    assert any("(rank 1): KeyError: 'a bug on one rank'" in line for line in said)
+    assert any("(rank 0): another rank is gone" in line for line in said)
+    assert checkpoint.open_checkpoint(out).step == 2

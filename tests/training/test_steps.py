@@ -1,0 +1,298 @@
+"""Training steps over ranks: the same loss and gradients for every number of them, and runs that can be resumed."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hla_dist import SequenceParallelHLA
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.training import checkpoint
+from hla_dist.training import run as run_module
+from hla_dist.training.config import TrainConfig
+from hla_dist.training.data import Windows
+from hla_dist.training.failure import UserError, together
+from hla_dist.training.loop import Trainer
+from hla_dist.training.mesh import Layout, build_layout, sequence_ranks
+from hla_dist.training.metrics import read_metrics
+from hla_dist.training.optim import build_adamw
+from hla_dist.training.parity import check_parity
+from hla_dist.training.run import Run
+from tests.harness import RankPool, assert_close, run_ranks
+from tests.tolerances import FLOAT64
+from tests.training.corpora import small_config, write_text
+
+
+class NoSignal:
+    """Stands for StopSignal where no signal is wanted; ``after`` steps it asks to stop."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.asked = after, 0
+        self.name, self.exit_code = "SIGTEST", 128
+
+    def __bool__(self) -> bool:
+        self.asked += 1
+        return self.after is not None and self.asked >= self.after
+
+
+def layout_of(pg: dist.ProcessGroup) -> Layout:
+    return Layout(pg, pg, dist.get_rank(pg), 0, 1, torch.device("cpu"))
+
+
+def trainer_on(layout: Layout, batch_size: int, accumulate: int, **changes: Any) -> Trainer:
+    torch.manual_seed(5)
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
+    model.activation_checkpointing = changes.pop("checkpointing", False)
+    wrapped = SequenceParallelHLA(model, layout.sequence, gradient_group=layout.world)
+    tokens = np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8)
+    windows = Windows(tokens, changes.pop("seq_len", 45), 30, seed=1)
+    options = dict(batch_size=batch_size, accumulate=accumulate, clip=1.0, bf16=False) | changes
+    return Trainer(wrapped, build_adamw(wrapped, 1e-2, 0.1), windows, layout, **options)
+
+
+def gradients(trainer: Trainer) -> tuple[float, float, list[torch.Tensor]]:
+    agreed = trainer.compute_gradients()
+    return agreed.loss, agreed.grad_norm, [p.grad.clone() for p in trainer.model.parameters()]
+
+
+def gradients_of_four_samples(pg: dist.ProcessGroup, batch_size: int, accumulate: int, checkpointing: bool) -> Any:
+    return gradients(trainer_on(layout_of(pg), batch_size, accumulate, checkpointing=checkpointing))
+
+
+def gradients_on_a_mesh() -> Any:
+    layout = build_layout(2, torch.device("cpu"))
+    assert (layout.replicas, layout.shards) == (2, 2)
+    assert (layout.replica, layout.shard) == divmod(layout.rank, 2)
+    return gradients(trainer_on(layout, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool) -> Any:
+    """Loss, norm and gradients of four samples in one micro-batch on one rank."""
+    return pool.run_group(1, gradients_of_four_samples, 4, 1, False)[0]
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert got[0] == pytest.approx(want[0], rel=FLOAT64)
+    assert got[1] == pytest.approx(want[1], rel=FLOAT64)
+    for number, (one, two) in enumerate(zip(got[2], want[2], strict=True)):
+        assert_close(f"gradient {number}", one, two, FLOAT64 * 10)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "accumulate", "checkpointing"),
+    [(2, 4, 1, False), (4, 4, 1, False), (4, 1, 4, False), (2, 2, 2, True), (8, 4, 1, False)],
+)
+def test_loss_and_gradients_do_not_depend_on_ranks_or_micro_batches(
+    pool: RankPool, alone: Any, ranks: int, batch_size: int, accumulate: int, checkpointing: bool
+) -> None:
+    for got in pool.run_group(ranks, gradients_of_four_samples, batch_size, accumulate, checkpointing):
+        assert_same(got, alone)
+
+
+def test_a_mesh_of_data_and_sequence_axes_gives_the_same_gradients(alone: Any) -> None:
+    for got in run_ranks(gradients_on_a_mesh, 4):
+        assert_same(got, alone)
+
+
+def poisoned_step(pg: dist.ProcessGroup) -> tuple[bool, bool, bool]:
+    trainer = trainer_on(layout_of(pg), 1, 1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    if dist.get_rank(pg) == 1:
+        hook = trainer.model.module.norm.register_forward_hook(lambda *_: _[2] * float("nan"))
+    agreed = trainer.compute_gradients()
+    stepped = trainer.step(agreed, 1e-2)
+    same = all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    if dist.get_rank(pg) == 1:
+        hook.remove()
+    recovered = trainer.step(trainer.compute_gradients(), 1e-2)
+    return stepped, same, recovered
+
+
+def test_no_rank_steps_where_one_has_no_finite_loss(pool: RankPool) -> None:
+    assert pool.run_group(3, poisoned_step) == [(False, True, True)] * 3
+
+
+def clipped_updates(pg: dist.ProcessGroup) -> list[float]:
+    trainer = trainer_on(layout_of(pg), 1, 1, clip=1e-3)
+    agreed = trainer.compute_gradients()
+    trainer.step(agreed, 1e-2)
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    return [agreed.grad_norm, float(norm)]
+
+
+def test_clipping_is_by_the_global_norm_and_the_same_on_all_ranks(pool: RankPool) -> None:
+    values = pool.run_group(4, clipped_updates)
+    assert all(value == values[0] for value in values)
+    assert values[0][0] > 0.1 and values[0][1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def parity_of(pg: dist.ProcessGroup, factor: float) -> Any:
+    trainer = trainer_on(layout_of(pg), 1, 1)
+    copy = LanguageModel(trainer.model.module.config).double()
+    copy.load_state_dict(trainer.model.state_dict())
+    with torch.no_grad():
+        copy.blocks[1].attention.o_proj.weight *= factor
+    return check_parity(trainer.model, copy, trainer.windows, 3, layout_of(pg))
+
+
+def test_parity_holds_and_can_fail(pool: RankPool) -> None:
+    for report in pool.run_group(4, parity_of, 1.0):
+        assert report.ok and report.worst[1] < 1e-11 and report.ranks == 4 and len(report.gradients) > 20
+        assert "parity of 4 rank(s) with 1 process" in report.line() and report.line().endswith(": ok")
+    for report in pool.run_group(4, parity_of, 1.001):
+        assert not report.ok and report.line().endswith("FAILED")
+
+
+def run_config(pg: dist.ProcessGroup, config: TrainConfig, stop_after: int | None = None) -> int | str:
+    try:
+        return Run(config, layout_of(pg), NoSignal(stop_after), time.monotonic()).train()
+    except UserError as exc:
+        return str(exc)
+
+
+def model_bytes(directory: Path) -> bytes:
+    return (checkpoint.open_checkpoint(directory).path / "model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text.txt", 4000)
+    whole, stopped, forked = (tmp_path / name for name in ("whole", "stopped", "forked"))
+    assert pool.run_group(2, run_config, small_config(data, out=str(whole), save_every=3)) == [0, 0]
+    assert [path.name for path in checkpoint.find(whole / "checkpoints")] == ["step-00000003", "step-00000006"]
+
+    # stopped by a signal in the middle, then resumed in place
+    assert pool.run_group(2, run_config, small_config(data, out=str(stopped)), 4) == [128, 128]
+    assert checkpoint.open_checkpoint(stopped).step == 4
+    assert pool.run_group(2, run_config, small_config(data, out=str(stopped), resume="")) == [0, 0]
+    assert model_bytes(stopped) == model_bytes(whole)
+
+    # from a checkpoint of another run
+    earlier = str(whole / "checkpoints" / "step-00000003")
+    assert pool.run_group(2, run_config, small_config(data, out=str(forked), resume=earlier)) == [0, 0]
+    assert model_bytes(forked) == model_bytes(whole)
+
+    lines = {path: read_metrics(path / "metrics.jsonl") for path in (whole, stopped)}
+    assert [line["step"] for line in lines[whole]] == [0, 1, 2, 3, 4, 5, 6]
+    losses = {path: {line["step"]: line["loss"] for line in lines[path] if "loss" in line} for path in lines}
+    assert losses[whole] == losses[stopped]
+    assert {"step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr"} <= set(lines[whole][1])
+    assert lines[whole][-1]["held_out"] < lines[whole][0]["held_out"]
+    for name in ("config.json", "loss.png", "summary.json"):
+        assert (whole / name).stat().st_size > 100
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_an_earlier_run_is_moved_aside(pool: RankPool, tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text.txt", 4000)
+    config = small_config(data, out=str(tmp_path / "out"), steps=1, parity=False)
+    assert pool.run_group(1, run_config, config) == [0]
+    assert pool.run_group(1, run_config, config) == [0]
+    assert (tmp_path / "out.1" / "metrics.jsonl").is_file() and (tmp_path / "out" / "metrics.jsonl").is_file()
+
+
+def disk_full_at_step_six(pg: dist.ProcessGroup, config: TrainConfig) -> int | str:
+    write = checkpoint.write_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+        if "00000006" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, tensors)
+
+    checkpoint.write_tensors = full
+    try:
+        return run_config(pg, config)
+    finally:
+        checkpoint.write_tensors = write
+
+
+def test_a_full_disk_while_saving_ends_every_rank_alike(pool: RankPool, tmp_path: Path) -> None:
+    config = small_config(write_text(tmp_path / "text.txt", 4000), out=str(tmp_path / "out"), save_every=3)
+    said = pool.run_group(3, disk_full_at_step_six, config)
+    assert len(set(said)) == 1 and "\n" not in said[0]
+    assert "cannot write" in said[0] and "No space left on device; the last whole checkpoint is" in said[0]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpoint.open_checkpoint(tmp_path / "out").step == 3
+
+
+def mistakes(pg: dist.ProcessGroup, configs: list[TrainConfig]) -> list[int | str]:
+    return [run_config(pg, config) for config in configs]
+
+
+def test_bad_data_and_checkpoints_end_every_rank_alike(pool: RankPool, tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text.txt", 4000)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "out")
+    assert pool.run_group(1, run_config, small_config(data, out=out, steps=1, parity=False)) == [0]
+    cases = [
+        (small_config(tmp_path / "none"), "none, which does not exist"),
+        (small_config(tmp_path / "empty"), "a folder without files"),
+        (small_config(Path("/proc/self/mem")), "--data: cannot read /proc/self/mem"),
+        (small_config(data, seq_len=4000), "--data: expected at least 4001 training tokens"),
+        (small_config(data, resume=out, hidden_size=64), "checkpoint: expected embedding.weight with shape (256, 64)"),
+        (small_config(data, resume=out, layers=3), "checkpoint: expected parameter blocks.2."),
+        (small_config(data, resume=str(tmp_path / "empty")), "checkpoint: expected a directory with manifest.json"),
+        (small_config(data, resume=out, steps=1), "--steps: expected more than the 1 of"),
+        (small_config(data, out=str(tmp_path / "file")), "--out: expected a directory, got the file"),
+        (small_config(data, heads=3), "expected hidden_size divisible by num_heads"),
+    ]
+    said = pool.run_group(3, mistakes, [config for config, _ in cases])
+    for rank in range(3):
+        for (_, want), got in zip(cases, said[rank], strict=True):
+            assert isinstance(got, str) and want in got and "\n" not in got and got == said[0][cases.index((_, want))]
+
+
+def one_cannot_read(pg: dist.ProcessGroup, config: TrainConfig) -> int | str:
+    load = run_module.load_corpus
+    if dist.get_rank(pg) == 1:
+
+        def fails(*_: Any, **__: Any) -> Any:
+            raise UserError("--data: cannot read x: Input/output error")
+
+        run_module.load_corpus = fails
+    try:
+        return run_config(pg, config)
+    finally:
+        run_module.load_corpus = load
+
+
+def test_a_mistake_on_one_rank_is_told_to_all(pool: RankPool, tmp_path: Path) -> None:
+    config = small_config(write_text(tmp_path / "text.txt", 4000))
+    said = pool.run_group(3, one_cannot_read, config)
+    assert said == ["rank 1: --data: cannot read x: Input/output error"] * 3
+
+
+def one_has_a_bug(pg: dist.ProcessGroup) -> str:
+    def work() -> int:
+        if dist.get_rank(pg) == 1:
+            raise KeyError("a bug")
+        return 3
+
+    try:
+        return str(together(pg, work))
+    except Exception as exc:
+        return f"{type(exc).__name__}: {exc}"
+
+
+def test_a_bug_on_one_rank_keeps_its_traceback_and_stops_the_others(pool: RankPool) -> None:
+    said = pool.run_group(3, one_has_a_bug)
+    assert said == [
+        "Disagreement: rank 1: KeyError: 'a bug'",
+        "KeyError: 'a bug'",
+        "Disagreement: rank 1: KeyError: 'a bug'",
+    ]
+
+
+def test_sp_must_divide_the_world() -> None:
+    assert [sequence_ranks(6, sp) for sp in (0, 1, 2, 3, 6)] == [6, 1, 2, 3, 6]
+    for sp in (4, -1, 12):
+        with pytest.raises(UserError, match=rf"--sp: expected a divisor of the world size 6 .*, got {sp}"):
+            sequence_ranks(6, sp)
