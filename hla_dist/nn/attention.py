@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hla_dist import functional
+from hla_dist.functional import attention as functional
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
 
 __all__ = ["HLAAttention"]
@@ -221,11 +222,12 @@ class HLAAttention(nn.Module):
         it). ``positions`` [T] or [B, T] are global, and used with ``rope_theta`` only. ``group`` wins over the
         attribute. Errors, communication and numerics are the operator's; see the class.
         """
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
-            raise ValueError(
-                f"x: expected a floating-point tensor [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
-            )
         group = self.group if group is None else group
+        problem = self._problem(x, state, positions)
+        if problem:
+            if group is not None and not torch.compiler.is_compiling():
+                agreement.fail(group, ValueError(problem), x.device)  # raises it on every rank
+            raise ValueError(problem)
         if output_final_state is None:
             output_final_state = state is not None or not torch.is_grad_enabled()
         batch, tokens = x.shape[:2]
@@ -237,23 +239,21 @@ class HLAAttention(nn.Module):
         q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
         if self.rope_theta is not None:
             if positions is None:
-                positions = self._positions(x, state, group)
+                positions = self._positions(x, group)
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         activation = v.dtype
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
 
-        options: dict[str, Any] = {"ridge": self.ridge} if self.ridge else {}
-        if self.scale is not None:
-            options["scale"] = self.scale
-        else:
-            options["scale"] = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5)
+        scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         o, state = getattr(functional, self.op)(
             q,
             k,
             v,
             log_decay=self._log_decay(x),
+            scale=scale,
+            ridge=self.ridge,
             mask=self.mask,
             normalize=self.normalize,
             eps=self.eps,
@@ -264,7 +264,6 @@ class HLAAttention(nn.Module):
             exchange=self.exchange,
             backend=self.backend,
             chunk_size=self.chunk_size,
-            **options,
         )
         if self.o_weight is not None:
             # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
@@ -297,10 +296,20 @@ class HLAAttention(nn.Module):
             logits = self.d_proj(x).to(wide) + logits
         return F.logsigmoid(logits) / self.decay_temperature
 
-    def _positions(self, x: Tensor, state: Any, group: Any) -> Tensor:
+    def _problem(self, x: Tensor, state: Any, positions: Tensor | None) -> str:
+        """What is wrong with forward's arguments; empty if nothing is."""
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
+            return f"x: expected a floating-point tensor [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
+        if self.rope_theta is None:
+            return ""
+        if positions is None:
+            return "" if state is None else "positions: expected to be given with rope_theta and a state, got None"
+        if positions.shape not in (x.shape[1:2], x.shape[:2]):
+            return f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}"
+        return ""
+
+    def _positions(self, x: Tensor, group: Any) -> Tensor:
         """Global positions [T] of this rank's tokens; see ``rope_theta``."""
-        if state is not None:
-            raise ValueError("positions: expected to be given with rope_theta and a state, got None")
         tokens, start = x.shape[1], 0
         if group is not None:
             pg = resolve_group(group)

@@ -246,3 +246,5 @@ def test_bad_inputs_are_named():
     rotary = _layer(rope_theta=1e4)
     with torch.no_grad(), raises_value_error("positions", "state"):
         rotary(_tokens(1), rotary(_tokens(5))[1])
+    with raises_value_error("positions", "[T] or [B, T]", "[2, 5, 32]", "[4]"):
+        rotary(_tokens(5), positions=torch.arange(4))
