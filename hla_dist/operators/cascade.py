@@ -59,7 +59,6 @@ class Operator:
     combine_reverse: Callable[[Fields, Fields, Fields], Fields]
     backward_fields: tuple[str, ...] = ()
     symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
-    shared: frozenset[str] = frozenset()  # depend on k, v and the gate alone: one per K/V head where gates allow
 
     @property
     def states(self) -> tuple[str, ...]:

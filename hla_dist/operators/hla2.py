@@ -43,7 +43,6 @@ HLA2 = Operator(
     combine_reverse=_combine_reverse,
     backward_fields=("C",),
     symmetric=frozenset({"S", "R2"}),
-    shared=frozenset({"S"}),
 )
 
 
@@ -72,5 +71,4 @@ HLA2_PREFIX = Operator(
     combine=_combine_prefix,
     combine_reverse=_combine_prefix_reverse,
     symmetric=frozenset({"S", "R2"}),
-    shared=frozenset({"S"}),
 )

@@ -21,5 +21,4 @@ LINEAR_ATTENTION = Operator(
     moments=(),
     combine=_combine,
     combine_reverse=_combine_reverse,
-    shared=frozenset({"P"}),
 )

@@ -81,8 +81,13 @@ class Segment:
         self.heads_per_kv = self.H // self.G
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
-        self.chunk = settings.chunk_size or min(CHUNK, 1 << max(self.T - 1, 0).bit_length())
+        self.chunk = settings.chunk_size or next(c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == CHUNK)
         self.block_chunks = max(1, min(-(-self.T // self.chunk), BLOCK_TOKENS // self.chunk))
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.T // (self.block_chunks * self.chunk))
 
     @property
     def spans(self) -> list[Span]:

@@ -1,0 +1,40 @@
+"""Higher-order Linear Attention with the sequence sharded over ranks: operators, modules, training.
+
+    out, state = hla_dist.hla2(q, k, v, log_decay=log_decay, group=group)
+
+Importing this package needs neither a GPU nor Triton nor a process group. See docs/ for the algebra.
+"""
+
+from __future__ import annotations
+
+from hla_dist import reference
+from hla_dist.functional.attention import hla2, linear_attention, summarize
+from hla_dist.functional.exchange_ops import checkpoint_context
+from hla_dist.functional.validate import validation
+from hla_dist.nn import HLAAttention, SequenceParallelHLA
+from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
+from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
+from hla_dist.states import HLA2State, LinearState, PrefixState
+
+__all__ = [
+    "HLA2State",
+    "HLAAttention",
+    "LinearState",
+    "PrefixState",
+    "SequenceParallelHLA",
+    "ShardedBatch",
+    "Summary",
+    "checkpoint_context",
+    "combine",
+    "hla2",
+    "identity",
+    "linear_attention",
+    "reference",
+    "scan_exclusive",
+    "shard",
+    "shard_batch",
+    "summarize",
+    "token_loss",
+    "unshard",
+    "validation",
+]

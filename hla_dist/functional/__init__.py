@@ -1,0 +1,1 @@
+"""Public operators: validation, the choice of a backend, autograd."""

@@ -1,0 +1,199 @@
+"""The public operators. Shapes: B batch, T local tokens, H query heads, G key/value heads, K and V head sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hla_dist.functional import stage_ops, validate
+from hla_dist.functional.autograd import Cascade, Options, Place
+from hla_dist.functional.full import full
+from hla_dist.operators import OPERATORS
+from hla_dist.operators.summary import STATES, Summary
+from hla_dist.parallel import agreement, collectives
+from hla_dist.states import HLA2State, LinearState, PrefixState
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: LinearState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    shard_lengths: list[int] | None = None,
+    group: Any = None,
+    exchange: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, LinearState | None]:
+    """First-order (gated) linear attention: ``o_t = sum_{i<=t} Gamma(t, i) (q_t . k_i) v_i``.
+
+    The options are those of :func:`hla2`, without ridge and the prefix mask. State: ``LinearState(P)``,
+    ``P = sum Gamma(end, i) k_i v_i^T  [B, H, K, V]``.
+    """
+    return _attend("linear_attention", q, k, v, {n: x for n, x in locals().items() if n not in "qkv"})
+
+
+def hla2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: HLA2State | PrefixState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    shard_lengths: list[int] | None = None,
+    group: Any = None,
+    exchange: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, HLA2State | PrefixState | None]:
+    """Second-order symmetric linear attention (HLA, arXiv 2510.27258): ``u = LA(q, k, k) + ridge q, o = LA(q, u, v)``.
+
+        LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i,   Gamma(t, i) = g_{i+1} ... g_t,   g = exp(log_decay)
+
+    q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, G divides H. Returns ``out [B, T, H, V]`` in q's dtype
+    and the state, None unless asked for. Differentiable in q, k, v, log_decay and initial_state; not twice.
+
+    log_decay           natural log of the gates, finite, <= 0: ``[H]`` or ``[B, T, H]`` (``[G]``, ``[B, T, G]``)
+    decay_form          "masked"; "paper" is not in this version
+    scale               q is replaced by scale * q, in the ridge and the states too
+    ridge               lambda of the paper's S + lambda I
+    normalize, eps      out = numerator / (denominator + eps), the denominator being the same cascade on ones; it has
+                        no sign, so eps does not protect it where q and k have mixed signs
+    mask                "causal"; "prefix" (the paper's eq. 3.1: o = LA(w, q, v), w = LA(q, k, k) + ridge q); "full"
+    initial_state       the carry before the first token, ``HLA2State(S, F)`` (prefix: ``PrefixState(S, C)``), float32
+                        (float64 for float64 inputs), ``[B, H, K, K]`` and ``[B, H, K, V]`` (V + 1 with normalize)
+    output_final_state  also return the carry after the last token; T = 1 with an initial state is a decode step
+    group               ProcessGroup or 1-D DeviceMesh over which the sequence is sharded, rank r's tokens before
+                        rank r + 1's; T is local, may differ, may be 0. initial_state is read on rank 0; the final
+                        state, the whole sequence's, comes back on every rank
+    exchange            "auto" or "all_gather" in this version
+    backend             "auto" or "torch" in this version
+    chunk_size          tokens a chunk; None: 64, or the next power of two for shorter segments
+    cu_seqlens, cu_seqlens_cpu, shard_lengths    packed documents, not in this version
+
+    Precision: sums and states in float32 (float64 for float64 inputs), whatever the input dtype. Without decay F
+    grows like T^2.
+    Communication: with a group, one all-gather of summaries forward, one backward; bytes independent of T. Every
+    rank must run backward if one does.
+    Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
+    """
+    return _attend("hla2", q, k, v, {n: x for n, x in locals().items() if n not in "qkv"})
+
+
+def summarize(
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    mask: str = "causal",
+    chunk_size: int | None = None,
+) -> Summary:
+    """A segment's summary: what it does to any carry (docs/algebra.md, segment summaries).
+
+    Arguments as for the operator named. float32, or float64 for float64 inputs; not differentiable (autograd says
+    so if asked). No communication.
+    """
+    validate.require(operator in STATES and operator != "hla2_prefix", "operator", "'linear_attention' or 'hla2'", operator)
+    options = dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "shard_lengths", "initial_state"))
+    options |= {"decay_form": "masked", "exchange": "auto", "backend": "auto", "output_final_state": False, "eps": 0.0}
+    options |= {"scale": scale, "ridge": ridge, "normalize": normalize, "mask": mask, "chunk_size": chunk_size}
+    validate.check_inputs(q, k, v)
+    validate.check_options(operator, options)
+    validate.require(mask != "full", "mask", "'causal' or 'prefix' (a full mask has no segments)", repr(mask))
+    validate.check_log_decay(log_decay, q, k)
+    name = "hla2_prefix" if mask == "prefix" else operator
+    log_decay = _per_query_head(log_decay, q)
+    op = OPERATORS[name]
+    rho, *rest = stage_ops.summarize(q, k, v, log_decay, None, *_options(name, options))
+    return Summary(name, rho, dict(zip(op.fields, rest)))
+
+
+def _options(name: str, o: dict[str, Any]) -> Options:
+    return Options(name, float(o["scale"]), float(o["ridge"]), o["normalize"], float(o["eps"]), o["chunk_size"] or 0)
+
+
+def _per_query_head(log_decay: Tensor | None, q: Tensor) -> Tensor | None:
+    """Gates per query head."""
+    if log_decay is None or log_decay.shape[-1] == q.shape[2]:
+        return log_decay
+    return log_decay.repeat_interleave(q.shape[2] // log_decay.shape[-1], dim=-1)
+
+
+def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> str:
+    """Check everything local; return the name of the cascade."""
+    validate.check_inputs(q, k, v)
+    validate.check_options(name, o)
+    validate.check_log_decay(o["log_decay"], q, k)
+    if o["mask"] == "full":
+        validate.check_full(o["log_decay"], o)
+        return name
+    cascade = "hla2_prefix" if o["mask"] == "prefix" else name
+    validate.check_state(o["initial_state"], cascade, q, v.shape[3] + int(o["normalize"]))
+    return cascade
+
+
+def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> Place:
+    if o["group"] is None:
+        return Place()
+    pg = collectives.resolve_group(o["group"])
+    if collectives.group_size(pg) == 1:
+        return Place()
+    gates = o["log_decay"]
+    kind = "None" if gates is None else f"[{'' if gates.dim() == 1 else 'B,T,'}{gates.shape[-1]}]"
+    description = (
+        f"{cascade} B={q.shape[0]} H={q.shape[2]} G={k.shape[2]} K={q.shape[3]} V={v.shape[3]} dtype={q.dtype} "
+        f"device={q.device.type} log_decay={kind} scale={o['scale']} ridge={o['ridge']} normalize={o['normalize']} "
+        f"eps={o['eps']} mask={o['mask']} output_final_state={o['output_final_state']} exchange=all_gather"
+    )
+    return Place(pg.group_name, collectives.group_rank(pg), description)
+
+
+def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Tensor, Any]:
+    try:
+        cascade = _validate(name, q, k, v, o)
+    except ValueError as error:
+        if o["group"] is None or torch.compiler.is_compiling():
+            raise
+        device = q.device if isinstance(q, Tensor) and q.device.type != "meta" else torch.device("cpu")
+        agreement.fail(o["group"], error, device)
+        raise
+    log_decay = _per_query_head(o["log_decay"], q)
+    place = _place(o, cascade, q, k, v)
+    if o["mask"] == "full":
+        return full(name, q, k, v, o["scale"], o["ridge"], o["normalize"], o["eps"], place), None
+    initial = o["initial_state"]
+    if initial is None:
+        initial = ()
+    elif cascade != "linear_attention":
+        initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
+    out, *state = Cascade.apply(
+        _options(cascade, o), place, o["output_final_state"], q, k, v, log_decay, None, *initial
+    )
+    return out, STATES[cascade](*state) if state else None

@@ -1,0 +1,205 @@
+"""The exchange as ``torch.library`` custom ops: visible to compilers and to selective checkpointing.
+
+``exchange_start`` packs and issues the collective and returns a ticket, eight bytes on the host; the frames under way
+are kept here until ``exchange_finish`` (or its mirror) waits for the ticket and returns what enters this rank. A
+checkpointing policy that saves both never sends again in recomputation (``checkpoint_context``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from hla_dist.operators import OPERATORS
+from hla_dist.parallel import agreement
+from hla_dist.parallel.collectives import group_rank, group_size
+from hla_dist.parallel.exchange import Layout, enter_state, fold, fold_reverse
+
+_LAYOUT = "str operator, int[] dims, bool wide"  # dims: B, H, K, V; wide: float64
+_tickets = itertools.count()
+_under_way: dict[int, Any] = {}
+
+
+def _layout(operator: str, dims: list[int], wide: bool) -> Layout:
+    return Layout(OPERATORS[operator], *dims, torch.float64 if wide else torch.float32)
+
+
+def _forward_names(operator: str) -> list[str]:
+    return ["rho", *OPERATORS[operator].fields]
+
+
+def _backward_names(operator: str) -> list[str]:
+    return list(OPERATORS[operator].reverses)
+
+
+def _final_names(operator: str) -> list[str]:
+    """The gradient of a final state travels beside the reverse summary: a reverse state a pass."""
+    return _backward_names(operator)
+
+
+def _place(group_name: str) -> tuple[dist.ProcessGroup, int, int]:
+    pg = _resolve_process_group(group_name)
+    return pg, group_rank(pg), group_size(pg)
+
+
+@torch.library.custom_op(
+    "hla_dist::exchange_start",
+    mutates_args=(),
+    schema=f"(Tensor[] fields, Tensor[] initial, str group_name, str direction, str description, {_LAYOUT}) -> Tensor",
+)
+def exchange_start(fields, initial, group_name, direction, description, operator, dims, wide) -> Tensor:
+    """Send this rank's fields; the ticket for what comes back.
+
+    direction ``"forward"``: rho and the fields of its summary; on rank 0 ``initial``, the carry before the first
+    token, enters the summary first. ``"backward"``: the reverse fields, then the gradients of the final state.
+    Communication: one all-gather (one more when the group meets a new signature).
+    """
+    pg, rank, _ = _place(group_name)
+    layout = _layout(operator, dims, wide)
+    if direction == "forward":
+        names = _forward_names(operator)
+        if initial and rank == 0:
+            state = dict(zip(layout.operator.states, initial))
+            summary = enter_state(layout.operator, dict(zip(names, fields)), state)
+            fields = [summary[name] for name in names]
+        payload = layout.pack(names, fields)
+    else:
+        count = len(_backward_names(operator))
+        parts = [fields[i : i + count] for i in range(0, len(fields), count)]
+        payload = torch.cat([layout.pack(_backward_names(operator), part) for part in parts])
+    pending = agreement.start(pg, direction, description, payload, fields[0].device)
+    ticket = next(_tickets)
+    _under_way[ticket] = pending
+    return torch.tensor([ticket])
+
+
+@exchange_start.register_fake
+def _(fields, initial, group_name, direction, description, operator, dims, wide) -> Tensor:
+    return torch.empty(1, dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "hla_dist::exchange_finish",
+    mutates_args=(),
+    schema=f"(Tensor ticket, Tensor[] initial, Tensor like, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
+)
+def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wide) -> list[Tensor]:
+    """Wait for a forward exchange: ``[*carry, *(state of the whole sequence), later rho, *later fields]``.
+
+    The carry is folded from rank 0 on, in rank order. ``later``: rho ``[P - 1 - r, B, H]`` and the backward fields of
+    the ranks to the right, which backward's fold needs.
+    """
+    _, rank, size = _place(group_name)
+    layout = _layout(operator, dims, wide)
+    op = layout.operator
+    gathered = layout.unpack(_forward_names(operator), agreement.finish(_under_way.pop(int(ticket))))
+    if rank > 0:
+        before = fold(op, gathered, range(rank))
+        carry = [before[name].clone() for name in op.states]
+    elif initial:
+        carry = [x.clone() for x in initial]
+    else:
+        carry = [torch.zeros_like(gathered[name][0]) for name in op.states]
+    state = []
+    if total:
+        whole = fold(op, gathered, range(size))
+        state = [whole[name].clone() for name in op.states]
+    later = [gathered[name][rank + 1 :].clone() for name in ("rho", *op.backward_fields)]
+    return [*carry, *state, *later]
+
+
+@exchange_finish.register_fake
+def _(ticket, initial, like, total, group_name, operator, dims, wide) -> list[Tensor]:
+    _, rank, size = _place(group_name)
+    layout = _layout(operator, dims, wide)
+    op, later = layout.operator, size - 1 - rank
+    lead = (layout.batch, layout.heads)
+    shapes = [lead + op.shape(name, layout.key_dim, layout.value_dim) for name in op.states]
+    shapes += shapes if total else []
+    shapes += [(later, *lead)]
+    shapes += [(later, *lead, *op.shape(name, layout.key_dim, layout.value_dim)) for name in op.backward_fields]
+    return [like.new_empty(shape, dtype=layout.dtype) for shape in shapes]
+
+
+@torch.library.custom_op(
+    "hla_dist::exchange_finish_backward",
+    mutates_args=(),
+    schema=f"(Tensor ticket, Tensor[] later, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
+)
+def exchange_finish_backward(ticket, later, total, group_name, operator, dims, wide) -> list[Tensor]:
+    """Wait for a backward exchange: the reverse carry that enters this rank from its right, one field a pass.
+
+    It starts from the sum over ranks of the gradients of the final state (``total``), then takes the later ranks,
+    the last first.
+    """
+    _, rank, size = _place(group_name)
+    layout = _layout(operator, dims, wide)
+    op = layout.operator
+    names = _backward_names(operator)
+    payloads = agreement.finish(_under_way.pop(int(ticket)))
+    split = layout.numel(names) * layout.dtype.itemsize
+    gathered = layout.unpack(names, payloads[:, :split])
+    if total:
+        entering = {name: x.sum(0) for name, x in layout.unpack(names, payloads[:, split:]).items()}
+    else:
+        entering = {name: torch.zeros_like(gathered[name][0]) for name in names}
+    forward = dict(zip(("rho", *op.backward_fields), later))
+    carry = fold_reverse(op, forward, gathered, entering, range(rank + 1, size))
+    return [carry[name].clone() for name in names]
+
+
+@exchange_finish_backward.register_fake
+def _(ticket, later, total, group_name, operator, dims, wide) -> list[Tensor]:
+    layout = _layout(operator, dims, wide)
+    op = layout.operator
+    return [
+        later[0].new_empty(layout.batch, layout.heads, *op.shape(name, layout.key_dim, layout.value_dim))
+        for name in op.reverses
+    ]
+
+
+@torch.library.custom_op(
+    "hla_dist::exchange_sum",
+    mutates_args=(),
+    schema="(Tensor[] fields, str group_name, str direction, str description) -> Tensor[]",
+)
+def exchange_sum(fields, group_name, direction, description) -> list[Tensor]:
+    """Sum fields over the ranks in rank order: one all-gather. For the ``full`` mask, whose moments are additive."""
+    pg, _, _ = _place(group_name)
+    flat = torch.cat([x.reshape(-1) for x in fields])
+    pending = agreement.start(pg, direction, description, flat.view(torch.uint8), flat.device)
+    payloads = agreement.finish(pending).contiguous().view(flat.dtype)
+    total = payloads[0].clone()
+    for payload in payloads[1:]:
+        total += payload
+    sums = total.split([x.numel() for x in fields])
+    return [part.view(x.shape).clone() for part, x in zip(sums, fields)]
+
+
+@exchange_sum.register_fake
+def _(fields, group_name, direction, description) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in fields]
+
+
+def checkpoint_context() -> tuple[Any, Any]:
+    """Contexts that keep exchanged summaries through activation checkpointing, so recomputation sends nothing.
+
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=hla_dist.checkpoint_context)
+
+    Everything else is recomputed. Kept per layer: the carry that entered this rank and, of the ranks to the right,
+    what backward's fold needs. Plain checkpointing is exact too, but replays the forward collective in backward.
+    """
+    ops = torch.ops.hla_dist
+    saved = {ops.exchange_start.default, ops.exchange_finish.default, ops.exchange_sum.default}
+
+    def policy(context: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

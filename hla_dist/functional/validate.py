@@ -1,0 +1,157 @@
+"""Checks at the public boundary: every error names the argument, what was expected and what came.
+
+Shapes, dtypes, devices and options are checked always; contents (the sign of log_decay) on CPU tensors always, on
+CUDA tensors only under ``validation(True)``, because reading them there makes the host wait.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hla_dist.operators import OPERATORS
+from hla_dist.operators.summary import STATES
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_check_cuda_contents = False
+
+
+class validation(AbstractContextManager["validation"]):
+    """Switch content checks of CUDA tensors on or off: ``hla_dist.validation(True)``, or as a context manager.
+
+    Costs a host synchronisation a call while on. CPU tensors are always checked.
+    """
+
+    def __init__(self, enabled: bool):
+        global _check_cuda_contents
+        self.previous = _check_cuda_contents
+        _check_cuda_contents = bool(enabled)
+
+    def __exit__(self, *error: Any) -> None:
+        global _check_cuda_contents
+        _check_cuda_contents = self.previous
+
+
+def require(condition: bool, argument: str, expected: str, came: object) -> None:
+    """Raise ``ValueError("argument: expected ..., got ...")`` unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {came}")
+
+
+def check_inputs(q: Any, k: Any, v: Any) -> None:
+    """Ranks, dtypes, devices and matching shapes of q, k, v."""
+    for name, x, letters in (("q", q, "[B, T, H, K]"), ("k", k, "[B, T, G, K]"), ("v", v, "[B, T, G, V]")):
+        require(isinstance(x, Tensor), name, f"a tensor {letters}", type(x).__name__)
+        require(x.dim() == 4, name, f"4 dimensions {letters}", f"shape {tuple(x.shape)}")
+        require(x.dtype in FLOATS, name, "bfloat16, float16, float32 or float64", x.dtype)
+        require(x.dtype == q.dtype, name, f"q's dtype {q.dtype}", x.dtype)
+        require(x.device == q.device, name, f"q's device {q.device}", x.device)
+        require(x.shape[2] > 0 and x.shape[3] > 0, name, "at least one head and one channel", f"shape {tuple(x.shape)}")
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    require(tuple(k.shape) == (B, T, G, K), "k", f"[B, T, G, K] = [{B}, {T}, G, {K}] like q", f"shape {tuple(k.shape)}")
+    require(H % G == 0, "k", f"a number of heads that divides q's {H}", f"{G} heads")
+    expected = f"[B, T, G] = [{B}, {T}, {G}] like k in front of V"
+    require(tuple(v.shape[:3]) == (B, T, G), "v", expected, f"shape {tuple(v.shape)}")
+
+
+def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
+    """A natural log of gates: ``[H]``, ``[B, T, H]``, ``[G]`` or ``[B, T, G]``, finite, <= 0."""
+    if log_decay is None:
+        return
+    B, T, H, _ = q.shape
+    G = k.shape[2]
+    require(isinstance(log_decay, Tensor), "log_decay", "a tensor or None", type(log_decay).__name__)
+    require(log_decay.dtype in FLOATS, "log_decay", "a floating dtype", log_decay.dtype)
+    require(log_decay.device == q.device, "log_decay", f"q's device {q.device}", log_decay.device)
+    shapes = {(H,), (B, T, H), (G,), (B, T, G)}
+    expected = f"shape [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}]"
+    if G != H:
+        expected += f" (or [G] = [{G}], [B, T, G])"
+    require(tuple(log_decay.shape) in shapes, "log_decay", expected, f"shape {tuple(log_decay.shape)}")
+    if contents_visible(log_decay):
+        bad = ~(torch.isfinite(log_decay) & (log_decay <= 0))
+        if bool(bad.any()):
+            index = tuple(bad.nonzero()[0].tolist())
+            value = log_decay[index].item()
+            raise ValueError(f"log_decay: expected finite values <= 0 (logs of gates), got {value} at index {index}")
+
+
+def contents_visible(x: Tensor) -> bool:
+    """Whether a tensor's contents may be read without surprising anyone."""
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        return False
+    return x.device.type == "cpu" or _check_cuda_contents
+
+
+def check_number(name: str, value: Any, minimum: float | None = None) -> None:
+    """A finite real number, not a tensor (it would be read on the host)."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    kind = "a finite number" if minimum is None else f"a finite number >= {minimum}"
+    require(ok and (minimum is None or value >= minimum), name, kind, repr(value))
+
+
+def check_options(name: str, o: dict[str, Any]) -> None:
+    """Options shared by all operators; ``o`` holds the keyword arguments by name."""
+    check_number("scale", o["scale"])
+    check_number("ridge", o["ridge"])
+    check_number("eps", o["eps"], 0.0)
+    if name == "linear_attention":
+        require(o["ridge"] == 0.0, "ridge", "0.0 (linear_attention has no ridge; hla2 and hla3 do)", o["ridge"])
+    for flag in ("normalize", "output_final_state"):
+        require(isinstance(o[flag], bool), flag, "True or False", repr(o[flag]))
+    masks = ("causal", "prefix", "full") if name == "hla2" else ("causal", "full")
+    require(o["mask"] in masks, "mask", f"one of {masks} for {name}", repr(o["mask"]))
+    require(o["decay_form"] in ("masked", "paper"), "decay_form", "'masked' or 'paper'", repr(o["decay_form"]))
+    require(
+        o["decay_form"] == "masked", "decay_form", "'masked' ('paper' is not implemented in this version)", "'paper'"
+    )
+    exchanges = ("auto", "all_gather", "scan", "hierarchical")
+    require(o["exchange"] in exchanges, "exchange", f"one of {exchanges}", repr(o["exchange"]))
+    require(
+        o["exchange"] in ("auto", "all_gather"),
+        "exchange",
+        "'auto' or 'all_gather' (the others are not implemented in this version)",
+        repr(o["exchange"]),
+    )
+    require(o["backend"] in ("auto", "torch", "triton"), "backend", "'auto', 'torch' or 'triton'", repr(o["backend"]))
+    require(
+        o["backend"] != "triton",
+        "backend",
+        "'auto' or 'torch' (no Triton kernels in this version; 'auto' runs torch)",
+        "'triton'",
+    )
+    chunk = o["chunk_size"]
+    ok = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
+    require(ok, "chunk_size", "None or a whole number >= 1", repr(chunk))
+    for packed in ("cu_seqlens", "cu_seqlens_cpu", "shard_lengths"):
+        require(o[packed] is None, packed, "None (packed documents are not implemented in this version)", "a value")
+
+
+def check_full(log_decay: Any, o: dict[str, Any]) -> None:
+    """``mask="full"`` has no order, hence neither decay nor a state."""
+    require(log_decay is None, "log_decay", "None with mask='full' (every token sees the whole sequence)", "a tensor")
+    require(o["initial_state"] is None, "initial_state", "None with mask='full', which does not stream", "a state")
+    require(not o["output_final_state"], "output_final_state", "False with mask='full', which does not stream", "True")
+
+
+def check_state(state: Any, operator: str, q: Tensor, value_dim: int) -> None:
+    """The named tuple of the operator, ``[B, H, rows, columns]`` each, in the state dtype."""
+    if state is None:
+        return
+    kind = STATES[operator]
+    require(isinstance(state, kind), "initial_state", f"a {kind.__name__}", type(state).__name__)
+    B, _, H, K = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    op = OPERATORS[operator]
+    for letter, x in zip(op.states, state):
+        name = f"initial_state.{letter}"
+        shape = (B, H, *op.shape(letter, K, value_dim))
+        require(isinstance(x, Tensor), name, f"a tensor {list(shape)}", type(x).__name__)
+        require(tuple(x.shape) == shape, name, f"shape {shape}", f"shape {tuple(x.shape)}")
+        require(x.dtype == dtype, name, f"{dtype} for {q.dtype} inputs", x.dtype)
+        require(x.device == q.device, name, f"q's device {q.device}", x.device)

@@ -1,0 +1,108 @@
+"""The segment algebra as users see it: summaries, their associative combination, the exclusive scan.
+
+A summary says what a run of tokens does to any carry, in a number of values independent of its length. ``combine``
+is associative with ``identity`` as its unit, so any tree over chunks, segments or ranks gives the same prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hla_dist.operators import OPERATORS
+from hla_dist.operators.cascade import Fields
+from hla_dist.states import LinearState, HLA2State, PrefixState
+
+STATES = {"linear_attention": LinearState, "hla2": HLA2State, "hla2_prefix": PrefixState}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A segment described alone (docs/algebra.md, segment summaries).
+
+    operator  the operator's name (``"hla2_prefix"`` for hla2 with the prefix mask)
+    rho       product of the segment's gates                                  [B, H]
+    fields    by letter, e.g. S, C, F for hla2                                [B, H, rows, columns]
+
+    A letter also reads as an attribute: ``summary.S``. float32 or float64.
+    """
+
+    operator: str
+    rho: Tensor
+    fields: Fields
+
+    def __getattr__(self, letter: str) -> Tensor:
+        if letter != "fields" and letter in self.fields:
+            return self.fields[letter]
+        raise AttributeError(f"Summary of {self.operator} has no field {letter!r}; it has rho, {', '.join(self.fields)}")
+
+    @property
+    def state(self) -> LinearState | HLA2State | PrefixState:
+        """The carry this segment leaves behind when nothing came before it."""
+        return STATES[self.operator](*(self.fields[name] for name in OPERATORS[self.operator].states))
+
+
+def combine(left: Summary, right: Summary) -> Summary:
+    """Summary of two adjacent segments, ``left`` the earlier (docs/algebra.md, segment summaries).
+
+        hla2:  S = rho_r S_l + S_r      C = C_l + C_r      F = rho_r F_l + F_r + rho_r S_l C_r
+
+    Associative, not commutative. float32 or wider; plain torch, differentiable. No communication. Raises ValueError
+    if operators, shapes, dtypes or devices differ.
+    """
+    for name, value in (("left", left), ("right", right)):
+        if not isinstance(value, Summary):
+            raise ValueError(f"{name}: expected a Summary, got {type(value).__name__}")
+    if left.operator != right.operator:
+        raise ValueError(f"right: expected a summary of {left.operator}, got one of {right.operator}")
+    for name, x in {"rho": left.rho, **left.fields}.items():
+        y = right.rho if name == "rho" else right.fields[name]
+        if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+            raise ValueError(
+                f"right: expected {name} {tuple(x.shape)} {x.dtype} on {x.device} like left's, "
+                f"got {tuple(y.shape)} {y.dtype} on {y.device}"
+            )
+    fields = OPERATORS[left.operator].combine({"rho": left.rho, **left.fields}, {"rho": right.rho, **right.fields})
+    rho = fields.pop("rho")
+    return Summary(left.operator, rho, fields)
+
+
+def identity(
+    operator: str,
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Summary:
+    """The summary of no tokens: rho = 1, every field zero; ``combine`` with it changes nothing.
+
+    value_dim is V, or V + 1 with ``normalize``. Raises ValueError for an unknown operator.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
+    op = OPERATORS[operator]
+    fields = {
+        name: torch.zeros(batch, heads, *op.shape(name, key_dim, value_dim), dtype=dtype, device=device)
+        for name in op.fields
+    }
+    return Summary(operator, torch.ones(batch, heads, dtype=dtype, device=device), fields)
+
+
+def scan_exclusive(summaries: Sequence[Summary]) -> list[Summary]:
+    """What enters each of several adjacent segments: ``[identity, X_0, X_0 o X_1, ...]``, one a segment.
+
+    Folded from the left in a fixed order. Raises ValueError for an empty sequence, or as ``combine`` does.
+    """
+    if not summaries:
+        raise ValueError("summaries: expected at least one Summary, got none")
+    first = summaries[0]
+    zeros = {name: torch.zeros_like(x) for name, x in first.fields.items()}
+    prefixes = [Summary(first.operator, torch.ones_like(first.rho), zeros)]
+    for summary in summaries[:-1]:
+        prefixes.append(combine(prefixes[-1], summary))
+    return prefixes

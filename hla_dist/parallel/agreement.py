@@ -1,0 +1,218 @@
+"""Ranks agree on a call before its data matters, at the price of 64 bytes in front of each payload.
+
+Every exchange sends one frame a rank: a header (direction, call number, signature hash, status, length) and a
+payload of the length last agreed for its direction. A call with an agreed signature that fits is one collective.
+A new signature, or a longer payload, sends one frame more, once: all ranks enter with the old length and status
+NEW, see that everybody asks for the same thing, and send again with the new length. A rank that failed a check
+enters with status FAILED, so nobody waits for it. Whenever headers differ, ranks exchange what they wanted to do
+and all raise the same ValueError.
+
+On CUDA the headers of a steady call are read one call later, so that nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hla_dist.parallel import collectives
+
+HEADER_BYTES = 64
+_OK, _NEW, _FAILED = 0, 1, 2
+_DIRECTIONS = {"forward": 0, "backward": 1}
+_MAGIC = 0x48_4C_41  # "HLA": a frame that is not ours (another collective in its place) is told apart
+
+
+@dataclass
+class _Direction:
+    """What a group has agreed on in one direction."""
+
+    length: int = 0  # payload bytes of a steady frame
+    known: set[int] = field(default_factory=set)
+    calls: int = 0
+
+
+@dataclass
+class _Pending:
+    """A frame under way."""
+
+    pg: dist.ProcessGroup
+    direction: str
+    work: Any
+    gathered: Tensor
+    payload_bytes: int
+    call: int
+    hash: int
+    description: str
+
+
+class _Agreements(WeakKeyDictionary):  # type: ignore[type-arg]
+    """Agreements by process group; they end with the group."""
+
+    def of(self, pg: dist.ProcessGroup) -> dict[str, _Direction]:
+        if pg not in self:
+            self[pg] = {name: _Direction() for name in _DIRECTIONS}
+        return self[pg]
+
+
+_agreements = _Agreements()
+_deferred: WeakKeyDictionary[dist.ProcessGroup, tuple[Tensor, Any, _Pending]] = WeakKeyDictionary()
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def _frame(pending: _Pending, status: int, length: int, payload: Tensor | None, device: torch.device) -> Tensor:
+    fields = [_MAGIC, _DIRECTIONS[pending.direction], pending.call, pending.hash, status, length, 0, 0]
+    header = torch.tensor(fields, dtype=torch.int64).view(torch.uint8).to(device, non_blocking=True)
+    if payload is not None and payload.numel() == length:
+        return torch.cat([header, payload])
+    frame = torch.zeros(HEADER_BYTES + length, dtype=torch.uint8, device=device)
+    frame[:HEADER_BYTES] = header
+    if payload is not None:
+        frame[HEADER_BYTES : HEADER_BYTES + payload.numel()] = payload
+    return frame
+
+
+def _send(pending: _Pending, status: int, length: int, payload: Tensor | None, device: torch.device) -> None:
+    frame = _frame(pending, status, length, payload, device)
+    with _named(pending):
+        pending.gathered, pending.work = collectives.all_gather_flat(frame, pending.pg, async_op=True)
+
+
+class _named:
+    """Adds the operation, group and rank to whatever the transport raises."""
+
+    def __init__(self, pending: _Pending):
+        self.pending = pending
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, RuntimeError):
+            p = self.pending
+            rank, size = collectives.group_rank(p.pg), collectives.group_size(p.pg)
+            raise RuntimeError(
+                f"{p.direction} exchange number {p.call} of {p.description or 'a failed call'} over group "
+                f"'{p.pg.group_name}' did not complete on rank {rank} of {size}: another rank left, failed or timed "
+                f"out ({error})"
+            ) from error
+
+
+def start(
+    pg: dist.ProcessGroup,
+    direction: str,
+    description: str,
+    payload: Tensor | None,
+    device: torch.device,
+    failure: str | None = None,
+) -> _Pending:
+    """Send one frame a rank; returns what ``finish`` waits for.
+
+    description: everything that shapes the payload, as text; payload: flat uint8. ``failure`` (then payload is
+    None) is a local error: every rank raises it, this one here.
+    Communication: one all-gather; one more when the signature is new or its payload outgrows the agreed length.
+    """
+    agreed = _agreements.of(pg)[direction]
+    _check_deferred(pg)
+    agreed.calls += 1
+    pending = _Pending(pg, direction, None, torch.empty(0), 0, agreed.calls, _hash(description), description)
+    if failure is not None:
+        _send(pending, _FAILED, agreed.length, None, device)
+        _wait(pending)
+        _raise_differences(pending, failure)
+    assert payload is not None
+    pending.payload_bytes = payload.numel()
+    if pending.hash in agreed.known and payload.numel() <= agreed.length:
+        _send(pending, _OK, agreed.length, payload, device)
+        return pending
+    _send(pending, _NEW, agreed.length, None, device)
+    _wait(pending)
+    _check(pending, _headers(pending), _NEW)
+    agreed.length = payload.numel()
+    agreed.known.add(pending.hash)
+    _send(pending, _OK, agreed.length, payload, device)
+    return pending
+
+
+def finish(pending: _Pending) -> Tensor:
+    """Wait, check the headers, return the payloads ``[P, payload_bytes]`` (uint8, a view of the frames)."""
+    _wait(pending)
+    frames = pending.gathered.view(collectives.group_size(pending.pg), -1)
+    if pending.gathered.is_cuda:
+        # Not run on hardware yet: the copy is read at the next call, after the event has passed.
+        host = torch.empty(frames.shape[0], HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
+        host.copy_(frames[:, :HEADER_BYTES], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        _deferred[pending.pg] = (host, event, pending)
+    else:
+        _check(pending, _headers(pending), _OK)
+    return frames[:, HEADER_BYTES : HEADER_BYTES + pending.payload_bytes]
+
+
+def fail(group: Any, error: ValueError, device: torch.device) -> None:
+    """Enter the forward exchange with a local error, so that every rank of the group raises the same text."""
+    pg = collectives.resolve_group(group)
+    if collectives.group_size(pg) == 1:
+        raise error
+    start(pg, "forward", "", None, device, failure=str(error))
+
+
+def _wait(pending: _Pending) -> None:
+    if pending.work is not None:
+        with _named(pending):
+            pending.work.wait()
+        pending.work = None
+
+
+def _headers(pending: _Pending) -> Tensor:
+    frames = pending.gathered.view(collectives.group_size(pending.pg), -1)
+    return frames[:, :HEADER_BYTES].contiguous().cpu().view(torch.int64)
+
+
+def _check_deferred(pg: dist.ProcessGroup) -> None:
+    if pg in _deferred:
+        host, event, pending = _deferred.pop(pg)
+        event.synchronize()
+        _check(pending, host.view(torch.int64), _OK)
+
+
+def _check(pending: _Pending, headers: Tensor, status: int) -> None:
+    own = [_MAGIC, _DIRECTIONS[pending.direction], pending.call, pending.hash, status]
+    if (headers[:, :5] != torch.tensor(own)).any():
+        _raise_differences(pending, None)
+
+
+def _raise_differences(pending: _Pending, failure: str | None) -> None:
+    """Exchange what every rank wanted and raise the same ValueError on all."""
+    with _named(pending):
+        told = collectives.all_gather_objects((failure, pending.direction, pending.call, pending.description), pending.pg)
+    failures = [(rank, said[0]) for rank, said in enumerate(told) if said[0] is not None]
+    if failures:
+        raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in failures))
+    calls = sorted({said[2] for said in told})
+    if len(calls) > 1:
+        raise ValueError(
+            "group: expected every rank to make the same calls in the same order, got "
+            + ", ".join(f"rank {rank} at {said[1]} call {said[2]} ({said[3]})" for rank, said in enumerate(told))
+        )
+    words = [f"{said[1]} {said[3]}".split() for said in told]
+    shared = set(words[0]).intersection(*words[1:])
+    kinds: dict[str, list[int]] = {}
+    for rank, said in enumerate(words):
+        kinds.setdefault(" ".join(word for word in said if word not in shared), []).append(rank)
+    listed = "; ".join(f"{kind or 'nothing else'} on rank {_listed(ranks)}" for kind, ranks in kinds.items())
+    raise ValueError(f"group: expected the same operator, shapes, dtype and options on every rank, got {listed}")
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

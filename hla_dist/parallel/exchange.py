@@ -1,0 +1,111 @@
+"""Summaries travel: packed, gathered once, folded in rank order into what enters each rank.
+
+Forward, rank r receives ``X_0 o X_1 o ... o X_{r-1}``; backward, the mirror from the right. Both are a start (pack,
+issue the collective) and a finish (wait, unpack, fold), so that local work can go on in between. Another way for
+summaries to travel (scan, ring, MPI) replaces this pair and nothing else.
+
+Wire, per direction and rank: a 64-byte header, rho, and the fields; symmetric ones as K (K + 1) / 2 numbers.
+Independent of T. Fields travel per query head even where K/V heads are grouped: an initial state, folded in on rank
+0, may differ between the heads of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hla_dist.operators import OPERATORS
+from hla_dist.operators.cascade import Fields, Operator
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the fields of one call lie in a payload."""
+
+    operator: Operator
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    def _parts(self, names: list[str]) -> list[tuple[str, tuple[int, ...]]]:
+        parts = []
+        for name in names:
+            if name == "rho":
+                parts.append((name, (self.batch, self.heads)))
+                continue
+            rows, columns = self.operator.shape(name, self.key_dim, self.value_dim)
+            packed = (rows * (rows + 1) // 2,) if name in self.operator.symmetric else (rows, columns)
+            parts.append((name, (self.batch, self.heads, *packed)))
+        return parts
+
+    def numel(self, names: list[str]) -> int:
+        """Numbers a rank sends for these fields."""
+        return sum(math.prod(shape) for _, shape in self._parts(names))
+
+    def pack(self, names: list[str], fields: list[Tensor]) -> Tensor:
+        """Fields ``[B, H, rows, columns]`` as flat bytes."""
+        flat = []
+        for name, x in zip(names, fields):
+            if name in self.operator.symmetric:
+                x = ((x + x.mT) / 2)[..., *_triangle(x.shape[-1], x.device)]
+            flat.append(x.reshape(-1))
+        return torch.cat(flat).view(torch.uint8)
+
+    def unpack(self, names: list[str], payloads: Tensor) -> Fields:
+        """Payloads ``[P, bytes]`` as fields ``[P, B, H, rows, columns]``."""
+        # Frames are offset by a 64-byte header and rows may be padded: copy, then reinterpret.
+        numbers = payloads.contiguous().view(self.dtype)
+        fields, offset = {}, 0
+        for name, shape in self._parts(names):
+            count = math.prod(shape)
+            x = numbers[:, offset : offset + count].view(-1, *shape)
+            offset += count
+            if name in self.operator.symmetric:
+                rows, columns = _triangle(self.key_dim, x.device)
+                full = x.new_empty(*x.shape[:-1], self.key_dim, self.key_dim)
+                full[..., rows, columns] = x
+                full[..., columns, rows] = x
+                x = full
+            fields[name] = x
+        return fields
+
+
+def _triangle(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(n, n, device=device)
+    return rows, columns
+
+
+def at(fields: Fields, rank: int) -> Fields:
+    """One rank's fields out of gathered ones."""
+    return {name: x[rank] for name, x in fields.items()}
+
+
+def enter_state(operator: Operator, summary: Fields, state: Fields) -> Fields:
+    """The summary of a segment that starts from ``state``: the state first, as a segment of its own."""
+    segment = {name: state[name] if name in state else torch.zeros_like(x) for name, x in summary.items()}
+    segment["rho"] = torch.ones_like(summary["rho"])
+    return operator.combine(segment, summary)
+
+
+def fold(operator: Operator, gathered: Fields, ranks: range) -> Fields:
+    """``X_first o ... o X_last`` in rank order; at least one rank."""
+    total = at(gathered, ranks[0])
+    for rank in ranks[1:]:
+        total = operator.combine(total, at(gathered, rank))
+    return total
+
+
+def fold_reverse(operator: Operator, forward: Fields, gathered: Fields, entering: Fields, later: range) -> Fields:
+    """What enters a rank from its right, given what enters the last rank: later ranks, the last first.
+
+    forward: the forward fields (rho and ``backward_fields``) of the later ranks only, ``[later, ...]``.
+    """
+    carry = entering
+    for index, rank in reversed(list(enumerate(later))):
+        carry = operator.combine_reverse(at(forward, index), at(gathered, rank), carry)
+    return carry
