@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from hla_dist import checkpoint_context
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import default_lengths, shard_batch, token_loss
@@ -175,13 +176,16 @@ def test_gradients_accumulate_over_micro_batches(pool):
 
 def _recomputed(pg):
     out = {}
-    for name, reentrant in (("non-reentrant", False), ("reentrant", True)):
-        model = SequenceParallelHLA(_model(), pg)
-        model.module.recompute = reentrant
+    settings = {"kept": (None, None), "recomputed": (False, None), "reentrant": (True, None)}
+    settings["exchange kept"] = (False, checkpoint_context)
+    for name, (reentrant, context_fn) in settings.items():
+        lengths = [20, 0, 17]
+        model = SequenceParallelHLA(_model(), pg, shard_lengths=lengths)
+        model.module.recompute, model.module.context_fn = reentrant, context_fn
         for _ in range(2):
             model.zero_grad()
             counter.reset()
-            _step(model, pg, [20, 0, 17])
+            _step(model, pg, lengths)
         out[name] = _grads(model), counter.calls
     model = SequenceParallelHLA(_model(), pg)
     model.requires_grad_(False)
@@ -198,6 +202,33 @@ def test_activation_checkpointing_and_frozen_parameters(pool):
     for results in pool.run_group(3, _recomputed):
         for grads, _ in results.values():
             _assert_same_gradients(grads, {name: want[name] for name in grads})
+        # two layers forward, two backward, one count of tokens, one sum of gradients, and nothing else
+        assert results["kept"][1] == 6
+        assert results["exchange kept"][1] == 6
+        assert results["recomputed"][1] == results["reentrant"][1] == 8
+
+
+def _compiled(pg):
+    model = SequenceParallelHLA(_model(), pg, shard_lengths=default_lengths(TOKENS, 2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = _step(compiled, pg, None)
+    first = _grads(model)
+    model.zero_grad()
+    for _ in range(2):  # accumulates: what was reduced once must not be reduced again
+        counter.reset()
+        _step(compiled, pg, None)
+    return logits, first, _grads(model), counter.calls
+
+
+def test_compiles_without_graph_breaks(pool):
+    logits, want = _truth()
+    _, twice = _truth(0, 0)
+    results = pool.run_group(2, _compiled)
+    assert_close("logits", torch.cat([r[0] for r in results], 1), logits, FLOAT64)
+    for _, once, again, calls in results:
+        _assert_same_gradients(once, want)
+        _assert_same_gradients(again, twice)
+        assert calls == 6
 
 
 def _failed_backward(pg):
@@ -376,6 +407,10 @@ def _bad(pg):
             call()
     with raises_value_error("shard_lengths", "each of 3"):
         wrapped.shard_lengths = [1]
+    layer = SequenceParallelHLA(HLAAttention(HIDDEN, 2), pg)
+    with raises_value_error("rank 1: x: expected", "[B, T, 16]", "[2, 3, 15]"):
+        layer(torch.zeros(2, 3, HIDDEN - (rank == 1)))
+    layer(torch.zeros(2, 3, HIDDEN))  # and the group goes on
     wrapped.layers[0].o_weight = nn.Parameter(torch.ones(4, 4).double())
     fsdp = sys.modules.pop("torch.distributed.fsdp", None)  # where it is loaded, it may have put them there
     try:
