@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.harness import RankPool
@@ -14,6 +15,9 @@ settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("fixed")
+
+# tests are many small problems, often beside ranks on the same cores: threads would cost more than they give
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

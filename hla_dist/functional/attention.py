@@ -120,7 +120,9 @@ def summarize(
     Arguments as for the operator named. float32, or float64 for float64 inputs; not differentiable (autograd says
     so if asked). No communication.
     """
-    validate.require(operator in STATES and operator != "hla2_prefix", "operator", "'linear_attention' or 'hla2'", operator)
+    validate.require(
+        operator in STATES and operator != "hla2_prefix", "operator", "'linear_attention' or 'hla2'", operator
+    )
     options = dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "shard_lengths", "initial_state"))
     options |= {"decay_form": "masked", "exchange": "auto", "backend": "auto", "output_final_state": False, "eps": 0.0}
     options |= {"scale": scale, "ridge": ridge, "normalize": normalize, "mask": mask, "chunk_size": chunk_size}
@@ -187,7 +189,8 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     log_decay = _per_query_head(o["log_decay"], q)
     place = _place(o, cascade, q, k, v)
     if o["mask"] == "full":
-        return full(name, q, k, v, o["scale"], o["ridge"], o["normalize"], o["eps"], place), None
+        with torch.autocast(q.device.type, enabled=False):
+            return full(name, q, k, v, o["scale"], o["ridge"], o["normalize"], o["eps"], place), None
     initial = o["initial_state"]
     if initial is None:
         initial = ()

@@ -1,7 +1,7 @@
 """One thin ``autograd.Function`` for every causal operator: stages and exchange, nothing else.
 
-    one device     scan                                        backward: scan_backward
-    a group        summarize, exchange, finish                 backward: summarize_backward, exchange, finish_backward
+one device     scan                                        backward: scan_backward
+a group        summarize, exchange, finish                 backward: summarize_backward, exchange, finish_backward
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Cascade(torch.autograd.Function):
             sent = 1 + len(op.fields)
             layout = _layout(options, q, v)
             start = list(initial) if place[1] == 0 else []
-            ticket = exchange_ops.exchange_start(
-                summary[:sent], start, place[0], "forward", place[2], *layout
-            )
+            ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
             received = exchange_ops.exchange_finish(ticket, start, summary[0], output_state, place[0], *layout)
             carry = received[:count]
             state = received[count : 2 * count] if output_state else []

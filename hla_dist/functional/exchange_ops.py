@@ -61,23 +61,24 @@ def exchange_start(fields, initial, group_name, direction, description, operator
     token, enters the summary first. ``"backward"``: the reverse fields, then the gradients of the final state.
     Communication: one all-gather (one more when the group meets a new signature).
     """
-    pg, rank, _ = _place(group_name)
-    layout = _layout(operator, dims, wide)
-    if direction == "forward":
-        names = _forward_names(operator)
-        if initial and rank == 0:
-            state = dict(zip(layout.operator.states, initial))
-            summary = enter_state(layout.operator, dict(zip(names, fields)), state)
-            fields = [summary[name] for name in names]
-        payload = layout.pack(names, fields)
-    else:
-        count = len(_backward_names(operator))
-        parts = [fields[i : i + count] for i in range(0, len(fields), count)]
-        payload = torch.cat([layout.pack(_backward_names(operator), part) for part in parts])
-    pending = agreement.start(pg, direction, description, payload, fields[0].device)
-    ticket = next(_tickets)
-    _under_way[ticket] = pending
-    return torch.tensor([ticket])
+    with torch.autocast(fields[0].device.type, enabled=False):
+        pg, rank, _ = _place(group_name)
+        layout = _layout(operator, dims, wide)
+        if direction == "forward":
+            names = _forward_names(operator)
+            if initial and rank == 0:
+                state = dict(zip(layout.operator.states, initial))
+                summary = enter_state(layout.operator, dict(zip(names, fields)), state)
+                fields = [summary[name] for name in names]
+            payload = layout.pack(names, fields)
+        else:
+            count = len(_backward_names(operator))
+            parts = [fields[i : i + count] for i in range(0, len(fields), count)]
+            payload = torch.cat([layout.pack(_backward_names(operator), part) for part in parts])
+        pending = agreement.start(pg, direction, description, payload, fields[0].device)
+        ticket = next(_tickets)
+        _under_way[ticket] = pending
+        return torch.tensor([ticket])
 
 
 @exchange_start.register_fake
@@ -96,23 +97,24 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
     The carry is folded from rank 0 on, in rank order. ``later``: rho ``[P - 1 - r, B, H]`` and the backward fields of
     the ranks to the right, which backward's fold needs.
     """
-    _, rank, size = _place(group_name)
-    layout = _layout(operator, dims, wide)
-    op = layout.operator
-    gathered = layout.unpack(_forward_names(operator), agreement.finish(_under_way.pop(int(ticket))))
-    if rank > 0:
-        before = fold(op, gathered, range(rank))
-        carry = [before[name].clone() for name in op.states]
-    elif initial:
-        carry = [x.clone() for x in initial]
-    else:
-        carry = [torch.zeros_like(gathered[name][0]) for name in op.states]
-    state = []
-    if total:
-        whole = fold(op, gathered, range(size))
-        state = [whole[name].clone() for name in op.states]
-    later = [gathered[name][rank + 1 :].clone() for name in ("rho", *op.backward_fields)]
-    return [*carry, *state, *later]
+    with torch.autocast(like.device.type, enabled=False):
+        _, rank, size = _place(group_name)
+        layout = _layout(operator, dims, wide)
+        op = layout.operator
+        gathered = layout.unpack(_forward_names(operator), agreement.finish(_under_way.pop(int(ticket))))
+        if rank > 0:
+            before = fold(op, gathered, range(rank))
+            carry = [before[name].clone() for name in op.states]
+        elif initial:
+            carry = [x.clone() for x in initial]
+        else:
+            carry = [torch.zeros_like(gathered[name][0]) for name in op.states]
+        state = []
+        if total:
+            whole = fold(op, gathered, range(size))
+            state = [whole[name].clone() for name in op.states]
+        later = [gathered[name][rank + 1 :].clone() for name in ("rho", *op.backward_fields)]
+        return [*carry, *state, *later]
 
 
 @exchange_finish.register_fake
@@ -139,20 +141,21 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
     It starts from the sum over ranks of the gradients of the final state (``total``), then takes the later ranks,
     the last first.
     """
-    _, rank, size = _place(group_name)
-    layout = _layout(operator, dims, wide)
-    op = layout.operator
-    names = _backward_names(operator)
-    payloads = agreement.finish(_under_way.pop(int(ticket)))
-    split = layout.numel(names) * layout.dtype.itemsize
-    gathered = layout.unpack(names, payloads[:, :split])
-    if total:
-        entering = {name: x.sum(0) for name, x in layout.unpack(names, payloads[:, split:]).items()}
-    else:
-        entering = {name: torch.zeros_like(gathered[name][0]) for name in names}
-    forward = dict(zip(("rho", *op.backward_fields), later))
-    carry = fold_reverse(op, forward, gathered, entering, range(rank + 1, size))
-    return [carry[name].clone() for name in names]
+    with torch.autocast(later[0].device.type, enabled=False):
+        _, rank, size = _place(group_name)
+        layout = _layout(operator, dims, wide)
+        op = layout.operator
+        names = _backward_names(operator)
+        payloads = agreement.finish(_under_way.pop(int(ticket)))
+        split = layout.numel(names) * layout.dtype.itemsize
+        gathered = layout.unpack(names, payloads[:, :split])
+        if total:
+            entering = {name: x.sum(0) for name, x in layout.unpack(names, payloads[:, split:]).items()}
+        else:
+            entering = {name: torch.zeros_like(gathered[name][0]) for name in names}
+        forward = dict(zip(("rho", *op.backward_fields), later))
+        carry = fold_reverse(op, forward, gathered, entering, range(rank + 1, size))
+        return [carry[name].clone() for name in names]
 
 
 @exchange_finish_backward.register_fake

@@ -1,7 +1,7 @@
 """Bidirectional operators (``mask="full"``): every token sees the whole sequence, through additive moments.
 
-    order 1   o_t = q_t^T P                    P = sum k_i v_i^T                       [B, H, K, V]
-    hla2      o_t = q_t^T (S + ridge I) C      S = sum k_i k_i^T,  C = sum q_i v_i^T
+order 1   o_t = q_t^T P                    P = sum k_i v_i^T                       [B, H, K, V]
+hla2      o_t = q_t^T (S + ridge I) C      S = sum k_i k_i^T,  C = sum q_i v_i^T
 """
 
 from __future__ import annotations

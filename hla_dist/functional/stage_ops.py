@@ -11,6 +11,10 @@ these six functions; the torch backend is ``hla_dist.operators.stages`` and ``st
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,12 +26,24 @@ _OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, i
 _SAVED = "Tensor out, Tensor denominator, Tensor[] checkpoints, Tensor dout"
 
 
+def _in_own_dtype(stage: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Run a stage with autocast off: its precision is its own (float32 sums whatever the input dtype)."""
+
+    @functools.wraps(stage)
+    def run(q: Tensor, *args: Any) -> list[Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            return stage(q, *args)
+
+    return run
+
+
 def _segment(q, k, v, log_decay, documents, operator, scale, ridge, normalize, eps, chunk_size) -> Segment:
     settings = Settings(scale, ridge, normalize, eps, chunk_size)
     return Segment(OPERATORS[operator], q, k, v, log_decay, documents, settings)
 
 
 @torch.library.custom_op("hla_dist::summarize", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> Tensor[]")
+@_in_own_dtype
 def summarize(q, k, v, log_decay, documents, *options) -> list[Tensor]:
     """Stage ``summarize``: ``[rho, *fields, *kept]``."""
     result = stages.summarize(_segment(q, k, v, log_decay, documents, *options))
@@ -58,6 +74,7 @@ def _fake_scanned(s: Segment) -> list[Tensor]:
 @torch.library.custom_op(
     "hla_dist::scan", mutates_args=(), schema=f"({_INPUTS}, Tensor[] carry, {_OPTIONS}) -> Tensor[]"
 )
+@_in_own_dtype
 def scan(q, k, v, log_decay, documents, carry, *options) -> list[Tensor]:
     """Stage ``scan``: the whole segment from ``carry`` in one pass."""
     return _scanned(_segment(q, k, v, log_decay, documents, *options), carry, [])
@@ -71,6 +88,7 @@ def _(q, k, v, log_decay, documents, carry, *options) -> list[Tensor]:
 @torch.library.custom_op(
     "hla_dist::finish", mutates_args=(), schema=f"({_INPUTS}, Tensor[] carry, Tensor[] kept, {_OPTIONS}) -> Tensor[]"
 )
+@_in_own_dtype
 def finish(q, k, v, log_decay, documents, carry, kept, *options) -> list[Tensor]:
     """Stage ``finish``: the same from a carry that came late, reusing what ``summarize`` kept."""
     return _scanned(_segment(q, k, v, log_decay, documents, *options), carry, kept)
@@ -84,9 +102,8 @@ def _(q, k, v, log_decay, documents, carry, kept, *options) -> list[Tensor]:
 @torch.library.custom_op(
     "hla_dist::summarize_backward", mutates_args=(), schema=f"({_INPUTS}, {_SAVED}, {_OPTIONS}) -> Tensor[]"
 )
-def summarize_backward(
-    q, k, v, log_decay, documents, out, denominator, checkpoints, dout, *options
-) -> list[Tensor]:
+@_in_own_dtype
+def summarize_backward(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
     """Stage ``summarize_backward``: ``[*reverse fields, *kept]``."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
@@ -119,6 +136,7 @@ def _fake_gradients(s: Segment) -> list[Tensor]:
     mutates_args=(),
     schema=f"({_INPUTS}, {_SAVED}, Tensor[] reverse_carry, {_OPTIONS}) -> Tensor[]",
 )
+@_in_own_dtype
 def scan_backward(
     q, k, v, log_decay, documents, out, denominator, checkpoints, dout, reverse_carry, *options
 ) -> list[Tensor]:
@@ -138,6 +156,7 @@ def _(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, revers
     mutates_args=(),
     schema=f"({_INPUTS}, {_SAVED}, Tensor[] reverse_carry, Tensor[] kept, {_OPTIONS}) -> Tensor[]",
 )
+@_in_own_dtype
 def finish_backward(
     q, k, v, log_decay, documents, out, denominator, checkpoints, dout, reverse_carry, kept, *options
 ) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Second order, symmetric (the paper's HLA), and the paper's prefix form (docs/algebra.md).
 
-    causal:  u = LA(q, k, k) + ridge q,   o = LA(q, u, v)     state (S, F)
-    prefix:  w = LA(q, k, k) + ridge q,   o = LA(w, q, v)     state (S, C)
+causal:  u = LA(q, k, k) + ridge q,   o = LA(q, u, v)     state (S, F)
+prefix:  w = LA(q, k, k) + ridge q,   o = LA(w, q, v)     state (S, C)
 """
 
 from __future__ import annotations

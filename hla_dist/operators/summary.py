@@ -37,7 +37,9 @@ class Summary:
     def __getattr__(self, letter: str) -> Tensor:
         if letter != "fields" and letter in self.fields:
             return self.fields[letter]
-        raise AttributeError(f"Summary of {self.operator} has no field {letter!r}; it has rho, {', '.join(self.fields)}")
+        raise AttributeError(
+            f"Summary of {self.operator} has no field {letter!r}; it has rho, {', '.join(self.fields)}"
+        )
 
     @property
     def state(self) -> LinearState | HLA2State | PrefixState:
@@ -65,7 +67,8 @@ def combine(left: Summary, right: Summary) -> Summary:
                 f"right: expected {name} {tuple(x.shape)} {x.dtype} on {x.device} like left's, "
                 f"got {tuple(y.shape)} {y.dtype} on {y.device}"
             )
-    fields = OPERATORS[left.operator].combine({"rho": left.rho, **left.fields}, {"rho": right.rho, **right.fields})
+    with torch.autocast(left.rho.device.type, enabled=False):
+        fields = OPERATORS[left.operator].combine({"rho": left.rho, **left.fields}, {"rho": right.rho, **right.fields})
     rho = fields.pop("rho")
     return Summary(left.operator, rho, fields)
 

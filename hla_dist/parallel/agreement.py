@@ -195,7 +195,9 @@ def _check(pending: _Pending, headers: Tensor, status: int) -> None:
 def _raise_differences(pending: _Pending, failure: str | None) -> None:
     """Exchange what every rank wanted and raise the same ValueError on all."""
     with _named(pending):
-        told = collectives.all_gather_objects((failure, pending.direction, pending.call, pending.description), pending.pg)
+        told = collectives.all_gather_objects(
+            (failure, pending.direction, pending.call, pending.description), pending.pg
+        )
     failures = [(rank, said[0]) for rank, said in enumerate(told) if said[0] is not None]
     if failures:
         raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in failures))

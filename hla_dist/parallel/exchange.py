@@ -52,7 +52,8 @@ class Layout:
         flat = []
         for name, x in zip(names, fields):
             if name in self.operator.symmetric:
-                x = ((x + x.mT) / 2)[..., *_triangle(x.shape[-1], x.device)]
+                rows, columns = _triangle(x.shape[-1], x.device)
+                x = ((x + x.mT) / 2)[..., rows, columns]
             flat.append(x.reshape(-1))
         return torch.cat(flat).view(torch.uint8)
 

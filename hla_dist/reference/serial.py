@@ -64,9 +64,10 @@ def serial(
     gates = a.log_decay.exp().to(q.dtype)  # [B, H, T]
     state = a.state
     outs = []
-    for t in range(q.shape[1]):
-        g = gates[:, :, t, None, None]  # [B, H, 1, 1]
-        o, state = _step(name, mask, a.q[:, :, t], a.k[:, :, t], a.v[:, :, t], g, state, ridge)
+    # unbind, not x[:, :, t]: the gradient of an index is as large as x, once a token
+    tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates[..., None, None]))
+    for qt, kt, vt, gt in zip(*tokens, strict=True):
+        o, state = _step(name, mask, qt, kt, vt, gt, state, ridge)
         outs.append(o)
     # with no tokens there is nothing to stack, and the state is the one that came
     out = torch.stack(outs, dim=2) if outs else a.v + a.q.sum(-1, keepdim=True)
@@ -101,11 +102,10 @@ def _step(
 
 def _full(name: str, q: Tensor, k: Tensor, v: Tensor, ridge: float) -> Tensor:
     """Every token reads the moments of the whole sequence, summed here token by token: [B, H, T, V]."""
-    B, H, T, K = q.shape
+    B, H, _, K = q.shape
     kk, qq, kq = (q.new_zeros(B, H, K, K) for _ in range(3))
     kv, qv = (q.new_zeros(B, H, K, v.shape[-1]) for _ in range(2))
-    for t in range(T):
-        qt, kt, vt = q[:, :, t], k[:, :, t], v[:, :, t]
+    for qt, kt, vt in zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True):
         kk, qq, kq = kk + _outer(kt, kt), qq + _outer(qt, qt), kq + _outer(kt, qt)
         kv, qv = kv + _outer(kt, vt), qv + _outer(qt, vt)
     if name == "linear_attention":
