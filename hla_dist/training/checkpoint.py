@@ -164,9 +164,7 @@ def _set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: di
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
         parameter = parameters[name]
-        # "step" stays on the CPU, where AdamW keeps it unless it is fused or capturable.
-        place = parameter.device if value.dim() else torch.device("cpu")
-        optimizer.state[parameter][kind] = value.to(place)
+        optimizer.state[parameter][kind] = value.to(parameter.device)  # fused AdamW keeps its step count there too
 
 
 def _compare(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], got: dict[str, Entry]) -> None:
