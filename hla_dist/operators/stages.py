@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hla_dist.operators.blocks import Block
 from hla_dist.operators.cascade import Fields, Operator
-from hla_dist.operators.gates import BlockGates
+from hla_dist.operators.gates import BlockGates, flush
 
 CHUNK = 64  # fewer tokens waste matrix-product efficiency, more waste the upper triangle
 BLOCK_TOKENS = 2048  # tokens of one row in a block: the scan over its 32 chunks costs 6 % of the arithmetic
@@ -251,7 +251,7 @@ def summarize(segment: Segment) -> Summarized:
                     right = right * (past[..., None] if factor is None else factor * past[..., None])
                 moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
             carry = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
-            past = past * gates.block
+            past = flush(past * gates.block)
         for name, value in (carry | moments).items():
             segment.put_rows(tile, fields[name], value)
         for p in op.first_level:
@@ -296,7 +296,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
                 segment.store(denominator.unsqueeze(-1), tile, span, den)
                 o = o[..., :-1] / (den + segment.settings.eps)
             segment.store(out, tile, span, o)
-            past = past * gates.block
+            past = flush(past * gates.block)
             current = {p.state: _leaving(segment, block, p, reused, tile, span, entering, past) for p in op.passes}
         for name in op.states:
             segment.put_rows(tile, state[name], current[name])
@@ -322,4 +322,4 @@ def correct(x: Tensor, a: Tensor, carry: Tensor, factor: Tensor | None, past: Te
     if factor is None:
         x.baddbmm_(a, carry)
     else:
-        x.addcmul_(torch.bmm(a, carry), factor * past[..., None])
+        x.addcmul_(torch.bmm(a, carry), flush(factor * past[..., None]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hla_dist.operators.blocks import ReverseBlock
 from hla_dist.operators.cascade import Fields
-from hla_dist.operators.gates import BlockGates
+from hla_dist.operators.gates import BlockGates, flush
 from hla_dist.operators.stages import Segment, Span, Tile, correct
 
 
@@ -79,7 +79,7 @@ def scan_backward(
             if kept:
                 _give(segment, block, gates, kept, entering, past, tile, span)
             current = block.run(frozenset("qkv"), gate=dlog is not None)
-            past = past * gates.block
+            past = flush(past * gates.block)
             if segment.settings.scale != 1.0:
                 block.gradients["q"].mul_(segment.settings.scale)
             segment.store(dq, tile, span, block.gradients["q"])
