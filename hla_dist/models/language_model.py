@@ -26,6 +26,11 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
         self.down = nn.Linear(mlp_size, hidden_size, bias=False)
 
+    def reset_parameters(self, scale: float = 1.0) -> None:
+        """Normal weights of deviation 1/sqrt(inputs), those of ``down`` times ``scale``."""
+        nn.init.normal_(self.gate_up.weight, std=self.gate_up.in_features**-0.5)
+        nn.init.normal_(self.down.weight, std=scale * self.down.in_features**-0.5)
+
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [..., M] each
         return self.down(F.silu(gate) * up)
@@ -83,16 +88,15 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of deviation 1/sqrt(inputs), times :func:`residual_scale` where they write to the stream.
+        """Initialises the embedding and SwiGLU layers anew; attention layers and norms have done so themselves.
 
-        The embedding's deviation is 0.02, as usual where it is also the output. Attention layers keep theirs.
+        What writes to the residual stream is scaled by :func:`residual_scale`; the embedding's deviation is 0.02, as
+        usual where it is the output too.
         """
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.normal_(block.mlp.gate_up.weight, std=1.0 / math.sqrt(self.config.hidden_size))
-            nn.init.normal_(
-                block.mlp.down.weight, std=residual_scale(self.config) / math.sqrt(self.config.resolved_mlp_size)
-            )
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.reset_parameters(residual_scale(self.config))
 
     def forward(
         self,

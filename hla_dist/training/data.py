@@ -11,15 +11,14 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hla_dist.training.failure import UserError
+from hla_dist.training.text import Codec
 
-SEPARATOR = 0  # the NUL byte between two files of byte-level text: it occurs in no text file
 TOKEN_SUFFIXES = {".bin", ".npy"}
 FILES_FOR_SPLIT = 20  # with fewer files the held-out text is the tail of the stream
 # Left out of the standard library: other people's packages and tests, which some systems install and others do not.
@@ -35,23 +34,7 @@ class Corpus:
     vocab_size: int
     bytes_per_token: float | None  # of the text read; None for tokens from a memmap, whose text is not known
     description: str
-    tokenizer: Any = None
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt; raises UserError where there is no tokenizer."""
-        if self.tokenizer is not None:
-            return list(self.tokenizer.encode(text).ids)
-        if self.bytes_per_token is None:
-            raise UserError("prompt: expected text data, got a memmap of tokens, whose tokenizer is not known")
-        return list(text.encode())
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens; token numbers where there is no tokenizer."""
-        if self.tokenizer is not None:
-            return str(self.tokenizer.decode(list(tokens)))
-        if self.bytes_per_token is None:
-            return " ".join(map(str, tokens))
-        return bytes(tokens).decode(errors="replace")
+    codec: Codec
 
 
 def load_corpus(
@@ -123,14 +106,14 @@ def _named(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
     return sorted((p.relative_to(root).as_posix(), p) for p in files)
 
 
-def _from_text(paths: Sequence[str], tokenizer_file: str | None, held_out: float, seq_len: int) -> Corpus:
-    tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+def _from_text(paths: Sequence[str], tokenizer: str | None, held_out: float, seq_len: int) -> Corpus:
+    codec = Codec(tokenizer)
     files = [(name, read_bytes(path)) for name, path in list_files(paths)]
     texts = [(name, text) for name, text in files if text and (len(files) == 1 or b"\0" not in text[:8192])]
     where = ", ".join(paths) if paths else f"the standard library of Python in {standard_library()}"
     if not texts:
         raise UserError(f"--data: expected text, got {len(files)} empty or binary file(s) in {where}")
-    encoded = [(name, _encode(text, tokenizer)) for name, text in texts]
+    encoded = [(name, codec.encode_file(text)) for name, text in texts]
     if len(encoded) >= FILES_FOR_SPLIT:
         marked = [(_is_held_out(name, held_out), tokens) for name, tokens in encoded]
         train = [tokens for chosen, tokens in marked if not chosen]
@@ -140,29 +123,8 @@ def _from_text(paths: Sequence[str], tokenizer_file: str | None, held_out: float
         parts = _split_tail(np.concatenate([tokens for _, tokens in encoded]), held_out, seq_len)
     tokens_read = sum(len(tokens) for _, tokens in encoded)
     bytes_read = sum(len(text) + (tokenizer is None) for _, text in texts)  # the separator is predicted too
-    vocabulary = 256 if tokenizer is None else int(tokenizer.get_vocab_size())
     described = f"{len(texts)} file(s), {bytes_read:,} bytes, of {where}"
-    return Corpus(parts[0], parts[1], vocabulary, bytes_read / tokens_read, described, tokenizer)
-
-
-def _encode(text: bytes, tokenizer: Any) -> np.ndarray:
-    if tokenizer is None:
-        return np.append(np.frombuffer(text, np.uint8), np.uint8(SEPARATOR))
-    return np.asarray(tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
-
-
-def load_tokenizer(path: str) -> Any:
-    """A tokenizer from the JSON of the optional package ``tokenizers``; UserError if either is missing."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as exc:
-        raise UserError("--tokenizer: expected the package 'tokenizers', got none; pip install tokenizers") from exc
-    if not Path(path).is_file():
-        raise UserError(f"--tokenizer: expected a JSON file, got {path}, which does not exist")
-    try:
-        return Tokenizer.from_file(path)
-    except Exception as exc:  # the package raises plain Exception
-        raise UserError(f"--tokenizer: expected the JSON of a tokenizer in {path}, got: {exc}") from exc
+    return Corpus(parts[0], parts[1], codec.vocab_size, bytes_read / tokens_read, described, codec)
 
 
 def _from_memmap(path: Path, vocab_size: int, token_dtype: str, held_out: float, seq_len: int) -> Corpus:
@@ -178,7 +140,7 @@ def _from_memmap(path: Path, vocab_size: int, token_dtype: str, held_out: float,
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise UserError(f"--data: expected one row of integers in {path}, got {tokens.dtype} {tokens.shape}")
     train, test = _split_tail(tokens, held_out, seq_len)
-    return Corpus(train, test, vocab_size, None, f"{len(tokens):,} tokens of {path}")
+    return Corpus(train, test, vocab_size, None, f"{len(tokens):,} tokens of {path}", Codec(known=False))
 
 
 def _is_held_out(name: str, fraction: float) -> bool:

@@ -12,7 +12,8 @@ def build_adamw(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, gates, biases) do not, nor do parameters marked ``_no_weight_decay``."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         keep = parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False)
         (vectors if keep else matrices).append(parameter)

@@ -233,8 +233,8 @@ class Run:
         bigram = self.bigram()
         text = ""
         if self.config.sample:
-            prompt = self.corpus.encode(self.config.prompt)
-            text = self.corpus.decode(prompt + generate(alone, prompt, self.config.sample, seed=self.config.seed))
+            prompt = self.corpus.codec.encode(self.config.prompt)
+            text = self.corpus.codec.decode(prompt + generate(alone, prompt, self.config.sample, seed=self.config.seed))
             self.say(f"sample after {self.config.prompt!r}:\n" + "".join(f"    {line}\n" for line in text.splitlines()))
         self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}" + against(bigram, last))
         self.say(f"training: {self.step} steps, {self.tokens:,} tokens, {speed:,.0f} tokens per second")

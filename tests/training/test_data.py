@@ -21,7 +21,7 @@ def test_one_file_is_split_into_head_and_tail(tmp_path: Path) -> None:
     assert bytes(np.concatenate([corpus.train, corpus.held_out])) == path.read_bytes() + b"\0"
     assert len(corpus.held_out) == 100
     assert (corpus.vocab_size, corpus.bytes_per_token) == (256, 1.0)
-    assert corpus.decode(corpus.encode("a text")) == "a text"
+    assert corpus.codec.decode(corpus.codec.encode("a text")) == "a text"
 
 
 def test_many_files_are_split_by_their_names_alone(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     corpus = load_corpus([str(path)], seq_len=16, tokenizer=str(tmp_path / "tokenizer.json"))
     assert corpus.vocab_size == 3
     assert corpus.bytes_per_token == pytest.approx(3000 / (len(corpus.train) + len(corpus.held_out)))
-    assert corpus.decode(corpus.encode("the state")) == "the state"
+    assert corpus.codec.decode(corpus.codec.encode("the state")) == "the state"
     (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(UserError, match="--tokenizer: expected the JSON of a tokenizer"):
         load_corpus([str(path)], seq_len=16, tokenizer=str(tmp_path / "broken.json"))

@@ -1,0 +1,63 @@
+"""From text to tokens and back: bytes, or a tokenizer from the optional package ``tokenizers``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hla_dist.training.failure import UserError
+
+SEPARATOR = 0  # the NUL byte after each file of byte-level text: it occurs in no text file
+
+
+class Codec:
+    """Encodes and decodes text; ``tokenizer_file`` None means bytes.
+
+    ``known`` False is for tokens from a memmap, whose text nobody has told: they decode to their numbers, and encoding
+    raises UserError. So does a tokenizer file that is missing or not one, or a missing package.
+    """
+
+    def __init__(self, tokenizer_file: str | None = None, known: bool = True) -> None:
+        self.known = known
+        self.tokenizer: Any = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+
+    @property
+    def vocab_size(self) -> int:
+        return 256 if self.tokenizer is None else int(self.tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt."""
+        if not self.known:
+            raise UserError("--prompt: expected text data (or --sample 0), got tokens whose tokenizer is not known")
+        return list(text.encode()) if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
+
+    def encode_file(self, text: bytes) -> np.ndarray:
+        """Tokens of a file; of bytes, with the separator after them."""
+        if self.tokenizer is None:
+            return np.append(np.frombuffer(text, np.uint8), np.uint8(SEPARATOR))
+        return np.asarray(self.tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens."""
+        if not self.known:
+            return " ".join(map(str, tokens))
+        if self.tokenizer is None:
+            return bytes(tokens).decode(errors="replace")
+        return str(self.tokenizer.decode(list(tokens)))
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a JSON file of the package ``tokenizers``."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as exc:
+        raise UserError("--tokenizer: expected the package 'tokenizers', got none; pip install tokenizers") from exc
+    if not Path(path).is_file():
+        raise UserError(f"--tokenizer: expected a JSON file, got {path}, which is none")
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as exc:  # the package raises plain Exception
+        raise UserError(f"--tokenizer: expected the JSON of a tokenizer in {path}, got: {exc}") from exc
