@@ -162,7 +162,7 @@ class HLAAttention(nn.Module):
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         values, outputs = self.num_kv_heads * self.value_dim, num_heads * self.value_dim
         std = hidden_size**-0.5
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = Projection(hidden_size, queries, std, **factory)
         self.k_proj = Projection(hidden_size, keys, std, **factory)
         self.v_proj = Projection(hidden_size, values, std, **factory)
@@ -269,7 +269,7 @@ class HLAAttention(nn.Module):
             # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
             o = F.rms_norm(o, (self.value_dim,), None, self.norm_eps) * self.o_weight.to(o.dtype)
         o = o.to(activation).reshape(batch, tokens, self.num_heads * self.value_dim)
-        if self.g_proj is not None:
+        if self.g_proj is not None and self.output_gate is not None:
             o = o * _GATES[self.output_gate](self.g_proj(x))
         return self.o_proj(o), state
 

@@ -151,15 +151,14 @@ class GradientReduction:
     def _reduce_bucket(self, bucket: list[Tensor]) -> None:
         dtype = torch.float32 if bucket[0].dtype in (torch.float16, torch.bfloat16) else bucket[0].dtype
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        missing = [p.grad is None for p in bucket]
-        present = torch.tensor([0.0 if m else 1.0 for m in missing], device=bucket[0].device)
+        present = torch.tensor([float(p.grad is not None) for p in bucket], device=bucket[0].device)
         flat = torch.cat([x.flatten().to(dtype) for x in (*pieces, present)])
         all_reduce_sum(flat, self._pg)
         *sums, counts = flat.split([*(p.numel() for p in bucket), len(bucket)])
-        if any(missing):  # only then are the counts read: on a GPU that waits for the reduction
-            counted = counts.real.tolist()
+        # counts are read only where a gradient is missing: on a GPU that waits for the reduction
+        counted = counts.real.tolist() if any(p.grad is None for p in bucket) else []
         for i, (p, total) in enumerate(zip(bucket, sums, strict=True)):
-            if not missing[i]:
+            if p.grad is not None:
                 p.grad.copy_(total.view(p.shape))
             elif counted[i] > 0:
                 p.grad = total.view(p.shape).to(p.dtype, copy=True)

@@ -76,8 +76,10 @@ class SequenceParallelHLA(nn.Module):
             layer.group = group
         self.shard_lengths = shard_lengths
         fsdp = sys.modules.get("torch.distributed.fsdp")
-        for part in module.modules() if fsdp is not None else ():
-            if isinstance(part, fsdp.FSDPModule):  # whose parameters they are shows only while they are sharded
+        for part in module.modules():
+            if fsdp is not None and isinstance(
+                part, fsdp.FSDPModule
+            ):  # whose parameters they are shows only while they are sharded
                 part.reshard()
         several = group_size(everyone) > 1
         if sync_parameters and several:
