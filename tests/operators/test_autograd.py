@@ -1,0 +1,163 @@
+"""The operators as citizens of autograd: gradcheck, no silent second derivative, compilation, modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hla_dist
+from tests.harness import assert_bitwise, assert_close
+from tests.problems import KINDS, STREAMING, Problem, draw, run
+from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
+
+
+def _leaves(problem: Problem) -> tuple[list[torch.Tensor], int]:
+    """q, k, v, gates and initial state that require gradients; and how many are of the initial state."""
+    tensors = draw(problem)
+    initial = tensors.initial_state or ()
+    leaves = [x for x in (tensors.q, tensors.k, tensors.v, tensors.log_decay, *initial) if x is not None]
+    return [x.clone().requires_grad_() for x in leaves], len(initial)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("gates", ["none", "H", "BTG"])
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_gradcheck(name: str, mask: str, gates: str, normalize: bool) -> None:
+    if mask == "full" and gates != "none":
+        pytest.skip("mask='full' has no gates")
+    problem = Problem(
+        name,
+        mask,
+        B=2,
+        T=7,
+        H=2,
+        G=1,
+        K=2,
+        V=2,
+        gates=gates,
+        state=mask != "full",
+        normalize=normalize,
+        scale=0.7,
+        ridge=0.3 if name == "hla2" else 0.0,
+    )
+    leaves, n_initial = _leaves(problem)
+    gated = gates != "none"
+
+    def function(*inputs: torch.Tensor):
+        q, k, v = inputs[:3]
+        options = dict(problem.options, chunk_size=16)
+        if gated:
+            options["log_decay"] = inputs[3]
+        if n_initial:
+            options["initial_state"] = problem.state_type(*inputs[3 + gated :])
+        out, state = getattr(hla_dist, name)(q, k, v, **options)
+        return (out, *state) if state is not None else out
+
+    # finite differences step outside of log_decay <= 0 nowhere: gates are drawn below -1e-3
+    if gated:
+        with torch.no_grad():
+            leaves[3].clamp_(max=-1e-3)
+    assert torch.autograd.gradcheck(function, leaves, atol=GRADCHECK_ABSOLUTE, rtol=GRADCHECK_RELATIVE, fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_a_second_derivative_is_right_or_refused(name: str, mask: str) -> None:
+    problem = Problem(name, mask, T=5, gates="none", state=False)
+    (q, k, v), _ = _leaves(problem)
+
+    def second(function) -> torch.Tensor:
+        (dq,) = torch.autograd.grad(function(q, k, v, mask=mask)[0].square().sum(), q, create_graph=True)
+        # the other term makes a path to q whatever happens: dq must not drop out of the sum in silence
+        return torch.autograd.grad(dq.square().sum() + q.pow(3).sum(), q)[0]
+
+    if mask == "full":  # plain differentiable torch
+        want = second(lambda q, k, v, mask: hla_dist.reference.serial(name, q, k, v, mask=mask))
+        assert_close("second derivative", second(getattr(hla_dist, name)), want, FLOAT64)
+    else:
+        with pytest.raises(RuntimeError):
+            second(getattr(hla_dist, name))
+
+
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_no_grad_and_inference_mode(name: str, mask: str) -> None:
+    problem = Problem(name, mask, T=70, gates="none", state=False, dtype=torch.float32)
+    (q, k, v), _ = _leaves(problem)
+    operator = getattr(hla_dist, name)
+    with_graph, _ = operator(q, k, v, mask=mask)
+    with torch.no_grad():
+        without, _ = operator(q, k, v, mask=mask)
+    with torch.inference_mode():
+        inference, _ = operator(q, k, v, mask=mask)
+    assert with_graph.requires_grad and not without.requires_grad
+    assert_bitwise("no_grad", without, with_graph)
+    assert_bitwise("inference_mode", inference.clone(), with_graph)
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_gradients_accumulate_over_uses_of_one_tensor(name: str, mask: str) -> None:
+    """q, k and v one and the same tensor: its gradient is the sum of the three."""
+    x = torch.randn(1, 70, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    apart = [x.clone().requires_grad_() for _ in range(3)]
+    operator = getattr(hla_dist, name)
+    operator(*apart, mask=mask)[0].square().sum().backward()
+    x.requires_grad_()
+    operator(x, x, x, mask=mask)[0].square().sum().backward()
+    assert_close("dx", x.grad, sum(y.grad for y in apart), FLOAT64)
+
+
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_expanded_output_gradients(name: str, mask: str) -> None:
+    """The gradient of sum() comes as an expanded tensor of stride 0."""
+    problem = Problem(name, mask, T=70, gates="none", state=False)
+    (q, k, v), _ = _leaves(problem)
+    operator = getattr(hla_dist, name)
+    expanded = torch.autograd.grad(operator(q, k, v, mask=mask)[0].sum(), (q, k, v))
+    out, _ = operator(q, k, v, mask=mask)
+    dense = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for key, a, b in zip("qkv", expanded, dense, strict=True):
+        assert_bitwise(f"d{key}", a, b)
+
+
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
+    streaming = mask != "full"
+    problem = Problem(
+        name, mask, T=70, gates="BTH" if streaming else "none", state=streaming, ridge=0.1 * (name == "hla2")
+    )
+    leaves, n_initial = _leaves(problem)
+
+    def function(q, k, v, *rest):
+        options = dict(problem.options)
+        if streaming:
+            options |= {"log_decay": rest[0], "initial_state": problem.state_type(*rest[1:])}
+        out, state = getattr(hla_dist, name)(q * 1.5, k, v, **options)
+        loss = out.tanh().sum()
+        for x in state or ():
+            loss = loss + x.square().sum()
+        return loss
+
+    torch._dynamo.reset()
+    # aot_eager captures and differentiates the graph as the default backend does, and needs no C++ compiler
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for key, a, b in zip(
+        ["q", "k", "v", "log_decay", "initial 0", "initial 1"],
+        torch.autograd.grad(compiled(*leaves), leaves),
+        torch.autograd.grad(function(*leaves), leaves),
+        strict=False,
+    ):
+        assert_close(f"d{key}", a, b, FLOAT64)
+
+
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_autocast_leaves_the_operators_alone(name: str, mask: str) -> None:
+    """Inside autocast the operator computes as outside: its precision is its inputs' dtype and its own rules."""
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = Problem(
+            name, mask, T=70, gates="none" if mask == "full" else "BTH", state=mask != "full", dtype=dtype
+        )
+        tensors = draw(problem)
+        want = run(problem, tensors, getattr(hla_dist, name))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run(problem, tensors, getattr(hla_dist, name))
+        for key in want:
+            assert_bitwise(key, got[key], want[key])

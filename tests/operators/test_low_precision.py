@@ -1,0 +1,62 @@
+"""bf16 and fp16: at most twice the error of plain torch in the same dtype, both against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hla_dist
+from hla_dist.reference import quadratic
+from tests.harness import assert_close, relative_error
+from tests.problems import KINDS, Problem, draw, oracle, run
+from tests.tolerances import LOW_PRECISION_FACTOR
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def _problem(name: str, mask: str, dtype: torch.dtype, **options) -> Problem:
+    streaming = mask != "full"
+    # a scale that keeps the sums of fp16 far from its largest number
+    base = Problem(
+        name, mask, B=1, T=150, H=4, G=2, K=16, V=16, gates="BTH" if streaming else "none", scale=0.05, dtype=dtype
+    )
+    return replace(base, state=False, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_at_most_twice_the_error_of_plain_torch(name: str, mask: str, dtype: torch.dtype) -> None:
+    gates = ("none",) if mask == "full" else ("none", "H", "BTH")
+    for gate_form in gates:
+        for normalize in (False, True):
+            problem = _problem(name, mask, dtype, gates=gate_form, normalize=normalize)
+            tensors = draw(problem)
+            want = oracle(problem, tensors)
+            plain = oracle(problem, tensors, quadratic, dtype=dtype)
+            got = run(problem, tensors, getattr(hla_dist, name))
+            for key in want:
+                allowed = LOW_PRECISION_FACTOR * relative_error(plain[key], want[key])
+                assert_close(f"{key} of {problem}", got[key], want[key], allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "mask"), [k for k in KINDS if k[1] != "full"])
+def test_states_are_float32_and_outputs_keep_the_dtype(name: str, mask: str, dtype: torch.dtype) -> None:
+    problem = replace(_problem(name, mask, dtype), state=True, gates="H")
+    tensors = draw(problem)
+    got = run(problem, tensors, getattr(hla_dist, name))  # also checks every gradient's dtype
+    assert got["out"].dtype == dtype
+    for field in problem.state_names:
+        assert got[field].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "mask"), KINDS)
+def test_accumulates_in_float32(name: str, mask: str) -> None:
+    """A sum of 4096 bf16 ones is exact: in bf16 it would stop at 256."""
+    ones = torch.ones(1, 4096, 1, 1, dtype=torch.bfloat16)
+    out, _ = getattr(hla_dist, name)(ones, ones, ones, mask=mask)
+    last = {"causal": {"linear_attention": 4096, "hla2": 4096 * 4097 // 2}, "full": {"linear_attention": 4096}}
+    want = last.get(mask, {}).get(name, 4096**2)  # prefix and full hla2: S C
+    assert out[0, -1, 0, 0].item() == torch.tensor(float(want)).bfloat16().item()

@@ -1,0 +1,240 @@
+"""Random problems for the operators, and one way to run any implementation on them, forward and backward.
+
+A ``Problem`` is plain data: the tensors are drawn from its seed, in float64, and rounded to its dtype. Oracles run in
+float64 on the rounded tensors, so that only the implementation's own error is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hla_dist.reference import quadratic, serial
+from hla_dist.states import HLA2State, LinearState, PrefixState
+from tests.harness import assert_close
+from tests.tolerances import tolerance
+
+# operators and masks of the fast paths; the names are those of the public functions
+KINDS = (
+    ("linear_attention", "causal"),
+    ("linear_attention", "full"),
+    ("hla2", "causal"),
+    ("hla2", "prefix"),
+    ("hla2", "full"),
+)
+STREAMING = tuple(kind for kind in KINDS if kind[1] != "full")
+GATE_FORMS = ("none", "H", "G", "BTH", "BTG")
+# mild: memory of a few tokens. near_one: longer than the sequence. near_zero: no memory to speak of.
+# hard_cut: the past is gone at some tokens, with ordinary gates between them. zero: gate exactly 1.
+# per_head: every head another of these.
+GATE_VALUES = ("mild", "near_one", "near_zero", "hard_cut", "zero", "per_head")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an operator; ``state`` says that an initial state comes and the final state is asked for."""
+
+    name: str = "hla2"
+    mask: str = "causal"
+    B: int = 1
+    T: int = 65
+    H: int = 2
+    G: int = 1
+    K: int = 4
+    V: int = 3
+    gates: str = "BTH"
+    gate_values: str = "mild"
+    scale: float = 1.0
+    ridge: float = 0.0
+    normalize: bool = False
+    state: bool = True
+    strided: bool = False
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        if self.mask == "full":
+            return ()
+        return self.state_type._fields
+
+    @property
+    def state_type(self) -> Any:
+        if self.mask == "prefix":
+            return PrefixState
+        return {"linear_attention": LinearState, "hla2": HLA2State}[self.name]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the call, without tensors."""
+        return {
+            "scale": self.scale,
+            "ridge": self.ridge,
+            "normalize": self.normalize,
+            "eps": 1e-3,
+            "mask": self.mask,
+            "output_final_state": self.state,
+        }
+
+
+@dataclass
+class Tensors:
+    """Inputs of a problem, and the weights of the loss: one for the output, one for each field of the state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    initial_state: tuple[Tensor, ...] | None
+    weight_out: Tensor
+    weight_state: tuple[Tensor, ...]
+
+
+def draw(p: Problem) -> Tensors:
+    """The tensors of a problem, always the same for the same problem."""
+    generator = torch.Generator().manual_seed(p.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = normal(p.B, p.T, p.H, p.K), normal(p.B, p.T, p.G, p.K), normal(p.B, p.T, p.G, p.V)
+    # heads with statistics of their own: an implementation that mixes heads up is seen
+    q = q * torch.linspace(0.6, 1.4, p.H, dtype=torch.float64)[:, None]
+    v = v + torch.linspace(-0.5, 0.5, p.G, dtype=torch.float64)[:, None]
+    if p.normalize:  # the denominator has no sign of its own
+        q, k = q.abs() + 0.1, k.abs() + 0.1
+    width = p.V + p.normalize
+    state = None
+    if p.state:
+        square = normal(p.B, p.H, p.K, p.K)
+        if p.normalize:
+            square = square.abs()
+        rest = [normal(p.B, p.H, p.K, width) for _ in p.state_names[1:]]
+        state = (square, *rest) if "S" in p.state_names else (normal(p.B, p.H, p.K, width),)
+        if p.normalize:  # the state's last column is a sum of positive terms too
+            state = tuple(x.abs() for x in state)
+    tensors = Tensors(
+        q.to(p.dtype),
+        k.to(p.dtype),
+        v.to(p.dtype),
+        _draw_gates(p, generator),
+        state,
+        normal(p.B, p.T, p.H, p.V).to(p.dtype),
+        tuple(normal(*x.shape) for x in state or ()),
+    )
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    tensors.log_decay = None if tensors.log_decay is None else tensors.log_decay.to(wide)
+    tensors.initial_state = None if state is None else p.state_type(*(x.to(wide) for x in state))
+    tensors.weight_state = tuple(x.to(wide) for x in tensors.weight_state)
+    return tensors
+
+
+def _draw_gates(p: Problem, generator: torch.Generator) -> Tensor | None:
+    if p.gates == "none":
+        return None
+    heads = p.G if "G" in p.gates else p.H
+    shape = (p.B, p.T, heads) if "BT" in p.gates else (heads,)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    cut = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.15
+    values = {
+        "mild": -0.6 * uniform,
+        "near_one": -1e-6 * uniform,
+        "near_zero": -30.0 - 10.0 * uniform,
+        "hard_cut": torch.where(cut, -1e4 * (1 + uniform), -0.3 * uniform),
+        "zero": 0.0 * uniform,
+    }
+    if p.gate_values != "per_head":
+        return values[p.gate_values]
+    kinds = list(values.values())
+    return torch.stack([kinds[h % len(kinds)][..., h] for h in range(heads)], dim=-1)
+
+
+Values = dict[str, Tensor]  # "out", the fields of the final state, and "d..." of every input
+
+
+def run(p: Problem, t: Tensors, function: Callable[..., Any], dtype: torch.dtype | None = None, **more: Any) -> Values:
+    """Forward and backward of ``function(q, k, v, **options)``; outputs, state and every gradient by name.
+
+    ``dtype`` converts every tensor first, as an oracle wants them. The loss weighs the output and the final state.
+    """
+
+    def leaf(x: Tensor) -> Tensor:
+        x = x.detach().clone() if dtype is None else x.detach().to(dtype)
+        return (_strided(x) if p.strided and dtype is None else x).requires_grad_()
+
+    q, k, v = leaf(t.q), leaf(t.k), leaf(t.v)
+    leaves = {"dq": q, "dk": k, "dv": v}
+    options = {**p.options, **more}
+    if t.log_decay is not None:
+        options["log_decay"] = leaves["dlog_decay"] = leaf(t.log_decay)
+    if t.initial_state is not None:
+        initial = p.state_type(*map(leaf, t.initial_state))
+        options["initial_state"] = initial
+        leaves |= {f"dinitial {name}": x for name, x in zip(p.state_names, initial, strict=True)}
+    out, state = function(q, k, v, **options)
+    loss = (out * t.weight_out.to(out.dtype)).sum(dtype=torch.float32 if out.dtype.itemsize < 4 else None)
+    for x, weight in zip(state or (), t.weight_state, strict=True):
+        loss = loss + (x * weight.to(x.dtype)).sum()
+    loss.backward()
+    values = {"out": out.detach()} | {n: x.detach() for n, x in zip(p.state_names, state or (), strict=False)}
+    for name, x in leaves.items():
+        if x.grad is None and dtype is not None:  # an oracle that met no token has used nothing
+            x.grad = torch.zeros_like(x)
+        assert x.grad is not None, f"{name}: no gradient"
+        assert x.grad.dtype == x.dtype and x.grad.shape == x.shape, f"{name}: {x.grad.dtype} {list(x.grad.shape)}"
+        values[name] = x.grad
+    return values
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values in memory of another order: every second element of a transposed larger tensor."""
+    backing = torch.full((*reversed(x.shape[:-1]), 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    view = backing.permute(*reversed(range(x.ndim - 1)), x.ndim - 1)[..., ::2]
+    view.copy_(x)
+    assert view.numel() < 2 or not view.is_contiguous()
+    return view.detach()
+
+
+def oracle(p: Problem, t: Tensors, which: Callable[..., Any] = serial, dtype: torch.dtype = torch.float64) -> Values:
+    """The truth: ``reference.serial`` or ``reference.quadratic`` in ``dtype`` on the problem's (rounded) tensors."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return which(p.name, q, k, v, **options)
+
+    return run(p, t, function, dtype=dtype)
+
+
+def _numerators(p: Problem, t: Tensors) -> Values:
+    """The gradients of a normalised problem through its numerators alone, denominators held fixed."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, *, normalize: bool, eps: float, **options: Any) -> Any:
+        assert normalize
+        out, state = serial(p.name, q, k, torch.cat([v, torch.ones_like(v[..., :1])], dim=-1), **options)
+        return out[..., :-1] / (out[..., -1:].detach() + eps), state
+
+    return run(p, t, function, dtype=torch.float64)
+
+
+def check(p: Problem, t: Tensors, got: Values, which: Callable[..., Any] = serial) -> Values:
+    """Every tensor within the tolerance of the problem's dtype; returns the truth.
+
+    Errors are relative to the truth's norm, or to that of the terms it is a difference of where those cancel:
+    gradients of a ratio of sums that grow together, and of gates that let nothing through.
+    """
+    want = oracle(p, t, which)
+    assert got.keys() == want.keys(), f"{sorted(got)} and {sorted(want)}"
+    terms = _numerators(p, t) if p.normalize else want
+    for name in want:
+        scale = max(want[name].norm().item(), terms[name].norm().item())
+        nothing_passes = p.gate_values in ("near_zero", "hard_cut") or (p.T == 1 and not p.state)
+        if name == "dlog_decay" and nothing_passes:
+            scale = max(scale, terms["dq"].norm().item())  # it is a sum of differences of q . dq and k . dk
+        assert_close(f"{name} of {p}", got[name], want[name], tolerance(p.dtype, name), scale=scale)
+    return want
+
+
+ORACLES = (serial, quadratic)
