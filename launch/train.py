@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 STARTED = time.monotonic()
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # while importing, Ctrl-C ends the program without a traceback
 
 with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401

@@ -70,7 +70,9 @@ class ModelConfig:
 # A block has 13 hidden_size^2 parameters. tiny and small are counted with a vocabulary of bytes, the others with one
 # of 32 K tokens.
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(hidden_size=128, num_layers=3, num_heads=4),  # 0.7 M: the demonstration, minutes on two CPU cores
+    # 0.7 M: the demonstration, minutes on two CPU cores. Its few heads forget sooner than the layers' default, since in
+    # so few steps it learns little from afar: 0.1 bits per byte better after 60 steps of 4096 tokens.
+    "tiny": dict(hidden_size=128, num_layers=3, num_heads=4, attention={"decay_range": (1.0, 512.0)}),
     "small": dict(hidden_size=256, num_layers=6, num_heads=4),  # 5 M
     "50m": dict(hidden_size=512, num_layers=10, num_heads=8),
     "125m": dict(hidden_size=768, num_layers=12, num_heads=12),

@@ -52,7 +52,7 @@ class TrainConfig:
     )  # fmt: skip
     batch_size: int = option(1, "optimisation", "sequences a micro-batch, per replica")
     accumulate: int = option(1, "optimisation", "micro-batches whose gradients make a step")
-    lr: float = option(5e-3, "optimisation", "peak learning rate of AdamW")
+    lr: float = option(6e-3, "optimisation", "peak learning rate of AdamW")
     min_lr: float = option(0.05, "optimisation", "last learning rate as a share of the peak")
     warmup: int = option(20, "optimisation", "steps of linear warm-up")
     weight_decay: float = option(0.1, "optimisation", "weight decay of matrices")

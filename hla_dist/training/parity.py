@@ -1,12 +1,16 @@
 """Does a sharded step equal the step of one process? Loss and every parameter gradient, compared.
 
 All ranks compute the gradients of one batch as training does; rank 0 then computes the same batch alone, with an
-unsharded copy of the model, and compares.
+unsharded copy of the model, and compares. In float64, where a difference is a mistake and not rounding, this decides;
+float32 is compared too and shown beside what float32 rounding alone does to one process's gradients: a token whose
+query or output is close to zero before its normalisation amplifies the last bit by orders of magnitude.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,94 +27,153 @@ LIMIT = 1e-5
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Relative differences between a batch on all ranks and the same batch on one process."""
+class Gradients:
+    """Loss, and gradients by parameter name, of one batch."""
 
-    ranks: int
     loss: float
-    loss_alone: float
-    grad_norm: float
-    grad_norm_alone: float
-    gradients: dict[str, float]  # by parameter: |sharded - alone| / |alone|
-    limit: float = LIMIT
+    norm: float
+    by_name: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Relative differences of two :class:`Gradients` of the same batch."""
+
+    loss: tuple[float, float]
+    grad_norm: tuple[float, float]
+    gradients: dict[str, float]  # by parameter: |one - other| / |other|
 
     @property
     def loss_difference(self) -> float:
-        return abs(self.loss - self.loss_alone) / abs(self.loss_alone)
+        return abs(self.loss[0] - self.loss[1]) / abs(self.loss[1])
 
     @property
     def norm_difference(self) -> float:
-        return abs(self.grad_norm - self.grad_norm_alone) / self.grad_norm_alone
+        return abs(self.grad_norm[0] - self.grad_norm[1]) / self.grad_norm[1]
 
     @property
     def worst(self) -> tuple[str, float]:
         """The parameter whose gradients differ most."""
         return max(self.gradients.items(), key=lambda item: item[1])
 
-    @property
-    def ok(self) -> bool:
-        """Whether everything is within the limit; NaN is not."""
-        differences = [self.loss_difference, self.norm_difference, *self.gradients.values()]
-        return all(difference <= self.limit for difference in differences)
-
-    def line(self) -> str:
-        """The parity line."""
+    def __str__(self) -> str:
         name, worst = self.worst
         return (
-            f"parity of {self.ranks} rank(s) with 1 process: loss {self.loss:.6f} and {self.loss_alone:.6f} "
-            f"(relative difference {self.loss_difference:.1e}), gradient norm {self.grad_norm:.6f} and "
-            f"{self.grad_norm_alone:.6f} ({self.norm_difference:.1e}), largest of {len(self.gradients)} parameter "
-            f"gradients {worst:.1e} ({name}), limit {self.limit:.0e}: {'ok' if self.ok else 'FAILED'}"
+            f"loss {self.loss[0]:.6f} and {self.loss[1]:.6f} (relative difference {self.loss_difference:.1e}), "
+            f"gradient norm {self.grad_norm[0]:.6f} and {self.grad_norm[1]:.6f} ({self.norm_difference:.1e}), largest "
+            f"of {len(self.gradients)} parameter gradients {worst:.1e} ({name})"
         )
 
+
+@dataclass(frozen=True)
+class Parity:
+    """One batch on all ranks against one process, in float64 and float32."""
+
+    ranks: int
+    float64: Comparison
+    float32: Comparison
+    rounding: Comparison  # one process in float32 against one process in float64
+    limit: float = LIMIT
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is within the limit in float64; NaN is not."""
+        differences = [self.float64.loss_difference, self.float64.norm_difference, *self.float64.gradients.values()]
+        return all(difference <= self.limit for difference in differences)
+
+    def lines(self) -> list[str]:
+        """The parity line, and one on float32."""
+        rounding = self.rounding
+        return [
+            f"parity of {self.ranks} rank(s) with 1 process in float64: {self.float64}, limit {self.limit:.0e}: "
+            + ("ok" if self.ok else "FAILED"),
+            f"    in float32: {self.float32}; for comparison, float32 rounding on one process: loss "
+            f"{rounding.loss_difference:.1e}, gradient norm {rounding.norm_difference:.1e}, parameter gradients up to "
+            f"{rounding.worst[1]:.1e}",
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ok": self.ok}
+        """For JSON."""
+        values: dict[str, Any] = {"ranks": self.ranks, "limit": self.limit, "ok": self.ok}
+        for name in ("float64", "float32", "rounding"):
+            part: Comparison = getattr(self, name)
+            values[name] = {
+                "loss": part.loss,
+                "loss_difference": part.loss_difference,
+                "grad_norm": part.grad_norm,
+                "norm_difference": part.norm_difference,
+                "gradients": part.gradients,
+            }
+        return values
 
 
 def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows, first: int, layout: Layout) -> Parity:
-    """Compares samples ``first ...``, one a replica, on all ranks with ``alone`` on rank 0; in the model's own dtype.
+    """Compares samples ``first ...``, one a replica, on all ranks with ``alone`` on rank 0.
 
-    ``alone`` is an unsharded copy of the model, needed on rank 0 only. Every rank returns the same report. Gradients
-    of ``model`` are cleared. Communication: a training step's, and one gather of objects.
+    ``alone`` is an unsharded copy of the model, needed on rank 0 only. Every rank returns the same report; the model's
+    gradients are cleared, its parameters keep their bits. Communication: two training steps', and one gather of
+    objects.
     """
     tokens = [windows.batch(first + replica, 1).to(layout.device) for replica in range(layout.replicas)]
-    model.zero_grad(set_to_none=True)
-    share = micro_batch_loss(model, tokens[layout.replica], layout, layout.replicas * windows.seq_len)
-    share.backward()
-    loss = share.detach().double()
-    all_reduce_sum(loss, layout.world)
-    norm = float(gradient_norm(model.parameters()))
+    sharded, single = [], []
+    for dtype in (torch.float64, torch.float32):
+        with computing_in(dtype, model):
+            sharded.append(_gradients_of_all(model, tokens[layout.replica], windows.seq_len, layout))
+        if alone is not None:
+            with computing_in(dtype, alone):
+                single.append(_gradients_of_one(alone, tokens))
     report = None
-    if layout.rank == 0:
-        assert alone is not None
-        report = _compare(model, alone, tokens, float(loss), norm, group_size(layout.world))
+    if alone is not None:
+        pairs = [*zip(sharded, single, strict=True), (single[1], single[0])]
+        report = Parity(group_size(layout.world), *(compare(one, other) for one, other in pairs))
+    return all_gather_objects(report, layout.world)[0]
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
+    """The model's parameters in ``dtype`` inside; afterwards as they were, without gradients."""
+    before = next(model.parameters()).dtype
     model.zero_grad(set_to_none=True)
-    reports = all_gather_objects(report, layout.world)
-    return reports[0]
+    model.to(dtype)
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.to(before)
 
 
-def _compare(
-    model: nn.Module, alone: LanguageModel, tokens: list[Tensor], loss: float, norm: float, ranks: int
-) -> Parity:
-    alone.zero_grad(set_to_none=True)
-    loss_alone = 0.0
-    for sample in tokens:
-        logits = alone(sample[:, :-1])
-        part = F.cross_entropy(wide(logits).flatten(0, 1), sample[:, 1:].flatten()) / len(tokens)
-        part.backward()
-        loss_alone += float(part.detach())
-    gradients = {
-        name: relative_difference(sharded.grad, single.grad)
-        for (name, sharded), single in zip(model.named_parameters(), alone.parameters(), strict=True)
-    }
-    return Parity(ranks, loss, loss_alone, norm, float(gradient_norm(alone.parameters())), gradients)
+def compare(one: Gradients, other: Gradients) -> Comparison:
+    """Relative differences, those of ``other`` as the truth."""
+    gradients = {name: relative_difference(one.by_name[name], other.by_name[name]) for name in other.by_name}
+    return Comparison((one.loss, other.loss), (one.norm, other.norm), gradients)
 
 
-def relative_difference(got: Tensor | None, want: Tensor | None) -> float:
-    """|got - want| / |want| in float64; two missing or zero tensors do not differ."""
-    if got is None or want is None:
-        missing = want if got is None else got
-        return 0.0 if missing is None or not bool(missing.any()) else float("inf")
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in float64; two zero tensors do not differ."""
     difference = torch.linalg.vector_norm(got.double() - want.double())
     size = torch.linalg.vector_norm(want.double())
     return 0.0 if float(difference) == 0.0 else float(difference / size) if float(size) > 0 else float("inf")
+
+
+def _gradients_of_all(model: nn.Module, sample: Tensor, seq_len: int, layout: Layout) -> Gradients:
+    share = micro_batch_loss(model, sample, layout, layout.replicas * seq_len)
+    share.backward()
+    loss = share.detach().double()
+    all_reduce_sum(loss, layout.world)
+    return _collected(model, float(loss))
+
+
+def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor]) -> Gradients:
+    loss = 0.0
+    for sample in tokens:
+        logits = wide(alone(sample[:, :-1]))
+        part = F.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten()) / len(tokens)
+        part.backward()
+        loss += float(part.detach())
+    return _collected(alone, loss)
+
+
+def _collected(model: nn.Module, loss: float) -> Gradients:
+    norm = float(gradient_norm(model.parameters()))
+    zero = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return Gradients(loss, norm, {name: grad.clone() for name, grad in zero.items()})

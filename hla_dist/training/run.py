@@ -239,7 +239,7 @@ class Run:
         self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}" + against(bigram, last))
         self.say(f"training: {self.step} steps, {self.tokens:,} tokens, {speed:,.0f} tokens per second")
         if parity is not None:
-            self.say(parity.line())
+            self.say("\n".join(parity.lines()))
         if self.out is not None and self.log is not None:
             plot_loss(self.out / "loss.png", self.log.history, self.unit, self.per_unit, bigram)
             summary = {

@@ -62,14 +62,14 @@ def test_torchrun_trains_and_leaves_everything(tmp_path: Path, text: str) -> Non
     )
     assert any(line.startswith("sample after 'def ':") for line in lines)
     assert any(re.fullmatch(r"training: 6 steps, 384 tokens, [\d,]+ tokens per second", line) for line in lines)
-    parity = next(line for line in lines if line.startswith("parity of 2 rank(s) with 1 process: loss "))
+    parity = next(line for line in lines if line.startswith("parity of 2 rank(s) with 1 process in float64: loss "))
     assert parity.endswith(": ok")
     assert sum(line.startswith("parity") for line in lines) == 1  # rank 0 alone speaks
     assert "6/6" in done.stderr  # the progress bar
     config = json.loads((out / "config.json").read_text())
     assert config["run"]["seq_len"] == 64 and config["ranks"] == config["shards"] == 2
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["held_out_last"] < summary["held_out_first"] and len(summary["parity"]["gradients"]) > 20
+    assert summary["held_out_last"] < summary["held_out_first"] and len(summary["parity"]["float64"]["gradients"]) > 20
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 7
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert checkpoint.open_checkpoint(out).step == 6

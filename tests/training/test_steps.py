@@ -145,10 +145,14 @@ def parity_of(pg: dist.ProcessGroup, factor: float) -> Any:
 
 def test_parity_holds_and_can_fail(pool: RankPool) -> None:
     for report in pool.run_group(4, parity_of, 1.0):
-        assert report.ok and report.worst[1] < 1e-11 and report.ranks == 4 and len(report.gradients) > 20
-        assert "parity of 4 rank(s) with 1 process" in report.line() and report.line().endswith(": ok")
+        assert report.ok and report.ranks == 4 and len(report.float64.gradients) > 20
+        assert report.float64.worst[1] < FLOAT64 < report.rounding.worst[1]
+        assert report.float32.worst[1] < 100 * report.rounding.worst[1]
+        first, second = report.lines()
+        assert first.startswith("parity of 4 rank(s) with 1 process in float64: loss ") and first.endswith(": ok")
+        assert second.startswith("    in float32: loss ")
     for report in pool.run_group(4, parity_of, 1.001):
-        assert not report.ok and report.line().endswith("FAILED")
+        assert not report.ok and report.lines()[0].endswith("FAILED")
 
 
 def run_config(pg: dist.ProcessGroup, config: TrainConfig, stop_after: int | None = None) -> int | str:
