@@ -14,31 +14,46 @@ Per pass, with W = (a b^T) o D and Z = (dout c^T) o D inside a chunk and P, R th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from hla_dist.operators.cascade import Fields, Operator, Pass
 from hla_dist.operators.gates import BlockGates
+from hla_dist.operators.pool import Pool
 
 
 class Block:
-    """Forward quantities of one block. ``sequences`` holds q, k, v and any inner result known beforehand."""
+    """Forward quantities of one block. ``sequences`` maps q, k, v and any inner result known beforehand."""
 
-    def __init__(self, operator: Operator, sequences: Fields, gates: BlockGates, carry: Fields, ridge: float):
+    def __init__(
+        self,
+        operator: Operator,
+        sequences: Mapping[str, Tensor],
+        gates: BlockGates,
+        carry: Fields,
+        ridge: float,
+        pool: Pool,
+    ):
         self.operator = operator
+        self.pool = pool
         self.gates = gates
         self.ridge = ridge
         self.carry = carry
-        self._sequences = dict(sequences)
+        self._sequences = sequences
+        self._results: Fields = {}
         self._weighted: dict[tuple[str, str], Tensor] = {}
         self._scores: dict[tuple[str, str], Tensor] = {}
         self._states: dict[str, tuple[Tensor, Tensor]] = {}
 
     def sequence(self, name: str) -> Tensor:
         """q, k, v or the result of a pass, ``[N, L, D]``."""
-        if name not in self._sequences:
-            self._sequences[name] = self.output(next(p for p in self.operator.passes if p.out == name))
-        return self._sequences[name]
+        if name in self._sequences:
+            return self._sequences[name]
+        if name not in self._results:
+            self._results[name] = self.output(next(p for p in self.operator.passes if p.out == name))
+        return self._results[name]
 
     def chunked(self, x: Tensor) -> Tensor:
         """``[N, L, D] -> [N * n, c, D]``."""
@@ -57,7 +72,12 @@ class Block:
         factor = self.gates.start if towards == "start" else self.gates.end
         if factor is None:
             return x
-        return (x.view(-1, self.gates.n, self.gates.c, x.shape[-1]) * factor).view(x.shape)
+        chunked = x.view(-1, self.gates.n, self.gates.c, x.shape[-1])
+        return torch.mul(chunked, factor, out=self.pool.take(*chunked.shape)).view(x.shape)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b``, batched, into a buffer of the pool."""
+        return torch.bmm(a, b, out=self.pool.take(a.shape[0], a.shape[1], b.shape[2]))
 
     def mask(self, scores: Tensor) -> Tensor:
         """Multiply ``[N * n, c, c]`` by Gamma(t, i) and the causal mask, in place."""
@@ -67,7 +87,7 @@ class Block:
     def scores(self, a: str, b: str) -> Tensor:
         """``W = (a b^T) o D``, shared by passes that read the same pair."""
         if (a, b) not in self._scores:
-            product = torch.bmm(self.chunked(self.sequence(a)), self.chunked(self.sequence(b)).mT)
+            product = self.product(self.chunked(self.sequence(a)), self.chunked(self.sequence(b)).mT)
             self._scores[a, b] = self.mask(product)
         return self._scores[a, b]
 
@@ -75,10 +95,11 @@ class Block:
         """The state entering every chunk ``[N, n, rows * columns]`` and the one leaving the block."""
         if p.state not in self._states:
             b = self.chunked(self.sequence(p.b))
-            parts = torch.bmm(b.mT, self.chunked(self.weighted(p.c, "end")))
+            parts = self.product(b.mT, self.chunked(self.weighted(p.c, "end")))
             carry = self.carry[p.state]
             parts = parts.view(carry.shape[0], self.gates.n, -1)
-            self._states[p.state] = self.gates.scan(parts, carry.flatten(1))
+            entering = self.pool.take(*parts.shape)
+            self._states[p.state] = (entering, self.gates.scan(parts, carry.flatten(1), entering))
         return self._states[p.state]
 
     def entering(self, p: Pass) -> Tensor:
@@ -99,7 +120,7 @@ class Block:
     def output(self, p: Pass) -> Tensor:
         """``out = LA(a, b, c) + ridge a``, ``[N, L, D]``."""
         c = self.sequence(p.c)
-        out = torch.bmm(self.scores(p.a, p.b), self.chunked(c))
+        out = self.product(self.scores(p.a, p.b), self.chunked(c))
         out.baddbmm_(self.chunked(self.weighted(p.a, "start")), self.entering(p))
         out = out.view(c.shape)
         if p.ridge and self.ridge:
@@ -117,14 +138,15 @@ class ReverseBlock(Block):
     def __init__(
         self,
         operator: Operator,
-        sequences: Fields,
+        sequences: Mapping[str, Tensor],
         gates: BlockGates,
         carry: Fields,
         ridge: float,
         gradients: Fields,
         reverse_carry: Fields,
+        pool: Pool,
     ):
-        super().__init__(operator, sequences, gates, carry, ridge)
+        super().__init__(operator, sequences, gates, carry, ridge, pool)
         self.given: frozenset[str] = frozenset()
         self.gradients = dict(gradients)
         self.reverse_carry = reverse_carry
@@ -137,17 +159,29 @@ class ReverseBlock(Block):
         self.given = frozenset(gradients)
 
     def run(self, wanted: frozenset[str], gate: bool = False) -> Fields:
-        """Fill ``gradients`` for ``wanted`` (and ``gate_terms``, ``tails``); return the reverse states that leave."""
+        """Fill ``gradients`` for ``wanted`` (and ``gate_terms``, ``tails``); return the reverse states that leave.
+
+        The gates' terms of a pass are a . da - b . db, with b . db = c . dc; where b and c are one sequence, both
+        are half of b . (db + dc). A sequence that every pass reads as ``a`` is paired once, with its whole gradient.
+        """
+        passes = self.operator.passes
+        self.always_read = {p.a for p in passes} - {name for p in passes for name in (p.b, p.c)}
         needed = set(wanted)
-        for p in self.operator.passes:
+        for p in passes:
             if needed & {p.a, p.b, p.c}:
                 needed.add(p.out)
         leaving: Fields = {}
-        for p in reversed(self.operator.passes):
+        for p in reversed(passes):
             if gate or needed & {p.a, p.b, p.c} - self.given:
                 leaving[p.reverse] = self._run_pass(p, needed - self.given, gate)
             else:
                 leaving[p.reverse] = self._leaving_only(p)
+        if gate:
+            for name in sorted(self.always_read & needed - self.given):
+                self._gate_terms(self.chunked(self.sequence(name)), self.chunked(self.gradients[name]), 1.0)
+        for p in passes:
+            if p.ridge and self.ridge and p.a in wanted:  # the ridge has no gate: added after their terms
+                self.gradients[p.a].add_(self.gradients[p.out], alpha=self.ridge)
         return leaving
 
     def _leaving_only(self, p: Pass) -> Tensor:
@@ -160,61 +194,74 @@ class ReverseBlock(Block):
     def _run_pass(self, p: Pass, want: set[str], gate: bool) -> Tensor:
         dout = self.chunked(self.gradients[p.out])
         decayed = self.chunked(self.decay(self.gradients[p.out], "start"))
-        a, b, c = self.sequence(p.a), self.sequence(p.b), self.sequence(p.c)
-        parts = torch.bmm(self.chunked(a).mT, decayed)
+        a, b, c = (self.chunked(self.sequence(name)) for name in (p.a, p.b, p.c))
+        parts = self.product(a.mT, decayed)
         carry = self.reverse_carry[p.reverse]
-        parts = parts.view(carry.shape[0], self.gates.n, -1)
-        entering, leaving = self.gates.scan_reverse(parts, carry.flatten(1))
+        entering = self.pool.take(carry.shape[0], self.gates.n, carry[0].numel())
+        leaving = self.gates.scan_reverse(parts.view(entering.shape), carry.flatten(1), entering)
         reverse = entering.view(-1, *carry.shape[-2:])
 
-        z = self.mask(torch.bmm(dout, self.chunked(c).mT)) if want & {p.a, p.b} else None
+        if want & {p.a, p.b}:
+            z = self.mask(self.product(dout, c.mT))
         if p.a in want:
-            da = torch.bmm(z, self.chunked(b)).baddbmm_(decayed, self.entering(p).mT).view(a.shape)
+            apart = gate and p.a not in self.always_read
+            da = self._add(p.a, z, b, apart).baddbmm_(decayed, self.entering(p).mT)
+            if apart:
+                self._gate_terms(a, da, 1.0)
+                self._merge(p.a, da)
+        if p.b == p.c and p.b in want:
+            # One product with R + R^T stands for db + dc: LA(q, k, k) is the pass this is for.
+            both = self._add(p.b, z.mT, a, gate).baddbmm_(self.scores(p.a, p.b).mT, dout)
+            symmetric = torch.add(reverse, reverse.mT, out=parts.view(reverse.shape))
+            both.baddbmm_(self.chunked(self.weighted(p.b, "end")), symmetric)
             if gate:
-                self._gate_terms(a, da, 1)
-            self._accumulate(p.a, da)
-            if p.ridge and self.ridge:
-                self.gradients[p.a].add_(self.gradients[p.out], alpha=self.ridge)
-        if p.b == p.c and p.b in want and not gate:
-            # One product with R + R^T stands for both: LA(q, k, k) is the pass this is for.
-            both = torch.bmm(z.mT, self.chunked(a)).baddbmm_(self.scores(p.a, p.b).mT, dout)
-            both.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse + reverse.mT)
-            self._accumulate(p.b, both.view(b.shape))
-            return leaving.view(carry.shape)
-        if p.b in want:
-            db = torch.bmm(z.mT, self.chunked(a)).baddbmm_(self.chunked(self.weighted(p.c, "end")), reverse.mT)
-            db = db.view(b.shape)
-            if gate:
-                self._gate_terms(b, db, -1)
-            self._accumulate(p.b, db)
-        if p.c in want:
-            dc = torch.bmm(self.scores(p.a, p.b).mT, dout)
-            dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
-            self._accumulate(p.c, dc.view(c.shape))
+                self._gate_terms(b, both, -0.5)
+                self._merge(p.b, both)
+        else:
+            if p.b in want:
+                db = self._add(p.b, z.mT, a, gate).baddbmm_(self.chunked(self.weighted(p.c, "end")), reverse.mT)
+                if gate:
+                    self._gate_terms(b, db, -1.0)
+                    self._merge(p.b, db)
+            if p.c in want:
+                dc = self._add(p.c, self.scores(p.a, p.b).mT, dout, False)
+                dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
         if gate:
-            for name, sign in ((p.a, 1), (p.b, -1)):
-                if name in self.given:  # then all of its gradient comes from this pass
-                    self._gate_terms(self.sequence(name), self.gradients[name], sign)
+            if p.a in self.given:  # then all of its gradient comes from this pass
+                self._gate_terms(a, self.chunked(self.gradients[p.a]), 1.0)
+            if p.b in self.given:
+                self._gate_terms(b, self.chunked(self.gradients[p.b]), -1.0)
             self._tail(p, entering)
         return leaving.view(carry.shape)
 
-    def _accumulate(self, name: str, gradient: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, y: Tensor, apart: bool) -> Tensor:
+        """``x @ y`` onto the gradient of ``name``, or (``apart``, or the first) into a buffer of its own."""
+        if name in self.gradients and not apart:
+            return self.chunked(self.gradients[name]).baddbmm_(x, y)
+        product = self.product(x, y)
+        if not apart:
+            self._merge(name, product)
+        return product
+
+    def _merge(self, name: str, gradient: Tensor) -> None:
+        gradient = gradient.view(-1, self.gates.n * self.gates.c, gradient.shape[-1])
         if name in self.gradients:
             self.gradients[name].add_(gradient)
         else:
             self.gradients[name] = gradient
 
-    def _gate_terms(self, x: Tensor, dx: Tensor, sign: int) -> None:
-        terms = (x * dx).sum(-1)
+    def _gate_terms(self, x: Tensor, dx: Tensor, weight: float) -> None:
+        terms = torch.mul(x, dx, out=self.pool.take(*x.shape)).sum(-1)
         if self.gate_terms is None:
-            self.gate_terms = terms if sign > 0 else -terms
+            self.gate_terms = terms.mul_(weight)
         else:
-            self.gate_terms.add_(terms, alpha=sign)
+            self.gate_terms.add_(terms, alpha=weight)
 
     def _tail(self, p: Pass, reverse: Tensor) -> None:
         entering, leaving = self.states(p)
         tails = torch.empty(reverse.shape[:2], dtype=reverse.dtype, device=reverse.device)
-        torch.sum(entering[:, 1:] * reverse[:, :-1], -1, out=tails[:, :-1])
+        products = torch.mul(entering[:, 1:], reverse[:, :-1], out=self.pool.take(*entering[:, 1:].shape))
+        torch.sum(products, -1, out=tails[:, :-1])
         torch.sum(leaving * reverse[:, -1], -1, out=tails[:, -1])
         self.tails = tails if self.tails is None else self.tails.add_(tails)
 

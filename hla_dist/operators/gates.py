@@ -7,7 +7,7 @@ gate of any strength leaves its neighbours' precision alone.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -85,14 +85,14 @@ class BlockGates:
         self.end = self.end * (tokens == edges[1:, None]).to(dtype)[..., None]
         self.chunks = self.chunks * (edges[:, None] == edges[None, :]).to(dtype)
 
-    @property
+    @cached_property
     def block_start(self) -> Tensor | None:
         """``Gamma(t, block start)  [N, L, 1]``, or None without gates."""
         if self.start is None:
             return None
         return flush((self.start * self.chunks[:, :-1, 0, None, None]).flatten(1, 2))
 
-    @property
+    @cached_property
     def block_end(self) -> Tensor | None:
         """``Gamma(block end, i)  [N, L, 1]``, or None without gates."""
         if self.end is None:
@@ -104,30 +104,30 @@ class BlockGates:
         """The product of all of the block's gates, ``[N, 1]`` (N may be 1)."""
         return self.chunks[:, -1, :1]
 
-    def scan(self, parts: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """States entering every chunk and leaving the block, left to right.
+    def scan(self, parts: Tensor, carry: Tensor, entering: Tensor) -> Tensor:
+        """Fill ``entering`` with the states entering every chunk, left to right; return the one leaving the block.
 
         parts ``[N, n, M]``: what each chunk adds to the state at its own end (overwritten); carry ``[N, M]``.
         One small matrix product over chunks instead of a loop.
         """
         self._enter(parts[:, 0], carry, 0)
-        entering = torch.bmm(self._later.expand(parts.shape[0], -1, -1), parts)
+        torch.bmm(self._later.expand(parts.shape[0], -1, -1), parts, out=entering)
         entering[:, 0] = carry
         if self.n == 1:
-            return entering, parts[:, 0]
-        return entering, entering[:, -1] * self.chunks[:, self.n, self.n - 1, None] + parts[:, -1]
+            return parts[:, 0].clone()
+        return torch.addcmul(parts[:, -1], entering[:, -1], self.chunks[:, self.n, self.n - 1, None])
 
-    def scan_reverse(self, parts: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """Reverse states entering every chunk from the right, and leaving the block to the left.
+    def scan_reverse(self, parts: Tensor, carry: Tensor, entering: Tensor) -> Tensor:
+        """Fill ``entering`` with the reverse states from the right; return the one leaving the block to the left.
 
         parts ``[N, n, M]``: what each chunk adds to the reverse state at its own start (overwritten).
         """
         self._enter(parts[:, -1], carry, self.n - 1)
-        entering = torch.bmm(self._later.mT.expand(parts.shape[0], -1, -1), parts)
+        torch.bmm(self._later.mT.expand(parts.shape[0], -1, -1), parts, out=entering)
         entering[:, -1] = carry
         if self.n == 1:
-            return entering, parts[:, 0]
-        return entering, entering[:, 0] * self.chunks[:, 1, :1] + parts[:, 0]
+            return parts[:, 0].clone()
+        return torch.addcmul(parts[:, 0], entering[:, 0], self.chunks[:, 1, :1])
 
     @property
     def _later(self) -> Tensor:

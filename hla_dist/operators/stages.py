@@ -5,9 +5,9 @@
     finish                    the whole segment from a carry, reusing what ``summarize`` kept
     summarize_backward, scan_backward, finish_backward      the same, right to left
 
-A segment is walked in tiles (a few batch-and-head rows) and blocks (about two thousand tokens) that stay in cache;
+A segment is walked in tiles (a few batch-and-head rows) and blocks (about a thousand tokens) that stay in cache;
 inside a block everything is batched matrix products (``blocks.py``). Forward saves the carry at every block start,
-1/32 of the chunk states; backward recomputes the rest. Accumulation and states are float32, or float64 for float64.
+1/16 of the chunk states; backward recomputes the rest. Accumulation and states are float32, or float64 for float64.
 
 Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``[H]`` or ``[B, T, H]``, documents ``[T]``
 (number of document starts up to and including each token), states ``[B, H, rows, columns]``.
@@ -25,10 +25,11 @@ from torch import Tensor
 from hla_dist.operators.blocks import Block
 from hla_dist.operators.cascade import Fields, Operator
 from hla_dist.operators.gates import BlockGates, flush
+from hla_dist.operators.pool import Pool
 
 CHUNK = 64  # fewer tokens waste matrix-product efficiency, more waste the upper triangle
-BLOCK_TOKENS = 2048  # tokens of one row in a block: the scan over its 32 chunks costs 6 % of the arithmetic
-TILE_TOKENS = 16384  # tokens times rows in a block: a few MiB a sequence; more leaves the cache, fewer pays dispatch
+BLOCK_TOKENS = 1024  # tokens of one row in a block: the scans over its 16 chunks cost 6 % of the arithmetic
+TILE_TOKENS = 8192  # tokens times rows in a block: 2 MiB a sequence at K = 64; more leaves the cache, fewer pays calls
 
 
 class Tile(NamedTuple):
@@ -81,6 +82,8 @@ class Segment:
         self.heads_per_kv = self.H // self.G
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
+        self.pool = Pool(self.dtype, self.device)
+        self._fixed_gates: dict[tuple[int, int, int], BlockGates] = {}
         self.chunk = settings.chunk_size or next(c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == CHUNK)
         self.block_chunks = max(1, min(-(-self.T // self.chunk), BLOCK_TOKENS // self.chunk))
 
@@ -150,7 +153,7 @@ class Segment:
         b, h, t, d = part.shape
         repeat = self.heads_per_kv if grouped else 1
         length = span.n * self.chunk
-        out = torch.empty(b, h, repeat, length, d + extra, dtype=self.dtype, device=self.device)
+        out = self.pool.take(b, h, repeat, length, d + extra)
         out[..., :t, :d] = part[:, :, None]
         if extra:
             out[..., :t, d:] = 1
@@ -170,25 +173,39 @@ class Segment:
 
     def load_inner(self, x: Tensor, tile: Tile, span: Span) -> Tensor:
         """A block of inner storage ``[B, H, T, D]`` as ``[N, L, D]``, zero past the end."""
-        part = x[tile.b0 : tile.b1, self.heads(tile), span.t0 : span.t1].flatten(0, 1)
-        return torch.nn.functional.pad(part, (0, 0, 0, span.n * self.chunk - part.shape[1])).contiguous()
+        part = x[tile.b0 : tile.b1, self.heads(tile), span.t0 : span.t1]
+        b, h, t, d = part.shape
+        out = self.pool.take(b, h, span.n * self.chunk, d)
+        out[:, :, :t] = part
+        out[:, :, t:] = 0
+        return out.flatten(0, 1)
 
     def store_inner(self, x: Tensor, tile: Tile, span: Span, value: Tensor) -> None:
         """Write a block of inner storage."""
         part = x[tile.b0 : tile.b1, self.heads(tile), span.t0 : span.t1]
         part.copy_(value[:, : span.t1 - span.t0].view(part.shape))
 
-    def sequences(self, tile: Tile, span: Span) -> Fields:
-        """q (scaled), k and v (with its column of ones if normalised) of a block."""
-        q = self.load(self.q, tile, span)
-        if self.settings.scale != 1.0:
-            q.mul_(self.settings.scale)
-        v = self.load(self.v, tile, span, extra=int(self.settings.normalize))
-        return {"q": q, "k": self.load(self.k, tile, span), "v": v}
+    def sequence(self, name: str, tile: Tile, span: Span) -> Tensor:
+        """q (scaled), k or v (with its column of ones if normalised) of a block."""
+        if name == "q":
+            q = self.load(self.q, tile, span)
+            return q.mul_(self.settings.scale) if self.settings.scale != 1.0 else q
+        if name == "k":
+            return self.load(self.k, tile, span)
+        return self.load(self.v, tile, span, extra=int(self.settings.normalize))
 
     def gates(self, tile: Tile, span: Span) -> BlockGates:
-        """The block's gates; tokens past the end have gate 1."""
+        """The block's gates; tokens past the end have gate 1. Fixed gates are the same in every full block."""
         length, tokens = span.n * self.chunk, span.t1 - span.t0
+        fixed = self.documents is None and tokens == length and (self.log_decay is None or self.log_decay.dim() == 1)
+        if not fixed:
+            return self._block_gates(tile, span, length, tokens)
+        key = (span.n, tile.b1 - tile.b0, self.heads(tile).start)
+        if key not in self._fixed_gates:
+            self._fixed_gates[key] = self._block_gates(tile, span, length, tokens)
+        return self._fixed_gates[key]
+
+    def _block_gates(self, tile: Tile, span: Span, length: int, tokens: int) -> BlockGates:
         logs = documents = None
         if self.log_decay is not None:
             if self.log_decay.dim() == 1:
@@ -203,6 +220,22 @@ class Segment:
             index = torch.arange(span.t0 - 1, span.t0 + length, device=self.device).clamp_(max=span.t1 - 1)
             documents = self.documents[index.clamp(min=0)].masked_fill(index < 0, 0)
         return BlockGates(logs, documents, span.n, self.chunk, self.dtype, self.device)
+
+
+class Sequences(dict[str, Tensor]):
+    """A block's q, k and v, loaded when first read: no stage reads what it does not use."""
+
+    def __init__(self, segment: Segment, tile: Tile, span: Span):
+        super().__init__()
+        self._source = (segment, tile, span)
+
+    def __contains__(self, name: object) -> bool:
+        return name in ("q", "k", "v") or super().__contains__(name)
+
+    def __missing__(self, name: str) -> Tensor:
+        segment, tile, span = self._source
+        self[name] = segment.sequence(name, tile, span)
+        return self[name]
 
 
 class Scanned(NamedTuple):
@@ -240,7 +273,7 @@ def summarize(segment: Segment) -> Summarized:
         past = torch.ones(next(iter(carry.values())).shape[0], 1, dtype=segment.dtype, device=segment.device)
         for span in spans:
             gates = segment.gates(tile, span)
-            block = Block(op, segment.sequences(tile, span), gates, carry, segment.settings.ridge)
+            block = Block(op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, segment.pool)
             for p in op.first_level:
                 segment.put_rows(tile, starts[p.state][span.index], carry[p.state])
                 segment.store_inner(results[p.out], tile, span, block.sequence(p.out))
@@ -252,6 +285,7 @@ def summarize(segment: Segment) -> Summarized:
                 moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
             carry = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
             past = flush(past * gates.block)
+            segment.pool.release()
         for name, value in (carry | moments).items():
             segment.put_rows(tile, fields[name], value)
         for p in op.first_level:
@@ -281,7 +315,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
         past = torch.ones(len(current[op.states[0]]), 1, dtype=segment.dtype, device=segment.device)
         for span in spans:
             gates = segment.gates(tile, span)
-            sequences = segment.sequences(tile, span)
+            sequences = Sequences(segment, tile, span)
             for p in op.first_level if reused else ():
                 result, starts = reused[p.out]
                 here = segment.load_inner(result, tile, span)
@@ -289,7 +323,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
                 sequences[p.out] = here
             for name in op.states:
                 segment.put_rows(tile, checkpoints[name][span.index], current[name])
-            block = Block(op, sequences, gates, current, segment.settings.ridge)
+            block = Block(op, sequences, gates, current, segment.settings.ridge, segment.pool)
             o = block.sequence("o")
             if normalize:
                 den = o[..., -1:]
@@ -298,6 +332,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
             segment.store(out, tile, span, o)
             past = flush(past * gates.block)
             current = {p.state: _leaving(segment, block, p, reused, tile, span, entering, past) for p in op.passes}
+            segment.pool.release()
         for name in op.states:
             segment.put_rows(tile, state[name], current[name])
     return Scanned(out, denominator, [state[n] for n in op.states], [checkpoints[n] for n in op.states])

@@ -14,7 +14,7 @@ from torch import Tensor
 from hla_dist.operators.blocks import ReverseBlock
 from hla_dist.operators.cascade import Fields
 from hla_dist.operators.gates import BlockGates, flush
-from hla_dist.operators.stages import Segment, Span, Tile, correct
+from hla_dist.operators.stages import Segment, Sequences, Span, Tile, correct
 
 
 class Saved(NamedTuple):
@@ -50,6 +50,7 @@ def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> tuple[li
             carry = block.run(frozenset(kept))
             for name, storage in kept.items():
                 segment.store_inner(storage, tile, span, block.gradients[name])
+            segment.pool.release()
         for name, value in carry.items():
             segment.put_rows(tile, fields[name], value)
     return list(fields.values()), list(kept.values())
@@ -87,6 +88,7 @@ def scan_backward(
             segment.store(dv, tile, span, block.gradients["v"][..., : segment.v.shape[3]])
             if dlog is not None:
                 _store_gate(segment, dlog, tile, span, block.gate_gradient())
+            segment.pool.release()
         for name in op.reverses:
             segment.put_rows(tile, dcarry[name], current[name])
     if dlog is not None:
@@ -111,7 +113,7 @@ def _block(
         gradient[..., -1:] = -(gradient[..., :-1] * o).sum(-1, keepdim=True)
         gradient /= den
     block = ReverseBlock(
-        op, segment.sequences(tile, span), gates, carry, segment.settings.ridge, {"o": gradient}, reverse
+        op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, {"o": gradient}, reverse, segment.pool
     )
     return block, gates
 

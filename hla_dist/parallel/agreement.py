@@ -137,7 +137,7 @@ def start(
     _send(pending, _NEW, agreed.length, None, device)
     _wait(pending)
     _check(pending, _headers(pending), _NEW)
-    agreed.length = payload.numel()
+    agreed.length = max(agreed.length, payload.numel())
     agreed.known.add(pending.hash)
     _send(pending, _OK, agreed.length, payload, device)
     return pending
