@@ -64,11 +64,13 @@ class HLAAttention(nn.Module):
     ``decay_heads``: gates per query head (H, default) or per key/value head (G; S is then shared within each).
     ``decay_temperature``: how hard a token can cut (default 1: a gate moves freely between 0 and 1; GLA's 16 keeps
         every gate near 1).
-    ``decay_range``: memory of the first and the last head at initialisation, in tokens (default 16 to 8192; the
+    ``decay_range``: memory of the first and the last head at initialisation, in tokens (default 2 to 4096; the
         others between, in equal ratios), so that some heads read locally and some far from the start.
+    ``norm_eps``: epsilon of ``qk_norm`` (default 1e-6).
     ``output_norm``: RMS norm of each head's output, in float32 (default True). Outputs of order n grow like T^n without
         decay; with it the first token and the millionth leave this layer at the same scale.
-    ``norm_eps``: its epsilon (default 1e-6), small beside the first token's output of order 1.
+    ``output_norm_eps``: its epsilon, added to the mean square (default 1e-3): little beside a first token's output of
+        order 1, yet an output whose terms happen to cancel, and its gradient, are not blown up more than 30 times.
     ``output_gate``: ``"silu"`` (default) or ``"sigmoid"`` of a further projection of x, or None.
     ``residual_scale``: factor on W_o's initialisation (default 1; 1/sqrt(2 layers) keeps a deep residual stream's
         variance from growing).
@@ -98,9 +100,10 @@ class HLAAttention(nn.Module):
         decay: str | None = "token",
         decay_heads: int | None = None,
         decay_temperature: float = 1.0,
-        decay_range: tuple[float, float] = (16.0, 8192.0),
-        output_norm: bool = True,
+        decay_range: tuple[float, float] = (2.0, 4096.0),
         norm_eps: float = 1e-6,
+        output_norm: bool = True,
+        output_norm_eps: float = 1e-3,
         output_gate: str | None = "silu",
         residual_scale: float = 1.0,
         rope_theta: float | None = None,
@@ -152,7 +155,7 @@ class HLAAttention(nn.Module):
 
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
-        self.output_norm, self.norm_eps, self.output_gate = output_norm, norm_eps, output_gate
+        self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
         self.rope_theta, self.mask = rope_theta, mask
         self.ridge, self.normalize, self.eps = ridge, normalize, eps
         self.chunk_size, self.exchange, self.backend = chunk_size, exchange, backend
@@ -267,7 +270,7 @@ class HLAAttention(nn.Module):
         )
         if self.o_weight is not None:
             # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
-            o = F.rms_norm(o, (self.value_dim,), None, self.norm_eps) * self.o_weight.to(o.dtype)
+            o = F.rms_norm(o, (self.value_dim,), None, self.output_norm_eps) * self.o_weight.to(o.dtype)
         o = o.to(activation).reshape(batch, tokens, self.num_heads * self.value_dim)
         if self.g_proj is not None and self.output_gate is not None:
             o = o * _GATES[self.output_gate](self.g_proj(x))

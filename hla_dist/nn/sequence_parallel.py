@@ -70,16 +70,15 @@ class SequenceParallelHLA(nn.Module):
         # Agreed on before anything is set: a rank with a problem must not leave the others waiting.
         _agree(module, problem, everyone)
         self.module = module
-        self.group, self.gradient_group = group, everyone
+        self.group, self.gradient_group = pg, everyone
         self._layers = [layer for layer in module.modules() if isinstance(layer, HLAAttention)]
         for layer in self._layers:
-            layer.group = group
+            layer.group = pg
         self.shard_lengths = shard_lengths
         fsdp = sys.modules.get("torch.distributed.fsdp")
         for part in module.modules():
-            if fsdp is not None and isinstance(
-                part, fsdp.FSDPModule
-            ):  # whose parameters they are shows only while they are sharded
+            # whose a parameter is shows only while FSDP2 has it sharded
+            if fsdp is not None and isinstance(part, fsdp.FSDPModule):
                 part.reshard()
         several = group_size(everyone) > 1
         if sync_parameters and several:
@@ -94,7 +93,7 @@ class SequenceParallelHLA(nn.Module):
 
     @shard_lengths.setter
     def shard_lengths(self, lengths: Sequence[int] | None) -> None:
-        problem = _length_problem(lengths, group_size(resolve_group(self.group)))
+        problem = _length_problem(lengths, group_size(self.group))
         if problem:
             raise ValueError(problem)
         self._shard_lengths = lengths
