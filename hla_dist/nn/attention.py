@@ -22,6 +22,12 @@ from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_g
 __all__ = ["HLAAttention"]
 
 _ORDERS = {"linear_attention": 1, "hla2": 2, "ahla": 2, "hla3": 3}
+_FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -52,8 +58,8 @@ class HLAAttention(nn.Module):
     ``op``: ``"hla2"`` (default), ``"linear_attention"``, and any further operator of the library by name.
     ``num_kv_heads``: G, dividing H (default H); fewer key/value heads, less to store and to send.
     ``head_dim``: K (default D / H). ``value_dim``: V, per head (default K); the state is K x V a head.
-    ``feature_map``: callable on queries and keys before their norm, e.g. ``torch.relu`` (default None: the operators
-        need no positivity). It may change K.
+    ``feature_map``: on queries and keys before their norm: ``"relu"``, ``"relu_squared"``, ``"sigmoid"``, ``"silu"``,
+        or a callable, which may change K (default None: the operators need no positivity).
     ``qk_norm``: ``"l2"`` (default) gives q and k length 1, which bounds every state by powers of the token count
         whatever the weights do; ``"rms"`` gives them length sqrt(K) times a learned weight a channel; None leaves
         them, and bounding them, to the caller.
@@ -94,7 +100,7 @@ class HLAAttention(nn.Module):
         head_dim: int | None = None,
         *,
         value_dim: int | None = None,
-        feature_map: Callable[[Tensor], Tensor] | None = None,
+        feature_map: str | Callable[[Tensor], Tensor] | None = None,
         qk_norm: str | None = "l2",
         scale: float | None = None,
         decay: str | None = "token",
@@ -140,8 +146,8 @@ class HLAAttention(nn.Module):
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {self.num_kv_heads}")
         _one_of("decay_heads", self.decay_heads, (num_heads, self.num_kv_heads))
-        if feature_map is not None and not callable(feature_map):
-            raise ValueError(f"feature_map: expected a callable or None, got {feature_map!r}")
+        if not callable(feature_map):
+            _one_of("feature_map", feature_map, (*_FEATURE_MAPS, None))
         if not decay_temperature > 0:
             raise ValueError(f"decay_temperature: expected a number > 0, got {decay_temperature}")
         if len(decay_range) != 2 or not 0 < decay_range[0] <= decay_range[1] < math.inf:
@@ -174,13 +180,13 @@ class HLAAttention(nn.Module):
         # gates that differ from token to token from the start: half a unit of the logit
         self.d_proj = Projection(hidden_size, self.decay_heads, 0.5 * std, **factory) if decay == "token" else None
 
-        def vector(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **factory))
+        def vector(size: int) -> nn.Parameter:  # all of one dimension: optimisers know by that what not to decay
+            return nn.Parameter(torch.empty(size, **factory))
 
         self.decay_bias = None if decay is None else vector(self.decay_heads)
         self.q_weight = vector(self.head_dim) if qk_norm == "rms" else None
         self.k_weight = vector(self.head_dim) if qk_norm == "rms" else None
-        self.o_weight = vector(num_heads, self.value_dim) if output_norm else None
+        self.o_weight = vector(outputs) if output_norm else None
         self._reset_vectors()
 
     def reset_parameters(self) -> None:
@@ -238,7 +244,8 @@ class HLAAttention(nn.Module):
         k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.value_dim)
         if self.feature_map is not None:
-            q, k = self.feature_map(q), self.feature_map(k)
+            phi = self.feature_map if callable(self.feature_map) else _FEATURE_MAPS[self.feature_map]
+            q, k = phi(q), phi(k)
         q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
         if self.rope_theta is not None:
             if positions is None:
@@ -270,8 +277,10 @@ class HLAAttention(nn.Module):
         )
         if self.o_weight is not None:
             # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
-            o = F.rms_norm(o, (self.value_dim,), None, self.output_norm_eps) * self.o_weight.to(o.dtype)
+            o = F.rms_norm(o, (self.value_dim,), None, self.output_norm_eps)
         o = o.to(activation).reshape(batch, tokens, self.num_heads * self.value_dim)
+        if self.o_weight is not None:
+            o = o * self.o_weight.to(activation)
         if self.g_proj is not None and self.output_gate is not None:
             o = o * _GATES[self.output_gate](self.g_proj(x))
         return self.o_proj(o), state

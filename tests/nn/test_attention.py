@@ -23,7 +23,7 @@ VARIANTS = {
     "no decay": dict(decay=None),
     "rms norm, sigmoid gate": dict(qk_norm="rms", output_gate="sigmoid"),
     "bare": dict(qk_norm=None, output_gate=None, output_norm=False, decay=None),
-    "positive features, ratio": dict(feature_map=torch.relu, normalize=True),
+    "positive features, ratio": dict(feature_map="relu_squared", normalize=True),
     "features of another size": dict(feature_map=lambda x: torch.cat([x, -x], -1)),
     "ridge": dict(ridge=0.5),
     "rotary": dict(rope_theta=1e4),
@@ -225,7 +225,7 @@ def test_compiles_without_graph_breaks():
         (dict(rope_theta=1e4, head_dim=7), ("rope_theta", "even head_dim", "7")),
         (dict(mask="causal-ish"), ("mask", "'causal', 'prefix', 'full'")),
         (dict(mask="full"), ("decay", "None with mask='full'", "'token'")),
-        (dict(feature_map="relu"), ("feature_map", "callable", "'relu'")),
+        (dict(feature_map="tanh"), ("feature_map", "'relu'", "None", "'tanh'")),
     ],
 )
 def test_bad_options_are_named(options, parts):
