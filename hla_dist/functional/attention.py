@@ -191,6 +191,8 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     if o["mask"] == "full":
         with torch.autocast(q.device.type, enabled=False):
             return full(name, q, k, v, o["scale"], o["ridge"], o["normalize"], o["eps"], place), None
+    if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
+        k, v = k.view_as(k), v.view_as(v)
     initial = o["initial_state"]
     if initial is None:
         initial = ()

@@ -37,25 +37,27 @@ class Place(NamedTuple):
 class Cascade(torch.autograd.Function):
     """``(out, *final state)`` of an operator; see ``attention.py`` for the public face.
 
-    ``initial`` is empty or one tensor a pass. Communication with a group: one all-gather forward, one backward.
+    The initial state is one tensor a pass, or None (fixed arguments: Dynamo shifts variadic ones without grad).
+    Communication with a group: one all-gather forward, one backward.
     """
 
     @staticmethod
-    def forward(ctx, options, place, output_state, q, k, v, log_decay, documents, *initial):
+    def forward(ctx, options, place, output_state, q, k, v, log_decay, documents, first=None, second=None):
         """Run the forward stages; save inputs, block carries and what backward's fold needs."""
         op = OPERATORS[options[0]]
         inputs = (q, k, v, log_decay, documents)
         count = len(op.passes)
+        initial = [x for x in (first, second) if x is not None]
         later: list[Tensor] = []
         if not place[0]:
-            carry = list(initial) or _zeros(options, q, v)
+            carry = initial or _zeros(options, q, v)
             out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
             state = rest[:count]
         else:
             summary = stage_ops.summarize(*inputs, *options)
             sent = 1 + len(op.fields)
             layout = _layout(options, q, v)
-            start = list(initial) if place[1] == 0 else []
+            start = initial if place[1] == 0 else []
             ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
             received = exchange_ops.exchange_finish(ticket, start, summary[0], output_state, place[0], *layout)
             carry = received[:count]
@@ -91,7 +93,8 @@ class Cascade(torch.autograd.Function):
         if place[1] > 0:  # an initial state is read on rank 0 only
             dinitial = [torch.zeros_like(x) for x in dinitial]
         dlog = None if log_decay is None else dlog
-        return (None, None, None, dq, dk, dv, dlog, None, *(dinitial if initial else ()))
+        dinitial = (dinitial if initial else []) + [None] * 2
+        return None, None, None, dq, dk, dv, dlog, None, dinitial[0], dinitial[1]
 
 
 def _zeros(options, q: Tensor, v: Tensor) -> list[Tensor]:

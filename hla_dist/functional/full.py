@@ -15,10 +15,13 @@ _MOMENTS = {"linear_attention": (("k", "v"),), "hla2": (("k", "k"), ("q", "v"))}
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum moments over the group in rank order; the gradient of a sum is the sum of the gradients."""
+    """Sum moments over the group in rank order; the gradient of a sum is the sum of the gradients.
+
+    q passes by unused: where it alone needs a gradient, this rank must still take part in the backward sum.
+    """
 
     @staticmethod
-    def forward(ctx, group_name, description, *moments):
+    def forward(ctx, group_name, description, q, *moments):
         ctx.call = (group_name, description)
         return tuple(exchange_ops.exchange_sum(list(moments), group_name, "forward", description))
 
@@ -26,7 +29,7 @@ class _SumOverRanks(torch.autograd.Function):
     def backward(ctx, *gradients):
         group_name, description = ctx.call
         sums = exchange_ops.exchange_sum([g.contiguous() for g in gradients], group_name, "backward", description)
-        return None, None, *sums
+        return None, None, None, *sums
 
 
 def full(
@@ -52,7 +55,7 @@ def full(
         moment = a.mT @ b
         moments.append(moment.flatten(1, 2) if left == "q" else moment.repeat_interleave(repeat, dim=1))
     if place.group_name:
-        moments = list(_SumOverRanks.apply(place.group_name, f"full {place.description}", *moments))
+        moments = list(_SumOverRanks.apply(place.group_name, f"full {place.description}", q, *moments))
     if name == "hla2":
         s, c = moments
         m = s @ c + ridge * c

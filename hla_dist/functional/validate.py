@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,24 +39,36 @@ class validation(AbstractContextManager["validation"]):
 def require(condition: bool, argument: str, expected: str, came: object) -> None:
     """Raise ``ValueError("argument: expected ..., got ...")`` unless ``condition``."""
     if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {came}")
+        refuse(argument, expected, came)
+
+
+def refuse(argument: str, expected: str, came: object) -> NoReturn:
+    """Raise ``ValueError("argument: expected ..., got ...")``.
+
+    Texts with sizes in them are built only here: formatting a size makes a compiler specialise on it.
+    """
+    raise ValueError(f"{argument}: expected {expected}, got {came}")
 
 
 def check_inputs(q: Any, k: Any, v: Any) -> None:
     """Ranks, dtypes, devices and matching shapes of q, k, v."""
     for name, x, letters in (("q", q, "[B, T, H, K]"), ("k", k, "[B, T, G, K]"), ("v", v, "[B, T, G, V]")):
         require(isinstance(x, Tensor), name, f"a tensor {letters}", type(x).__name__)
-        require(x.dim() == 4, name, f"4 dimensions {letters}", f"shape {tuple(x.shape)}")
+        if x.dim() != 4:
+            refuse(name, f"4 dimensions {letters}", f"shape {tuple(x.shape)}")
         require(x.dtype in FLOATS, name, "bfloat16, float16, float32 or float64", x.dtype)
         require(x.dtype == q.dtype, name, f"q's dtype {q.dtype}", x.dtype)
         require(x.device == q.device, name, f"q's device {q.device}", x.device)
-        require(x.shape[2] > 0 and x.shape[3] > 0, name, "at least one head and one channel", f"shape {tuple(x.shape)}")
+        if x.shape[2] == 0 or x.shape[3] == 0:
+            refuse(name, "at least one head and one channel", f"shape {tuple(x.shape)}")
     B, T, H, K = q.shape
     G = k.shape[2]
-    require(tuple(k.shape) == (B, T, G, K), "k", f"[B, T, G, K] = [{B}, {T}, G, {K}] like q", f"shape {tuple(k.shape)}")
-    require(H % G == 0, "k", f"a number of heads that divides q's {H}", f"{G} heads")
-    expected = f"[B, T, G] = [{B}, {T}, {G}] like k in front of V"
-    require(tuple(v.shape[:3]) == (B, T, G), "v", expected, f"shape {tuple(v.shape)}")
+    if tuple(k.shape) != (B, T, G, K):
+        refuse("k", f"[B, T, G, K] = [{B}, {T}, G, {K}] like q", f"shape {tuple(k.shape)}")
+    if H % G:
+        refuse("k", f"a number of heads that divides q's {H}", f"{G} heads")
+    if tuple(v.shape[:3]) != (B, T, G):
+        refuse("v", f"[B, T, G] = [{B}, {T}, {G}] like k in front of V", f"shape {tuple(v.shape)}")
 
 
 def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
@@ -68,11 +80,12 @@ def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
     require(isinstance(log_decay, Tensor), "log_decay", "a tensor or None", type(log_decay).__name__)
     require(log_decay.dtype in FLOATS, "log_decay", "a floating dtype", log_decay.dtype)
     require(log_decay.device == q.device, "log_decay", f"q's device {q.device}", log_decay.device)
-    shapes = {(H,), (B, T, H), (G,), (B, T, G)}
-    expected = f"shape [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}]"
-    if G != H:
-        expected += f" (or [G] = [{G}], [B, T, G])"
-    require(tuple(log_decay.shape) in shapes, "log_decay", expected, f"shape {tuple(log_decay.shape)}")
+    shapes = [(H,), (B, T, H), (G,), (B, T, G)]  # a set would hash T, and every T would be compiled anew
+    if tuple(log_decay.shape) not in shapes:
+        expected = f"shape [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}]"
+        if G != H:
+            expected += f" (or [G] = [{G}], [B, T, G])"
+        refuse("log_decay", expected, f"shape {tuple(log_decay.shape)}")
     if contents_visible(log_decay):
         bad = ~(torch.isfinite(log_decay) & (log_decay <= 0))
         if bool(bad.any()):
@@ -90,9 +103,10 @@ def contents_visible(x: Tensor) -> bool:
 
 def check_number(name: str, value: Any, minimum: float | None = None) -> None:
     """A finite real number, not a tensor (it would be read on the host)."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     kind = "a finite number" if minimum is None else f"a finite number >= {minimum}"
-    require(ok and (minimum is None or value >= minimum), name, kind, repr(value))
+    if not ok or (minimum is not None and value < minimum):
+        refuse(name, kind, repr(value))
 
 
 def check_options(name: str, o: dict[str, Any]) -> None:
@@ -151,7 +165,8 @@ def check_state(state: Any, operator: str, q: Tensor, value_dim: int) -> None:
     for letter, x in zip(op.states, state):
         name = f"initial_state.{letter}"
         shape = (B, H, *op.shape(letter, K, value_dim))
-        require(isinstance(x, Tensor), name, f"a tensor {list(shape)}", type(x).__name__)
-        require(tuple(x.shape) == shape, name, f"shape {shape}", f"shape {tuple(x.shape)}")
+        require(isinstance(x, Tensor), name, "a tensor [B, H, rows, columns]", type(x).__name__)
+        if tuple(x.shape) != shape:
+            refuse(name, f"shape {shape}", f"shape {tuple(x.shape)}")
         require(x.dtype == dtype, name, f"{dtype} for {q.dtype} inputs", x.dtype)
         require(x.device == q.device, name, f"q's device {q.device}", x.device)

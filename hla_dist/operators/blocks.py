@@ -194,7 +194,7 @@ class ReverseBlock(Block):
     def _run_pass(self, p: Pass, want: set[str], gate: bool) -> Tensor:
         dout = self.chunked(self.gradients[p.out])
         decayed = self.chunked(self.decay(self.gradients[p.out], "start"))
-        a, b, c = (self.chunked(self.sequence(name)) for name in (p.a, p.b, p.c))
+        a = self.chunked(self.sequence(p.a))  # b and c only where used: either may be an inner result not needed here
         parts = self.product(a.mT, decayed)
         carry = self.reverse_carry[p.reverse]
         entering = self.pool.take(carry.shape[0], self.gates.n, carry[0].numel())
@@ -202,10 +202,10 @@ class ReverseBlock(Block):
         reverse = entering.view(-1, *carry.shape[-2:])
 
         if want & {p.a, p.b}:
-            z = self.mask(self.product(dout, c.mT))
+            z = self.mask(self.product(dout, self.chunked(self.sequence(p.c)).mT))
         if p.a in want:
             apart = gate and p.a not in self.always_read
-            da = self._add(p.a, z, b, apart).baddbmm_(decayed, self.entering(p).mT)
+            da = self._add(p.a, z, self.chunked(self.sequence(p.b)), apart).baddbmm_(decayed, self.entering(p).mT)
             if apart:
                 self._gate_terms(a, da, 1.0)
                 self._merge(p.a, da)
@@ -215,13 +215,13 @@ class ReverseBlock(Block):
             symmetric = torch.add(reverse, reverse.mT, out=parts.view(reverse.shape))
             both.baddbmm_(self.chunked(self.weighted(p.b, "end")), symmetric)
             if gate:
-                self._gate_terms(b, both, -0.5)
+                self._gate_terms(self.chunked(self.sequence(p.b)), both, -0.5)
                 self._merge(p.b, both)
         else:
             if p.b in want:
                 db = self._add(p.b, z.mT, a, gate).baddbmm_(self.chunked(self.weighted(p.c, "end")), reverse.mT)
                 if gate:
-                    self._gate_terms(b, db, -1.0)
+                    self._gate_terms(self.chunked(self.sequence(p.b)), db, -1.0)
                     self._merge(p.b, db)
             if p.c in want:
                 dc = self._add(p.c, self.scores(p.a, p.b).mT, dout, False)
@@ -230,7 +230,7 @@ class ReverseBlock(Block):
             if p.a in self.given:  # then all of its gradient comes from this pass
                 self._gate_terms(a, self.chunked(self.gradients[p.a]), 1.0)
             if p.b in self.given:
-                self._gate_terms(b, self.chunked(self.gradients[p.b]), -1.0)
+                self._gate_terms(self.chunked(self.sequence(p.b)), self.chunked(self.gradients[p.b]), -1.0)
             self._tail(p, entering)
         return leaving.view(carry.shape)
 
