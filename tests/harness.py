@@ -105,7 +105,10 @@ class RankError(AssertionError):
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.device_mesh", "hla_dist"])
+# torch._dynamo: the first call of any custom operator imports it, for a second of work on each rank
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.device_mesh", "torch._dynamo", "hla_dist"]
+)
 
 _groups: dict[int, dist.ProcessGroup] = {}  # on a rank: the sub-groups this rank is in
 
@@ -120,11 +123,12 @@ def members(size: int) -> tuple[int, ...]:
     return tuple(range(POOL_SIZE)) if size == POOL_SIZE else SUB_GROUPS[size]
 
 
-def _rank_main(rank: int, world_size: int, store: str, sub_groups: bool, channel: Connection) -> None:
+def _rank_main(rank: int, world_size: int, store: str, sub_groups: bool, detail: bool, channel: Connection) -> None:
     """A rank: join the world, then run every function that comes down the channel until it closes."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
-    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-    dist.set_debug_level(dist.DebugLevel.DETAIL)  # torch read the variable when it was imported, before the fork
+    # torch read TORCH_DISTRIBUTED_DEBUG when it was imported, before the fork: set what it set, and the variable
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL" if detail else "OFF"
+    dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -149,7 +153,10 @@ def _rank_main(rank: int, world_size: int, store: str, sub_groups: bool, channel
             reply = (True, fn(*args))
         except BaseException:
             reply = (False, traceback.format_exc())
-        channel.send_bytes(pickle.dumps(reply))
+        try:
+            channel.send_bytes(pickle.dumps(reply))
+        except BrokenPipeError:  # the test has given up on this world
+            break
     # no destroy_process_group: a peer may be gone, and then it would wait
     os._exit(0)
 
@@ -157,15 +164,14 @@ def _rank_main(rank: int, world_size: int, store: str, sub_groups: bool, channel
 class _World:
     """Processes of one world, and a channel to each."""
 
-    def __init__(self, world_size: int, sub_groups: bool) -> None:
+    def __init__(self, world_size: int, sub_groups: bool, detail: bool = True) -> None:
         self.directory = tempfile.TemporaryDirectory(prefix="hla_ranks_")
         store = os.path.join(self.directory.name, "store")
         self.processes, self.channels = [], []
         for rank in range(world_size):
             here, there = _context.Pipe()
-            process = _context.Process(
-                target=_rank_main, args=(rank, world_size, store, sub_groups, there), name=f"rank {rank}", daemon=True
-            )
+            arguments = (rank, world_size, store, sub_groups, detail, there)
+            process = _context.Process(target=_rank_main, args=arguments, name=f"rank {rank}", daemon=True)
             process.start()
             there.close()
             self.processes.append(process)
@@ -217,14 +223,20 @@ class _World:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, may_exit: Sequence[int] = ()
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60,
+    may_exit: Sequence[int] = (),
+    detail: bool = True,
 ) -> list[Any]:
     """``fn(*args)`` on ``world_size`` fresh ranks of one gloo world; the values it returned, by rank.
 
     A rank's exception is raised here as RankError with the rank and its traceback; so is a rank that does not answer
     within ``timeout`` seconds, or whose process ends, unless it is among ``may_exit`` (its value is then None).
+    ``detail=False`` runs without torch's DETAIL debugging, as production does.
     """
-    world = _World(world_size, sub_groups=False)
+    world = _World(world_size, sub_groups=False, detail=detail)
     try:
         return world.run(fn, args, timeout, may_exit)
     finally:
