@@ -10,7 +10,6 @@ from tests.harness import assert_bitwise, assert_close
 from tests.problems import KINDS, STREAMING, Problem, draw, run
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
 
-
 GATED = [(*kind, gates) for kind in KINDS for gates in (("none",) if kind[1] == "full" else ("none", "H", "BTG"))]
 
 
