@@ -207,6 +207,11 @@ def test_compiles_without_graph_breaks():
         got = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])
         for a, b in zip(got, want, strict=True):
             assert_close("gradient", a, b, 1e-5)
+    with torch.no_grad():  # decoding
+        positions = torch.tensor([70])
+        want, _ = layer(x[:, :1], layer(x)[1], positions=positions)
+        got, _ = compiled(x[:, :1], compiled(x)[1], positions=positions)
+        assert_close("decoded", got, want, 1e-5)
 
 
 @pytest.mark.parametrize(
