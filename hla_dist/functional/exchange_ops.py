@@ -28,7 +28,9 @@ _under_way: dict[int, Any] = {}
 
 
 def _layout(operator: str, dims: list[int], wide: bool) -> Layout:
-    return Layout(OPERATORS[operator], *dims, torch.float64 if wide else torch.float32)
+    batch, heads, key_dim, value_dim = dims
+    dtype = torch.float64 if wide else torch.float32
+    return Layout(OPERATORS[operator], batch, heads, key_dim, value_dim, dtype)
 
 
 def _forward_names(operator: str) -> list[str]:
@@ -45,7 +47,7 @@ def _final_names(operator: str) -> list[str]:
 
 
 def _place(group_name: str) -> tuple[dist.ProcessGroup, int, int]:
-    pg = _resolve_process_group(group_name)
+    pg = _resolve_process_group(group_name)  # type: ignore[arg-type]  # a NewType of str in torch 2.13
     return pg, group_rank(pg), group_size(pg)
 
 
@@ -123,7 +125,7 @@ def _(ticket, initial, like, total, group_name, operator, dims, wide) -> list[Te
     layout = _layout(operator, dims, wide)
     op, later = layout.operator, size - 1 - rank
     lead = (layout.batch, layout.heads)
-    shapes = [lead + op.shape(name, layout.key_dim, layout.value_dim) for name in op.states]
+    shapes: list[tuple[int, ...]] = [lead + op.shape(name, layout.key_dim, layout.value_dim) for name in op.states]
     shapes += shapes if total else []
     shapes += [(later, *lead)]
     shapes += [(later, *lead, *op.shape(name, layout.key_dim, layout.value_dim)) for name in op.backward_fields]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.operators import OPERATORS, stages, stages_backward
-from hla_dist.operators.stages import Segment, Settings
+from hla_dist.operators.segment import Segment, Settings
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? documents"
 _OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, int chunk_size"

@@ -267,6 +267,7 @@ class ReverseBlock(Block):
 
     def gate_gradient(self) -> Tensor:
         """d log g of every token, ``[N, L]``; the running sum restarts at every chunk with that chunk's tail."""
+        assert self.gate_terms is not None and self.tails is not None
         terms = self.gate_terms.view(-1, self.gates.n, self.gates.c)
         after = terms.flip(-1).cumsum(-1).flip(-1)
         return (after + self.tails[..., None]).flatten(1)

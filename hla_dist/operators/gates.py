@@ -12,7 +12,6 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-
 # Products this small are 0. Beside anything they could be added to they are nothing, but as denormal numbers they
 # would slow matrix products tenfold and more on CPUs.
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -25,7 +24,7 @@ def _lower(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: t
 
 def flush(products: Tensor) -> Tensor:
     """Set products of gates below ``SMALLEST`` to 0, in place."""
-    return torch.nn.functional.threshold_(products, SMALLEST[products.dtype], 0.0)
+    return torch.threshold_(products, SMALLEST[products.dtype], 0.0)
 
 
 def segment_products(logs: Tensor) -> Tensor:
@@ -61,7 +60,8 @@ class BlockGates:
         if logs is None:
             self.within = _lower(c, c, 0, dtype, device)[None, None]
             self.chunks = _lower(n + 1, n + 1, 0, dtype, device)[None]
-            self.start = self.end = None
+            self.start: Tensor | None = None
+            self.end: Tensor | None = None
             if documents is not None:
                 self.start = torch.ones(1, 1, c, 1, dtype=dtype, device=device)
                 self.end = self.start
@@ -81,6 +81,7 @@ class BlockGates:
         edges = documents[:: self.c]  # in force before chunk 0, 1, ..., and after the last
         tokens = documents[1:].view(self.n, self.c)
         self.within = self.within * (tokens[:, :, None] == tokens[:, None, :]).to(dtype)
+        assert self.start is not None and self.end is not None
         self.start = self.start * (tokens == edges[:-1, None]).to(dtype)[..., None]
         self.end = self.end * (tokens == edges[1:, None]).to(dtype)[..., None]
         self.chunks = self.chunks * (edges[:, None] == edges[None, :]).to(dtype)

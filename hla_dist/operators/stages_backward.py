@@ -14,7 +14,8 @@ from torch import Tensor
 from hla_dist.operators.blocks import ReverseBlock
 from hla_dist.operators.cascade import Fields
 from hla_dist.operators.gates import BlockGates, flush
-from hla_dist.operators.stages import Segment, Sequences, Span, Tile, correct
+from hla_dist.operators.segment import Segment, Sequences, Span, Tile
+from hla_dist.operators.stages import correct
 
 
 class Saved(NamedTuple):
@@ -66,7 +67,7 @@ def scan_backward(
     op = segment.operator
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (segment.q, segment.k, segment.v))
     log_decay = segment.log_decay
-    dlog = None
+    dlog: Tensor | None = None
     if log_decay is not None:
         shape = (segment.B, segment.H) if log_decay.dim() == 1 else log_decay.shape
         dlog = torch.zeros(shape, dtype=segment.dtype, device=segment.device)
@@ -91,7 +92,7 @@ def scan_backward(
             segment.pool.release()
         for name in op.reverses:
             segment.put_rows(tile, dcarry[name], current[name])
-    if dlog is not None:
+    if dlog is not None and log_decay is not None:
         dlog = (dlog.sum(0) if log_decay.dim() == 1 else dlog).to(log_decay.dtype)
     return Gradients(dq, dk, dv, dlog, [dcarry[name] for name in op.reverses])
 
@@ -104,7 +105,7 @@ def _block(
 ) -> tuple[ReverseBlock, BlockGates]:
     gates = segment.gates(tile, span)
     op = segment.operator
-    carry = {name: segment.rows(tile, c[span.index]) for name, c in zip(op.states, saved.checkpoints)}
+    carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(op.states, saved.checkpoints)}
     gradient = segment.load(dout, tile, span, extra=int(segment.settings.normalize))
     if segment.settings.normalize:
         # o = num / (den + eps): dnum = do / (den + eps), dden = -do . o / (den + eps)
@@ -118,7 +119,16 @@ def _block(
     return block, gates
 
 
-def _give(segment, block, gates, kept, entering, past, tile, span) -> None:
+def _give(
+    segment: Segment,
+    block: ReverseBlock,
+    gates: BlockGates,
+    kept: list[Tensor],
+    entering: Fields,
+    past: Tensor,
+    tile: Tile,
+    span: Span,
+) -> None:
     """Hand the block its inner gradients: those of ``summarize_backward`` plus what the reverse carry adds."""
     last = segment.operator.passes[-1]
     given = {}
@@ -135,7 +145,7 @@ def _give(segment, block, gates, kept, entering, past, tile, span) -> None:
 
 def _store_gate(segment: Segment, dlog: Tensor, tile: Tile, span: Span, gradient: Tensor) -> None:
     gradient = gradient.view(tile.b1 - tile.b0, -1, gradient.shape[-1])[..., : span.t1 - span.t0]
-    if segment.log_decay.dim() == 1:
+    if dlog.dim() == 2:  # fixed gates: [B, H]
         dlog[tile.b0 : tile.b1, segment.heads(tile)] += gradient.sum(-1)
     else:
         dlog[tile.b0 : tile.b1, span.t0 : span.t1, segment.heads(tile)] = gradient.transpose(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
-from hla_dist.states import LinearState, HLA2State, PrefixState
+from hla_dist.states import HLA2State, LinearState, PrefixState
 
 STATES = {"linear_attention": LinearState, "hla2": HLA2State, "hla2_prefix": PrefixState}
 

@@ -52,7 +52,7 @@ class _Pending:
     description: str
 
 
-class _Agreements(WeakKeyDictionary):  # type: ignore[type-arg]
+class _Agreements(WeakKeyDictionary):
     """Agreements by process group; they end with the group."""
 
     def of(self, pg: dist.ProcessGroup) -> dict[str, _Direction]:

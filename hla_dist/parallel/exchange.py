@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields, Operator
 
 
@@ -33,7 +32,7 @@ class Layout:
     dtype: torch.dtype
 
     def _parts(self, names: list[str]) -> list[tuple[str, tuple[int, ...]]]:
-        parts = []
+        parts: list[tuple[str, tuple[int, ...]]] = []
         for name in names:
             if name == "rho":
                 parts.append((name, (self.batch, self.heads)))
