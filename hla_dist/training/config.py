@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.training.failure import UserError
 
-DEMO_STEPS = 600
-DEMO_MINUTES = 4.4  # leaves time for evaluation, parity and plots within six minutes on slower machines
+DEMO_STEPS = 400
+DEMO_MINUTES = 4.2  # leaves time for evaluation, parity and plots within six minutes on slower machines
 
 
 def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
@@ -52,9 +52,9 @@ class TrainConfig:
     )  # fmt: skip
     batch_size: int = option(1, "optimisation", "sequences a micro-batch, per replica")
     accumulate: int = option(1, "optimisation", "micro-batches whose gradients make a step")
-    lr: float = option(6e-3, "optimisation", "peak learning rate of AdamW")
+    lr: float = option(4e-3, "optimisation", "peak learning rate of AdamW")
     min_lr: float = option(0.05, "optimisation", "last learning rate as a share of the peak")
-    warmup: int = option(20, "optimisation", "steps of linear warm-up")
+    warmup: int = option(10, "optimisation", "steps of linear warm-up")
     weight_decay: float = option(0.1, "optimisation", "weight decay of matrices")
     clip: float = option(1.0, "optimisation", "largest global gradient norm; 0: no clipping")
     bf16: bool = option(False, "optimisation", "matrix products in bfloat16 (autocast); parameters stay float32")
@@ -74,7 +74,7 @@ class TrainConfig:
         None, "output", "go on from a checkpoint: a directory, or without a value the newest one of --out",
         nargs="?", const="", metavar="DIR"
     )  # fmt: skip
-    eval_every: int = option(150, "output", "steps between evaluations on held-out text, besides first and last")
+    eval_every: int = option(200, "output", "steps between evaluations on held-out text, besides first and last")
     eval_tokens: int = option(131072, "output", "held-out tokens of an evaluation")
     save_every: int = option(0, "output", "steps between checkpoints; 0: only the last")
     keep: int = option(2, "output", "checkpoints to keep")

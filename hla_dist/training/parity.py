@@ -124,8 +124,8 @@ def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows
                 single.append(_gradients_of_one(alone, tokens))
     report = None
     if alone is not None:
-        pairs = [*zip(sharded, single, strict=True), (single[1], single[0])]
-        report = Parity(group_size(layout.world), *(compare(one, other) for one, other in pairs))
+        float64, float32 = (compare(one, other) for one, other in zip(sharded, single, strict=True))
+        report = Parity(group_size(layout.world), float64, float32, rounding=compare(single[1], single[0]))
     return all_gather_objects(report, layout.world)[0]
 
 
