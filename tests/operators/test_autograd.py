@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import hla_dist
 from tests.harness import assert_bitwise, assert_close
@@ -145,6 +146,29 @@ def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
         strict=False,
     ):
         assert_close(f"d{key}", a, b, FLOAT64)
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_compiled_decoding_and_other_lengths(name: str, mask: str) -> None:
+    """Without gradients and from a state; new lengths do not compile again without end; one tensor may come thrice."""
+    operator = getattr(hla_dist, name)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def step(x: torch.Tensor, state: tuple[torch.Tensor, ...]):
+        return operator(x, x, x, mask=mask, initial_state=state, output_final_state=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    x = torch.randn(1, 40, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, start = operator(x, x, x, mask=mask, output_final_state=True)
+    with torch.no_grad():
+        for T in (7, 9, 12, 20, 33):
+            want, want_state = step(x[:, :T], start)
+            got, got_state = compiled(x[:, :T], start)
+            assert_close(f"out at T = {T}", got, want, FLOAT64)
+            for a, b in zip(got_state, want_state, strict=True):
+                assert_close(f"state at T = {T}", a, b, FLOAT64)
+    assert counter.frame_count <= 2, "every length compiles again"
 
 
 @pytest.mark.parametrize(("name", "mask"), KINDS)

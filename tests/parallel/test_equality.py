@@ -92,6 +92,14 @@ def test_gates_that_leak_or_cut(pool: RankPool, name: str, mask: str, gate_value
         check_sharded(pool, 4, problem, [30, 35, 0, 65])
 
 
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_shards_of_many_blocks(pool: RankPool, name: str, mask: str) -> None:
+    """Past every internal block of tokens in each shard, with gates that remember all of it."""
+    gates = "H" if mask == "prefix" else "BTH"
+    problem = Problem(name, mask, T=4500, H=2, G=1, K=3, V=2, gates=gates, gate_values="near_one")
+    check_sharded(pool, 2, problem, [2100, 2400])
+
+
 @pytest.mark.parametrize(("name", "mask"), KINDS)
 def test_no_tokens_anywhere(pool: RankPool, name: str, mask: str) -> None:
     problem = Problem(name, mask, T=0, gates="none" if mask == "full" else "BTH", state=mask != "full")
