@@ -8,15 +8,19 @@ Importing this package needs neither a GPU nor Triton nor a process group. See d
 from __future__ import annotations
 
 from hla_dist import reference
-from hla_dist.functional.attention import hla2, linear_attention, summarize
+from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, summarize
 from hla_dist.functional.exchange_ops import checkpoint_context
 from hla_dist.functional.validate import validation
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
 from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
-from hla_dist.states import HLA2State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
 
 __all__ = [
+    "AHLAState",
+    "HLA3State",
+    "ahla",
+    "hla3",
     "HLA2State",
     "HLAAttention",
     "LinearState",

@@ -1,5 +1,5 @@
 """Public operators: validation, the choice of a backend, autograd."""
 
-from hla_dist.functional.attention import hla2, linear_attention, summarize
+from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, summarize
 
-__all__ = ["hla2", "linear_attention", "summarize"]
+__all__ = ["ahla", "hla2", "hla3", "linear_attention", "summarize"]

@@ -13,7 +13,7 @@ from hla_dist.functional.full import full
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES, Summary
 from hla_dist.parallel import agreement, collectives
-from hla_dist.states import HLA2State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
 
 
 def linear_attention(
@@ -102,6 +102,67 @@ def hla2(
     return _attend("hla2", q, k, v, {n: x for n, x in locals().items() if n not in "qkv"})
 
 
+def ahla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: AHLAState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    shard_lengths: list[int] | None = None,
+    group: Any = None,
+    exchange: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, AHLAState | None]:
+    """Second-order asymmetric linear attention (AHLA of the paper): ``r = LA(q, k, v)``, ``o = LA(q, k, r)``.
+
+    The options are those of :func:`hla2`, without ridge and the prefix mask. State: ``AHLAState(P, E)``,
+    ``P = sum Gamma(end, i) k_i v_i^T``, ``E = sum Gamma(end, i) k_i r_i^T``, ``[B, H, K, V]`` both.
+    """
+    return _attend("ahla", q, k, v, {n: x for n, x in locals().items() if n not in "qkv"})
+
+
+def hla3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: HLA3State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    shard_lengths: list[int] | None = None,
+    group: Any = None,
+    exchange: str = "auto",
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> tuple[Tensor, HLA3State | None]:
+    """Third-order linear attention: ``u = LA(q, k, k) + ridge q``, ``r = LA(q, k, v)``, ``o = LA(q, u, r)``.
+
+    Equal to the masked matrix form ((L o W W^T) W) V; the paper's own streaming form is not (docs/algebra.md). The
+    options are those of :func:`hla2`, without the prefix mask. State: ``HLA3State(S, P, F)``. Without decay F grows
+    like T^3. A summary holds 3 K^2 + 3 K V numbers a head.
+    """
+    return _attend("hla3", q, k, v, {n: x for n, x in locals().items() if n not in "qkv"})
+
+
 def summarize(
     operator: str,
     q: Tensor,
@@ -120,9 +181,8 @@ def summarize(
     Arguments as for the operator named. float32, or float64 for float64 inputs; not differentiable (autograd says
     so if asked). No communication.
     """
-    validate.require(
-        operator in STATES and operator != "hla2_prefix", "operator", "'linear_attention' or 'hla2'", operator
-    )
+    names = tuple(name for name in STATES if name != "hla2_prefix")
+    validate.require(operator in names, "operator", f"one of {names}", repr(operator))
     options = dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "shard_lengths", "initial_state"))
     options |= {"decay_form": "masked", "exchange": "auto", "backend": "auto", "output_final_state": False, "eps": 0.0}
     options |= {"scale": scale, "ridge": ridge, "normalize": normalize, "mask": mask, "chunk_size": chunk_size}
@@ -196,7 +256,7 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     initial = o["initial_state"]
     if initial is None:
         initial = ()
-    elif cascade != "linear_attention":
+    elif OPERATORS[cascade].states[0] == "S":
         initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
     out, *state = Cascade.apply(
         _options(cascade, o), place, o["output_final_state"], q, k, v, log_decay, None, *initial

@@ -42,12 +42,12 @@ class Cascade(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, place, output_state, q, k, v, log_decay, documents, first=None, second=None):
+    def forward(ctx, options, place, output_state, q, k, v, log_decay, documents, first=None, second=None, third=None):
         """Run the forward stages; save inputs, block carries and what backward's fold needs."""
         op = OPERATORS[options[0]]
         inputs = (q, k, v, log_decay, documents)
         count = len(op.passes)
-        initial = [x for x in (first, second) if x is not None]
+        initial = [x for x in (first, second, third) if x is not None]
         later: list[Tensor] = []
         if not place[0]:
             carry = initial or _zeros(options, q, v)
@@ -93,8 +93,8 @@ class Cascade(torch.autograd.Function):
         if place[1] > 0:  # an initial state is read on rank 0 only
             dinitial = [torch.zeros_like(x) for x in dinitial]
         dlog = None if log_decay is None else dlog
-        dinitial = (dinitial if initial else []) + [None] * 2
-        return None, None, None, dq, dk, dv, dlog, None, dinitial[0], dinitial[1]
+        dinitial = (dinitial if initial else []) + [None] * 3
+        return None, None, None, dq, dk, dv, dlog, None, *dinitial[:3]
 
 
 def _zeros(options, q: Tensor, v: Tensor) -> list[Tensor]:

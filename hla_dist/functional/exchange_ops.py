@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from hla_dist.operators import OPERATORS
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import group_rank, group_size
-from hla_dist.parallel.exchange import Layout, enter_state, fold, fold_reverse
+from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
 
 _LAYOUT = "str operator, int[] dims, bool wide"  # dims: B, H, K, V; wide: float64
 _tickets = itertools.count()
@@ -104,8 +104,8 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
         layout = _layout(operator, dims, wide)
         op = layout.operator
         gathered = layout.unpack(_forward_names(operator), agreement.finish(_under_way.pop(int(ticket))))
-        if rank > 0:
-            before = fold(op, gathered, range(rank))
+        before = fold(op, gathered, range(rank)) if rank > 0 else None
+        if before is not None:
             carry = [before[name].clone() for name in op.states]
         elif initial:
             carry = [x.clone() for x in initial]
@@ -115,8 +115,9 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
         if total:
             whole = fold(op, gathered, range(size))
             state = [whole[name].clone() for name in op.states]
-        later = [gathered[name][rank + 1 :].clone() for name in ("rho", *op.backward_fields)]
-        return [*carry, *state, *later]
+        own = at(gathered, rank)
+        upto = own if before is None else op.combine(before, own)
+        return [*carry, *state, *backward_fields(op, gathered, upto, range(rank + 1, size))]
 
 
 @exchange_finish.register_fake

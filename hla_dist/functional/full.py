@@ -2,6 +2,8 @@
 
 order 1   o_t = q_t^T P                    P = sum k_i v_i^T                       [B, H, K, V]
 hla2      o_t = q_t^T (S + ridge I) C      S = sum k_i k_i^T,  C = sum q_i v_i^T
+ahla      o_t = q_t^T R P                  R = sum k_i q_i^T
+hla3      o_t = q_t^T (S + ridge I) Q P    Q = sum q_i q_i^T
 """
 
 from __future__ import annotations
@@ -11,7 +13,12 @@ from torch import Tensor
 
 from hla_dist.functional import exchange_ops
 
-_MOMENTS = {"linear_attention": (("k", "v"),), "hla2": (("k", "k"), ("q", "v"))}
+_MOMENTS = {
+    "linear_attention": (("k", "v"),),
+    "hla2": (("k", "k"), ("q", "v")),
+    "ahla": (("k", "q"), ("k", "v")),
+    "hla3": (("k", "k"), ("q", "q"), ("k", "v")),
+}
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -45,23 +52,20 @@ def full(
     x = {"q": q.to(dtype) * scale, "k": k.to(dtype), "v": v.to(dtype)}
     if normalize:
         x["v"] = torch.cat([x["v"], x["v"].new_ones(*v.shape[:3], 1)], dim=-1)
-    x = {letter: t.transpose(1, 2) for letter, t in x.items()}  # [B, heads, T, D]
+    # [B, G, heads a K/V head, T, D]: K/V heads broadcast over their query heads
+    x = {letter: t.transpose(1, 2).unflatten(1, (k.shape[2], -1)) for letter, t in x.items()}
     moments = []
     for left, right in _MOMENTS[name]:
-        a, b = x[left], x[right]
-        if left == "q":  # query heads times K/V heads: fold the group into the query side
-            a = a.unflatten(1, (-1, repeat))
-            b = b[:, :, None]
-        moment = a.mT @ b
-        moments.append(moment.flatten(1, 2) if left == "q" else moment.repeat_interleave(repeat, dim=1))
+        moment = x[left].mT @ x[right]
+        moments.append(moment.expand(-1, -1, repeat, -1, -1).flatten(1, 2))
     if place.group_name:
         moments = list(_SumOverRanks.apply(place.group_name, f"full {place.description}", q, *moments))
-    if name == "hla2":
-        s, c = moments
-        m = s @ c + ridge * c
-    else:
-        (m,) = moments
-    out = x["q"] @ m
+    m = moments[-1]
+    for moment in reversed(moments[1:-1]):
+        m = moment @ m
+    if len(moments) > 1:
+        m = moments[0] @ m + ridge * m
+    out = x["q"].flatten(1, 2) @ m
     if normalize:
         out = out[..., :-1] / (out[..., -1:] + eps)
     return out.transpose(1, 2).to(q.dtype)

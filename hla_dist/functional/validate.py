@@ -114,8 +114,8 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     check_number("scale", o["scale"])
     check_number("ridge", o["ridge"])
     check_number("eps", o["eps"], 0.0)
-    if name == "linear_attention":
-        require(o["ridge"] == 0.0, "ridge", "0.0 (linear_attention has no ridge; hla2 and hla3 do)", o["ridge"])
+    if name in ("linear_attention", "ahla"):
+        require(o["ridge"] == 0.0, "ridge", f"0.0 ({name} has no ridge; hla2 and hla3 do)", o["ridge"])
     for flag in ("normalize", "output_final_state"):
         require(isinstance(o[flag], bool), flag, "True or False", repr(o[flag]))
     masks = ("causal", "prefix", "full") if name == "hla2" else ("causal", "full")

@@ -49,7 +49,8 @@ class Operator:
 
     ``combine(left, right)`` and ``combine_reverse(left, left_reverse, right_reverse)`` work on dictionaries of
     fields ``[..., rows, columns]`` that also hold ``rho [...]``. ``backward_fields`` are the forward fields of a
-    segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries.
+    segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries. Where they depend on the
+    carry, ``settle(summary, before)`` gives them from the segment's own summary and that of all tokens before it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Operator:
     combine: Callable[[Fields, Fields], Fields]
     combine_reverse: Callable[[Fields, Fields, Fields], Fields]
     backward_fields: tuple[str, ...] = ()
+    settle: Callable[[Fields, Fields], Fields] | None = None
     symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
 
     @property

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
-from hla_dist.states import HLA2State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
 
-STATES = {"linear_attention": LinearState, "hla2": HLA2State, "hla2_prefix": PrefixState}
+STATES = {
+    "linear_attention": LinearState,
+    "hla2": HLA2State,
+    "hla2_prefix": PrefixState,
+    "ahla": AHLAState,
+    "hla3": HLA3State,
+}
+State = LinearState | HLA2State | PrefixState | AHLAState | HLA3State
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Summary:
         )
 
     @property
-    def state(self) -> LinearState | HLA2State | PrefixState:
+    def state(self) -> State:
         """The carry this segment leaves behind when nothing came before it."""
         return STATES[self.operator](*(self.fields[name] for name in OPERATORS[self.operator].states))
 

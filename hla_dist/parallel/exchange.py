@@ -100,6 +100,22 @@ def fold(operator: Operator, gathered: Fields, ranks: range) -> Fields:
     return total
 
 
+def backward_fields(operator: Operator, gathered: Fields, before: Fields, later: range) -> list[Tensor]:
+    """rho and the backward fields of the later ranks, ``[later, B, H, ...]`` each.
+
+    before: the summary of everything up to the first later rank; read only by operators that settle.
+    """
+    names = ("rho", *operator.backward_fields)
+    if operator.settle is None or not later:
+        return [gathered[name][later.start : later.stop].clone() for name in names]
+    settled = []
+    for rank in later:
+        own = at(gathered, rank)
+        settled.append({"rho": own["rho"]} | operator.settle(own, before))
+        before = operator.combine(before, own)
+    return [torch.stack([fields[name] for fields in settled]) for name in names]
+
+
 def fold_reverse(operator: Operator, forward: Fields, gathered: Fields, entering: Fields, later: range) -> Fields:
     """What enters a rank from its right, given what enters the last rank: later ranks, the last first.
 
