@@ -145,12 +145,11 @@ def test_a_rank_that_dies(direction: str) -> None:
 
 def _one_rank_stays_away() -> tuple[str, float]:
     """Rank 1 lives but never comes: the group's own timeout ends the wait."""
-    pg = dist.new_group([0, 1], timeout=timedelta(seconds=3))
+    pg = dist.new_group([0, 1], timeout=timedelta(seconds=5))
     hla_dist.hla2(X, X, X, group=pg)
     started = time.monotonic()
     if dist.get_rank() == 1:
-        time.sleep(6)
-        return "away", 0.0
+        return "away", 0.0  # the process lives on, waiting for another function
     try:
         hla_dist.hla2(X, X, X, group=pg)
     except RuntimeError as error:
@@ -161,4 +160,4 @@ def _one_rank_stays_away() -> tuple[str, float]:
 def test_a_rank_that_stays_away() -> None:
     (text, seconds), _ = run_ranks(_one_rank_stays_away, 2, detail=False)
     assert "forward exchange" in text and "rank 0 of 2" in text and "hla2" in text, text
-    assert 2 < seconds < 20
+    assert 4 < seconds < 40
