@@ -1,0 +1,1 @@
+"""Programs that measure; their reports are in ``results/``."""

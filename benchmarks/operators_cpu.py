@@ -1,0 +1,340 @@
+"""Time and memory of hla2 on the CPU against softmax attention, its quadratic form and a composition of two passes.
+
+    python benchmarks/operators_cpu.py                about five minutes; report in benchmarks/results/
+    python benchmarks/operators_cpu.py --quick        a smoke run of seconds; report in out/benchmarks/
+    python benchmarks/operators_cpu.py --check        exit code 1 if a target is missed
+
+B = 1, K = V = 64, float32. One interleaved run: every round measures every contender at every length, and this
+machine's matrix-multiply rate (torch.mm, 2048^3, float32, the same threads) between lengths. All figures are medians,
+the rate's too. Operations are counted as 4*64*K + 8*K^2 a token and head forward whatever the chunk, and four times
+that for forward+backward (six first-order passes backward against two forward; recomputation does not count).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from benchmarks import report  # noqa: E402
+from benchmarks.contenders import (  # noqa: E402
+    COMPOSITION,
+    COMPOSITION_CHUNK,
+    CONTENDERS,
+    HLA2,
+    MODES,
+    QUADRATIC,
+    SOFTMAX,
+    Contender,
+    K,
+    Source,
+    check,
+)
+from benchmarks.peak_memory import peak_memory  # noqa: E402
+
+OPERATIONS = 4 * 64 * K + 8 * K * K  # a token and head, forward
+WORK = {"forward": 1, "forward+backward": 4}
+REPEAT_S = 0.1  # short cases are repeated within a round for about this long
+MULTIPLY = 2048
+
+Case = tuple[str, int, str]  # contender, tokens, mode
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
+    add("--longest", type=int, default=256, metavar="N", help="longest sequence in 1024 tokens (default: %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="interleaved rounds, one more warms up (default: %(default)s)",
+    )
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="torch threads (default: torch's)")
+    add(
+        "--limit-seconds",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="leave out lengths at which a quadratic contender's call is expected to take longer (default: %(default)s)",
+    )
+    add(
+        "--limit-gib",
+        type=float,
+        default=4.0,
+        metavar="G",
+        help="leave out lengths at which the quadratic form's matrices need more (default: %(default)s)",
+    )
+    add(
+        "--huge-pages",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="restart with THP_MEM_ALLOC_ENABLE=1, torch's switch for huge pages, for all contenders alike",
+    )
+    add(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure peak memory, a fresh process a contender and length",
+    )
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add("--quick", action="store_true", help="a smoke run: up to 2K tokens, one round, memory at one length")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the report goes (default: benchmarks/results, out/benchmarks if quick)",
+    )
+    args = parser.parse_args()
+    if min(args.heads, args.longest, args.rounds, args.threads) < 1:
+        parser.error("--heads, --longest, --rounds and --threads: expected at least 1")
+    if args.quick:
+        args.longest, args.rounds = 2, 1
+    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    return args
+
+
+def seconds(call, *arguments) -> float:
+    start = time.perf_counter()
+    result = call(*arguments)
+    elapsed = time.perf_counter() - start
+    del result  # freed outside the timing, for every contender
+    return elapsed
+
+
+def choose(args: argparse.Namespace, lengths: list[int], source: Source) -> tuple[dict[Case, float], dict[str, str]]:
+    """Warm every case up once; those beyond the limits are left out, with the reason."""
+    warm: dict[Case, float] = {}
+    left_out: dict[str, str] = {}
+    with tqdm(total=len(lengths) * len(CONTENDERS) * len(MODES), desc="warm-up", leave=False) as bar:
+        for contender in CONTENDERS:
+            for mode, call in MODES.items():
+                previous = 0.0
+                for tokens in lengths:
+                    bar.update()
+                    key = f"{contender.name}, {mode}"
+                    need = contender.squares[mode != "forward"] * args.heads * tokens**2 * 4 / 2**30
+                    if contender.quadratic and previous * 4 > args.limit_seconds:
+                        left_out.setdefault(key, f"from T = {tokens}: a call would take about {previous * 4:.1f} s")
+                    elif need > args.limit_gib:
+                        left_out.setdefault(key, f"from T = {tokens}: its matrices would take {need:.0f} GiB")
+                    skip = contender.gates and (lengths[-1] // tokens).bit_length() % 2 == 0  # every other length
+                    if skip or key in left_out:
+                        continue
+                    arguments = contender.inputs(source, tokens)
+                    previous = min(seconds(call, contender, *arguments) for _ in range(2 if tokens <= 8192 else 1))
+                    warm[contender.name, tokens, mode] = previous
+    return warm, left_out
+
+
+def measure(args: argparse.Namespace, lengths: list[int], source: Source, warm: dict[Case, float]):
+    """Samples in seconds of every case, and of the matrix multiplication."""
+    by_name = {c.name: c for c in CONTENDERS}
+    samples: dict[Case, list[float]] = defaultdict(list)
+    multiply: list[float] = []
+    a, b, out = (torch.randn(MULTIPLY, MULTIPLY) for _ in range(3))
+    torch.mm(a, b, out=out)
+    with tqdm(total=args.rounds * len(warm), desc="time", leave=False) as bar:
+        for _ in range(args.rounds):
+            for tokens in lengths:
+                multiply += [seconds(lambda: torch.mm(a, b, out=out)) for _ in range(3)]
+                cases = [case for case in warm if case[1] == tokens]
+                repeats = {case: min(20, max(1, math.ceil(REPEAT_S / warm[case]))) for case in cases}
+                for i in range(max(repeats.values())):
+                    for case in cases:
+                        if i < repeats[case]:
+                            name, _, mode = case
+                            contender: Contender = by_name[name]
+                            samples[case].append(seconds(MODES[mode], contender, *contender.inputs(source, tokens)))
+                bar.update(len(cases))
+    return samples, multiply
+
+
+def measure_memory(args: argparse.Namespace, lengths: list[int], warm: dict[Case, float]) -> dict[Case, int]:
+    """Peak bytes above the inputs, at every other length."""
+    contenders = (HLA2, SOFTMAX, QUADRATIC, COMPOSITION)
+    some = lengths[-1:] if args.quick else lengths[::-2][::-1]
+    todo = [(c, t) for t in some for c in contenders if (c.name, t, "forward+backward") in warm]
+    peaks: dict[Case, int] = {}
+    for contender, tokens in tqdm(todo, desc="memory", leave=False):
+        for mode, peak in peak_memory(contender.name, tokens, args.heads, args.threads).items():
+            peaks[contender.name, tokens, mode] = peak
+    return peaks
+
+
+def judge(args, lengths, time_of: dict[Case, float], rate: float, peaks: dict[Case, int]) -> list[report.Target]:
+    """The asserted targets."""
+    Target = report.Target
+    targets = []
+    measured = [t for t in lengths if t >= 8192] or lengths[-1:]
+    share = {
+        t: WORK["forward"] * OPERATIONS * args.heads * t / time_of[HLA2.name, t, "forward"] / rate for t in lengths
+    }
+    worst = min(measured, key=lambda t: share[t])
+    targets.append(
+        Target(
+            f"hla2 forward, percent of the matrix rate, T = {lengths[-1]} (aim 40)", 100 * share[lengths[-1]], 30, True
+        )
+    )
+    targets.append(
+        Target(f"the same at its worst length from T = {measured[0]}, T = {worst}", 100 * share[worst], 30, True)
+    )
+    short, long = measured[0], lengths[-1]
+    for mode in MODES:
+        growth = time_of[HLA2.name, long, mode] / long / (time_of[HLA2.name, short, mode] / short)
+        targets.append(Target(f"hla2 {mode}, time a token at T = {long} over T = {short}", growth, 1.3, False))
+    for mode in MODES:
+        common = [t for t in lengths if t >= 2048 and (SOFTMAX.name, t, mode) in time_of]
+        if common:
+            ratios = {t: time_of[SOFTMAX.name, t, mode] / time_of[HLA2.name, t, mode] for t in common}
+            worst = min(common, key=lambda t: ratios[t])
+            name = f"softmax over hla2, {mode}, worst of T = {common[0]} to {common[-1]}: T = {worst}"
+            targets.append(Target(name, ratios[worst], 1.0, True))
+    mode = "forward+backward"
+    ratios = {t: time_of[COMPOSITION.name, t, mode] / time_of[HLA2.name, t, mode] for t in measured}
+    worst = min(measured, key=lambda t: ratios[t])
+    name = f"composition over hla2, {mode}, worst of T = {measured[0]} to {measured[-1]}: T = {worst}"
+    targets.append(Target(name, ratios[worst], 1.5, True))
+    if peaks:
+        common = [t for t in measured if (HLA2.name, t, mode) in peaks and (COMPOSITION.name, t, mode) in peaks]
+        ratios = {t: peaks[HLA2.name, t, mode] / max(1, peaks[COMPOSITION.name, t, mode]) for t in common}
+        worst = max(common, key=lambda t: ratios[t])
+        name = f"peak memory, hla2 over composition, {mode}, worst of the lengths measured from T = {common[0]}: T = {worst}"
+        targets.append(Target(name, ratios[worst], 0.5, False))
+    return targets
+
+
+def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> list[str]:
+    """The report below its targets."""
+    names = [c.name for c in CONTENDERS]
+
+    def cell(name: str, tokens: int, mode: str) -> str:
+        if (name, tokens, mode) not in time_of:
+            return ""
+        s = time_of[name, tokens, mode]
+        text = f"{1e3 * s:.4g}"
+        if name not in (SOFTMAX.name, QUADRATIC.name):
+            text += f" ({100 * WORK[mode] * OPERATIONS * args.heads * tokens / s / rate:.0f} %)"
+        return text
+
+    spread = statistics.quantiles(multiply, n=4)
+    parts = [
+        "## What was measured",
+        f"Matrix rate: {rate / 1e9:.1f} GFLOP/s, median of {len(multiply)} torch.mm of {MULTIPLY}^3 in float32 spread over "
+        f"the run (quartiles {2 * MULTIPLY**3 / spread[2] / 1e9:.1f} and {2 * MULTIPLY**3 / spread[0] / 1e9:.1f}; best "
+        f"{2 * MULTIPLY**3 / min(multiply) / 1e9:.1f}). B = 1, H = {args.heads}, K = V = {K}, float32, {args.threads} "
+        f"threads. Times are medians of at least {args.rounds} interleaved repetitions, in milliseconds, in brackets the "
+        f"percent of the matrix rate by {OPERATIONS} operations a token and head forward, four times that for "
+        "forward+backward. Softmax attention computes another function. The composition is two chunked first-order passes "
+        f"in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the quadratic form is tril(W W^T) V, "
+        "W = tril(Q K^T).",
+        f"Correctness first, float64, outputs and all gradients, T = {2 * COMPOSITION_CHUNK}, each against an independent "
+        "form: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) + ".",
+        "Left out: " + ("; ".join(f"{name} {why}" for name, why in left_out.items()) or "nothing") + "."
+        " Gated variants are measured at every other length.",
+    ]
+    for mode in MODES:
+        rows = [[str(t), *(cell(name, t, mode) for name in names)] for t in lengths]
+        parts += [f"## {mode.capitalize()}, ms", report.table(["T", *names], rows)]
+    if peaks:
+        for mode in MODES:
+            seen = sorted({t for _, t, m in peaks if m == mode})
+            used = [n for n in names if any(p[0] == n for p in peaks)]
+            rows = []
+            for t in seen:
+                mib = (f"{peaks[n, t, mode] / 2**20:.1f}" if (n, t, mode) in peaks else "" for n in used)
+                held = (1 if mode == "forward" else 4) * t * args.heads * K * 4 / 2**20
+                rows.append([str(t), *mib, f"{held:.1f}"])
+            parts += [
+                f"## Peak memory above the inputs, {mode}, MiB",
+                report.table(["T", *used, "of it results"], rows),
+            ]
+        parts.append(
+            "Resident memory at its highest during a call (the kernel's high-water mark, reset before the call) less that "
+            "before it, in a fresh process a contender and length; inputs and the output's gradient are in the baseline, "
+            "the results (output and gradients) are counted, and every contender must hold them."
+        )
+    return parts
+
+
+def plot(path: Path, args, lengths, time_of, rate) -> None:
+    """Time and percent of the matrix rate against T, log-log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, constrained_layout=True)
+    for column, mode in enumerate(MODES):
+        for contender in CONTENDERS:
+            ts = [t for t in lengths if (contender.name, t, mode) in time_of]
+            if not ts:
+                continue
+            s = [time_of[contender.name, t, mode] for t in ts]
+            style = dict(marker="o", markersize=3.5, label=contender.name, linewidth=2.2 if contender is HLA2 else 1.2)
+            (line,) = axes[0, column].loglog(ts, [1e3 * x for x in s], **style)
+            if contender not in (SOFTMAX, QUADRATIC):
+                percent = [100 * WORK[mode] * OPERATIONS * args.heads * t / x / rate for t, x in zip(ts, s)]
+                axes[1, column].loglog(ts, percent, color=line.get_color(), **style)
+        axes[0, column].set(title=mode, ylabel="ms")
+        axes[1, column].set(xlabel="tokens", ylabel="percent of the matrix-multiply rate")
+        axes[1, column].axhline(30, color="grey", linestyle=":", linewidth=1)
+        axes[1, column].set_yticks([5, 10, 20, 30, 40, 60, 100])
+        axes[1, column].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes[1, column].yaxis.set_minor_formatter(NullFormatter())
+        axes[1, column].set_xticks(lengths, [f"{t // 1024}K" for t in lengths])
+        axes[1, column].xaxis.set_minor_formatter(NullFormatter())
+        for row in (0, 1):
+            axes[row, column].grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(
+        f"H = {args.heads}, K = V = {K}, float32, {args.threads} threads, {rate / 1e9:.0f} GFLOP/s matrix rate"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    args = parse()
+    report.use_huge_pages(args.huge_pages)
+    torch.set_num_threads(args.threads)
+    about = report.context("benchmarks/operators_cpu.py", args.threads)
+    errors = check()
+    lengths = [1024 * 2**i for i in range(int(math.log2(args.longest)) + 1)]
+    source = Source(lengths[-1], args.heads)
+    warm, left_out = choose(args, lengths, source)
+    samples, multiply = measure(args, lengths, source, warm)
+    del source
+    peaks = measure_memory(args, lengths, warm) if args.memory else {}
+
+    time_of = {case: statistics.median(values) for case, values in samples.items()}
+    rate = 2 * MULTIPLY**3 / statistics.median(multiply)
+    targets = judge(args, lengths, time_of, rate, peaks)
+    data = {
+        "matrix_rate_flops": rate,
+        "multiply_seconds": multiply,
+        "float64_errors": errors,
+        "left_out": left_out,
+        "seconds": [dict(zip(("contender", "T", "mode"), case), samples=values) for case, values in samples.items()],
+        "peak_bytes": [dict(zip(("contender", "T", "mode"), case), bytes=value) for case, value in peaks.items()],
+    }
+    parts = body(args, lengths, time_of, rate, peaks, errors, left_out, multiply)
+    path = report.write("operators_cpu", args.out, "Operators on the CPU", about, targets, parts, data)
+    plot(path.with_suffix(".png"), args, lengths, time_of, rate)
+    print(f"matrix rate {rate / 1e9:.1f} GFLOP/s")
+    return report.conclude(targets, path, args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

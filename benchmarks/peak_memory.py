@@ -1,0 +1,57 @@
+"""Peak memory of one call above its inputs, in a fresh process.
+
+The process warms up on a short input, allocates and fills the inputs, resets the kernel's high-water mark of resident
+memory (``/proc/self/clear_refs``), calls, and reads the mark: what the call held at its worst, results included,
+inputs not. Where the mark cannot be reset, ``ru_maxrss`` since the process started stands in for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import resource
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import COMPOSITION_CHUNK, CONTENDERS, MODES, Source
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _reset_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _measure(name: str, tokens: int, heads: int, threads: int) -> dict[str, int]:
+    torch.set_num_threads(threads)
+    contender = next(c for c in CONTENDERS if c.name == name)
+    short = contender.inputs(Source(COMPOSITION_CHUNK, heads), COMPOSITION_CHUNK)
+    for call in MODES.values():
+        call(contender, *short)
+    leaves, dout = contender.inputs(Source(tokens, heads), tokens)
+    peaks = {}
+    for mode, call in MODES.items():
+        gc.collect()
+        reset = _reset_mark()
+        baseline = _resident("VmRSS:")
+        result = call(contender, leaves, dout)
+        peak = _resident("VmHWM:") if reset else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks[mode] = peak - baseline
+        del result
+    return peaks
+
+
+def peak_memory(name: str, tokens: int, heads: int, threads: int) -> dict[str, int]:
+    """Bytes above the inputs at the worst moment, by mode."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (name, tokens, heads, threads))

@@ -1,0 +1,139 @@
+"""What every report holds: machine, commit, versions, command, targets met or missed; written as .md and .json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+QUICK_RESULTS = ROOT / "out" / "benchmarks"  # smoke runs measure nothing worth keeping
+
+
+@dataclass(frozen=True)
+class Target:
+    """One asserted figure: ``measured`` must be at least (``at_least``) or at most ``bound``; NaN fails."""
+
+    name: str
+    measured: float
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    @property
+    def row(self) -> list[str]:
+        sign = ">=" if self.at_least else "<="
+        return ["PASS" if self.met else "FAIL", self.name, f"{self.measured:.3g}", f"{sign} {self.bound:g}"]
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def hardware_slug() -> str:
+    """The hardware in a file name: ``intel-xeon-2cpu``."""
+    name = re.sub(r"\(.*?\)|\bprocessor\b|\bcpu\b|@.*", " ", cpu_name().lower())
+    return "-".join(re.findall(r"[a-z0-9]+", name) + [f"{os.cpu_count()}cpu"])
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _commit() -> str:
+    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "hla_dist", "benchmarks")
+    return commit + (" with uncommitted changes" if changed else "")
+
+
+def context(script: str, threads: int) -> dict[str, Any]:
+    """Everything a reader needs to repeat the run. Call it when the run starts: the commit may move meanwhile."""
+    return {
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "commit": _commit(),
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "hardware": f"{cpu_name()}, {os.cpu_count()} CPUs ({platform.machine()}, {platform.system()})",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def use_huge_pages(wanted: bool) -> None:
+    """Restart the program with torch's switch for huge pages on CPU allocations on, or off, as ``wanted``.
+
+    torch reads THP_MEM_ALLOC_ENABLE once, when it first allocates. Processes started later inherit it.
+    """
+    value = "1" if wanted else "0"
+    if os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != value:
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"THP_MEM_ALLOC_ENABLE": value})
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def write(
+    theme: str,
+    out: Path,
+    title: str,
+    about: dict[str, Any],
+    targets: list[Target],
+    body: list[str],
+    data: dict[str, Any],
+) -> Path:
+    """Write ``<theme>_<hardware>_<date>.md`` and ``.json`` under ``out``; returns the path of the .md."""
+    out.mkdir(parents=True, exist_ok=True)
+    date = about["started"][:10]
+    path = out / f"{theme}_{hardware_slug()}_{date}.md"
+    about = about | {"load_average_at_end": round(os.getloadavg()[0], 2)}
+    parts = [
+        f"# {title}",
+        "\n".join(
+            f"- {name.replace('_', ' ')}: {f'`{value}`' if name == 'command' else value}"
+            for name, value in about.items()
+        ),
+        "## Targets",
+        table(["", "target", "measured", "bound"], [t.row for t in targets]),
+        *body,
+    ]
+    path.write_text("\n\n".join(parts) + "\n")
+    record = {"about": about, "targets": [asdict(t) | {"met": t.met} for t in targets], **data}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def conclude(targets: list[Target], path: Path, check: bool) -> int:
+    """Print the targets and where the report is; the exit code, 1 if ``check`` and a target was missed."""
+    for target in targets:
+        print("  ".join(target.row))
+    print(f"report: {os.path.relpath(path)}")
+    return int(check and not all(t.met for t in targets))
