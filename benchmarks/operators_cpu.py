@@ -22,11 +22,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from benchmarks import report  # noqa: E402
-from benchmarks.contenders import (  # noqa: E402
+from benchmarks import report
+from benchmarks.contenders import (
     COMPOSITION,
     COMPOSITION_CHUNK,
     CONTENDERS,
@@ -39,7 +39,7 @@ from benchmarks.contenders import (  # noqa: E402
     Source,
     check,
 )
-from benchmarks.peak_memory import peak_memory  # noqa: E402
+from benchmarks.peak_memory import peak_memory
 
 OPERATIONS = 4 * 64 * K + 8 * K * K  # a token and head, forward
 WORK = {"forward": 1, "forward+backward": 4}
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
         type=float,
         default=2.0,
         metavar="S",
-        help="leave out lengths at which a quadratic contender's call is expected to take longer (default: %(default)s)",
+        help="leave out lengths where a quadratic contender's call would take longer (default: %(default)s)",
     )
     add(
         "--limit-gib",
@@ -210,7 +210,7 @@ def judge(args, lengths, time_of: dict[Case, float], rate: float, peaks: dict[Ca
         common = [t for t in measured if (HLA2.name, t, mode) in peaks and (COMPOSITION.name, t, mode) in peaks]
         ratios = {t: peaks[HLA2.name, t, mode] / max(1, peaks[COMPOSITION.name, t, mode]) for t in common}
         worst = max(common, key=lambda t: ratios[t])
-        name = f"peak memory, hla2 over composition, {mode}, worst of the lengths measured from T = {common[0]}: T = {worst}"
+        name = f"peak memory, hla2 over composition, {mode}, worst of T = {common[0]} to {common[-1]}: T = {worst}"
         targets.append(Target(name, ratios[worst], 0.5, False))
     return targets
 
@@ -231,16 +231,16 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
     spread = statistics.quantiles(multiply, n=4)
     parts = [
         "## What was measured",
-        f"Matrix rate: {rate / 1e9:.1f} GFLOP/s, median of {len(multiply)} torch.mm of {MULTIPLY}^3 in float32 spread over "
-        f"the run (quartiles {2 * MULTIPLY**3 / spread[2] / 1e9:.1f} and {2 * MULTIPLY**3 / spread[0] / 1e9:.1f}; best "
-        f"{2 * MULTIPLY**3 / min(multiply) / 1e9:.1f}). B = 1, H = {args.heads}, K = V = {K}, float32, {args.threads} "
-        f"threads. Times are medians of at least {args.rounds} interleaved repetitions, in milliseconds, in brackets the "
-        f"percent of the matrix rate by {OPERATIONS} operations a token and head forward, four times that for "
-        "forward+backward. Softmax attention computes another function. The composition is two chunked first-order passes "
-        f"in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the quadratic form is tril(W W^T) V, "
-        "W = tril(Q K^T).",
-        f"Correctness first, float64, outputs and all gradients, T = {2 * COMPOSITION_CHUNK}, each against an independent "
-        "form: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) + ".",
+        f"Matrix rate: {rate / 1e9:.1f} GFLOP/s, median of {len(multiply)} torch.mm of {MULTIPLY}^3 in float32 spread "
+        f"over the run (quartiles {2 * MULTIPLY**3 / spread[2] / 1e9:.1f} and {2 * MULTIPLY**3 / spread[0] / 1e9:.1f}; "
+        f"best {2 * MULTIPLY**3 / min(multiply) / 1e9:.1f}). B = 1, H = {args.heads}, K = V = {K}, float32, "
+        f"{args.threads} threads. Times are medians of at least {args.rounds} interleaved repetitions, in milliseconds, in "
+        f"brackets the percent of the matrix rate by {OPERATIONS} operations a token and head forward, four times that "
+        "for forward+backward. Softmax attention computes another function. The composition is two chunked first-order "
+        f"passes in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the quadratic form is "
+        "tril(W W^T) V, W = tril(Q K^T).",
+        f"Correctness first, float64, outputs and all gradients, T = {2 * COMPOSITION_CHUNK}, each against an "
+        "independent form: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) + ".",
         "Left out: " + ("; ".join(f"{name} {why}" for name, why in left_out.items()) or "nothing") + "."
         " Gated variants are measured at every other length.",
     ]
@@ -261,9 +261,9 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
                 report.table(["T", *used, "of it results"], rows),
             ]
         parts.append(
-            "Resident memory at its highest during a call (the kernel's high-water mark, reset before the call) less that "
-            "before it, in a fresh process a contender and length; inputs and the output's gradient are in the baseline, "
-            "the results (output and gradients) are counted, and every contender must hold them."
+            "Resident memory at its highest during a call (the kernel's high-water mark, reset before the call) less "
+            "that before it, in a fresh process a contender and length. Inputs and the output's gradient are in the "
+            "baseline; the results (output and gradients) are counted, and every contender must hold them."
         )
     return parts
 

@@ -7,6 +7,8 @@ inputs not. Where the mark cannot be reset, ``ru_maxrss`` since the process star
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import multiprocessing
 import resource
@@ -42,6 +44,8 @@ def _measure(name: str, tokens: int, heads: int, threads: int) -> dict[str, int]
     peaks = {}
     for mode, call in MODES.items():
         gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, which the next call would reuse
+            ctypes.CDLL(None).malloc_trim(0)
         reset = _reset_mark()
         baseline = _resident("VmRSS:")
         result = call(contender, leaves, dout)

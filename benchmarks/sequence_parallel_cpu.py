@@ -1,0 +1,306 @@
+"""CPU seconds of hla2 on 8 ranks, summed, against one process for the same tokens.
+
+    python benchmarks/sequence_parallel_cpu.py            about three minutes; report in benchmarks/results/
+    python benchmarks/sequence_parallel_cpu.py --quick    a smoke run of seconds; report in out/benchmarks/
+    python benchmarks/sequence_parallel_cpu.py --check    exit code 1 if a target is missed
+
+Forward+backward, B = 1, K = V = 64, float32, one thread a process. Ranks talk through gloo and run all at once, as a
+user's would; the one process runs while they sleep, and every round measures both. CPU seconds are user and system
+time of the whole process (getrusage), gloo's threads included, from a barrier before the call to one after it; start-up
+and warm-up are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import hla_dist
+from benchmarks import report
+from benchmarks.contenders import K, Source
+from hla_dist.parallel import collectives
+
+VARIANTS = {"no gate": "", "gate a head": "head", "gate a token": "token"}
+SAME = 1e-5  # relative difference of outputs and gradients, float32
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ranks", type=int, default=8, metavar="P", help="processes that share the sequence (default: %(default)s)")
+    add("--tokens", type=int, default=262144, metavar="T", help="tokens in all, a multiple of P (default: %(default)s)")
+    add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
+    add("--rounds", type=int, default=5, metavar="N", help="measured rounds, one more warms up (default: %(default)s)")
+    add(
+        "--huge-pages",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="THP_MEM_ALLOC_ENABLE=1, torch's switch for huge pages, in every process",
+    )
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add("--quick", action="store_true", help="a smoke run: 2 ranks, 4096 tokens, one round")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the report goes (default: benchmarks/results, out/benchmarks if quick)",
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.ranks, args.tokens, args.rounds = 2, 4096, 1
+    if min(args.ranks, args.tokens, args.heads, args.rounds) < 1 or args.tokens % args.ranks:
+        parser.error("--ranks, --tokens, --heads, --rounds: expected at least 1, and tokens a multiple of ranks")
+    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    return args
+
+
+class Shard:
+    """A process's inputs: all shards' (``rank`` None), or one's. Shard r is random with seed r wherever it is made."""
+
+    def __init__(self, rank: int | None, ranks: int, tokens: int, heads: int):
+        local = tokens // ranks
+        sources = [Source(local, heads, seed=r) for r in (range(ranks) if rank is None else [rank])]
+        self.qkv = [torch.cat([s.view(i, local, False) for s in sources], 1) for i in range(4)]
+        self.dout = self.qkv.pop()
+        self.gates = {"head": sources[0].log_decay("head", local)}
+        self.gates["token"] = torch.cat([s.log_decay("token", local) for s in sources], 1)
+
+    def leaves(self, gates: str) -> list[Tensor]:
+        """q, k, v, and the gates if there are any."""
+        return [x.detach().requires_grad_() for x in self.qkv + ([self.gates[gates]] if gates else [])]
+
+    def call(self, gates: str, group: Any) -> tuple[list[Tensor], list[int]]:
+        """Output and gradients; bytes and collectives of forward, and of backward."""
+        leaves = self.leaves(gates)
+        counter = collectives.counter
+        counter.reset()
+        out = hla_dist.hla2(*leaves[:3], log_decay=leaves[3] if gates else None, group=group)[0]
+        sent = [counter.bytes, counter.calls]
+        grads = torch.autograd.grad(out, leaves, self.dout)
+        return [out.detach(), *grads], sent + [counter.bytes - sent[0], counter.calls - sent[1]]
+
+
+def cpu_seconds() -> tuple[float, float]:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime, usage.ru_stime
+
+
+def timed(shard: Shard, gates: str, group: Any) -> dict[str, float]:
+    """User, system and wall seconds of one call, between barriers."""
+    if group is not None:
+        dist.barrier(group)
+    user, system = cpu_seconds()
+    start = time.perf_counter()
+    result = shard.call(gates, group)
+    del result
+    if group is not None:
+        dist.barrier(group)
+    wall = time.perf_counter() - start
+    user_after, system_after = cpu_seconds()
+    return {"user": user_after - user, "system": system_after - system, "wall": wall}
+
+
+def names_of(gates: str) -> list[str]:
+    return ["out", "dq", "dk", "dv"] + (["dlog_decay"] if gates else [])
+
+
+def write_results(shard: Shard, gates: str, folder: str) -> None:
+    """One process's output and gradients, into files that the ranks map."""
+    for name, value in zip(names_of(gates), shard.call(gates, None)[0]):
+        path = os.path.join(folder, name)
+        torch.from_file(path, shared=True, size=value.numel()).view(value.shape).copy_(value)
+
+
+def compare_results(
+    shard: Shard, gates: str, folder: str, rank: int, group: Any
+) -> tuple[dict[str, list[float]], list[int]]:
+    """Sums of squares of the differences to one process's results and of these, by tensor; what a call sent."""
+    values, sent = shard.call(gates, group)
+    sums = {}
+    for name, value in zip(names_of(gates), values):
+        if value.dim() == 1:  # gates a head: every rank has its own tokens' share
+            value = value.clone()
+            dist.all_reduce(value, group=group)
+            rank = 0
+        size, start = value.numel(), rank * value.numel()
+        whole = torch.from_file(os.path.join(folder, name), shared=True, size=start + size)
+        want = whole[start:].view(value.shape).double()
+        sums[name] = [float((value.double() - want).square().sum()), float(want.square().sum())]
+    return sums, sent
+
+
+def work(rank: int | None, ranks: int, tokens: int, heads: int, store: str, channel: Connection) -> None:
+    """A process: make the inputs, then do what comes down the channel until it closes."""
+    torch.set_num_threads(1)
+    group = None
+    if rank is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=300)
+        )
+        group = dist.group.WORLD
+    shard = Shard(rank, ranks, tokens, heads)
+    actions = {
+        "time": lambda gates: timed(shard, gates, group),
+        "write": lambda gates, folder: write_results(shard, gates, folder),
+        "compare": lambda gates, folder: compare_results(shard, gates, folder, rank or 0, group),
+    }
+    while True:
+        try:
+            action, arguments = channel.recv()
+        except EOFError:
+            break
+        try:
+            channel.send((True, actions[action](*arguments)))
+        except Exception:
+            channel.send((False, traceback.format_exc()))
+    os._exit(0)  # no destroy_process_group: a peer may be gone already
+
+
+class Processes:
+    """One process, or the ranks of a world; all sleep between actions."""
+
+    def __init__(self, ranks: list[int | None], args: argparse.Namespace, store: str):
+        # forked from a server that has torch imported: one import instead of one a rank
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+        self.channels: list[Connection] = []
+        self.processes = []
+        for rank in ranks:
+            here, there = context.Pipe()
+            arguments = (rank, args.ranks, args.tokens, args.heads, store, there)
+            process = context.Process(target=work, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self.channels.append(here)
+            self.processes.append(process)
+
+    def run(self, action: str, *arguments: Any) -> list[Any]:
+        """The action on all at once; their replies. Raises RuntimeError with the traceback of one that failed."""
+        for channel in self.channels:
+            channel.send((action, arguments))
+        replies = [channel.recv() for channel in self.channels]
+        for good, value in replies:
+            if not good:
+                raise RuntimeError(value)
+        return [value for _, value in replies]
+
+    def close(self) -> None:
+        for channel in self.channels:
+            channel.close()
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def measure(one: Processes, ranks: Processes, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Samples by variant and side; ranks' CPU seconds summed, wall seconds the longest."""
+    samples: dict[str, dict[str, list[dict[str, float]]]] = {n: {"one": [], "ranks": []} for n in VARIANTS}
+    with tqdm(total=(rounds + 1) * len(VARIANTS), desc="time", leave=False) as bar:
+        for i in range(rounds + 1):
+            for name, gates in VARIANTS.items():
+                alone = one.run("time", gates)[0]
+                each = ranks.run("time", gates)
+                together = {key: sum(x[key] for x in each) for key in ("user", "system")}
+                together["wall"] = max(x["wall"] for x in each)
+                if i > 0:  # the first round warms up
+                    samples[name]["one"].append(alone)
+                    samples[name]["ranks"].append(together)
+                bar.update()
+    return samples
+
+
+def compare(one: Processes, ranks: Processes, folder: str) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
+    """Relative differences by variant and tensor; bytes and collectives a rank and call."""
+    differences, sent = {}, {}
+    for name, gates in VARIANTS.items():
+        one.run("write", gates, folder)
+        replies = ranks.run("compare", gates, folder)
+        sent[name] = replies[0][1]
+        differences[name] = {}
+        for tensor in names_of(gates):
+            error, size = (sum(sums[tensor][i] for sums, _ in replies) for i in (0, 1))
+            differences[name][tensor] = (error / size) ** 0.5 if size else float("nan")
+    return differences, sent
+
+
+def median(samples: list[dict[str, float]], *keys: str) -> float:
+    return statistics.median(sum(x[key] for key in keys) for x in samples)
+
+
+def main() -> int:
+    args = parse()
+    report.use_huge_pages(args.huge_pages)
+    about = report.context("benchmarks/sequence_parallel_cpu.py", 1) | {"ranks": args.ranks}
+    with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder:
+        store = os.path.join(folder, "store")
+        one = Processes([None], args, store)
+        ranks = Processes(list(range(args.ranks)), args, store)
+        try:
+            samples = measure(one, ranks, args.rounds)
+            differences, sent = compare(one, ranks, folder)
+        finally:
+            one.close()
+            ranks.close()
+
+    targets, rows = [], []
+    for name, sides in samples.items():
+        alone, together = (median(sides[s], "user", "system") for s in ("one", "ranks"))
+        targets.append(
+            report.Target(f"{name}: CPU seconds of {args.ranks} ranks over one", together / alone, 1.3, False)
+        )
+        cells = [f"{alone:.2f} ({median(sides['one'], 'system'):.2f})"]
+        cells += [f"{together:.2f} ({median(sides['ranks'], 'system'):.2f})", f"{together / alone:.3f}"]
+        cells += [f"{median(sides['one'], 'wall'):.2f}", f"{median(sides['ranks'], 'wall'):.2f}"]
+        rows.append([name, *cells])
+    for name, by_tensor in differences.items():
+        targets.append(report.Target(f"{name}: largest relative difference", max(by_tensor.values()), SAME, False))
+    header = ["variant", "CPU s, one process (system)", f"CPU s, {args.ranks} ranks (system)", "ratio"]
+    header += ["wall s, one", f"wall s, {args.ranks} ranks"]
+    tensors = names_of("token")
+    parts = [
+        "## What was measured",
+        f"hla2 forward+backward of {args.tokens} tokens, B = 1, H = {args.heads}, K = V = {K}, float32, one thread a "
+        f"process: in one process, and sharded over {args.ranks} gloo ranks that run at once on {os.cpu_count()} CPUs. "
+        f"Medians of {args.rounds} interleaved rounds after one that warms up. CPU seconds are user and system time of "
+        "whole processes, between barriers, summed over the ranks.",
+        report.table(header, rows),
+        "## Differences, 2-norm, relative to one process",
+        report.table(
+            ["variant", *tensors],
+            [[n, *(f"{d[t]:.1e}" if t in d else "" for t in tensors)] for n, d in differences.items()],
+        ),
+        "## On the wire, a rank and call",
+        report.table(
+            ["variant", "forward bytes", "collectives", "backward bytes", "collectives"],
+            [[n, *(str(x) for x in values)] for n, values in sent.items()],
+        ),
+    ]
+    data = {"samples": samples, "differences": differences, "sent": sent}
+    path = report.write(
+        "sequence_parallel_cpu", args.out, "Sequence parallelism on the CPU", about, targets, parts, data
+    )
+    return report.conclude(targets, path, args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The benchmarks run and write their reports; nothing is asserted about time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("script, images", [("operators_cpu", 1), ("sequence_parallel_cpu", 0)])
+def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    pytest.importorskip("matplotlib", reason="the benchmarks need the train extra")
+    done = run(script, "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (report,) = tmp_path.glob(f"{script}_*.md")
+    text = report.read_text()
+    for part in ("- command: `python benchmarks/", "- commit: ", "- torch: ", "## Targets", "| PASS |"):
+        assert part in text
+    record = json.loads(report.with_suffix(".json").read_text())
+    assert record["targets"]
+    assert all(isinstance(t["met"], bool) for t in record["targets"])
+    assert len(list(tmp_path.glob("*.png"))) == images
+
+
+@pytest.mark.parametrize("script", ["operators_cpu", "sequence_parallel_cpu"])
+def test_bad_options_are_refused(script: str) -> None:
+    done = run(script, "--rounds", "0")
+    assert done.returncode == 2
+    assert "expected at least 1" in done.stderr
