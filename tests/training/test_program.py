@@ -19,7 +19,7 @@ from tests.training.corpora import write_text
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--device cpu --seq-len 64 --hidden-size 32 --layers 2 --heads 2 --steps 6 --warmup 2 --eval-every 3 "
          "--eval-tokens 128 --sample 8 --lr 1e-2 --timeout 30 --threads 1").split()  # fmt: skip
-SECONDS = 60  # far above what a start takes here; a hang ends in it
+SECONDS = 150  # a start takes about four on an idle machine; a hang ends in this
 
 
 def command(ranks: int, *arguments: str, program: Path = ROOT / "launch" / "train.py") -> list[str]:
@@ -125,7 +125,7 @@ def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, text: str) -> None
 def test_mistakes_are_one_line_of_rank_0(ranks: int, arguments: list[str], message: str) -> None:
     began = time.monotonic()
     done = start(ranks, *SMALL, *arguments)
-    assert done.returncode != 0 and time.monotonic() - began < 30
+    assert done.returncode != 0 and time.monotonic() - began < SECONDS / 2
     assert len(errors(done)) == 1 and message in errors(done)[0]
     assert not done.stdout
     # torchrun prints a traceback of its own; there is none of the program's
@@ -155,7 +155,7 @@ def test_one_rank_raising_ends_the_others(tmp_path: Path, text: str) -> None:
     began = time.monotonic()
     out = tmp_path / "out"
     done = start(3, *SMALL, "--data", text, "--out", str(out), "--save-every", "1", program=program)
-    assert done.returncode != 0 and time.monotonic() - began < 30
+    assert done.returncode != 0 and time.monotonic() - began < SECONDS / 2
     said = errors(done)
     assert any("(rank 1): KeyError: 'a bug on one rank'" in line for line in said)
     assert any("(rank 0): another rank is gone" in line for line in said)
