@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
         help="also measure peak memory, a fresh process a contender and length",
     )
     add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--quick", action="store_true", help="a smoke run: up to 2K tokens, one round, memory at one length")
+    add("--quick", action="store_true", help="a smoke run: up to 2K tokens, one round, one thread")
     add(
         "--out",
         type=Path,
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     if min(args.heads, args.longest, args.rounds, args.threads) < 1:
         parser.error("--heads, --longest, --rounds and --threads: expected at least 1")
     if args.quick:
-        args.longest, args.rounds = 2, 1
+        args.longest, args.rounds, args.threads = 2, 1, 1
     args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
     return args
 
@@ -150,7 +150,9 @@ def measure(args: argparse.Namespace, lengths: list[int], source: Source, warm: 
             for tokens in lengths:
                 multiply += [seconds(lambda: torch.mm(a, b, out=out)) for _ in range(3)]
                 cases = [case for case in warm if case[1] == tokens]
-                repeats = {case: min(20, max(1, math.ceil(REPEAT_S / warm[case]))) for case in cases}
+                repeats = {
+                    case: 1 if args.quick else min(20, max(1, math.ceil(REPEAT_S / warm[case]))) for case in cases
+                }
                 for i in range(max(repeats.values())):
                     for case in cases:
                         if i < repeats[case]:
@@ -163,7 +165,7 @@ def measure(args: argparse.Namespace, lengths: list[int], source: Source, warm: 
 
 def measure_memory(args: argparse.Namespace, lengths: list[int], warm: dict[Case, float]) -> dict[Case, int]:
     """Peak bytes above the inputs, at every other length."""
-    contenders = (HLA2, SOFTMAX, QUADRATIC, COMPOSITION)
+    contenders = (HLA2, COMPOSITION) if args.quick else (HLA2, SOFTMAX, QUADRATIC, COMPOSITION)
     some = lengths[-1:] if args.quick else lengths[::-2][::-1]
     todo = [(c, t) for t in some for c in contenders if (c.name, t, "forward+backward") in warm]
     peaks: dict[Case, int] = {}
@@ -234,8 +236,8 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
         f"Matrix rate: {rate / 1e9:.1f} GFLOP/s, median of {len(multiply)} torch.mm of {MULTIPLY}^3 in float32 spread "
         f"over the run (quartiles {2 * MULTIPLY**3 / spread[2] / 1e9:.1f} and {2 * MULTIPLY**3 / spread[0] / 1e9:.1f}; "
         f"best {2 * MULTIPLY**3 / min(multiply) / 1e9:.1f}). B = 1, H = {args.heads}, K = V = {K}, float32, "
-        f"{args.threads} threads. Times are medians of at least {args.rounds} interleaved repetitions, in milliseconds, in "
-        f"brackets the percent of the matrix rate by {OPERATIONS} operations a token and head forward, four times that "
+        f"{args.threads} threads. Times are medians of at least {args.rounds} interleaved repetitions, in milliseconds, "
+        f"in brackets the percent of the matrix rate by {OPERATIONS} operations a token and head forward, four times that "
         "for forward+backward. Softmax attention computes another function. The composition is two chunked first-order "
         f"passes in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the quadratic form is "
         "tril(W W^T) V, W = tril(Q K^T).",
