@@ -99,6 +99,7 @@ def test_the_lock_holds_for_the_running_python():
         ("kernels", ("triton",), False),
         ("launch", ("train",), False),
         ("tests", ("test", "train"), False),
+        ("benchmarks", ("train", "docs"), False),
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: bool):
