@@ -236,11 +236,11 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
         f"Matrix rate: {rate / 1e9:.1f} GFLOP/s, median of {len(multiply)} torch.mm of {MULTIPLY}^3 in float32 spread "
         f"over the run (quartiles {2 * MULTIPLY**3 / spread[2] / 1e9:.1f} and {2 * MULTIPLY**3 / spread[0] / 1e9:.1f}; "
         f"best {2 * MULTIPLY**3 / min(multiply) / 1e9:.1f}). B = 1, H = {args.heads}, K = V = {K}, float32, "
-        f"{args.threads} threads. Times are medians of at least {args.rounds} interleaved repetitions, in milliseconds, "
-        f"in brackets the percent of the matrix rate by {OPERATIONS} operations a token and head forward, four times "
-        "that for forward+backward. Softmax attention computes another function. The composition is two chunked "
-        f"first-order passes in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the quadratic form is "
-        "tril(W W^T) V, W = tril(Q K^T).",
+        f"{args.threads} threads. Times are medians of at least {args.rounds} interleaved repetitions, in "
+        f"milliseconds, in brackets the percent of the matrix rate by {OPERATIONS} operations a token and head "
+        "forward, four times that for forward+backward. Softmax attention computes another function. The composition "
+        f"is two chunked first-order passes in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the "
+        "quadratic form is tril(W W^T) V, W = tril(Q K^T).",
         f"Correctness first, float64, outputs and all gradients, T = {2 * COMPOSITION_CHUNK}, each against an "
         "independent form: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()) + ".",
         "Left out: " + ("; ".join(f"{name} {why}" for name, why in left_out.items()) or "nothing") + "."
