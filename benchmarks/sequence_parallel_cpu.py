@@ -4,10 +4,16 @@
     python benchmarks/sequence_parallel_cpu.py --quick    a smoke run of seconds; report in out/benchmarks/
     python benchmarks/sequence_parallel_cpu.py --check    exit code 1 if a target is missed
 
-Forward+backward, B = 1, K = V = 64, float32, one thread a process. Ranks talk through gloo and run all at once, as a
-user's would; the one process runs while they sleep, and every round measures both. CPU seconds are user and system
-time of the whole process (getrusage), gloo's threads included, from a barrier before the call to one after it; start-up
-and warm-up are not counted.
+Forward+backward, B = 1, K = V = 64, float32, one thread a process, ranks over gloo. Every round measures three sides:
+
+    one      the one process, while the ranks sleep
+    turns    the ranks, no more of them computing at a time than there are processors (a rank gives its processor back
+             while it waits for others): the work that sharding adds
+    crowd    the ranks all at once, as a user's would run: with more ranks than processors they also push one another
+             out of the caches, as processes that share nothing do
+
+CPU seconds are user and system time of the whole process (getrusage), gloo's threads included, from a barrier before
+the call to one after it; start-up and warm-up are not counted.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,9 +44,10 @@ from tqdm import tqdm
 import hla_dist
 from benchmarks import report
 from benchmarks.contenders import K, Source
-from hla_dist.parallel import collectives
+from hla_dist.parallel import agreement, collectives
 
 VARIANTS = {"no gate": "", "gate a head": "head", "gate a token": "token"}
+SIDES = ("one", "turns", "crowd")
 SAME = 1e-5  # relative difference of outputs and gradients, float32
 
 
@@ -103,14 +112,36 @@ def cpu_seconds() -> tuple[float, float]:
     return usage.ru_utime, usage.ru_stime
 
 
-def timed(shard: Shard, gates: str, group: Any) -> dict[str, float]:
+@contextmanager
+def turn_taking(turns: Any) -> Iterator[None]:
+    """Hold one of the processors, except while waiting for other ranks."""
+    wait = agreement._wait
+
+    def wait_aside(pending: Any) -> None:
+        turns.release()
+        try:
+            wait(pending)
+        finally:
+            turns.acquire()
+
+    agreement._wait = wait_aside
+    turns.acquire()
+    try:
+        yield
+    finally:
+        turns.release()
+        agreement._wait = wait
+
+
+def timed(shard: Shard, gates: str, group: Any, turns: Any) -> dict[str, float]:
     """User, system and wall seconds of one call, between barriers."""
     if group is not None:
         dist.barrier(group)
     user, system = cpu_seconds()
     start = time.perf_counter()
-    result = shard.call(gates, group)
-    del result
+    with turn_taking(turns) if turns is not None else nullcontext():
+        result = shard.call(gates, group)
+        del result
     if group is not None:
         dist.barrier(group)
     wall = time.perf_counter() - start
@@ -147,7 +178,7 @@ def compare_results(
     return sums, sent
 
 
-def work(rank: int | None, ranks: int, tokens: int, heads: int, store: str, channel: Connection) -> None:
+def work(rank: int | None, ranks: int, tokens: int, heads: int, store: str, turns: Any, channel: Connection) -> None:
     """A process: make the inputs, then do what comes down the channel until it closes."""
     torch.set_num_threads(1)
     group = None
@@ -159,7 +190,8 @@ def work(rank: int | None, ranks: int, tokens: int, heads: int, store: str, chan
         group = dist.group.WORLD
     shard = Shard(rank, ranks, tokens, heads)
     actions = {
-        "time": lambda gates: timed(shard, gates, group),
+        "time": lambda gates: timed(shard, gates, group, None),
+        "time in turns": lambda gates: timed(shard, gates, group, turns),
         "write": lambda gates, folder: write_results(shard, gates, folder),
         "compare": lambda gates, folder: compare_results(shard, gates, folder, rank or 0, group),
     }
@@ -184,9 +216,10 @@ class Processes:
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
         self.channels: list[Connection] = []
         self.processes = []
+        turns = context.Semaphore(os.cpu_count() or 1)
         for rank in ranks:
             here, there = context.Pipe()
-            arguments = (rank, args.ranks, args.tokens, args.heads, store, there)
+            arguments = (rank, args.ranks, args.tokens, args.heads, store, turns, there)
             process = context.Process(target=work, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -213,18 +246,20 @@ class Processes:
 
 
 def measure(one: Processes, ranks: Processes, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Samples by variant and side; ranks' CPU seconds summed, wall seconds the longest."""
-    samples: dict[str, dict[str, list[dict[str, float]]]] = {n: {"one": [], "ranks": []} for n in VARIANTS}
+    """Samples by variant and side; CPU seconds summed over processes, wall seconds the longest."""
+    samples: dict[str, dict[str, list[dict[str, float]]]] = {n: {side: [] for side in SIDES} for n in VARIANTS}
     with tqdm(total=(rounds + 1) * len(VARIANTS), desc="time", leave=False) as bar:
         for i in range(rounds + 1):
             for name, gates in VARIANTS.items():
-                alone = one.run("time", gates)[0]
-                each = ranks.run("time", gates)
-                together = {key: sum(x[key] for x in each) for key in ("user", "system")}
-                together["wall"] = max(x["wall"] for x in each)
-                if i > 0:  # the first round warms up
-                    samples[name]["one"].append(alone)
-                    samples[name]["ranks"].append(together)
+                for side, replies in (
+                    ("one", one.run("time", gates)),
+                    ("turns", ranks.run("time in turns", gates)),
+                    ("crowd", ranks.run("time", gates)),
+                ):
+                    total = {key: sum(x[key] for x in replies) for key in ("user", "system")}
+                    total["wall"] = max(x["wall"] for x in replies)
+                    if i > 0:  # the first round warms up
+                        samples[name][side].append(total)
                 bar.update()
     return samples
 
@@ -264,23 +299,24 @@ def main() -> int:
 
     targets, rows = [], []
     for name, sides in samples.items():
-        alone, together = (median(sides[s], "user", "system") for s in ("one", "ranks"))
-        targets.append(
-            report.Target(f"{name}: CPU seconds of {args.ranks} ranks over one", together / alone, 1.3, False)
-        )
-        cells = [f"{alone:.2f} ({median(sides['one'], 'system'):.2f})"]
-        cells += [f"{together:.2f} ({median(sides['ranks'], 'system'):.2f})", f"{together / alone:.3f}"]
-        cells += [f"{median(sides['one'], 'wall'):.2f}", f"{median(sides['ranks'], 'wall'):.2f}"]
-        rows.append([name, *cells])
+        seconds = {side: median(sides[side], "user", "system") for side in SIDES}
+        ratios = {side: seconds[side] / seconds["one"] for side in ("turns", "crowd")}
+        for side, ratio in ratios.items():
+            what = f"{name}: CPU seconds of {args.ranks} ranks ({side}) over one"
+            targets.append(report.Target(what, ratio, 1.3, False))
+        cells = [f"{seconds[side]:.2f} ({median(sides[side], 'system'):.2f})" for side in SIDES]
+        cells += [f"{ratio:.3f}" for ratio in ratios.values()]
+        rows.append([name, *cells, *(f"{median(sides[side], 'wall'):.2f}" for side in SIDES)])
     for name, by_tensor in differences.items():
         targets.append(report.Target(f"{name}: largest relative difference", max(by_tensor.values()), SAME, False))
-    header = ["variant", "CPU s, one process (system)", f"CPU s, {args.ranks} ranks (system)", "ratio"]
-    header += ["wall s, one", f"wall s, {args.ranks} ranks"]
+    header = ["variant", "CPU s, one process (system)", "ranks in turns", "ranks in a crowd"]
+    header += ["turns / one", "crowd / one", "wall s, one", "turns", "crowd"]
     tensors = names_of("token")
     parts = [
         "## What was measured",
         f"hla2 forward+backward of {args.tokens} tokens, B = 1, H = {args.heads}, K = V = {K}, float32, one thread a "
-        f"process: in one process, and sharded over {args.ranks} gloo ranks that run at once on {os.cpu_count()} CPUs. "
+        f"process: in one process, and sharded over {args.ranks} gloo ranks on {os.cpu_count()} CPUs, in turns (no "
+        "more ranks computing at a time than CPUs) and in a crowd (all at once). "
         f"Medians of {args.rounds} interleaved rounds after one that warms up. CPU seconds are user and system time of "
         "whole processes, between barriers, summed over the ranks.",
         report.table(header, rows),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.reference import quadratic, serial
-from hla_dist.states import HLA2State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
 from tests.harness import assert_close
 from tests.tolerances import tolerance
 
@@ -25,7 +25,12 @@ KINDS = (
     ("hla2", "causal"),
     ("hla2", "prefix"),
     ("hla2", "full"),
+    ("ahla", "causal"),
+    ("ahla", "full"),
+    ("hla3", "causal"),
+    ("hla3", "full"),
 )
+RIDGED = ("hla2", "hla3")
 STREAMING = tuple(kind for kind in KINDS if kind[1] != "full")
 GATE_FORMS = ("none", "H", "G", "BTH", "BTG")
 # mild: memory of a few tokens. near_one: longer than the sequence. near_zero: no memory to speak of.
@@ -66,7 +71,7 @@ class Problem:
     def state_type(self) -> Any:
         if self.mask == "prefix":
             return PrefixState
-        return {"linear_attention": LinearState, "hla2": HLA2State}[self.name]
+        return {"linear_attention": LinearState, "hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}[self.name]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -110,12 +115,8 @@ def draw(p: Problem) -> Tensors:
     width = p.V + p.normalize
     state = None
     if p.state:
-        square = normal(p.B, p.H, p.K, p.K)
-        if p.normalize:
-            square = square.abs()
-        rest = [normal(p.B, p.H, p.K, width) for _ in p.state_names[1:]]
-        state = (square, *rest) if "S" in p.state_names else (normal(p.B, p.H, p.K, width),)
-        if p.normalize:  # the state's last column is a sum of positive terms too
+        state = tuple(normal(p.B, p.H, p.K, p.K if field == "S" else width) for field in p.state_names)
+        if p.normalize:  # what the denominators come from is a sum of positive terms too
             state = tuple(x.abs() for x in state)
     tensors = Tensors(
         q.to(p.dtype),

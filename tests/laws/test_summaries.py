@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import hla_dist
 from hla_dist import Summary, combine, identity, scan_exclusive, summarize
 from tests.harness import assert_bitwise, assert_close, raises_value_error
-from tests.problems import GATE_FORMS, GATE_VALUES, STREAMING, Problem, Tensors, draw, oracle
+from tests.problems import GATE_FORMS, GATE_VALUES, RIDGED, STREAMING, Problem, Tensors, draw, oracle
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE, ROUND_OFF
 
 LAW = 10 * ROUND_OFF  # three products of float64 matrices, in another order
@@ -51,7 +51,7 @@ def problems(draw_from) -> Problem:
         gates=pick(*GATE_FORMS),
         gate_values=pick(*(x for x in GATE_VALUES if x != "near_zero")),
         scale=pick(1.0, 0.3),
-        ridge=pick(0.0, 0.7) if name == "hla2" else 0.0,
+        ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
         normalize=pick(False, True),
         state=False,
         seed=draw_from(st.integers(0, 2**20)),

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 
 import hla_dist
 from tests.harness import assert_bitwise, assert_close
-from tests.problems import KINDS, STREAMING, Problem, draw, run
+from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, run
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
 
 GATED = [(*kind, gates) for kind in KINDS for gates in (("none",) if kind[1] == "full" else ("none", "H", "BTG"))]
@@ -38,7 +38,7 @@ def test_gradcheck(name: str, mask: str, gates: str, normalize: bool) -> None:
         state=mask != "full",
         normalize=normalize,
         scale=0.7,
-        ridge=0.3 if name == "hla2" else 0.0,
+        ridge=0.3 if name in RIDGED else 0.0,
     )
     leaves, n_initial = _leaves(problem)
     gated = gates != "none"
@@ -122,7 +122,7 @@ def test_expanded_output_gradients(name: str, mask: str) -> None:
 def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
     streaming = mask != "full"
     problem = Problem(
-        name, mask, T=70, gates="BTH" if streaming else "none", state=streaming, ridge=0.1 * (name == "hla2")
+        name, mask, T=70, gates="BTH" if streaming else "none", state=streaming, ridge=0.1 * (name in RIDGED)
     )
     leaves, n_initial = _leaves(problem)
 

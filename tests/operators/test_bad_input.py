@@ -12,7 +12,7 @@ from hla_dist import HLA2State, LinearState, PrefixState
 from tests.harness import raises_value_error
 
 B, T, H, G, K, V = 2, 5, 4, 2, 3, 6
-OPERATORS = [hla_dist.linear_attention, hla_dist.hla2]
+OPERATORS = [hla_dist.linear_attention, hla_dist.hla2, hla_dist.ahla, hla_dist.hla3]
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -18,9 +18,10 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 def _problem(name: str, mask: str, dtype: torch.dtype, **options) -> Problem:
     streaming = mask != "full"
-    # a scale that keeps the sums of fp16 far from its largest number
+    # a scale that keeps the sums of fp16 far from its largest number, in plain torch too
+    scale, tokens = (0.05, 40) if name == "hla3" else (0.05, 150)
     base = Problem(
-        name, mask, B=1, T=150, H=4, G=2, K=16, V=16, gates="BTH" if streaming else "none", scale=0.05, dtype=dtype
+        name, mask, B=1, T=tokens, H=4, G=2, K=16, V=16, gates="BTH" if streaming else "none", scale=scale, dtype=dtype
     )
     return replace(base, state=False, **options)
 
@@ -57,6 +58,16 @@ def test_accumulates_in_float32(name: str, mask: str) -> None:
     """A sum of 4096 bf16 ones is exact: in bf16 it would stop at 256."""
     ones = torch.ones(1, 4096, 1, 1, dtype=torch.bfloat16)
     out, _ = getattr(hla_dist, name)(ones, ones, ones, mask=mask)
-    last = {"causal": {"linear_attention": 4096, "hla2": 4096 * 4097 // 2}, "full": {"linear_attention": 4096}}
-    want = last.get(mask, {}).get(name, 4096**2)  # prefix and full hla2: S C
+    n = 4096
+    want = {
+        ("linear_attention", "causal"): n,
+        ("hla2", "causal"): n * (n + 1) // 2,
+        ("ahla", "causal"): n * (n + 1) // 2,
+        ("hla3", "causal"): n * (n + 1) * (2 * n + 1) // 6,
+        ("hla2", "prefix"): n**2,
+        ("linear_attention", "full"): n,
+        ("hla2", "full"): n**2,
+        ("ahla", "full"): n**2,
+        ("hla3", "full"): n**3,
+    }[name, mask]
     assert out[0, -1, 0, 0].item() == torch.tensor(float(want)).bfloat16().item()

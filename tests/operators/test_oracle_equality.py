@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import hla_dist
 from tests.harness import assert_bitwise, assert_close
-from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, ORACLES, STREAMING, Problem, check, draw, oracle, run
+from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, ORACLES, RIDGED, STREAMING, Problem, check, draw, oracle, run
 from tests.tolerances import tolerance
 
 LENGTHS = (1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 200)
@@ -39,7 +39,7 @@ def problems(draw_from, dtype: torch.dtype) -> tuple[Problem, int | None]:
         gates=gates,
         gate_values=pick(*GATE_VALUES),
         scale=pick(1.0, 0.3),
-        ridge=pick(0.0, 0.7) if name == "hla2" else 0.0,
+        ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
         normalize=pick(False, True),
         state=mask != "full" and pick(True, False),
         strided=pick(False, True),

@@ -7,13 +7,15 @@ import torch
 
 import hla_dist
 from tests.harness import assert_close
-from tests.problems import STREAMING, Problem, draw, run
+from tests.problems import RIDGED, STREAMING, Problem, draw, run
 from tests.tolerances import FLOAT64, tolerance
 
 STATES = {
     ("linear_attention", "causal"): hla_dist.LinearState,
     ("hla2", "causal"): hla_dist.HLA2State,
     ("hla2", "prefix"): hla_dist.PrefixState,
+    ("ahla", "causal"): hla_dist.AHLAState,
+    ("hla3", "causal"): hla_dist.HLA3State,
 }
 
 
@@ -59,7 +61,7 @@ def test_pieces_equal_the_whole(name: str, mask: str, lengths: list[int], dtype:
             gates=gates,
             normalize=normalize,
             scale=0.5,
-            ridge=0.4 if name == "hla2" else 0.0,
+            ridge=0.4 if name in RIDGED else 0.0,
             dtype=dtype,
         )
         tensors = draw(problem)

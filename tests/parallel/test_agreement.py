@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -137,7 +138,8 @@ def _fail_at_backward(pg: dist.ProcessGroup) -> tuple[str, float]:
 
 
 def _in_fresh_group(ranks: list[int]) -> Any:
-    pg = dist.new_group(ranks)
+    # What the transport itself does not notice ends by the group's own timeout: a short one here.
+    pg = dist.new_group(ranks, timeout=timedelta(seconds=10))
     return _fail_at_backward(pg) if dist.get_rank() in ranks else None
 
 

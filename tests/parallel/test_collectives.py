@@ -24,13 +24,19 @@ def _bytes(p: Problem) -> tuple[int, int]:
     """Bytes a rank sends forward and backward: rho and the summary's fields, S and R2 as triangles, per query head."""
     item = 8 if p.dtype == torch.float64 else 4
     V, triangle = p.V + p.normalize, p.K * (p.K + 1) // 2
+    KV, KK = p.K * V, p.K * p.K
     if p.mask == "full":  # the moments, and their gradients: sums without order, nothing of them packed
-        forward = backward = p.K * V if p.name == "linear_attention" else p.K * (p.K + V)
-    elif p.name == "linear_attention":
-        forward, backward = 1 + p.K * V, p.K * V
+        forward = backward = {"linear_attention": KV, "hla2": KK + KV, "ahla": KK + KV, "hla3": 2 * KK + KV}[p.name]
     else:
-        moments = 1 if p.mask == "prefix" else 2  # C, or C and F
-        forward, backward = 1 + triangle + moments * p.K * V, p.K * V + triangle
+        forward, backward = {
+            "linear_attention": (KV, KV),  # P; R1
+            "hla2": (triangle + 2 * KV, triangle + KV),  # S, C, F; R2, R1
+            "ahla": (KK + 2 * KV, 2 * KV),  # R, P, E; R1, R2
+            "hla3": (2 * triangle + 3 * KV + KK, triangle + 2 * KV),  # S, Q, P, X, F, Y; R2, R1, R3
+        }[p.name]
+        if p.mask == "prefix":
+            forward -= KV  # no F
+        forward += 1  # rho
     if p.state:  # the gradient of the final state travels beside the reverse summary
         backward *= 2
     return tuple(HEADER + item * p.B * p.H * numbers for numbers in (forward, backward))
