@@ -216,10 +216,10 @@ class Processes:
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
         self.channels: list[Connection] = []
         self.processes = []
-        turns = context.Semaphore(os.cpu_count() or 1)
+        self.turns = context.Semaphore(os.cpu_count() or 1)  # kept: children open it by name
         for rank in ranks:
             here, there = context.Pipe()
-            arguments = (rank, args.ranks, args.tokens, args.heads, store, turns, there)
+            arguments = (rank, args.ranks, args.tokens, args.heads, store, self.turns, there)
             process = context.Process(target=work, args=arguments, daemon=True)
             process.start()
             there.close()
