@@ -19,7 +19,7 @@ from hla_dist import checkpoint_context
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import default_lengths, shard_batch, token_loss
-from tests.harness import assert_bitwise, assert_close, raises_value_error, relative_error
+from tests.harness import assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 TOKENS, VOCABULARY, HIDDEN = 37, 11, 16
@@ -364,10 +364,11 @@ def test_bf16_and_autocast_lose_no_more_than_in_one_process(pool):
             assert_close("gradients", rank[mode][1], gradient, allowed)
 
 
-def _two_axes(pg):
+def _two_axes():
     """Data x sequence ranks: each pair reads its own text, one reduction serves both axes."""
+    pg = dist.group.WORLD
     rank = dist.get_rank(pg)
-    mesh = DeviceMesh("cpu", torch.tensor(dist.get_process_group_ranks(pg)).view(2, 2), mesh_dim_names=("data", "seq"))
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("data", "seq"))
     model = SequenceParallelHLA(_model(rank), mesh["seq"], gradient_group=pg)
     valid = 2 * 2 * TOKENS
     batch = shard_batch(_text(rank // 2), mesh["seq"])
@@ -376,10 +377,11 @@ def _two_axes(pg):
     return _grads(model)
 
 
-def test_data_and_sequence_axes_share_one_reduction(pool):
+def test_data_and_sequence_axes_share_one_reduction():
     _, grads = _truth(0, 1)
     want = {n: None if g is None else g / 2 for n, g in grads.items()}
-    for got in pool.run_group(4, _two_axes):
+    # a world of its own: groups that only some ranks of the pool make put the names of later ones out of step
+    for got in run_ranks(_two_axes, 4):
         _assert_same_gradients(got, want)
 
 
