@@ -122,7 +122,10 @@ class Run:
             f"{len(self.corpus.held_out):,} held out, evaluation on {len(self.starts) * self.config.seq_len:,} of them"
         )
         first = self.evaluate()
-        self.write(held_out=first, tokens=self.tokens)
+        history = self.log.history if self.log is not None else []
+        before = next((line["held_out"] for line in history if line.get("held_out") is not None), first)
+        if not history or history[-1]["step"] < self.step:  # a run resumed in place has this line
+            self.write(held_out=first, tokens=self.tokens)
         last, speed = self._loop(first)
         self.save()
         if last is None:
@@ -130,7 +133,7 @@ class Run:
             self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
             self._close()
             return self.stop.exit_code
-        return self._finish(first, last, speed)
+        return self._finish(before, last, speed)
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Pat
     assert [line["step"] for line in lines[whole]] == [0, 1, 2, 3, 4, 5, 6]
     losses = {path: {line["step"]: line["loss"] for line in lines[path] if "loss" in line} for path in lines}
     assert losses[whole] == losses[stopped]
+    assert [line["step"] for line in lines[stopped]] == [0, 1, 2, 3, 4, 5, 6]
+    first = {json.loads((path / "summary.json").read_text())["held_out_first"] for path in (whole, stopped)}
+    assert first == {lines[whole][0]["held_out"]}  # the run's first, not the resumption's
     assert {"step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr"} <= set(lines[whole][1])
     assert lines[whole][-1]["held_out"] < lines[whole][0]["held_out"]
     for name in ("config.json", "loss.png", "summary.json"):
