@@ -50,7 +50,7 @@ class Cascade(torch.autograd.Function):
         initial = [x for x in (first, second, third) if x is not None]
         later: list[Tensor] = []
         if not place[0]:
-            carry = initial or _zeros(options, q, v)
+            carry = initial or _zeros(options, q, v, op.states)
             out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
             state = rest[:count]
         else:
@@ -79,11 +79,14 @@ class Cascade(torch.autograd.Function):
         q, k, v, log_decay, documents, out, denominator, *rest = ctx.saved_tensors
         saved = (q, k, v, log_decay, documents, out, denominator, rest[:count], dout.contiguous())
         if not place[0]:
-            carry = list(dstate) if output_state else _zeros(options, q, v)
+            carry = list(dstate) if output_state else _zeros(options, q, v, op.states)
             grads = stage_ops.scan_backward(*saved, carry, *options)
         else:
             layout = _layout(options, q, v)
-            summary = stage_ops.summarize_backward(*saved, *options)
+            if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
+                summary = _zeros(options, q, v, op.reverses)
+            else:
+                summary = stage_ops.summarize_backward(*saved, *options)
             ticket = exchange_ops.exchange_start(
                 [*summary[:count], *dstate], [], place[0], "backward", place[2], *layout
             )
@@ -97,11 +100,11 @@ class Cascade(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dlog, None, *dinitial[:3]
 
 
-def _zeros(options, q: Tensor, v: Tensor) -> list[Tensor]:
+def _zeros(options, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:
     op = OPERATORS[options[0]]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     dims = (q.shape[3], v.shape[3] + int(options[3]))
-    return [torch.zeros(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in op.states]
+    return [torch.zeros(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in names]
 
 
 def _layout(options, q: Tensor, v: Tensor) -> tuple[str, list[int], bool]:

@@ -107,18 +107,17 @@ def summarize_backward(q, k, v, log_decay, documents, out, denominator, checkpoi
     """Stage ``summarize_backward``: ``[*reverse fields, *kept]``."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    fields, kept = stages_backward.summarize_backward(s, saved, dout)
-    return [*fields, *kept]
+    return stages_backward.summarize_backward(s, saved, dout)
 
 
 @summarize_backward.register_fake
 def _(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, documents, *options)
-    return [s.state(name) for name in s.operator.reverses] + [s.inner(name) for name in s.operator.reverse_first_level]
+    return [s.state(name) for name in s.operator.reverses]
 
 
-def _gradients(s: Segment, saved: stages_backward.Saved, dout: Tensor, carry, kept) -> list[Tensor]:
-    g = stages_backward.scan_backward(s, saved, dout, carry, kept)
+def _gradients(s: Segment, saved: stages_backward.Saved, dout: Tensor, carry) -> list[Tensor]:
+    g = stages_backward.scan_backward(s, saved, dout, carry)
     dlog = torch.empty(0, device=s.device) if g.log_decay is None else g.log_decay
     return [g.q, g.k, g.v, dlog, *g.carry]
 
@@ -143,7 +142,7 @@ def scan_backward(
     """Stage ``scan_backward``: every gradient of a segment from the reverse carry at its right."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return _gradients(s, saved, dout, reverse_carry, None)
+    return _gradients(s, saved, dout, reverse_carry)
 
 
 @scan_backward.register_fake
@@ -160,10 +159,10 @@ def _(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, revers
 def finish_backward(
     q, k, v, log_decay, documents, out, denominator, checkpoints, dout, reverse_carry, kept, *options
 ) -> list[Tensor]:
-    """Stage ``finish_backward``: the same, reusing what ``summarize_backward`` kept."""
+    """Stage ``finish_backward``: the same, with what ``summarize_backward`` kept (here nothing)."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return _gradients(s, saved, dout, reverse_carry, kept)
+    return _gradients(s, saved, dout, reverse_carry)
 
 
 @finish_backward.register_fake

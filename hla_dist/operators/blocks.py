@@ -75,6 +75,10 @@ class Block:
         chunked = x.view(-1, self.gates.n, self.gates.c, x.shape[-1])
         return torch.mul(chunked, factor, out=self.pool.take(*chunked.shape)).view(x.shape)
 
+    def _times(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """``x`` times a factor a token, or ``x``."""
+        return x if factor is None else torch.mul(x, factor, out=self.pool.take(*x.shape))
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b``, batched, into a buffer of the pool."""
         return torch.bmm(a, b, out=self.pool.take(a.shape[0], a.shape[1], b.shape[2]))
@@ -112,9 +116,7 @@ class Block:
 
     def leaving_only(self, p: Pass) -> Tensor:
         """The same where no chunk state is read: one product over the whole block."""
-        factor = self.gates.block_end
-        c = self.sequence(p.c)
-        part = torch.bmm(self.sequence(p.b).mT, c if factor is None else c * factor)
+        part = torch.bmm(self.sequence(p.b).mT, self._times(self.sequence(p.c), self.gates.block_end))
         return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
 
     def output(self, p: Pass) -> Tensor:
@@ -147,16 +149,10 @@ class ReverseBlock(Block):
         pool: Pool,
     ):
         super().__init__(operator, sequences, gates, carry, ridge, pool)
-        self.given: frozenset[str] = frozenset()
         self.gradients = dict(gradients)
         self.reverse_carry = reverse_carry
         self.gate_terms: Tensor | None = None  # sum over passes of a . da - b . db, [N, L]
         self.tails: Tensor | None = None  # <carry out, reverse carry> at every chunk's end, [N, n]
-
-    def give(self, gradients: Fields) -> None:
-        """Inner gradients known beforehand: not computed again."""
-        self.gradients |= gradients
-        self.given = frozenset(gradients)
 
     def run(self, wanted: frozenset[str], gate: bool = False) -> Fields:
         """Fill ``gradients`` for ``wanted`` (and ``gate_terms``, ``tails``); return the reverse states that leave.
@@ -172,12 +168,12 @@ class ReverseBlock(Block):
                 needed.add(p.out)
         leaving: Fields = {}
         for p in reversed(passes):
-            if gate or needed & {p.a, p.b, p.c} - self.given:
-                leaving[p.reverse] = self._run_pass(p, needed - self.given, gate)
+            if gate or needed & {p.a, p.b, p.c}:
+                leaving[p.reverse] = self._run_pass(p, needed, gate)
             else:
                 leaving[p.reverse] = self._leaving_only(p)
         if gate:
-            for name in sorted(self.always_read & needed - self.given):
+            for name in sorted(self.always_read & needed):
                 self._gate_terms(self.chunked(self.sequence(name)), self.chunked(self.gradients[name]), 1.0)
         for p in passes:
             if p.ridge and self.ridge and p.a in wanted:  # the ridge has no gate: added after their terms
@@ -186,9 +182,7 @@ class ReverseBlock(Block):
 
     def _leaving_only(self, p: Pass) -> Tensor:
         """The reverse state that leaves to the left, where none is read inside: one product over the block."""
-        factor = self.gates.block_start
-        dout = self.gradients[p.out]
-        part = torch.bmm(self.sequence(p.a).mT, dout if factor is None else dout * factor)
+        part = torch.bmm(self.sequence(p.a).mT, self._times(self.gradients[p.out], self.gates.block_start))
         return part.addcmul_(self.reverse_carry[p.reverse], self.gates.block[..., None])
 
     def _run_pass(self, p: Pass, want: set[str], gate: bool) -> Tensor:
@@ -227,10 +221,6 @@ class ReverseBlock(Block):
                 dc = self._add(p.c, self.scores(p.a, p.b).mT, dout, False)
                 dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
         if gate:
-            if p.a in self.given:  # then all of its gradient comes from this pass
-                self._gate_terms(a, self.chunked(self.gradients[p.a]), 1.0)
-            if p.b in self.given:
-                self._gate_terms(self.chunked(self.sequence(p.b)), self.chunked(self.gradients[p.b]), -1.0)
             self._tail(p, entering)
         return leaving.view(carry.shape)
 

@@ -82,13 +82,6 @@ class Operator:
         """Inner passes that read inputs only: kept by ``summarize``, corrected by ``finish``."""
         return tuple(p for p in self.passes[:-1] if {p.a, p.b, p.c} <= {"q", "k", "v"})
 
-    @property
-    def reverse_first_level(self) -> tuple[str, ...]:
-        """Inner results whose gradient comes from the last pass alone: kept by ``summarize_backward``."""
-        last = self.passes[-1]
-        later = {name for p in self.passes[:-1] for name in (p.a, p.b, p.c)}
-        return tuple(p.out for p in self.passes[:-1] if p.out in (last.a, last.b, last.c) and p.out not in later)
-
     def columns(self, name: str, key_dim: int, value_dim: int) -> int:
         """Width of a sequence by name: K for what lives in key space, V for what lives in value space."""
         if name in ("q", "k"):

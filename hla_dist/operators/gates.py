@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from hla_dist.operators.pool import Pool
+
 # Products this small are 0. Beside anything they could be added to they are nothing, but as denormal numbers they
 # would slow matrix products tenfold and more on CPUs.
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -25,6 +27,14 @@ def _lower(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: t
 def flush(products: Tensor) -> Tensor:
     """Set products of gates below ``SMALLEST`` to 0, in place."""
     return torch.threshold_(products, SMALLEST[products.dtype], 0.0)
+
+
+def _suffix_sums(logs: Tensor, before: Tensor, after: Tensor, pool: Pool) -> Tensor:
+    """``sums[t, i] = logs[i+1] + ... + logs[t]`` within every chunk: one matrix product, into buffers of the pool."""
+    c = logs.shape[-1]
+    rows = pool.take(*logs.shape[:-1], c, c)
+    torch.mul(logs[..., None, :], before, out=rows)
+    return torch.mm(rows.view(-1, c), after, out=pool.take(rows.numel() // c, c)).view(rows.shape)
 
 
 def segment_products(logs: Tensor) -> Tensor:
@@ -53,7 +63,14 @@ class BlockGates:
     """
 
     def __init__(
-        self, logs: Tensor | None, documents: Tensor | None, n: int, c: int, dtype: torch.dtype, device: torch.device
+        self,
+        logs: Tensor | None,
+        documents: Tensor | None,
+        n: int,
+        c: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pool: Pool,
     ):
         self.n, self.c = n, c
         self.plain = logs is None and documents is None
@@ -68,8 +85,7 @@ class BlockGates:
         else:  # logs [N, n or 1, c]
             before = _lower(c, c, 0, dtype, device)  # j <= t
             after = _lower(c, c, -1, dtype, device)  # j > i
-            sums = (logs[..., None, :] * before) @ after
-            self.within = flush(sums.exp_()).mul_(before)
+            self.within = flush(_suffix_sums(logs, before, after, pool).exp_()).mul_(before)
             self.start = flush(logs.cumsum(-1).exp_())[..., None]
             self.end = self.within[..., -1, :, None]
             self.chunks = segment_products(logs.sum(-1).expand(-1, n))

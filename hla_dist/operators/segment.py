@@ -189,13 +189,14 @@ class Segment:
         length, tokens = span.n * self.chunk, span.t1 - span.t0
         fixed = self.documents is None and tokens == length and (self.log_decay is None or self.log_decay.dim() == 1)
         if not fixed:
-            return self._block_gates(tile, span, length, tokens)
+            return self._block_gates(tile, span, length, tokens, self.pool)
         key = (span.n, tile.b1 - tile.b0, self.heads(tile).start)
-        if key not in self._fixed_gates:
-            self._fixed_gates[key] = self._block_gates(tile, span, length, tokens)
+        if key not in self._fixed_gates:  # they outlive the block: in memory of their own
+            pool = Pool(self.dtype, self.device)
+            self._fixed_gates[key] = self._block_gates(tile, span, length, tokens, pool)
         return self._fixed_gates[key]
 
-    def _block_gates(self, tile: Tile, span: Span, length: int, tokens: int) -> BlockGates:
+    def _block_gates(self, tile: Tile, span: Span, length: int, tokens: int, pool: Pool) -> BlockGates:
         logs = documents = None
         if self.log_decay is not None:
             if self.log_decay.dim() == 1:
@@ -209,7 +210,7 @@ class Segment:
         if self.documents is not None:
             index = torch.arange(span.t0 - 1, span.t0 + length, device=self.device).clamp_(max=span.t1 - 1)
             documents = self.documents[index.clamp(min=0)].masked_fill(index < 0, 0)
-        return BlockGates(logs, documents, span.n, self.chunk, self.dtype, self.device)
+        return BlockGates(logs, documents, span.n, self.chunk, self.dtype, self.device, pool)
 
 
 class Sequences(dict[str, Tensor]):

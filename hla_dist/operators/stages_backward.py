@@ -13,9 +13,7 @@ from torch import Tensor
 
 from hla_dist.operators.blocks import ReverseBlock
 from hla_dist.operators.cascade import Fields
-from hla_dist.operators.gates import BlockGates, flush
 from hla_dist.operators.segment import Segment, Sequences, Span, Tile
-from hla_dist.operators.stages import correct
 
 
 class Saved(NamedTuple):
@@ -36,34 +34,27 @@ class Gradients(NamedTuple):
     carry: list[Tensor]
 
 
-def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Reverse fields of the segment with nothing to its right, and inner gradients for ``finish_backward``.
+def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
+    """Reverse fields of the segment with nothing to its right, one ``[B, H, rows, columns]`` a pass.
 
-    Returns one ``[B, H, rows, columns]`` a pass, and one ``[B, H, T, D]`` for every reverse-first-level name.
+    Inner gradients are not kept for ``finish_backward``: storing, loading and correcting them was measured to cost
+    what computing them again does.
     """
     op = segment.operator
     fields = {name: segment.state(name) for name in op.reverses}
-    kept = {name: segment.inner(name) for name in op.reverse_first_level}
+    inner = frozenset(p.out for p in op.passes[:-1])
     for tile in segment.tiles:
         carry = segment.zero_rows(tile, op.reverses)
         for span in reversed(segment.spans):
-            block, _ = _block(segment, saved, dout, carry, tile, span)
-            carry = block.run(frozenset(kept))
-            for name, storage in kept.items():
-                segment.store_inner(storage, tile, span, block.gradients[name])
+            carry = _block(segment, saved, dout, carry, tile, span).run(inner)
             segment.pool.release()
         for name, value in carry.items():
             segment.put_rows(tile, fields[name], value)
-    return list(fields.values()), list(kept.values())
+    return list(fields.values())
 
 
-def scan_backward(
-    segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor], kept: list[Tensor] | None = None
-) -> Gradients:
-    """Every gradient of the segment whose reverse carry (one field a pass) enters from the right.
-
-    With ``kept`` of ``summarize_backward`` its inner gradients are corrected, not computed again.
-    """
+def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor]) -> Gradients:
+    """Every gradient of the segment whose reverse carry (one field a pass) enters from the right."""
     op = segment.operator
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (segment.q, segment.k, segment.v))
     log_decay = segment.log_decay
@@ -73,15 +64,10 @@ def scan_backward(
         dlog = torch.zeros(shape, dtype=segment.dtype, device=segment.device)
     dcarry = {name: segment.state(name) for name in op.reverses}
     for tile in segment.tiles:
-        entering = {name: segment.rows(tile, c) for name, c in zip(op.reverses, carry)}
-        current = entering
-        past = torch.ones(len(current[op.reverses[0]]), 1, dtype=segment.dtype, device=segment.device)
+        current = {name: segment.rows(tile, c) for name, c in zip(op.reverses, carry)}
         for span in reversed(segment.spans):
-            block, gates = _block(segment, saved, dout, current, tile, span)
-            if kept:
-                _give(segment, block, gates, kept, entering, past, tile, span)
+            block = _block(segment, saved, dout, current, tile, span)
             current = block.run(frozenset("qkv"), gate=dlog is not None)
-            past = flush(past * gates.block)
             if segment.settings.scale != 1.0:
                 block.gradients["q"].mul_(segment.settings.scale)
             segment.store(dq, tile, span, block.gradients["q"])
@@ -97,12 +83,9 @@ def scan_backward(
     return Gradients(dq, dk, dv, dlog, [dcarry[name] for name in op.reverses])
 
 
-finish_backward = scan_backward
-
-
 def _block(
     segment: Segment, saved: Saved, dout: Tensor, reverse: Fields, tile: Tile, span: Span
-) -> tuple[ReverseBlock, BlockGates]:
+) -> ReverseBlock:
     gates = segment.gates(tile, span)
     op = segment.operator
     carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(op.states, saved.checkpoints)}
@@ -113,34 +96,9 @@ def _block(
         den = segment.load(saved.denominator.unsqueeze(-1), tile, span) + segment.settings.eps
         gradient[..., -1:] = -(gradient[..., :-1] * o).sum(-1, keepdim=True)
         gradient /= den
-    block = ReverseBlock(
+    return ReverseBlock(
         op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, {"o": gradient}, reverse, segment.pool
     )
-    return block, gates
-
-
-def _give(
-    segment: Segment,
-    block: ReverseBlock,
-    gates: BlockGates,
-    kept: list[Tensor],
-    entering: Fields,
-    past: Tensor,
-    tile: Tile,
-    span: Span,
-) -> None:
-    """Hand the block its inner gradients: those of ``summarize_backward`` plus what the reverse carry adds."""
-    last = segment.operator.passes[-1]
-    given = {}
-    for name, storage in zip(segment.operator.reverse_first_level, kept):
-        gradient = segment.load_inner(storage, tile, span)
-        reverse = entering[last.reverse]
-        if name == last.b:
-            correct(gradient, block.sequence(last.c), reverse.mT, gates.block_end, past)
-        elif name == last.c:
-            correct(gradient, block.sequence(last.b), reverse, gates.block_end, past)
-        given[name] = gradient
-    block.give(given)
 
 
 def _store_gate(segment: Segment, dlog: Tensor, tile: Tile, span: Span, gradient: Tensor) -> None:
