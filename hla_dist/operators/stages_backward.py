@@ -83,9 +83,7 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     return Gradients(dq, dk, dv, dlog, [dcarry[name] for name in op.reverses])
 
 
-def _block(
-    segment: Segment, saved: Saved, dout: Tensor, reverse: Fields, tile: Tile, span: Span
-) -> ReverseBlock:
+def _block(segment: Segment, saved: Saved, dout: Tensor, reverse: Fields, tile: Tile, span: Span) -> ReverseBlock:
     gates = segment.gates(tile, span)
     op = segment.operator
     carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(op.states, saved.checkpoints)}
