@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hla_dist.operators.cascade import Fields, Operator, Pass
 from hla_dist.operators.gates import BlockGates
-from hla_dist.operators.pool import Pool
+from hla_dist.operators.pool import Pool, transposed, viewed
 
 
 class Block:
@@ -57,7 +57,7 @@ class Block:
 
     def chunked(self, x: Tensor) -> Tensor:
         """``[N, L, D] -> [N * n, c, D]``."""
-        return x.view(-1, self.gates.c, x.shape[-1])
+        return viewed(x, -1, self.gates.c, x.shape[-1])
 
     def weighted(self, name: str, towards: str) -> Tensor:
         """A sequence times Gamma(t, start) or Gamma(end, t) of its chunk."""
@@ -72,8 +72,8 @@ class Block:
         factor = self.gates.start if towards == "start" else self.gates.end
         if factor is None:
             return x
-        chunked = x.view(-1, self.gates.n, self.gates.c, x.shape[-1])
-        return torch.mul(chunked, factor, out=self.pool.take(*chunked.shape)).view(x.shape)
+        chunked = viewed(x, -1, self.gates.n, self.gates.c, x.shape[-1])
+        return viewed(torch.mul(chunked, factor, out=self.pool.take(*chunked.shape)), *x.shape)
 
     def _times(self, x: Tensor, factor: Tensor | None) -> Tensor:
         """``x`` times a factor a token, or ``x``."""
@@ -85,13 +85,13 @@ class Block:
 
     def mask(self, scores: Tensor) -> Tensor:
         """Multiply ``[N * n, c, c]`` by Gamma(t, i) and the causal mask, in place."""
-        scores.view(-1, self.gates.n, self.gates.c, self.gates.c).mul_(self.gates.within)
+        viewed(scores, -1, self.gates.n, self.gates.c, self.gates.c).mul_(self.gates.within)
         return scores
 
     def scores(self, a: str, b: str) -> Tensor:
         """``W = (a b^T) o D``, shared by passes that read the same pair."""
         if (a, b) not in self._scores:
-            product = self.product(self.chunked(self.sequence(a)), self.chunked(self.sequence(b)).mT)
+            product = self.product(self.chunked(self.sequence(a)), transposed(self.chunked(self.sequence(b))))
             self._scores[a, b] = self.mask(product)
         return self._scores[a, b]
 
@@ -99,16 +99,16 @@ class Block:
         """The state entering every chunk ``[N, n, rows * columns]`` and the one leaving the block."""
         if p.state not in self._states:
             b = self.chunked(self.sequence(p.b))
-            parts = self.product(b.mT, self.chunked(self.weighted(p.c, "end")))
+            parts = self.product(transposed(b), self.chunked(self.weighted(p.c, "end")))
             carry = self.carry[p.state]
-            parts = parts.view(carry.shape[0], self.gates.n, -1)
+            parts = viewed(parts, carry.shape[0], self.gates.n, carry[0].numel())
             entering = self.pool.take(*parts.shape)
             self._states[p.state] = (entering, self.gates.scan(parts, carry.flatten(1), entering))
         return self._states[p.state]
 
     def entering(self, p: Pass) -> Tensor:
         """The state entering every chunk as matrices, ``[N * n, rows, columns]``."""
-        return self.states(p)[0].view(-1, *self.carry[p.state].shape[-2:])
+        return viewed(self.states(p)[0], -1, *self.carry[p.state].shape[-2:])
 
     def leaving(self, p: Pass) -> Tensor:
         """The state after the block's last token, ``[N, rows, columns]``."""
@@ -116,7 +116,7 @@ class Block:
 
     def leaving_only(self, p: Pass) -> Tensor:
         """The same where no chunk state is read: one product over the whole block."""
-        part = torch.bmm(self.sequence(p.b).mT, self._times(self.sequence(p.c), self.gates.block_end))
+        part = torch.bmm(transposed(self.sequence(p.b)), self._times(self.sequence(p.c), self.gates.block_end))
         return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
 
     def output(self, p: Pass) -> Tensor:
@@ -124,7 +124,7 @@ class Block:
         c = self.sequence(p.c)
         out = self.product(self.scores(p.a, p.b), self.chunked(c))
         out.baddbmm_(self.chunked(self.weighted(p.a, "start")), self.entering(p))
-        out = out.view(c.shape)
+        out = viewed(out, *c.shape)
         if p.ridge and self.ridge:
             out.add_(self.sequence(p.a), alpha=self.ridge)
         return out
@@ -182,43 +182,47 @@ class ReverseBlock(Block):
 
     def _leaving_only(self, p: Pass) -> Tensor:
         """The reverse state that leaves to the left, where none is read inside: one product over the block."""
-        part = torch.bmm(self.sequence(p.a).mT, self._times(self.gradients[p.out], self.gates.block_start))
+        part = torch.bmm(transposed(self.sequence(p.a)), self._times(self.gradients[p.out], self.gates.block_start))
         return part.addcmul_(self.reverse_carry[p.reverse], self.gates.block[..., None])
 
     def _run_pass(self, p: Pass, want: set[str], gate: bool) -> Tensor:
         dout = self.chunked(self.gradients[p.out])
         decayed = self.chunked(self.decay(self.gradients[p.out], "start"))
         a = self.chunked(self.sequence(p.a))  # b and c only where used: either may be an inner result not needed here
-        parts = self.product(a.mT, decayed)
+        parts = self.product(transposed(a), decayed)
         carry = self.reverse_carry[p.reverse]
         entering = self.pool.take(carry.shape[0], self.gates.n, carry[0].numel())
-        leaving = self.gates.scan_reverse(parts.view(entering.shape), carry.flatten(1), entering)
-        reverse = entering.view(-1, *carry.shape[-2:])
+        leaving = self.gates.scan_reverse(viewed(parts, *entering.shape), carry.flatten(1), entering)
+        reverse = viewed(entering, -1, *carry.shape[-2:])
 
         if want & {p.a, p.b}:
-            z = self.mask(self.product(dout, self.chunked(self.sequence(p.c)).mT))
+            z = self.mask(self.product(dout, transposed(self.chunked(self.sequence(p.c)))))
         if p.a in want:
             apart = gate and p.a not in self.always_read
-            da = self._add(p.a, z, self.chunked(self.sequence(p.b)), apart).baddbmm_(decayed, self.entering(p).mT)
+            da = self._add(p.a, z, self.chunked(self.sequence(p.b)), apart).baddbmm_(
+                decayed, transposed(self.entering(p))
+            )
             if apart:
                 self._gate_terms(a, da, 1.0)
                 self._merge(p.a, da)
         if p.b == p.c and p.b in want:
             # One product with R + R^T stands for db + dc: LA(q, k, k) is the pass this is for.
-            both = self._add(p.b, z.mT, a, gate).baddbmm_(self.scores(p.a, p.b).mT, dout)
-            symmetric = torch.add(reverse, reverse.mT, out=parts.view(reverse.shape))
+            both = self._add(p.b, transposed(z), a, gate).baddbmm_(transposed(self.scores(p.a, p.b)), dout)
+            symmetric = torch.add(reverse, transposed(reverse), out=viewed(parts, *reverse.shape))
             both.baddbmm_(self.chunked(self.weighted(p.b, "end")), symmetric)
             if gate:
                 self._gate_terms(self.chunked(self.sequence(p.b)), both, -0.5)
                 self._merge(p.b, both)
         else:
             if p.b in want:
-                db = self._add(p.b, z.mT, a, gate).baddbmm_(self.chunked(self.weighted(p.c, "end")), reverse.mT)
+                db = self._add(p.b, transposed(z), a, gate).baddbmm_(
+                    self.chunked(self.weighted(p.c, "end")), transposed(reverse)
+                )
                 if gate:
                     self._gate_terms(self.chunked(self.sequence(p.b)), db, -1.0)
                     self._merge(p.b, db)
             if p.c in want:
-                dc = self._add(p.c, self.scores(p.a, p.b).mT, dout, False)
+                dc = self._add(p.c, transposed(self.scores(p.a, p.b)), dout, False)
                 dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
         if gate:
             self._tail(p, entering)
@@ -234,7 +238,7 @@ class ReverseBlock(Block):
         return product
 
     def _merge(self, name: str, gradient: Tensor) -> None:
-        gradient = gradient.view(-1, self.gates.n * self.gates.c, gradient.shape[-1])
+        gradient = viewed(gradient, -1, self.gates.n * self.gates.c, gradient.shape[-1])
         if name in self.gradients:
             self.gradients[name].add_(gradient)
         else:

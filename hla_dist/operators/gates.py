@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from hla_dist.operators.pool import Pool
+from hla_dist.operators.pool import Pool, chunk_of, transposed
 
 # Products this small are 0. Beside anything they could be added to they are nothing, but as denormal numbers they
 # would slow matrix products tenfold and more on CPUs.
@@ -73,6 +73,7 @@ class BlockGates:
         pool: Pool,
     ):
         self.n, self.c = n, c
+        self._expanded: Tensor | None = None
         self.plain = logs is None and documents is None
         if logs is None:
             self.within = _lower(c, c, 0, dtype, device)[None, None]
@@ -116,7 +117,7 @@ class BlockGates:
             return None
         return flush((self.end * self.chunks[:, -1, 1:, None, None]).flatten(1, 2))
 
-    @property
+    @cached_property
     def block(self) -> Tensor:
         """The product of all of the block's gates, ``[N, 1]`` (N may be 1)."""
         return self.chunks[:, -1, :1]
@@ -127,29 +128,37 @@ class BlockGates:
         parts ``[N, n, M]``: what each chunk adds to the state at its own end (overwritten); carry ``[N, M]``.
         One small matrix product over chunks instead of a loop.
         """
-        self._enter(parts[:, 0], carry, 0)
-        torch.bmm(self._later.expand(parts.shape[0], -1, -1), parts, out=entering)
-        entering[:, 0] = carry
+        chunk_of(parts, 0).addcmul_(carry, self._first)
+        torch.bmm(self._later(parts.shape[0]), parts, out=entering)
+        chunk_of(entering, 0).copy_(carry)
         if self.n == 1:
-            return parts[:, 0].clone()
-        return torch.addcmul(parts[:, -1], entering[:, -1], self.chunks[:, self.n, self.n - 1, None])
+            return chunk_of(parts, 0).clone()
+        return torch.addcmul(chunk_of(parts, -1), chunk_of(entering, -1), self._last)
 
     def scan_reverse(self, parts: Tensor, carry: Tensor, entering: Tensor) -> Tensor:
         """Fill ``entering`` with the reverse states from the right; return the one leaving the block to the left.
 
         parts ``[N, n, M]``: what each chunk adds to the reverse state at its own start (overwritten).
         """
-        self._enter(parts[:, -1], carry, self.n - 1)
-        torch.bmm(self._later.mT.expand(parts.shape[0], -1, -1), parts, out=entering)
-        entering[:, -1] = carry
+        chunk_of(parts, -1).addcmul_(carry, self._last)
+        torch.bmm(transposed(self._later(parts.shape[0])), parts, out=entering)
+        chunk_of(entering, -1).copy_(carry)
         if self.n == 1:
-            return parts[:, 0].clone()
-        return torch.addcmul(parts[:, 0], entering[:, 0], self.chunks[:, 1, :1])
+            return chunk_of(parts, 0).clone()
+        return torch.addcmul(chunk_of(parts, 0), chunk_of(entering, 0), self._first)
 
-    @property
-    def _later(self) -> Tensor:
-        """``[N, n, n]``: product of the chunks strictly between i and j, for i < j, at [j, i]."""
-        return self.chunks[:, :-1, 1:]
+    def _later(self, rows: int) -> Tensor:
+        """``[rows, n, n]``: product of the chunks strictly between i and j, for i < j, at [j, i]."""
+        if self._expanded is None or self._expanded.shape[0] != rows:
+            self._expanded = self.chunks[:, :-1, 1:].expand(rows, -1, -1)
+        return self._expanded
 
-    def _enter(self, part: Tensor, carry: Tensor, chunk: int) -> None:
-        part.addcmul_(carry, self.chunks[:, chunk + 1, chunk, None])
+    @cached_property
+    def _first(self) -> Tensor:
+        """The product of the first chunk's gates, ``[N, 1]``."""
+        return self.chunks[:, 1, :1]
+
+    @cached_property
+    def _last(self) -> Tensor:
+        """The product of the last chunk's gates, ``[N, 1]``."""
+        return self.chunks[:, self.n, self.n - 1, None]
