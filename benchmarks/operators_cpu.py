@@ -61,7 +61,13 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="interleaved rounds, one more warms up (default: %(default)s)",
     )
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="torch threads (default: torch's)")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="torch threads, of the matrix rate too (default: %(default)s, as a rank of many on a CPU has)",
+    )
     add(
         "--limit-seconds",
         type=float,
@@ -77,10 +83,10 @@ def parse() -> argparse.Namespace:
         help="leave out lengths at which the quadratic form's matrices need more (default: %(default)s)",
     )
     add(
-        "--huge-pages",
+        "--keep-memory",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="restart with THP_MEM_ALLOC_ENABLE=1, torch's switch for huge pages, for all contenders alike",
+        default=True,
+        help="the allocator keeps freed memory, for all alike (default: yes; --no-keep-memory: glibc's own ways)",
     )
     add(
         "--memory",
@@ -309,7 +315,7 @@ def plot(path: Path, args, lengths, time_of, rate) -> None:
 
 def main() -> int:
     args = parse()
-    report.use_huge_pages(args.huge_pages)
+    report.keep_memory(args.keep_memory)
     torch.set_num_threads(args.threads)
     about = report.context("benchmarks/operators_cpu.py", args.threads)
     errors = check()

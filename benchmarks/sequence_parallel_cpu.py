@@ -59,10 +59,10 @@ def parse() -> argparse.Namespace:
     add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
     add("--rounds", type=int, default=5, metavar="N", help="measured rounds, one more warms up (default: %(default)s)")
     add(
-        "--huge-pages",
+        "--keep-memory",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="THP_MEM_ALLOC_ENABLE=1, torch's switch for huge pages, in every process",
+        default=True,
+        help="the allocator keeps freed memory, for all alike (default: yes; --no-keep-memory: glibc's own ways)",
     )
     add("--check", action="store_true", help="exit code 1 if a target is missed")
     add("--quick", action="store_true", help="a smoke run: 2 ranks, 4096 tokens, one round")
@@ -284,7 +284,7 @@ def median(samples: list[dict[str, float]], *keys: str) -> float:
 
 def main() -> int:
     args = parse()
-    report.use_huge_pages(args.huge_pages)
+    report.keep_memory(args.keep_memory)
     about = report.context("benchmarks/sequence_parallel_cpu.py", 1) | {"ranks": args.ranks}
     with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder:
         store = os.path.join(folder, "store")

@@ -10,6 +10,7 @@ gets the same buffers and asks for the same views.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Pool:
 
 def viewed(x: Tensor, *shape: int) -> Tensor:
     """``x.view(shape)``, kept with ``x``."""
-    views = x.__dict__
+    views: dict[Any, Tensor] = x.__dict__
     view = views.get(shape)
     if view is None:
         view = views[shape] = x.view(shape)
@@ -62,7 +63,7 @@ def viewed(x: Tensor, *shape: int) -> Tensor:
 
 def transposed(x: Tensor) -> Tensor:
     """``x.mT``, kept with ``x``."""
-    views = x.__dict__
+    views: dict[Any, Tensor] = x.__dict__
     view = views.get("mT")
     if view is None:
         view = views["mT"] = x.mT
@@ -71,7 +72,7 @@ def transposed(x: Tensor) -> Tensor:
 
 def chunk_of(x: Tensor, index: int) -> Tensor:
     """``x[:, index]``, kept with ``x``."""
-    views = x.__dict__
+    views: dict[Any, Tensor] = x.__dict__
     view = views.get(index)
     if view is None:
         view = views[index] = x[:, index]
