@@ -14,13 +14,14 @@ from hla_dist.functional.validate import validation
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
 from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
-from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 __all__ = [
     "AHLAState",
     "HLA3State",
     "ahla",
     "hla3",
+    "HLA2PaperState",
     "HLA2State",
     "HLAAttention",
     "LinearState",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["AHLAState", "HLA2State", "HLA3State", "LinearState", "PrefixState"]
+__all__ = ["AHLAState", "HLA2PaperState", "HLA2State", "HLA3State", "LinearState", "PrefixState"]
 
 
 class LinearState(NamedTuple):
@@ -37,6 +37,19 @@ class HLA2State(NamedTuple):
 
     S: Tensor
     F: Tensor
+
+
+class HLA2PaperState(NamedTuple):
+    """State of ``hla2`` with ``decay_form="paper"``: the triple of the paper's recurrence.
+
+    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
+    C = sum_i Gamma(end, i) q_i v_i^T                                  [N, H, K, V]
+    G = sum_i Gamma(end, i) k_i k_i^T C_{i-1}                          [N, H, K, V]
+    """
+
+    S: Tensor
+    C: Tensor
+    G: Tensor
 
 
 class AHLAState(NamedTuple):

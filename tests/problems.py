@@ -7,23 +7,25 @@ float64 on the rounded tensors, so that only the implementation's own error is m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hla_dist.reference import quadratic, serial
-from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 from tests.harness import assert_close
 from tests.tolerances import tolerance
 
-# operators and masks of the fast paths; the names are those of the public functions
+# operators and forms of the fast paths; the names are those of the public functions, a form is a mask, or "paper": the
+# causal mask with the paper's decay
 KINDS = (
     ("linear_attention", "causal"),
     ("linear_attention", "full"),
     ("hla2", "causal"),
     ("hla2", "prefix"),
+    ("hla2", "paper"),
     ("hla2", "full"),
     ("ahla", "causal"),
     ("ahla", "full"),
@@ -37,6 +39,11 @@ GATE_FORMS = ("none", "H", "G", "BTH", "BTG")
 # hard_cut: the past is gone at some tokens, with ordinary gates between them. zero: gate exactly 1.
 # per_head: every head another of these.
 GATE_VALUES = ("mild", "near_one", "near_zero", "hard_cut", "zero", "per_head")
+
+
+def mask_options(mask: str) -> dict[str, str]:
+    """The options that choose a form."""
+    return {"mask": "causal", "decay_form": "paper"} if mask == "paper" else {"mask": mask}
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ class Problem:
 
     @property
     def state_type(self) -> Any:
-        if self.mask == "prefix":
-            return PrefixState
+        if self.mask in ("prefix", "paper"):
+            return PrefixState if self.mask == "prefix" else HLA2PaperState
         return {"linear_attention": LinearState, "hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}[self.name]
 
     @property
@@ -81,7 +88,7 @@ class Problem:
             "ridge": self.ridge,
             "normalize": self.normalize,
             "eps": 1e-3,
-            "mask": self.mask,
+            **mask_options(self.mask),
             "output_final_state": self.state,
         }
 
@@ -117,12 +124,13 @@ def draw(p: Problem) -> Tensors:
     if p.state:
         state = tuple(normal(p.B, p.H, p.K, p.K if field == "S" else width) for field in p.state_names)
         if p.normalize:  # what the denominators come from is a sum of positive terms too
-            state = tuple(x.abs() for x in state)
+            state = tuple(-x.abs() if field == "G" else x.abs() for field, x in zip(p.state_names, state, strict=True))
     tensors = Tensors(
         q.to(p.dtype),
         k.to(p.dtype),
         v.to(p.dtype),
-        _draw_gates(p, generator),
+        # the paper's decayed form is a difference: only gates near one leave its denominators a sign
+        _draw_gates(replace(p, gate_values="near_one") if p.normalize and p.mask == "paper" else p, generator),
         state,
         normal(p.B, p.T, p.H, p.V).to(p.dtype),
         tuple(normal(*x.shape) for x in state or ()),
@@ -224,11 +232,16 @@ def check(p: Problem, t: Tensors, got: Values, which: Callable[..., Any] = seria
     """Every tensor within the tolerance of the problem's dtype; returns the truth.
 
     Errors are relative to the truth's norm, or to that of the terms it is a difference of where those cancel:
-    gradients of a ratio of sums that grow together, and of gates that let nothing through.
+    gradients of a ratio of sums that grow together, and of gates that let nothing through. So does the gradient of
+    the paper's C in what q^T S C and q^T G owe to it: where nothing decays only that of the initial S is left.
     """
     want = oracle(p, t, which)
     assert got.keys() == want.keys(), f"{sorted(got)} and {sorted(want)}"
     terms = _numerators(p, t) if p.normalize else want
+    if p.mask == "paper" and t.initial_state is not None and not p.normalize:
+        first = replace(p, mask="prefix")
+        minuend = oracle(first, replace(t, initial_state=t.initial_state[:2], weight_state=t.weight_state[:2]), which)
+        terms = terms | {"dinitial C": minuend["dinitial C"]}
     for name in want:
         scale = max(want[name].norm().item(), terms[name].norm().item())
         nothing_passes = p.gate_values in ("near_zero", "hard_cut") or (p.T == 1 and not p.state)

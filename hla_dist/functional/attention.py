@@ -13,7 +13,7 @@ from hla_dist.functional.full import full
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES, Summary
 from hla_dist.parallel import agreement, collectives
-from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 
 def linear_attention(
@@ -58,7 +58,7 @@ def hla2(
     normalize: bool = False,
     eps: float = 1e-6,
     mask: str = "causal",
-    initial_state: HLA2State | PrefixState | None = None,
+    initial_state: HLA2State | HLA2PaperState | PrefixState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
@@ -67,7 +67,7 @@ def hla2(
     exchange: str = "auto",
     backend: str = "auto",
     chunk_size: int | None = None,
-) -> tuple[Tensor, HLA2State | PrefixState | None]:
+) -> tuple[Tensor, HLA2State | HLA2PaperState | PrefixState | None]:
     """Second-order symmetric linear attention (HLA, arXiv 2510.27258): ``u = LA(q, k, k) + ridge q, o = LA(q, u, v)``.
 
         LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i,   Gamma(t, i) = g_{i+1} ... g_t,   g = exp(log_decay)
@@ -76,13 +76,17 @@ def hla2(
     and the state, None unless asked for. Differentiable in q, k, v, log_decay and initial_state; not twice.
 
     log_decay           natural log of the gates, finite, <= 0: ``[H]`` or ``[B, T, H]`` (``[G]``, ``[B, T, G]``)
-    decay_form          "masked"; "paper" is not in this version
+    decay_form          "masked", the equations above; "paper", the paper's recurrence with decay to the letter:
+                        S_t = g S + k k^T, C_t = g C + q v^T, G_t = g G + k k^T C_{t-1}, o = q^T ((S + ridge I) C - G);
+                        with gates it is another operator, without them the same one. Nothing differs with mask="prefix"
+                        (its recurrence has no G) and "full" (no decay)
     scale               q is replaced by scale * q, in the ridge and the states too
     ridge               lambda of the paper's S + lambda I
     normalize, eps      out = numerator / (denominator + eps), the denominator being the same cascade on ones; it has
                         no sign, so eps does not protect it where q and k have mixed signs
     mask                "causal"; "prefix" (the paper's eq. 3.1: o = LA(w, q, v), w = LA(q, k, k) + ridge q); "full"
-    initial_state       the carry before the first token, ``HLA2State(S, F)`` (prefix: ``PrefixState(S, C)``), float32
+    initial_state       the carry before the first token, ``HLA2State(S, F)`` (prefix: ``PrefixState(S, C)``, paper:
+                        ``HLA2PaperState(S, C, G)``), float32
                         (float64 for float64 inputs), ``[B, H, K, K]`` and ``[B, H, K, V]`` (V + 1 with normalize)
     output_final_state  also return the carry after the last token; T = 1 with an initial state is a decode step
     group               ProcessGroup or 1-D DeviceMesh over which the sequence is sharded, rank r's tokens before
@@ -174,6 +178,7 @@ def summarize(
     ridge: float = 0.0,
     normalize: bool = False,
     mask: str = "causal",
+    decay_form: str = "masked",
     chunk_size: int | None = None,
 ) -> Summary:
     """A segment's summary: what it does to any carry (docs/algebra.md, segment summaries).
@@ -181,20 +186,33 @@ def summarize(
     Arguments as for the operator named. float32, or float64 for float64 inputs; not differentiable (autograd says
     so if asked). No communication.
     """
-    names = tuple(name for name in STATES if name != "hla2_prefix")
+    names = tuple(name for name in STATES if name not in ("hla2_prefix", "hla2_paper"))
     validate.require(operator in names, "operator", f"one of {names}", repr(operator))
     options = dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "shard_lengths", "initial_state"))
-    options |= {"decay_form": "masked", "exchange": "auto", "backend": "auto", "output_final_state": False, "eps": 0.0}
+    options |= {
+        "decay_form": decay_form,
+        "exchange": "auto",
+        "backend": "auto",
+        "output_final_state": False,
+        "eps": 0.0,
+    }
     options |= {"scale": scale, "ridge": ridge, "normalize": normalize, "mask": mask, "chunk_size": chunk_size}
     validate.check_inputs(q, k, v)
     validate.check_options(operator, options)
     validate.require(mask != "full", "mask", "'causal' or 'prefix' (a full mask has no segments)", repr(mask))
     validate.check_log_decay(log_decay, q, k)
-    name = "hla2_prefix" if mask == "prefix" else operator
+    name = _cascade(operator, options)
     log_decay = _per_query_head(log_decay, q)
     op = OPERATORS[name]
     rho, *rest = stage_ops.summarize(q, k, v, log_decay, None, *_options(name, options))
     return Summary(name, rho, dict(zip(op.fields, rest)))
+
+
+def _cascade(name: str, o: dict[str, Any]) -> str:
+    """The cascade that an operator's mask and decay form choose."""
+    if o["mask"] == "prefix":
+        return "hla2_prefix"
+    return "hla2_paper" if o["decay_form"] == "paper" else name
 
 
 def _options(name: str, o: dict[str, Any]) -> Options:
@@ -216,7 +234,7 @@ def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> 
     if o["mask"] == "full":
         validate.check_full(o["log_decay"], o)
         return name
-    cascade = "hla2_prefix" if o["mask"] == "prefix" else name
+    cascade = _cascade(name, o)
     validate.check_state(o["initial_state"], cascade, q, v.shape[3] + int(o["normalize"]))
     return cascade
 

@@ -37,7 +37,7 @@ class Place(NamedTuple):
 class Cascade(torch.autograd.Function):
     """``(out, *final state)`` of an operator; see ``attention.py`` for the public face.
 
-    The initial state is one tensor a pass, or None (fixed arguments: Dynamo shifts variadic ones without grad).
+    The initial state is one tensor a field, or None (fixed arguments: Dynamo shifts variadic ones without grad).
     Communication with a group: one all-gather forward, one backward.
     """
 
@@ -46,7 +46,7 @@ class Cascade(torch.autograd.Function):
         """Run the forward stages; save inputs, block carries and what backward's fold needs."""
         op = OPERATORS[options[0]]
         inputs = (q, k, v, log_decay, documents)
-        count = len(op.passes)
+        count = len(op.states)
         initial = [x for x in (first, second, third) if x is not None]
         later: list[Tensor] = []
         if not place[0]:
@@ -75,7 +75,7 @@ class Cascade(torch.autograd.Function):
         """Run the backward stages. Every rank must get here if one does."""
         options, place, output_state, initial = ctx.call
         op = OPERATORS[options[0]]
-        count = len(op.passes)
+        count = len(op.states)
         q, k, v, log_decay, documents, out, denominator, *rest = ctx.saved_tensors
         saved = (q, k, v, log_decay, documents, out, denominator, rest[:count], dout.contiguous())
         if not place[0]:

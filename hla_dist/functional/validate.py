@@ -122,7 +122,7 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     require(o["mask"] in masks, "mask", f"one of {masks} for {name}", repr(o["mask"]))
     require(o["decay_form"] in ("masked", "paper"), "decay_form", "'masked' or 'paper'", repr(o["decay_form"]))
     require(
-        o["decay_form"] == "masked", "decay_form", "'masked' ('paper' is not implemented in this version)", "'paper'"
+        o["decay_form"] == "masked" or name == "hla2", "decay_form", f"'masked' for {name} (hla2 has both)", "'paper'"
     )
     exchanges = ("auto", "all_gather", "scan", "hierarchical")
     require(o["exchange"] in exchanges, "exchange", f"one of {exchanges}", repr(o["exchange"]))

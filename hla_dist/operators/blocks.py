@@ -4,12 +4,14 @@ Shapes: N rows (batch x head), n chunks of c tokens, L = n * c; sequences ``[N, 
 ``[N, rows, columns]``. Quantities are computed when first read and kept for the block, so a stage asks only for
 what it needs (the backward of hla2 never forms the forward output, its summary never reads F).
 
-Per pass, with W = (a b^T) o D and Z = (dout c^T) o D inside a chunk and P, R the states entering it:
+Per pass of sign +, with W = (a b^T) o D and Z = (dout c^T) o D inside a chunk and P, R the states entering it:
 
     out = W c + Gamma(t, start) a P
     da  = Z b + Gamma(t, start) dout P^T
     db  = Z^T a + Gamma(end, i) c R^T
     dc  = W^T dout + Gamma(end, i) b R
+
+A strict pass has D and Gamma(t, start) of one token earlier throughout (``gates.py``).
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Block:
         self._sequences = sequences
         self._results: Fields = {}
         self._weighted: dict[tuple[str, str], Tensor] = {}
-        self._scores: dict[tuple[str, str], Tensor] = {}
+        self._scores: dict[tuple[str, str, bool], Tensor] = {}
         self._states: dict[str, tuple[Tensor, Tensor]] = {}
 
     def sequence(self, name: str) -> Tensor:
@@ -52,7 +54,11 @@ class Block:
         if name in self._sequences:
             return self._sequences[name]
         if name not in self._results:
-            self._results[name] = self.output(next(p for p in self.operator.passes if p.out == name))
+            first, *more = (p for p in self.operator.passes if p.out == name)
+            result = self.output(first)
+            for p in more:
+                result.add_(self.output(p), alpha=p.sign)
+            self._results[name] = result
         return self._results[name]
 
     def chunked(self, x: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ class Block:
         return viewed(x, -1, self.gates.c, x.shape[-1])
 
     def weighted(self, name: str, towards: str) -> Tensor:
-        """A sequence times Gamma(t, start) or Gamma(end, t) of its chunk."""
+        """A sequence times Gamma(t, start), Gamma(t - 1, start) or Gamma(end, t) of its chunk."""
         if self.gates.start is None:
             return self.sequence(name)
         if (name, towards) not in self._weighted:
@@ -68,8 +74,8 @@ class Block:
         return self._weighted[name, towards]
 
     def decay(self, x: Tensor, towards: str) -> Tensor:
-        """``x`` times Gamma towards the ``"start"`` or ``"end"`` of each token's chunk."""
-        factor = self.gates.start if towards == "start" else self.gates.end
+        """``x`` times Gamma towards the ``"start"`` (``"before"``: of t - 1) or ``"end"`` of each token's chunk."""
+        factor = getattr(self.gates, towards)
         if factor is None:
             return x
         chunked = viewed(x, -1, self.gates.n, self.gates.c, x.shape[-1])
@@ -83,17 +89,19 @@ class Block:
         """``a @ b``, batched, into a buffer of the pool."""
         return torch.bmm(a, b, out=self.pool.take(a.shape[0], a.shape[1], b.shape[2]))
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """Multiply ``[N * n, c, c]`` by Gamma(t, i) and the causal mask, in place."""
-        viewed(scores, -1, self.gates.n, self.gates.c, self.gates.c).mul_(self.gates.within)
+    def mask(self, scores: Tensor, strict: bool) -> Tensor:
+        """Multiply ``[N * n, c, c]`` by Gamma(t, i) and the causal mask (of t - 1 if ``strict``), in place."""
+        within = self.gates.within_before if strict else self.gates.within
+        viewed(scores, -1, self.gates.n, self.gates.c, self.gates.c).mul_(within)
         return scores
 
-    def scores(self, a: str, b: str) -> Tensor:
+    def scores(self, p: Pass) -> Tensor:
         """``W = (a b^T) o D``, shared by passes that read the same pair."""
-        if (a, b) not in self._scores:
-            product = self.product(self.chunked(self.sequence(a)), transposed(self.chunked(self.sequence(b))))
-            self._scores[a, b] = self.mask(product)
-        return self._scores[a, b]
+        key = (p.a, p.b, p.strict)
+        if key not in self._scores:
+            product = self.product(self.chunked(self.sequence(p.a)), transposed(self.chunked(self.sequence(p.b))))
+            self._scores[key] = self.mask(product, p.strict)
+        return self._scores[key]
 
     def states(self, p: Pass) -> tuple[Tensor, Tensor]:
         """The state entering every chunk ``[N, n, rows * columns]`` and the one leaving the block."""
@@ -120,14 +128,19 @@ class Block:
         return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
 
     def output(self, p: Pass) -> Tensor:
-        """``out = LA(a, b, c) + ridge a``, ``[N, L, D]``."""
+        """``LA(a, b, c) + ridge a``, ``[N, L, D]``."""
         c = self.sequence(p.c)
-        out = self.product(self.scores(p.a, p.b), self.chunked(c))
-        out.baddbmm_(self.chunked(self.weighted(p.a, "start")), self.entering(p))
+        out = self.product(self.scores(p), self.chunked(c))
+        out.baddbmm_(self.chunked(self.weighted(p.a, _left(p))), self.entering(p))
         out = viewed(out, *c.shape)
         if p.ridge and self.ridge:
             out.add_(self.sequence(p.a), alpha=self.ridge)
         return out
+
+
+def _left(p: Pass) -> str:
+    """Which decay stands between the left edge and what a token of the pass reads."""
+    return "before" if p.strict else "start"
 
 
 class ReverseBlock(Block):
@@ -159,19 +172,26 @@ class ReverseBlock(Block):
 
         The gates' terms of a pass are a . da - b . db, with b . db = c . dc; where b and c are one sequence, both
         are half of b . (db + dc). A sequence that every pass reads as ``a`` is paired once, with its whole gradient.
+        A strict pass's a . da belongs to the token before: the state it reads has not met the token's own gate.
         """
         passes = self.operator.passes
-        self.always_read = {p.a for p in passes} - {name for p in passes for name in (p.b, p.c)}
+        strict = {p.a for p in passes if p.strict}
+        self.always_read = {p.a for p in passes} - {name for p in passes for name in (p.b, p.c)} - strict
         needed = set(wanted)
         for p in passes:
             if needed & {p.a, p.b, p.c}:
                 needed.add(p.out)
         leaving: Fields = {}
         for p in reversed(passes):
+            carry = self.reverse_carry[p.reverse]
+            before = leaving.get(p.reverse)
+            if before is not None:  # it entered with the first reader of the shared state; the readers' sums add up
+                carry = torch.zeros_like(carry)
             if gate or needed & {p.a, p.b, p.c}:
-                leaving[p.reverse] = self._run_pass(p, needed, gate)
+                left = self._run_pass(p, needed, gate, carry)
             else:
-                leaving[p.reverse] = self._leaving_only(p)
+                left = self._leaving_only(p, carry)
+            leaving[p.reverse] = left if before is None else before + left
         if gate:
             for name in sorted(self.always_read & needed):
                 self._gate_terms(self.chunked(self.sequence(name)), self.chunked(self.gradients[name]), 1.0)
@@ -180,34 +200,39 @@ class ReverseBlock(Block):
                 self.gradients[p.a].add_(self.gradients[p.out], alpha=self.ridge)
         return leaving
 
-    def _leaving_only(self, p: Pass) -> Tensor:
-        """The reverse state that leaves to the left, where none is read inside: one product over the block."""
-        part = torch.bmm(transposed(self.sequence(p.a)), self._times(self.gradients[p.out], self.gates.block_start))
-        return part.addcmul_(self.reverse_carry[p.reverse], self.gates.block[..., None])
+    def _dout(self, p: Pass) -> Tensor:
+        dout = self.gradients[p.out]
+        return dout if p.sign > 0 else torch.neg(dout, out=self.pool.take(*dout.shape))
 
-    def _run_pass(self, p: Pass, want: set[str], gate: bool) -> Tensor:
-        dout = self.chunked(self.gradients[p.out])
-        decayed = self.chunked(self.decay(self.gradients[p.out], "start"))
+    def _leaving_only(self, p: Pass, carry: Tensor) -> Tensor:
+        """The reverse state that leaves to the left, where none is read inside: one product over the block."""
+        factor = self.gates.block_before if p.strict else self.gates.block_start
+        part = torch.bmm(transposed(self.sequence(p.a)), self._times(self._dout(p), factor))
+        return part.addcmul_(carry, self.gates.block[..., None])
+
+    def _run_pass(self, p: Pass, want: set[str], gate: bool, carry: Tensor) -> Tensor:
+        undecayed = self._dout(p)
+        dout = self.chunked(undecayed)
+        decayed = self.chunked(self.decay(undecayed, _left(p)))
         a = self.chunked(self.sequence(p.a))  # b and c only where used: either may be an inner result not needed here
         parts = self.product(transposed(a), decayed)
-        carry = self.reverse_carry[p.reverse]
         entering = self.pool.take(carry.shape[0], self.gates.n, carry[0].numel())
         leaving = self.gates.scan_reverse(viewed(parts, *entering.shape), carry.flatten(1), entering)
         reverse = viewed(entering, -1, *carry.shape[-2:])
 
         if want & {p.a, p.b}:
-            z = self.mask(self.product(dout, transposed(self.chunked(self.sequence(p.c)))))
+            z = self.mask(self.product(dout, transposed(self.chunked(self.sequence(p.c)))), p.strict)
         if p.a in want:
             apart = gate and p.a not in self.always_read
             da = self._add(p.a, z, self.chunked(self.sequence(p.b)), apart).baddbmm_(
                 decayed, transposed(self.entering(p))
             )
             if apart:
-                self._gate_terms(a, da, 1.0)
+                self._gate_terms(a, da, 1.0, p.strict)
                 self._merge(p.a, da)
         if p.b == p.c and p.b in want:
             # One product with R + R^T stands for db + dc: LA(q, k, k) is the pass this is for.
-            both = self._add(p.b, transposed(z), a, gate).baddbmm_(transposed(self.scores(p.a, p.b)), dout)
+            both = self._add(p.b, transposed(z), a, gate).baddbmm_(transposed(self.scores(p)), dout)
             symmetric = torch.add(reverse, transposed(reverse), out=viewed(parts, *reverse.shape))
             both.baddbmm_(self.chunked(self.weighted(p.b, "end")), symmetric)
             if gate:
@@ -222,7 +247,7 @@ class ReverseBlock(Block):
                     self._gate_terms(self.chunked(self.sequence(p.b)), db, -1.0)
                     self._merge(p.b, db)
             if p.c in want:
-                dc = self._add(p.c, transposed(self.scores(p.a, p.b)), dout, False)
+                dc = self._add(p.c, transposed(self.scores(p)), dout, False)
                 dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
         if gate:
             self._tail(p, entering)
@@ -244,8 +269,10 @@ class ReverseBlock(Block):
         else:
             self.gradients[name] = gradient
 
-    def _gate_terms(self, x: Tensor, dx: Tensor, weight: float) -> None:
+    def _gate_terms(self, x: Tensor, dx: Tensor, weight: float, strict: bool = False) -> None:
         terms = torch.mul(x, dx, out=self.pool.take(*x.shape)).sum(-1)
+        if strict:  # a chunk's first term belongs to the chunk before, whose tail has it
+            terms = torch.nn.functional.pad(terms[:, 1:], (0, 1))
         if self.gate_terms is None:
             self.gate_terms = terms.mul_(weight)
         else:

@@ -6,8 +6,11 @@ Letters follow docs/algebra.md. One pass reads three sequences and one carry:
     P             = sum_i Gamma(end, i) b_i c_i^T                   its state, entering as a carry
     R             = sum_t Gamma(t, start) a_t dout_t^T              its reverse state
 
-An operator lists its passes in order; the result of an earlier pass may be read by a later one, the last pass
-gives the output. From this list alone the stages of ``stages.py`` (and later the Triton kernels) compute outputs,
+A strict pass reads the state before its own token: the sum runs over i < t with Gamma(t - 1, i), g_t not included.
+
+An operator lists its passes in order; the result of an earlier pass may be read by a later one. Passes of one name
+add up, with their signs; the last name is the output, "o". Passes that read one state share it and its reverse
+state. From this list alone the stages of ``stages.py`` (and later the Triton kernels) compute outputs,
 carries and every gradient. What cannot be derived from the list, how two segments combine, is the operator's own.
 """
 
@@ -23,7 +26,7 @@ Fields = dict[str, Tensor]
 
 
 class Pass(NamedTuple):
-    """One causal pass ``out = LA(a, b, c) (+ ridge * a)`` with the names of its forward and reverse states."""
+    """One causal pass ``out = sign LA(a, b, c) (+ ridge * a)`` with the names of its forward and reverse states."""
 
     out: str
     a: str
@@ -32,15 +35,22 @@ class Pass(NamedTuple):
     state: str
     reverse: str
     ridge: bool = False
+    strict: bool = False
+    sign: int = 1
 
 
 class Moment(NamedTuple):
-    """A field that only serves to combine: ``sum_i w_i left_i right_i^T``, undecayed or with w = Gamma(i, start)."""
+    """A field that only serves to combine: ``sum_i w_i left_i right_i^T``.
+
+    w = 1; with ``from_start`` Gamma(i, start); with ``through`` Gamma(end, i) Gamma(i - 1, start), every gate of the
+    segment but the token's own.
+    """
 
     name: str
     left: str
     right: str
     from_start: bool = False
+    through: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,12 @@ class Operator:
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the carry's fields, in the order of the public state."""
-        return tuple(p.state for p in self.passes)
+        return tuple(dict.fromkeys(p.state for p in self.passes))
 
     @property
     def reverses(self) -> tuple[str, ...]:
-        """Names of the reverse carry's fields, pass by pass."""
-        return tuple(p.reverse for p in self.passes)
+        """Names of the reverse carry's fields, in the order of ``states``."""
+        return tuple(dict.fromkeys(p.reverse for p in self.passes))
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -58,6 +58,9 @@ class BlockGates:
     end     [N, n, c, 1]      Gamma(chunk end, i)
     chunks  [N, n+1, n+1]     product of whole chunks y .. x-1
 
+    within_before, before     the same as within and start one token earlier, for strict passes: Gamma(t - 1, i),
+                              0 for i >= t, and Gamma(t - 1, chunk start), 1 for the first token
+
     N and n may be 1 where rows or chunks share their gates. ``documents [L + 1]`` counts document starts inside the
     shard, the entry before the block's first token included: a product across a start is 0, whatever the gates.
     """
@@ -72,7 +75,7 @@ class BlockGates:
         device: torch.device,
         pool: Pool,
     ):
-        self.n, self.c = n, c
+        self.n, self.c, self.pool, self.documents = n, c, pool, documents
         self._expanded: Tensor | None = None
         self.plain = logs is None and documents is None
         if logs is None:
@@ -102,6 +105,38 @@ class BlockGates:
         self.start = self.start * (tokens == edges[:-1, None]).to(dtype)[..., None]
         self.end = self.end * (tokens == edges[1:, None]).to(dtype)[..., None]
         self.chunks = self.chunks * (edges[:, None] == edges[None, :]).to(dtype)
+
+    @cached_property
+    def within_before(self) -> Tensor:
+        """``Gamma(t - 1, i)`` for i < t inside a chunk, else 0: ``within`` a row lower, cut at document starts."""
+        c = self.c
+        if self.start is None:
+            return _lower(c, c, -1, self.within.dtype, self.within.device)[None, None]
+        before = self.pool.take(*self.within.shape)
+        before[..., 0, :] = 0
+        before[..., 1:, :] = self.within[..., :-1, :]
+        if self.documents is not None:
+            tokens = self.documents[1:].view(self.n, c)
+            before = before * (tokens[:, :, None] == tokens[:, None, :]).to(before.dtype)
+        return before
+
+    @cached_property
+    def before(self) -> Tensor | None:
+        """``Gamma(t - 1, chunk start)  [N, n, c, 1]``: 1 for a chunk's first token unless a document starts there."""
+        if self.start is None:
+            return None
+        before = torch.nn.functional.pad(self.start[..., :-1, :], (0, 0, 1, 0), value=1.0)
+        if self.documents is not None:
+            tokens, edges = self.documents[1:].view(self.n, self.c), self.documents[:: self.c]
+            before = before * (tokens == edges[:-1, None]).to(before.dtype)[..., None]
+        return before
+
+    @cached_property
+    def block_before(self) -> Tensor | None:
+        """``Gamma(t - 1, block start)  [N, L, 1]``, or None without gates."""
+        if self.before is None:
+            return None
+        return flush((self.before * self.chunks[:, :-1, 0, None, None]).flatten(1, 2))
 
     @cached_property
     def block_start(self) -> Tensor | None:

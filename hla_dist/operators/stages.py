@@ -66,9 +66,12 @@ def summarize(segment: Segment) -> Summarized:
                 segment.store_inner(results[p.out], tile, span, block.sequence(p.out))
             for m in op.moments:
                 right = block.sequence(m.right)
-                if m.from_start:
-                    factor = gates.block_start
+                if m.from_start or m.through:
+                    factor = gates.block_before if m.through else gates.block_start
                     right = right * (past[..., None] if factor is None else factor * past[..., None])
+                if m.through and gates.block_end is not None:
+                    moments[m.name].mul_(gates.block[..., None])
+                    right = right * gates.block_end
                 moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
             carry = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
             past = flush(past * gates.block)
@@ -106,7 +109,8 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
             for p in op.first_level if reused else ():
                 result, starts = reused[p.out]
                 here = segment.load_inner(result, tile, span)
-                correct(here, sequences[p.a], entering[p.state], gates.block_start, past)
+                left = gates.block_before if p.strict else gates.block_start
+                correct(here, sequences[p.a], entering[p.state], left, past)
                 sequences[p.out] = here
             for name in op.states:
                 segment.put_rows(tile, checkpoints[name][span.number], current[name])

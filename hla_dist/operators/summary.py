@@ -14,23 +14,24 @@ from torch import Tensor
 
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
-from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 STATES = {
     "linear_attention": LinearState,
     "hla2": HLA2State,
     "hla2_prefix": PrefixState,
+    "hla2_paper": HLA2PaperState,
     "ahla": AHLAState,
     "hla3": HLA3State,
 }
-State = LinearState | HLA2State | PrefixState | AHLAState | HLA3State
+State = LinearState | HLA2State | PrefixState | HLA2PaperState | AHLAState | HLA3State
 
 
 @dataclass(frozen=True)
 class Summary:
     """A segment described alone (docs/algebra.md, segment summaries).
 
-    operator  the operator's name (``"hla2_prefix"`` for hla2 with the prefix mask)
+    operator  the operator's name (``"hla2_prefix"``, ``"hla2_paper"`` for hla2 with those options)
     rho       product of the segment's gates                                  [B, H]
     fields    by letter, e.g. S, C, F for hla2                                [B, H, rows, columns]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+from ..states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
 _RIDGED = ("hla2", "hla3")  # the operators that contain u = (S + ridge I) q
@@ -30,9 +30,11 @@ class Arguments(NamedTuple):
     state: tuple[Tensor, ...]  # the carry before the first token, S symmetric
 
 
-def state_type(name: str, mask: str) -> Any:
+def state_type(name: str, mask: str, decay_form: str) -> Any:
     """The NamedTuple that holds the state of operator ``name`` under ``mask``."""
-    return PrefixState if mask == "prefix" else _STATES[name]
+    if mask == "prefix":
+        return PrefixState
+    return HLA2PaperState if decay_form == "paper" else _STATES[name]
 
 
 def read_arguments(
@@ -57,10 +59,8 @@ def read_arguments(
     """
     if name not in OPERATORS:
         raise ValueError(f"name: expected one of {', '.join(OPERATORS)}, got {name!r}")
-    if decay_form == "paper":
-        raise ValueError("decay_form: 'paper' is not supported by the reference yet, expected 'masked'")
-    if decay_form != "masked":
-        raise ValueError(f"decay_form: expected 'masked', got {decay_form!r}")
+    if decay_form != "masked" and (decay_form, name) != ("paper", "hla2"):
+        raise ValueError(f"decay_form: expected 'masked', or 'paper' for hla2, got {decay_form!r} for {name}")
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens: packed documents are not supported by the reference yet, expected None")
     if mask not in ("causal", "prefix", "full"):
@@ -101,7 +101,7 @@ def read_arguments(
     v = v.repeat_interleave(H // G, dim=2)
 
     # S, where the state has one, is its first field and the only square one; every other field is [K, V]
-    fields = state_type(name, mask)._fields
+    fields = state_type(name, mask, decay_form)._fields
     shapes = [(B, H, K, K) if field == "S" else (B, H, K, V) for field in fields]
     if initial_state is None:
         state = tuple(q.new_zeros(shape) for shape in shapes)

@@ -38,12 +38,13 @@ def quadratic(
         ahla                 o = (D * N) (D * N) V
         hla3                 o = A (D * N) V
         hla2, mask prefix    o = (D * ((D * N) N^T + ridge Q Q^T)) V
+        hla2, paper          o = (D * ((D * N) N^T + ridge Q Q^T)) V - (D * N) (B * N^T) V
 
     and ``mask="full"`` is the same without D: linear_attention N V, hla2 (N N^T + ridge Q Q^T) V, ahla N N V,
-    hla3 (N N^T + ridge Q Q^T) N V. An initial state adds the terms of the algebra's section 4. Shapes as in the public
-    operators; returns ``out [B, T, H, V]`` and the state or None. Computes in the dtype of q (decays in that of
-    log_decay). Differentiable by autograd in every tensor; memory B H T^2. Raises ValueError as ``read_arguments``
-    does. No communication.
+    hla3 (N N^T + ridge Q Q^T) N V. B[t, i] = D[t - 1, i] for i < t, else 0. An initial state adds the terms of the
+    algebra's section 4. Shapes as in the public operators; returns ``out [B, T, H, V]`` and the state or None. Computes
+    in the dtype of q (decays in that of log_decay). Differentiable by autograd in every tensor; memory B H T^2. Raises
+    ValueError as ``read_arguments`` does. No communication.
     """
     a = read_arguments(
         name,
@@ -70,9 +71,9 @@ def quadratic(
 
     D, from_start, to_end = _decays(a.log_decay, q.dtype)
     forms = {"linear_attention": _linear, "hla2": _hla2, "ahla": _ahla, "hla3": _hla3}
-    form = _prefix if mask == "prefix" else forms[name]
+    form = _prefix if mask == "prefix" else _paper if decay_form == "paper" else forms[name]
     out, state = form(a, N, QQ, D, from_start, to_end, ridge)
-    return finish(out, normalize, eps), state_type(name, mask)(*state) if output_final_state else None
+    return finish(out, normalize, eps), state_type(name, mask, decay_form)(*state) if output_final_state else None
 
 
 def _decays(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,3 +153,14 @@ def _prefix(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, 
     S = a.k.mT @ (to_end * a.k) + rho * S0
     C = a.q.mT @ (to_end * a.v) + rho * C0
     return out, (S, C)
+
+
+def _paper(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+    S0, C0, G0 = a.state
+    out, (S, C) = _prefix(a._replace(state=(S0, C0)), N, QQ, D, from_start, to_end, ridge)
+    # y_t = C_{t-1}^T k_t: every decay ends one token earlier, and the first token meets C0 as it came
+    before = torch.cat([torch.zeros_like(D[..., :1, :]), D[..., :-1, :]], dim=-2)
+    start_before = torch.cat([torch.ones_like(from_start[..., :1, :]), from_start[..., :-1, :]], dim=-2)
+    y = (before * N.mT) @ a.v + start_before * (a.k @ C0)
+    out = out - (D * N) @ y - from_start * (a.q @ G0)
+    return out, (S, C, a.k.mT @ (to_end * y) + _whole(from_start) * G0)

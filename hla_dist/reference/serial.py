@@ -5,9 +5,12 @@ One Python iteration a token, one state a sequence and head: the meaning of the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..states import HLA2PaperState, PrefixState
 from .arguments import finish, read_arguments, state_type
 
 
@@ -37,6 +40,10 @@ def serial(
         ahla                 P += k v^T;  E += k (P^T q)^T                           o = E^T q
         hla3                 S += k k^T;  P += k v^T;  F += (S + ridge I) q (P^T q)^T    o = F^T q
         hla2, mask prefix    S += k k^T;  C += q v^T                                 o = C^T (S + ridge I) q
+        hla2, paper          S += k k^T;  G += k k^T C_before;  C += q v^T           o = (C^T (S + ridge I) - G^T) q
+
+    C_before is the C that the token before left behind, the token's own gate not applied: the paper's recurrence. Its
+    prefix mask and its full one have no G, so there the decay form changes nothing.
 
     ``mask="full"`` lets every token read the sums over the whole sequence. Shapes as in the public operators:
     q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``; returns ``out [B, T, H, V]`` and the state or None.
@@ -63,19 +70,20 @@ def serial(
 
     gates = a.log_decay.exp().to(q.dtype)  # [B, H, T]
     state = a.state
+    kind = state_type(name, mask, decay_form)
     outs = []
     # unbind, not x[:, :, t]: the gradient of an index is as large as x, once a token
     tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates[..., None, None]))
     for qt, kt, vt, gt in zip(*tokens, strict=True):
-        o, state = _step(name, mask, qt, kt, vt, gt, state, ridge)
+        o, state = _step(name, kind, qt, kt, vt, gt, state, ridge)
         outs.append(o)
     # with no tokens there is nothing to stack, and the state is the one that came
     out = torch.stack(outs, dim=2) if outs else a.v + a.q.sum(-1, keepdim=True)
-    return finish(out, normalize, eps), state_type(name, mask)(*state) if output_final_state else None
+    return finish(out, normalize, eps), kind(*state) if output_final_state else None
 
 
 def _step(
-    name: str, mask: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: tuple[Tensor, ...], ridge: float
+    name: str, kind: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: tuple[Tensor, ...], ridge: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1, 1]: its output [B, H, V], and the state after it."""
     if name == "linear_attention":
@@ -89,9 +97,13 @@ def _step(
         return _read(E, q), (P, E)
     S = g * state[0] + _outer(k, k)
     u = _read(S, q) + ridge * q  # S is symmetric: S^T q = S q
-    if mask == "prefix":
+    if kind is PrefixState:
         C = g * state[1] + _outer(q, v)
         return _read(C, u), (S, C)
+    if kind is HLA2PaperState:
+        C = g * state[1] + _outer(q, v)
+        G = g * state[2] + _outer(k, _read(state[1], k))
+        return _read(C, u) - _read(G, q), (S, C, G)
     if name == "hla2":
         F = g * state[1] + _outer(u, v)
         return _read(F, q), (S, F)

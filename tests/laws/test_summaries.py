@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import hla_dist
 from hla_dist import Summary, combine, identity, scan_exclusive, summarize
 from tests.harness import assert_bitwise, assert_close, raises_value_error
-from tests.problems import GATE_FORMS, GATE_VALUES, RIDGED, STREAMING, Problem, Tensors, draw, oracle
+from tests.problems import GATE_FORMS, GATE_VALUES, RIDGED, STREAMING, Problem, Tensors, draw, mask_options, oracle
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE, ROUND_OFF
 
 LAW = 10 * ROUND_OFF  # three products of float64 matrices, in another order
@@ -21,7 +21,7 @@ LAW = 10 * ROUND_OFF  # three products of float64 matrices, in another order
 def _summary(p: Problem, t: Tensors, start: int = 0, end: int | None = None) -> Summary:
     span = slice(start, p.T if end is None else end)
     gates = t.log_decay if t.log_decay is None or t.log_decay.ndim == 1 else t.log_decay[:, span]
-    options = {"scale": p.scale, "ridge": p.ridge, "normalize": p.normalize, "mask": p.mask}
+    options = {"scale": p.scale, "ridge": p.ridge, "normalize": p.normalize, **mask_options(p.mask)}
     return summarize(p.name, t.q[:, span], t.k[:, span], t.v[:, span], log_decay=gates, **options)
 
 

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 
 import hla_dist
 from tests.harness import assert_bitwise, assert_close
-from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, run
+from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
 
 GATED = [(*kind, gates) for kind in KINDS for gates in (("none",) if kind[1] == "full" else ("none", "H", "BTG"))]
@@ -66,12 +66,12 @@ def test_a_second_derivative_is_right_or_refused(name: str, mask: str) -> None:
     (q, k, v), _ = _leaves(problem)
 
     def second(function) -> torch.Tensor:
-        (dq,) = torch.autograd.grad(function(q, k, v, mask=mask)[0].square().sum(), q, create_graph=True)
+        (dq,) = torch.autograd.grad(function(q, k, v, **mask_options(mask))[0].square().sum(), q, create_graph=True)
         # the other term makes a path to q whatever happens: dq must not drop out of the sum in silence
         return torch.autograd.grad(dq.square().sum() + q.pow(3).sum(), q)[0]
 
     if mask == "full":  # plain differentiable torch
-        want = second(lambda q, k, v, mask: hla_dist.reference.serial(name, q, k, v, mask=mask))
+        want = second(lambda q, k, v, **o: hla_dist.reference.serial(name, q, k, v, **o))
         assert_close("second derivative", second(getattr(hla_dist, name)), want, FLOAT64)
     else:
         with pytest.raises(RuntimeError):
@@ -83,11 +83,11 @@ def test_no_grad_and_inference_mode(name: str, mask: str) -> None:
     problem = Problem(name, mask, T=70, gates="none", state=False, dtype=torch.float32)
     (q, k, v), _ = _leaves(problem)
     operator = getattr(hla_dist, name)
-    with_graph, _ = operator(q, k, v, mask=mask)
+    with_graph, _ = operator(q, k, v, **mask_options(mask))
     with torch.no_grad():
-        without, _ = operator(q, k, v, mask=mask)
+        without, _ = operator(q, k, v, **mask_options(mask))
     with torch.inference_mode():
-        inference, _ = operator(q, k, v, mask=mask)
+        inference, _ = operator(q, k, v, **mask_options(mask))
     assert with_graph.requires_grad and not without.requires_grad
     assert_bitwise("no_grad", without, with_graph)
     assert_bitwise("inference_mode", inference.clone(), with_graph)
@@ -99,9 +99,9 @@ def test_gradients_accumulate_over_uses_of_one_tensor(name: str, mask: str) -> N
     x = torch.randn(1, 70, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     apart = [x.clone().requires_grad_() for _ in range(3)]
     operator = getattr(hla_dist, name)
-    operator(*apart, mask=mask)[0].square().sum().backward()
+    operator(*apart, **mask_options(mask))[0].square().sum().backward()
     x.requires_grad_()
-    operator(x, x, x, mask=mask)[0].square().sum().backward()
+    operator(x, x, x, **mask_options(mask))[0].square().sum().backward()
     assert_close("dx", x.grad, sum(y.grad for y in apart), FLOAT64)
 
 
@@ -111,8 +111,8 @@ def test_expanded_output_gradients(name: str, mask: str) -> None:
     problem = Problem(name, mask, T=70, gates="none", state=False)
     (q, k, v), _ = _leaves(problem)
     operator = getattr(hla_dist, name)
-    expanded = torch.autograd.grad(operator(q, k, v, mask=mask)[0].sum(), (q, k, v))
-    out, _ = operator(q, k, v, mask=mask)
+    expanded = torch.autograd.grad(operator(q, k, v, **mask_options(mask))[0].sum(), (q, k, v))
+    out, _ = operator(q, k, v, **mask_options(mask))
     dense = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     for key, a, b in zip("qkv", expanded, dense, strict=True):
         assert_bitwise(f"d{key}", a, b)
@@ -140,7 +140,7 @@ def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
     # aot_eager captures and differentiates the graph as the default backend does, and needs no C++ compiler
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for key, a, b in zip(
-        ["q", "k", "v", "log_decay", "initial 0", "initial 1"],
+        ["q", "k", "v", "log_decay", "initial 0", "initial 1", "initial 2"],
         torch.autograd.grad(compiled(*leaves), leaves),
         torch.autograd.grad(function(*leaves), leaves),
         strict=False,
@@ -156,11 +156,11 @@ def test_compiled_decoding_and_other_lengths(name: str, mask: str) -> None:
     torch._dynamo.reset()
 
     def step(x: torch.Tensor, state: tuple[torch.Tensor, ...]):
-        return operator(x, x, x, mask=mask, initial_state=state, output_final_state=True)
+        return operator(x, x, x, **mask_options(mask), initial_state=state, output_final_state=True)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     x = torch.randn(1, 300, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    _, start = operator(x, x, x, mask=mask, output_final_state=True)
+    _, start = operator(x, x, x, **mask_options(mask), output_final_state=True)
     with torch.no_grad():
         for T in (70, 90, 130, 200, 299):  # shorter ones compile once for each chunk size, a power of two
             want, want_state = step(x[:, :T], start)
@@ -208,7 +208,7 @@ def test_saved_memory_is_linear_and_small(name: str, mask: str) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             q, k, v, log_decay = leaves
-            getattr(hla_dist, name)(q, k, v, log_decay=log_decay, mask=mask)
+            getattr(hla_dist, name)(q, k, v, log_decay=log_decay, **mask_options(mask))
         return sum(kept.values()), sum(x.untyped_storage().nbytes() for x in leaves)
 
     short, _ = saved_bytes(8192)

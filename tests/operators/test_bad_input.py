@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hla_dist
-from hla_dist import HLA2State, LinearState, PrefixState
+from hla_dist import HLA2PaperState, HLA2State, LinearState, PrefixState
 from tests.harness import raises_value_error
 
 B, T, H, G, K, V = 2, 5, 4, 2, 3, 6
@@ -113,7 +113,6 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 2, 5])}, ("cu_seqlens:", "packed documents", "not implemented")),
     "cu_seqlens_cpu": ({"cu_seqlens_cpu": torch.tensor([0, 5])}, ("cu_seqlens_cpu:", "not implemented")),
     "shard_lengths": ({"shard_lengths": [3, 2]}, ("shard_lengths:", "not implemented")),
-    "decay_form paper": ({"decay_form": "paper"}, ("decay_form:", "'masked'", "'paper'", "not implemented")),
     "exchange scan": ({"exchange": "scan"}, ("exchange:", "'all_gather'", "'scan'", "not implemented")),
     "exchange hierarchical": ({"exchange": "hierarchical"}, ("exchange:", "'hierarchical'", "not implemented")),
     "backend triton": ({"backend": "triton"}, ("backend:", "'torch'", "'triton'", "Triton")),
@@ -147,6 +146,9 @@ def test_what_later_versions_bring(operator: Any, what: str) -> None:
 def test_options_of_one_operator() -> None:
     with raises_value_error("mask: expected one of ('causal', 'full') for linear_attention", "'prefix'"):
         _call(hla_dist.linear_attention, mask="prefix")
+    for operator in (hla_dist.linear_attention, hla_dist.ahla, hla_dist.hla3):
+        with raises_value_error(f"decay_form: expected 'masked' for {operator.__name__} (hla2 has both)", "'paper'"):
+            _call(operator, decay_form="paper")
     with raises_value_error("ridge: expected 0.0 (linear_attention has no ridge", "0.5"):
         _call(hla_dist.linear_attention, ridge=0.5)
     with raises_value_error("ridge: expected a finite number", "nan"):
@@ -163,6 +165,14 @@ def test_initial_states() -> None:
         (hla_dist.hla2, LinearState(good.F), {}, ("initial_state: expected a HLA2State", "LinearState")),
         (hla_dist.hla2, good, {"mask": "prefix"}, ("initial_state: expected a PrefixState", "HLA2State")),
         (hla_dist.hla2, PrefixState(*good), {}, ("initial_state: expected a HLA2State", "PrefixState")),
+        (hla_dist.hla2, good, {"decay_form": "paper"}, ("initial_state: expected a HLA2PaperState", "HLA2State")),
+        (hla_dist.hla2, HLA2PaperState(*good, good.F), {}, ("expected a HLA2State", "HLA2PaperState")),
+        (
+            hla_dist.hla2,
+            HLA2PaperState(*good, good.S),
+            {"decay_form": "paper"},
+            ("initial_state.G: expected shape (2, 4, 3, 6)", "(2, 4, 3, 3)"),
+        ),
         (hla_dist.linear_attention, good, {}, ("initial_state: expected a LinearState", "HLA2State")),
         (hla_dist.linear_attention, good.F, {}, ("initial_state: expected a LinearState", "Tensor")),
         (hla_dist.hla2, good, {"normalize": True}, ("initial_state.F: expected shape (2, 4, 3, 7)", "(2, 4, 3, 6)")),

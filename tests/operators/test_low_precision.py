@@ -10,7 +10,7 @@ import torch
 import hla_dist
 from hla_dist.reference import quadratic
 from tests.harness import assert_close, relative_error
-from tests.problems import KINDS, Problem, draw, oracle, run
+from tests.problems import KINDS, Problem, draw, mask_options, oracle, run
 from tests.tolerances import LOW_PRECISION_FACTOR
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -57,7 +57,7 @@ def test_states_are_float32_and_outputs_keep_the_dtype(name: str, mask: str, dty
 def test_accumulates_in_float32(name: str, mask: str) -> None:
     """A sum of 4096 bf16 ones is exact: in bf16 it would stop at 256."""
     ones = torch.ones(1, 4096, 1, 1, dtype=torch.bfloat16)
-    out, _ = getattr(hla_dist, name)(ones, ones, ones, mask=mask)
+    out, _ = getattr(hla_dist, name)(ones, ones, ones, **mask_options(mask))
     n = 4096
     want = {
         ("linear_attention", "causal"): n,
@@ -65,6 +65,7 @@ def test_accumulates_in_float32(name: str, mask: str) -> None:
         ("ahla", "causal"): n * (n + 1) // 2,
         ("hla3", "causal"): n * (n + 1) * (2 * n + 1) // 6,
         ("hla2", "prefix"): n**2,
+        ("hla2", "paper"): n * (n + 1) // 2,
         ("linear_attention", "full"): n,
         ("hla2", "full"): n**2,
         ("ahla", "full"): n**2,

@@ -7,13 +7,14 @@ import torch
 
 import hla_dist
 from tests.harness import assert_close
-from tests.problems import RIDGED, STREAMING, Problem, draw, run
+from tests.problems import RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64, tolerance
 
 STATES = {
     ("linear_attention", "causal"): hla_dist.LinearState,
     ("hla2", "causal"): hla_dist.HLA2State,
     ("hla2", "prefix"): hla_dist.PrefixState,
+    ("hla2", "paper"): hla_dist.HLA2PaperState,
     ("ahla", "causal"): hla_dist.AHLAState,
     ("hla3", "causal"): hla_dist.HLA3State,
 }
@@ -77,22 +78,24 @@ def test_state_is_the_documented_tuple(name: str, mask: str) -> None:
     problem = Problem(name, mask, B=2, T=5, H=4, G=2, K=3, V=5, normalize=True)
     tensors = draw(problem)
     operator = getattr(hla_dist, name)
-    out, state = operator(tensors.q, tensors.k, tensors.v, mask=mask, normalize=True, output_final_state=True)
+    out, state = operator(
+        tensors.q, tensors.k, tensors.v, **mask_options(mask), normalize=True, output_final_state=True
+    )
     assert type(state) is STATES[name, mask]
     shapes = [[2, 4, 3, 3] if field == "S" else [2, 4, 3, 6] for field in state._fields]
     assert [list(x.shape) for x in state] == shapes
     assert all(x.dtype == torch.float64 for x in state)
-    assert operator(tensors.q, tensors.k, tensors.v, mask=mask)[1] is None
+    assert operator(tensors.q, tensors.k, tensors.v, **mask_options(mask))[1] is None
 
 
-@pytest.mark.parametrize("mask", ["causal", "prefix"])
+@pytest.mark.parametrize("mask", ["causal", "prefix", "paper"])
 def test_asymmetric_initial_s_enters_as_its_symmetric_part(mask: str) -> None:
     problem = Problem("hla2", mask, T=9)
     tensors = draw(problem)
-    S, rest = tensors.initial_state
+    S, *rest = tensors.initial_state
     assert not torch.equal(S, S.mT)
     given = run(problem, tensors, hla_dist.hla2)
-    tensors.initial_state = problem.state_type((S + S.mT) / 2, rest)
+    tensors.initial_state = problem.state_type((S + S.mT) / 2, *rest)
     symmetric = run(problem, tensors, hla_dist.hla2)
     for key in given:
         assert_close(key, given[key], symmetric[key], FLOAT64)

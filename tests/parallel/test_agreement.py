@@ -96,7 +96,7 @@ FAILURES = {
         ("rank 0", "initial_state.F", "(1, 2, 3, 2)", "(1, 2, 2, 2)"),
     ),
     "two ranks": ({0: {"scale": float("nan")}, 2: {"chunk_size": 0}}, ("rank 0: scale", "nan", "rank 2: chunk_size")),
-    "unsupported": ({2: {"decay_form": "paper"}}, ("rank 2", "decay_form", "'paper'", "not implemented")),
+    "unsupported": ({2: {"exchange": "scan"}}, ("rank 2", "exchange", "'scan'", "not implemented")),
 }
 
 

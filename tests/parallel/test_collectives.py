@@ -13,7 +13,7 @@ import hla_dist
 from hla_dist.parallel.collectives import counter
 from tests.harness import RankPool, assert_bitwise, assert_close
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of
-from tests.problems import KINDS, STREAMING, Problem, draw, run
+from tests.problems import KINDS, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64
 
 HEADER = 64  # bytes in front of every payload
@@ -36,6 +36,8 @@ def _bytes(p: Problem) -> tuple[int, int]:
         }[p.name]
         if p.mask == "prefix":
             forward -= KV  # no F
+        if p.mask == "paper":  # S, Shat, C, G; R2, R1, R3
+            forward, backward = 2 * triangle + 2 * KV, triangle + 2 * KV
         forward += 1  # rho
     if p.state:  # the gradient of the final state travels beside the reverse summary
         backward *= 2
@@ -150,7 +152,7 @@ def _partial_gradients(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) ->
     rank = dist.get_rank(pg)
     t = shard_of(draw(p), lengths, rank)
     inputs = {n: getattr(t, n).clone().requires_grad_(rank % 3 == i) for i, n in enumerate("qkv")}
-    out, _ = getattr(hla_dist, p.name)(*inputs.values(), log_decay=t.log_decay, mask=p.mask, group=pg)
+    out, _ = getattr(hla_dist, p.name)(*inputs.values(), log_decay=t.log_decay, **mask_options(p.mask), group=pg)
     (out * t.weight_out * (rank == 1)).sum().backward()
     return {n: x.grad for n, x in inputs.items()}
 
@@ -183,8 +185,8 @@ def _checkpointed(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> dict
 
     def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor | None) -> torch.Tensor:
         operator = getattr(hla_dist, p.name)
-        once, _ = operator(q.tanh(), k, v, log_decay=log_decay, mask=p.mask, group=pg)
-        return operator(once[..., : q.shape[-1]], k, v, log_decay=log_decay, mask=p.mask, group=pg)[0]
+        once, _ = operator(q.tanh(), k, v, log_decay=log_decay, **mask_options(p.mask), group=pg)
+        return operator(once[..., : q.shape[-1]], k, v, log_decay=log_decay, **mask_options(p.mask), group=pg)[0]
 
     results = {}
     for way in ("plain", "context", "replay"):
@@ -221,7 +223,7 @@ def _compiled(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> list[tup
 
     def function(q, k, v, *gates):
         more = {"log_decay": gates[0]} if gates else {}
-        out, _ = getattr(hla_dist, p.name)(q * 1.5, k, v, mask=p.mask, group=pg, **more)
+        out, _ = getattr(hla_dist, p.name)(q * 1.5, k, v, **mask_options(p.mask), group=pg, **more)
         return out.tanh().sum()
 
     torch._dynamo.reset()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hla_dist.reference import quadratic, serial
-from hla_dist.states import AHLAState, HLA2State, HLA3State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 from tests.harness import assert_close, raises_value_error
+from tests.problems import mask_options
 from tests.tolerances import ROUND_OFF
 
 OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
@@ -18,6 +19,7 @@ FIELDS = {
     ("linear_attention", "causal"): LinearState,
     ("hla2", "causal"): HLA2State,
     ("hla2", "prefix"): PrefixState,
+    ("hla2", "paper"): HLA2PaperState,
     ("ahla", "causal"): AHLAState,
     ("hla3", "causal"): HLA3State,
 }
@@ -77,7 +79,7 @@ def test_serial_equals_quadratic(name: str, mask: str, form: str, shape: tuple[i
         "ridge": 0.3 if name in ("hla2", "hla3") else 0.0,
         "normalize": normalize,
         "eps": 1e-3,
-        "mask": mask,
+        **mask_options(mask),
         "initial_state": initial,
         "output_final_state": mask != "full",
     }
@@ -117,6 +119,8 @@ def test_two_tokens_by_hand(oracle) -> None:
     assert run("hla3", ridge=10.0) == pytest.approx([2 * 7700, 3 * (3850 + 214.5 * 355.5)], rel=1e-14)
     # C: 22, then 11 + 39; o = q (S + 10) C
     assert run("hla2", ridge=10.0, mask="prefix") == pytest.approx([2 * 35 * 22, 3 * 71.5 * 50], rel=1e-14)
+    # y = (0, 7 * 22) with C undecayed, G: 0, 7 * 154; o = q ((S + 10) C - G)
+    assert run("hla2", ridge=10.0, decay_form="paper") == pytest.approx([2 * 770, 3 * (71.5 * 50 - 1078)], rel=1e-14)
     # full, no decay: S = 74, P = 146, C = 61, k q = 31, q q = 13
     half = None
     assert run("linear_attention", mask="full") == pytest.approx([2 * 146, 3 * 146], rel=1e-14)
@@ -147,7 +151,7 @@ def test_heads_are_independent_and_grouped_in_blocks(name: str, oracle) -> None:
 def test_no_tokens_leave_the_state(name: str, mask: str, oracle) -> None:
     q, k, v = _inputs(2, 0, 2, 1, 3, 4)
     initial = _state(name, mask, 2, 2, 3, 4)
-    out, state = oracle(name, q, k, v, mask=mask, initial_state=initial, output_final_state=True)
+    out, state = oracle(name, q, k, v, **mask_options(mask), initial_state=initial, output_final_state=True)
     assert list(out.shape) == [2, 0, 2, 4]
     for field, x, x0 in zip(state._fields, state, initial, strict=True):
         assert_close(field, x, (x0 + x0.mT) / 2 if field == "S" else x0, ROUND_OFF)
@@ -159,8 +163,8 @@ def test_small_gates_behind_a_large_one_are_exact(name: str, mask: str) -> None:
     q, k, v = _inputs(1, 24, 2, 2, 3, 3)
     log_decay = _gates("BTH", 1, 24, 2, 2).detach()
     log_decay[:, ::5] = -1e4
-    want, _ = serial(name, q, k, v, log_decay=log_decay, mask=mask)
-    got, _ = quadratic(name, q, k, v, log_decay=log_decay, mask=mask)
+    want, _ = serial(name, q, k, v, log_decay=log_decay, **mask_options(mask))
+    got, _ = quadratic(name, q, k, v, log_decay=log_decay, **mask_options(mask))
     assert_close("out", got, want, ROUND_OFF)
 
 
@@ -178,7 +182,7 @@ def test_errors_name_the_argument(oracle) -> None:
     q, k, v = _inputs(1, 3, 2, 1, 2, 2)
     cases = [
         (("mamba", q, k, v), {}, ("name", "'mamba'")),
-        (("hla2", q, k, v), {"decay_form": "paper"}, ("decay_form", "'paper'", "not supported")),
+        (("ahla", q, k, v), {"decay_form": "paper"}, ("decay_form", "'paper' for hla2", "ahla")),
         (("hla2", q, k, v), {"decay_form": "x"}, ("decay_form", "'masked'", "'x'")),
         (("hla2", q, k, v), {"cu_seqlens": torch.tensor([0, 3])}, ("cu_seqlens", "not supported")),
         (("hla2", q, k, v), {"mask": "x"}, ("mask", "'causal'", "'x'")),

@@ -1,0 +1,49 @@
+"""Second order with the decay of the paper's own recurrence (docs/algebra.md, the paper's decay).
+
+w = LA(q, k, k) + ridge q,   y_t = C_{t-1}^T k_t = sum_{j<t} Gamma(t - 1, j) (k_t . q_j) v_j,
+o = LA(w, q, v) - LA(q, k, y)                                                  state (S, C, G)
+
+Without decay o is that of ``hla2``. ``LA(w, q, v)`` and the strict pass y read one state, C, and share its reverse R1.
+"""
+
+from __future__ import annotations
+
+from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
+
+
+def _combine(left: Fields, right: Fields) -> Fields:
+    """S and C as in the prefix form, and the correction G.
+
+    Shat_AB = rho_B Shat_A + rho_A Shat_B,   G_AB = rho_B G_A + G_B + Shat_B C_A
+    """
+    rho = right["rho"]
+    return {
+        "rho": left["rho"] * rho,
+        "S": decayed(rho, left["S"]) + right["S"],
+        "C": decayed(rho, left["C"]) + right["C"],
+        "G": decayed(rho, left["G"]) + right["G"] + right["Shat"] @ left["C"],
+        "Shat": decayed(rho, left["Shat"]) + decayed(left["rho"], right["Shat"]),
+    }
+
+
+def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) -> Fields:
+    """``R1_AB = R1_A + rho_A R1_B + Shat_A R3_B``; R2 and R3 add up decayed."""
+    r = {name: left_reverse[name] + decayed(left["rho"], right_reverse[name]) for name in ("R1", "R2", "R3")}
+    r["R1"] = r["R1"] + left["Shat"] @ right_reverse["R3"]
+    return r
+
+
+HLA2_PAPER = Operator(
+    name="hla2_paper",
+    passes=(
+        Pass("w", "q", "k", "k", state="S", reverse="R2", ridge=True),
+        Pass("y", "k", "q", "v", state="C", reverse="R1", strict=True),
+        Pass("o", "w", "q", "v", state="C", reverse="R1"),
+        Pass("o", "q", "k", "y", state="G", reverse="R3", sign=-1),
+    ),
+    moments=(Moment("Shat", "k", "k", through=True),),
+    combine=_combine,
+    combine_reverse=_combine_reverse,
+    backward_fields=("Shat",),
+    symmetric=frozenset({"S", "R2", "Shat"}),
+)
