@@ -23,10 +23,13 @@ __all__ = ["HLAAttention"]
 
 _ORDERS = {"linear_attention": 1, "hla2": 2, "ahla": 2, "hla3": 3}
 _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "elu+1": lambda x: F.elu(x) + 1,
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "softmax": lambda x: x.softmax(-1),
 }
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -55,11 +58,14 @@ class HLAAttention(nn.Module):
 
     Options, and why they are what they are:
 
-    ``op``: ``"hla2"`` (default), ``"linear_attention"``, and any further operator of the library by name.
+    ``op``: ``"hla2"`` (default), ``"linear_attention"``, and any further operator of the library by name. First order
+        with ``decay="head"`` is RetNet's retention, with ``decay="token"`` Mamba-2's and simple GLA's scalar gates;
+        with ``decay=None``, ``qk_norm=None``, ``feature_map="elu+1"`` and ``normalize`` the first linear transformer.
     ``num_kv_heads``: G, dividing H (default H); fewer key/value heads, less to store and to send.
     ``head_dim``: K (default D / H). ``value_dim``: V, per head (default K); the state is K x V a head.
-    ``feature_map``: on queries and keys before their norm: ``"relu"``, ``"relu_squared"``, ``"sigmoid"``, ``"silu"``,
-        or a callable, which may change K (default None: the operators need no positivity).
+    ``feature_map``: on queries and keys before their norm: ``"identity"``, ``"elu+1"``, ``"relu"``, ``"relu_squared"``,
+        ``"sigmoid"``, ``"silu"``, ``"softmax"`` (over the K features), or a callable ``[..., K] -> [..., K']``, a
+        kernel trick of your own (default None, the identity: the operators need no positivity; ``normalize`` does).
     ``qk_norm``: ``"l2"`` (default) gives q and k length 1, which bounds every state by powers of the token count
         whatever the weights do; ``"rms"`` gives them length sqrt(K) times a learned weight a channel; None leaves
         them, and bounding them, to the caller.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hla_dist.nn import HLAAttention
+from hla_dist.nn.attention import _FEATURE_MAPS as FEATURE_MAPS
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from tests.harness import assert_bitwise, assert_close, raises_value_error
 from tests.tolerances import FLOAT64
@@ -24,6 +25,10 @@ VARIANTS = {
     "rms norm, sigmoid gate": dict(qk_norm="rms", output_gate="sigmoid"),
     "bare": dict(qk_norm=None, output_gate=None, output_norm=False, decay=None),
     "positive features, ratio": dict(feature_map="relu_squared", normalize=True),
+    "linear transformer": dict(
+        op="linear_attention", decay=None, qk_norm=None, feature_map="elu+1", normalize=True, scale=1.0
+    ),
+    "softmax features": dict(feature_map="softmax", normalize=True),
     "features of another size": dict(feature_map=lambda x: torch.cat([x, -x], -1)),
     "ridge": dict(ridge=0.5),
     "rotary": dict(rope_theta=1e4),
@@ -66,6 +71,33 @@ def test_streaming_equals_the_whole(name):
         assert p.grad.norm() > 0, f"{n} takes no part"
         assert_close(f"d {n}", p.grad, want[n], FLOAT64)
     assert_close("dx", x.grad, want["x"], FLOAT64)
+
+
+def test_feature_maps_are_maps_before_the_operator():
+    x = torch.linspace(-2, 2, 24, dtype=torch.float64).view(1, 2, 3, 4)
+    exp = x.exp()
+    for name, want in {
+        "identity": x,
+        "elu+1": torch.where(x > 0, x + 1, exp),
+        "relu": x.clamp(min=0),
+        "softmax": exp / exp.sum(-1, keepdim=True),
+    }.items():
+        assert_close(name, FEATURE_MAPS[name](x), want, FLOAT64)
+        named = _layer(feature_map=name)(_tokens(5))[0]
+        own = _layer(feature_map=FEATURE_MAPS[name])(_tokens(5))[0]
+        assert_bitwise(name, named, own)
+    assert_bitwise("identity", _layer(feature_map="identity")(_tokens(5))[0], _layer()(_tokens(5))[0])
+
+
+def test_first_order_layer_is_the_linear_transformer():
+    """o_t = sum_i (phi(q_t) . phi(k_i)) v_i / sum_i phi(q_t) . phi(k_i), phi = elu + 1."""
+    layer = _layer(**VARIANTS["linear transformer"], output_gate=None, output_norm=False, eps=0.0)
+    x = _tokens(9)
+    q, k, v = (f(x).view(2, 9, 4, 8).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = (torch.where(t > 0, t + 1, t.exp()) for t in (q, k))
+    scores = (q @ k.mT).tril()
+    want = layer.o_proj((scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+    assert_close("y", layer(x)[0].detach(), want.detach(), FLOAT64)
 
 
 def test_final_state_comes_when_streaming_or_without_gradients():
