@@ -1,0 +1,117 @@
+"""Time of every operator on the CPU, over hla2's: what each order costs.
+
+    python benchmarks/family_cpu.py                about two minutes; report in benchmarks/results/
+    python benchmarks/family_cpu.py --quick        a smoke run of seconds; report in out/benchmarks/
+    python benchmarks/family_cpu.py --check        exit code 1 if a target is missed
+
+B = 1, K = V = 64, float32, without gates and with a gate a token. One interleaved run: every round measures every
+operator once, ratios are of medians. Expected from a count of first-order passes (scores and states of each pass, in
+units of hla2's whole): linear_attention 0.5, ahla 1, hla3 1.4 forward (its second inner pass shares the scores of
+q and k); backward likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import hla_dist
+from benchmarks import report
+from benchmarks.contenders import MODES, Contender, K, Source
+
+BOUNDS = {"linear_attention": 1.0, "ahla": 1.1, "hla3": 1.7}  # time over hla2's
+GATES = {"no gate": "", "gate a token": "token"}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tokens", type=int, default=16384, metavar="T", help="sequence length (default: %(default)s)")
+    add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
+    add("--rounds", type=int, default=9, metavar="N", help="measured rounds, one more warms up (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="torch threads (default: %(default)s)")
+    add(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the allocator keeps freed memory, for all alike (default: yes; --no-keep-memory: glibc's own ways)",
+    )
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add("--quick", action="store_true", help="a smoke run: 2048 tokens, one round")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the report goes (default: benchmarks/results, out/benchmarks if quick)",
+    )
+    args = parser.parse_args()
+    if min(args.tokens, args.heads, args.rounds, args.threads) < 1:
+        parser.error("--tokens, --heads, --rounds and --threads: expected at least 1")
+    if args.quick:
+        args.tokens, args.rounds = 2048, 1
+    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    return args
+
+
+def contender(name: str, gates: str) -> Contender:
+    """An operator of the library, as the other benchmarks take it."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        return getattr(hla_dist, name)(q, k, v, log_decay=log_decay)[0]
+
+    return Contender(name, call, gates, heads_first=False)
+
+
+def main() -> int:
+    args = parse()
+    report.keep_memory(args.keep_memory)
+    torch.set_num_threads(args.threads)
+    about = report.context("benchmarks/family_cpu.py", args.threads)
+    names = ["linear_attention", "hla2", "ahla", "hla3"]
+    source = Source(args.tokens, args.heads)
+    cases = [(variant, mode, name) for variant in GATES for mode in MODES for name in names]
+    samples: dict[tuple[str, str, str], list[float]] = {case: [] for case in cases}
+    for i in tqdm(range(args.rounds + 1), desc="time", leave=False):
+        for case in cases:
+            variant, mode, name = case
+            operator = contender(name, GATES[variant])
+            arguments = operator.inputs(source, args.tokens)
+            start = time.perf_counter()
+            result = MODES[mode](operator, *arguments)
+            elapsed = time.perf_counter() - start
+            del result
+            if i > 0:  # the first round warms up
+                samples[case].append(elapsed)
+
+    time_of = {case: statistics.median(values) for case, values in samples.items()}
+    targets, rows = [], []
+    for variant in GATES:
+        for mode in MODES:
+            base = time_of[variant, mode, "hla2"]
+            cells = [f"{1e3 * time_of[variant, mode, n]:.1f} ({time_of[variant, mode, n] / base:.2f})" for n in names]
+            rows.append([f"{variant}, {mode}", *cells])
+            for name, bound in BOUNDS.items():
+                ratio = time_of[variant, mode, name] / base
+                targets.append(report.Target(f"{name} over hla2, {variant}, {mode}", ratio, bound, False))
+    parts = [
+        "## What was measured",
+        f"B = 1, T = {args.tokens}, H = {args.heads}, K = V = {K}, float32, {args.threads} threads. Medians of "
+        f"{args.rounds} interleaved rounds after one that warms up, in milliseconds; in brackets, over hla2's.",
+        report.table(["", *names], rows),
+    ]
+    data = {"seconds": [dict(zip(("variant", "mode", "operator"), c), samples=v) for c, v in samples.items()]}
+    path = report.write("family_cpu", args.out, "The operators beside one another", about, targets, parts, data)
+    return report.conclude(targets, path, args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
