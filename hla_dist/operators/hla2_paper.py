@@ -12,7 +12,7 @@ from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
-    """S and C as in the prefix form, and the correction G.
+    """S and C as in the prefix form, and the correction G (docs/algebra.md, eq. 17).
 
     Shat_AB = rho_B Shat_A + rho_A Shat_B,   G_AB = rho_B G_A + G_B + Shat_B C_A
     """
@@ -27,7 +27,7 @@ def _combine(left: Fields, right: Fields) -> Fields:
 
 
 def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) -> Fields:
-    """``R1_AB = R1_A + rho_A R1_B + Shat_A R3_B``; R2 and R3 add up decayed."""
+    """``R1_AB = R1_A + rho_A R1_B + Shat_A R3_B``; R2 and R3 add up decayed (docs/algebra.md, eq. 19)."""
     r = {name: left_reverse[name] + decayed(left["rho"], right_reverse[name]) for name in ("R1", "R2", "R3")}
     r["R1"] = r["R1"] + left["Shat"] @ right_reverse["R3"]
     return r

@@ -2,12 +2,14 @@
 
 ``serial`` steps the streaming recurrences token by token; ``quadratic`` builds the masked T x T matrices. The two share
 how arguments are read (``arguments.py``) and nothing else, so that each checks the other. Both are plain torch:
-autograd through them is the oracle for gradients.
+autograd through them is the oracle for gradients. ``paper_third_order`` is no oracle but the paper's own third-order
+streaming kernel, for comparison.
 """
 
 from __future__ import annotations
 
 from .quadratic import quadratic
 from .serial import serial
+from .third_order import paper_third_order
 
-__all__ = ["quadratic", "serial"]
+__all__ = ["paper_third_order", "quadratic", "serial"]
