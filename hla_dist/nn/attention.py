@@ -89,7 +89,8 @@ class HLAAttention(nn.Module):
     ``rope_theta``: base of rotary positions (default None: the decay tells order; 10000 is usual). Positions are
         global: ``positions`` given to forward, else counted from the shard's start, which is known from
         ``shard_lengths`` or else asked for by one all-gather of one integer a call; a call with ``state`` needs them.
-    ``mask``, ``ridge``, ``normalize``, ``eps``, ``chunk_size``, ``exchange``, ``backend``: the operator's.
+    ``mask``, ``decay_form``, ``ridge``, ``normalize``, ``eps``, ``chunk_size``, ``exchange``, ``backend``: the
+        operator's.
 
     fp16 activations are widened to float32 for the operator alone: what is inside grows like T, beyond fp16's 65504.
 
@@ -120,6 +121,7 @@ class HLAAttention(nn.Module):
         residual_scale: float = 1.0,
         rope_theta: float | None = None,
         mask: str = "causal",
+        decay_form: str = "masked",
         ridge: float = 0.0,
         normalize: bool = False,
         eps: float = 1e-6,
@@ -149,6 +151,7 @@ class HLAAttention(nn.Module):
         _one_of("decay", decay, ("token", "head", None))
         _one_of("output_gate", output_gate, (*_GATES, None))
         _one_of("mask", mask, ("causal", "prefix", "full"))
+        _one_of("decay_form", decay_form, ("masked", "paper") if op == "hla2" else ("masked",))
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {self.num_kv_heads}")
         _one_of("decay_heads", self.decay_heads, (num_heads, self.num_kv_heads))
@@ -168,7 +171,7 @@ class HLAAttention(nn.Module):
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
-        self.rope_theta, self.mask = rope_theta, mask
+        self.rope_theta, self.mask, self.decay_form = rope_theta, mask, decay_form
         self.ridge, self.normalize, self.eps = ridge, normalize, eps
         self.chunk_size, self.exchange, self.backend = chunk_size, exchange, backend
         self.group: Any = None
@@ -271,6 +274,7 @@ class HLAAttention(nn.Module):
             scale=scale,
             ridge=self.ridge,
             mask=self.mask,
+            decay_form=self.decay_form,
             normalize=self.normalize,
             eps=self.eps,
             initial_state=state,

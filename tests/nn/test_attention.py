@@ -33,6 +33,7 @@ VARIANTS = {
     "ridge": dict(ridge=0.5),
     "rotary": dict(rope_theta=1e4),
     "prefix": dict(mask="prefix"),
+    "the paper's decay": dict(decay_form="paper"),
 }
 
 
@@ -260,6 +261,8 @@ def test_compiles_without_graph_breaks():
         (dict(decay_range=(8, 4)), ("decay_range", "(8, 4)")),
         (dict(output_gate="relu"), ("output_gate", "'silu', 'sigmoid', None", "'relu'")),
         (dict(rope_theta=1e4, head_dim=7), ("rope_theta", "even head_dim", "7")),
+        (dict(decay_form="raw"), ("decay_form", "'masked', 'paper'", "'raw'")),
+        (dict(decay_form="paper", op="ahla"), ("decay_form", "'masked'", "'paper'")),
         (dict(mask="causal-ish"), ("mask", "'causal', 'prefix', 'full'")),
         (dict(mask="full"), ("decay", "None with mask='full'", "'token'")),
         (dict(feature_map="tanh"), ("feature_map", "'relu'", "None", "'tanh'")),
