@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hla_dist.functional import backend as backends
 from hla_dist.functional import stage_ops, validate
 from hla_dist.functional.autograd import Cascade, Options, Place
 from hla_dist.functional.full import full
@@ -93,7 +94,7 @@ def hla2(
                         rank r + 1's; T is local, may differ, may be 0. initial_state is read on rank 0; the final
                         state, the whole sequence's, comes back on every rank
     exchange            "auto" or "all_gather" in this version
-    backend             "auto" or "torch" in this version
+    backend             "auto": Triton's kernels on a GPU, else torch; "torch"; "triton": an error where it cannot run
     chunk_size          tokens a chunk; None: 64, or the next power of two for shorter segments
     cu_seqlens, cu_seqlens_cpu, shard_lengths    packed documents, not in this version
 
@@ -179,6 +180,7 @@ def summarize(
     normalize: bool = False,
     mask: str = "causal",
     decay_form: str = "masked",
+    backend: str = "auto",
     chunk_size: int | None = None,
 ) -> Summary:
     """A segment's summary: what it does to any carry (docs/algebra.md, segment summaries).
@@ -192,7 +194,7 @@ def summarize(
     options |= {
         "decay_form": decay_form,
         "exchange": "auto",
-        "backend": "auto",
+        "backend": backend,
         "output_final_state": False,
         "eps": 0.0,
     }
@@ -204,6 +206,8 @@ def summarize(
     name = _cascade(operator, options)
     log_decay = _per_query_head(log_decay, q)
     op = OPERATORS[name]
+    value_dim = v.shape[3] + int(normalize)
+    options["backend"] = backends.resolve(backend, name, mask, q, value_dim, chunk_size)
     rho, *rest = stage_ops.summarize(q, k, v, log_decay, None, *_options(name, options))
     return Summary(name, rho, dict(zip(op.fields, rest)))
 
@@ -216,7 +220,8 @@ def _cascade(name: str, o: dict[str, Any]) -> str:
 
 
 def _options(name: str, o: dict[str, Any]) -> Options:
-    return Options(name, float(o["scale"]), float(o["ridge"]), o["normalize"], float(o["eps"]), o["chunk_size"] or 0)
+    numbers = (float(o["scale"]), float(o["ridge"]), o["normalize"], float(o["eps"]), o["chunk_size"] or 0)
+    return Options(name, *numbers, o["backend"])
 
 
 def _per_query_head(log_decay: Tensor | None, q: Tensor) -> Tensor | None:
@@ -231,11 +236,15 @@ def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> 
     validate.check_inputs(q, k, v)
     validate.check_options(name, o)
     validate.check_log_decay(o["log_decay"], q, k)
+    if o["backend"] == "triton" and o["mask"] == "full":
+        backends.resolve("triton", name, "full", q, v.shape[3], o["chunk_size"])
     if o["mask"] == "full":
         validate.check_full(o["log_decay"], o)
         return name
     cascade = _cascade(name, o)
-    validate.check_state(o["initial_state"], cascade, q, v.shape[3] + int(o["normalize"]))
+    value_dim = v.shape[3] + int(o["normalize"])
+    validate.check_state(o["initial_state"], cascade, q, value_dim)
+    o["backend"] = backends.resolve(o["backend"], cascade, o["mask"], q, value_dim, o["chunk_size"])
     return cascade
 
 

@@ -24,6 +24,7 @@ class Options(NamedTuple):
     normalize: bool
     eps: float
     chunk_size: int
+    backend: str  # "torch" or "triton": resolved
 
 
 class Place(NamedTuple):

@@ -1,7 +1,7 @@
 """The six stages as ``torch.library`` custom ops on flat tensors, so that compilation and checkpointing see them.
 
-Every op takes the same leading arguments (inputs and options) and returns a flat list. A backend is a module with
-these six functions; the torch backend is ``hla_dist.operators.stages`` and ``stages_backward``.
+Every op takes the same leading arguments (inputs and options) and returns a flat list. A backend has these stages: the
+torch backend is ``hla_dist.operators.stages`` and ``stages_backward``, the Triton backend ``triton_stages``.
 
     summarize           -> [rho, *fields, *kept]                              schedule: what travels, what is reused
     scan, finish        -> [out, denominator, *state, *checkpoints]           from a carry; finish reuses ``kept``
@@ -22,7 +22,7 @@ from hla_dist.operators import OPERATORS, stages, stages_backward
 from hla_dist.operators.segment import Segment, Settings
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? documents"
-_OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, int chunk_size"
+_OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, int chunk_size, str backend"
 _SAVED = "Tensor out, Tensor denominator, Tensor[] checkpoints, Tensor dout"
 
 
@@ -37,7 +37,16 @@ def _in_own_dtype(stage: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
     return run
 
 
-def _segment(q, k, v, log_decay, documents, operator, scale, ridge, normalize, eps, chunk_size) -> Segment:
+def _stages(options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The backend's modules with its forward and its backward stages."""
+    if options[-1] == "triton":
+        from hla_dist.functional import triton_stages
+
+        return triton_stages, triton_stages
+    return stages, stages_backward
+
+
+def _segment(q, k, v, log_decay, documents, operator, scale, ridge, normalize, eps, chunk_size, backend) -> Segment:
     settings = Settings(scale, ridge, normalize, eps, chunk_size)
     return Segment(OPERATORS[operator], q, k, v, log_decay, documents, settings)
 
@@ -46,7 +55,7 @@ def _segment(q, k, v, log_decay, documents, operator, scale, ridge, normalize, e
 @_in_own_dtype
 def summarize(q, k, v, log_decay, documents, *options) -> list[Tensor]:
     """Stage ``summarize``: ``[rho, *fields, *kept]``."""
-    result = stages.summarize(_segment(q, k, v, log_decay, documents, *options))
+    result = _stages(options)[0].summarize(_segment(q, k, v, log_decay, documents, *options))
     return [result.rho, *result.fields, *result.kept]
 
 
@@ -54,20 +63,22 @@ def summarize(q, k, v, log_decay, documents, *options) -> list[Tensor]:
 def _(q, k, v, log_decay, documents, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, documents, *options)
     fields = [s.state(name) for name in s.operator.fields]
-    kept = [t for p in s.operator.first_level for t in (s.inner(p.out), s.state(p.state, s.blocks + 1))]
+    first = s.operator.first_level if options[-1] == "torch" else ()
+    kept = [t for p in first for t in (s.inner(p.out), s.state(p.state, s.blocks + 1))]
     return [torch.empty(s.B, s.H, dtype=s.dtype, device=s.device), *fields, *kept]
 
 
-def _scanned(s: Segment, carry: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
-    result = stages.scan(s, carry, kept)
+def _scanned(s: Segment, carry: list[Tensor], kept: list[Tensor], options: tuple[Any, ...]) -> list[Tensor]:
+    result = _stages(options)[0].scan(s, carry, kept)
     return [result.out, result.denominator, *result.state, *result.checkpoints]
 
 
-def _fake_scanned(s: Segment) -> list[Tensor]:
+def _fake_scanned(s: Segment, options: tuple[Any, ...]) -> list[Tensor]:
     shape = (s.B, s.T, s.H, s.v.shape[3])
     denominator = torch.empty(shape[:3] if s.settings.normalize else (0,), dtype=s.dtype, device=s.device)
     states = [s.state(name) for name in s.operator.states]
-    checkpoints = [s.state(name, s.blocks) for name in s.operator.states]
+    blocks = s.blocks if options[-1] == "torch" else 1
+    checkpoints = [s.state(name, blocks) for name in s.operator.states]
     return [torch.empty(shape, dtype=s.q.dtype, device=s.device), denominator, *states, *checkpoints]
 
 
@@ -77,12 +88,12 @@ def _fake_scanned(s: Segment) -> list[Tensor]:
 @_in_own_dtype
 def scan(q, k, v, log_decay, documents, carry, *options) -> list[Tensor]:
     """Stage ``scan``: the whole segment from ``carry`` in one pass."""
-    return _scanned(_segment(q, k, v, log_decay, documents, *options), carry, [])
+    return _scanned(_segment(q, k, v, log_decay, documents, *options), carry, [], options)
 
 
 @scan.register_fake
 def _(q, k, v, log_decay, documents, carry, *options) -> list[Tensor]:
-    return _fake_scanned(_segment(q, k, v, log_decay, documents, *options))
+    return _fake_scanned(_segment(q, k, v, log_decay, documents, *options), options)
 
 
 @torch.library.custom_op(
@@ -91,12 +102,12 @@ def _(q, k, v, log_decay, documents, carry, *options) -> list[Tensor]:
 @_in_own_dtype
 def finish(q, k, v, log_decay, documents, carry, kept, *options) -> list[Tensor]:
     """Stage ``finish``: the same from a carry that came late, reusing what ``summarize`` kept."""
-    return _scanned(_segment(q, k, v, log_decay, documents, *options), carry, kept)
+    return _scanned(_segment(q, k, v, log_decay, documents, *options), carry, kept, options)
 
 
 @finish.register_fake
 def _(q, k, v, log_decay, documents, carry, kept, *options) -> list[Tensor]:
-    return _fake_scanned(_segment(q, k, v, log_decay, documents, *options))
+    return _fake_scanned(_segment(q, k, v, log_decay, documents, *options), options)
 
 
 @torch.library.custom_op(
@@ -107,7 +118,7 @@ def summarize_backward(q, k, v, log_decay, documents, out, denominator, checkpoi
     """Stage ``summarize_backward``: ``[*reverse fields, *kept]``."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return stages_backward.summarize_backward(s, saved, dout)
+    return _stages(options)[1].summarize_backward(s, saved, dout)
 
 
 @summarize_backward.register_fake
@@ -116,8 +127,8 @@ def _(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, *optio
     return [s.state(name) for name in s.operator.reverses]
 
 
-def _gradients(s: Segment, saved: stages_backward.Saved, dout: Tensor, carry) -> list[Tensor]:
-    g = stages_backward.scan_backward(s, saved, dout, carry)
+def _gradients(s: Segment, saved: stages_backward.Saved, dout: Tensor, carry, options) -> list[Tensor]:
+    g = _stages(options)[1].scan_backward(s, saved, dout, carry)
     dlog = torch.empty(0, device=s.device) if g.log_decay is None else g.log_decay
     return [g.q, g.k, g.v, dlog, *g.carry]
 
@@ -142,7 +153,7 @@ def scan_backward(
     """Stage ``scan_backward``: every gradient of a segment from the reverse carry at its right."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return _gradients(s, saved, dout, reverse_carry)
+    return _gradients(s, saved, dout, reverse_carry, options)
 
 
 @scan_backward.register_fake
@@ -162,7 +173,7 @@ def finish_backward(
     """Stage ``finish_backward``: the same, with what ``summarize_backward`` kept (here nothing)."""
     s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return _gradients(s, saved, dout, reverse_carry)
+    return _gradients(s, saved, dout, reverse_carry, options)
 
 
 @finish_backward.register_fake

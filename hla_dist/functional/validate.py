@@ -133,12 +133,6 @@ def check_options(name: str, o: dict[str, Any]) -> None:
         repr(o["exchange"]),
     )
     require(o["backend"] in ("auto", "torch", "triton"), "backend", "'auto', 'torch' or 'triton'", repr(o["backend"]))
-    require(
-        o["backend"] != "triton",
-        "backend",
-        "'auto' or 'torch' (no Triton kernels in this version; 'auto' runs torch)",
-        "'triton'",
-    )
     chunk = o["chunk_size"]
     ok = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
     require(ok, "chunk_size", "None or a whole number >= 1", repr(chunk))

@@ -1,0 +1,106 @@
+"""The Triton backend: the stages of ``hla_dist.operators.stages`` with the kernels of ``hla_kernels``.
+
+The kernels know a cascade by its list of passes and nothing else of this library. Here the list is handed over, a
+column of ones is put beside v where the output is normalised, and results are put into the stages' tuples. Imported
+only where a call resolved to this backend: importing ``hla_dist`` needs no Triton.
+
+Forward keeps the carry alone: backward forms inner sequences and carries inside the segment again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hla_dist.operators.cascade import Operator
+from hla_dist.operators.segment import Segment
+from hla_dist.operators.stages import Scanned, Summarized
+from hla_dist.operators.stages_backward import Gradients, Saved
+from hla_kernels import stages
+from hla_kernels.cascade import Pass, Problem
+from hla_kernels.device import check, target_of
+from hla_kernels.sequences import last_axis_contiguous
+
+OPERATORS = ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3")
+
+
+def require_supported(operator: str, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
+    """ValueError naming the argument unless the kernels compute this operator for such tensors on this device."""
+    if operator not in OPERATORS:
+        raise ValueError(f"backend: expected 'auto' or 'torch' for {operator}, which has no kernels, got 'triton'")
+    check(dtype, key_dim, value_dim, target_of(device))
+
+
+def _passes(operator: Operator) -> tuple[Pass, ...]:
+    return tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in operator.passes)
+
+
+def _problem(segment: Segment) -> Problem:
+    """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0)."""
+    q, k, v = (last_axis_contiguous(x) for x in (segment.q, segment.k, segment.v))
+    if segment.settings.normalize:
+        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
+    log_decay = segment.log_decay
+    if log_decay is not None:
+        log_decay = log_decay.expand(segment.B, segment.T, segment.H)
+    settings = segment.settings
+    target = target_of(q.device)
+    passes = _passes(segment.operator)
+    return Problem(
+        passes,
+        q,
+        k,
+        v,
+        log_decay,
+        segment.documents,
+        settings.scale,
+        settings.ridge,
+        target,
+        operator=segment.operator.name,
+    )
+
+
+def summarize(segment: Segment) -> Summarized:
+    """The segment from an empty past: rho, states and moments."""
+    moments = tuple((m.left, m.right, m.from_start) for m in segment.operator.moments)
+    rho, states, values = stages.summarize(_problem(segment), moments)
+    return Summarized(rho, states + values, [])
+
+
+def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None) -> Scanned:
+    """Outputs and state of the segment that starts from ``carry``."""
+    normalize = segment.settings.normalize
+    out, state = stages.scan(_problem(segment), carry, torch.float32 if normalize else None)
+    denominator = torch.empty(0, dtype=segment.dtype, device=segment.device)
+    if normalize:
+        denominator = out[..., -1].clone()
+        out = (out[..., :-1] / (denominator[..., None] + segment.settings.eps)).to(segment.q.dtype)
+    return Scanned(out, denominator, state, [c.clone()[None] for c in carry])
+
+
+def _numerators(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
+    """The gradient of what the cascade itself gives: o = num / (den + eps)."""
+    if not segment.settings.normalize:
+        return dout
+    wide = dout.float() / (saved.denominator[..., None] + segment.settings.eps)
+    own = -(wide * saved.out.float()).sum(-1, keepdim=True)
+    inner = torch.bfloat16 if dout.dtype == torch.bfloat16 else torch.float32  # float16 might overflow
+    return torch.cat([wide, own], dim=-1).to(inner)
+
+
+def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
+    """Reverse fields of the segment with nothing to its right."""
+    carry = [c[0] for c in saved.checkpoints]
+    return stages.summarize_backward(_problem(segment), carry, _numerators(segment, saved, dout))
+
+
+def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor]) -> Gradients:
+    """Every gradient of the segment whose reverse carry enters from the right."""
+    gated = segment.log_decay is not None
+    forward = [c[0] for c in saved.checkpoints]
+    g = stages.scan_backward(_problem(segment), forward, _numerators(segment, saved, dout), carry, gate=gated)
+    dlog = g.log_decay
+    if dlog is not None and segment.log_decay is not None:
+        dlog = (dlog.sum((0, 1)) if segment.log_decay.dim() == 1 else dlog).to(segment.log_decay.dtype).contiguous()
+    dv = g.v[..., : segment.v.shape[3]].contiguous()
+    return Gradients(g.q, g.k, dv, dlog, g.carry)

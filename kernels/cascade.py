@@ -1,0 +1,273 @@
+"""Any cascade of first-order passes, forward and backward, as launches of the kernels.
+
+A cascade is its list of passes ``out = LA(a, b, c) (+ ridge a)`` in order, by names; q, k and v are inputs, the last
+pass gives ``o``. Everything follows from the list (docs/algebra.md, gradients):
+
+    forward    out = LA(a, b, c)
+    backward   da = LA(dout, c, b)      db = rLA(c, dout, a)      dc = rLA(b, a, dout)
+    gates      x  = sum over passes of a . da - b . db  (halved and shared by db and dc where b and c are one sequence)
+
+A sequence in several places gets its gradient from several launches, each adding to what is there. With several
+segments a pass is three launches: the segments' states in parallel, a scan over them, outputs in parallel from what
+enters each. No moments are needed for that: every pass knows its carries before it begins.
+
+Shapes: q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], log_decay [B, T, H] (any strides), documents [T], states
+[B, H, rows, columns] float32. Inner sequences live in ``INNER[dtype]``: rounded like any bf16 activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hla_kernels import tiles
+from hla_kernels.device import INTERPRETER, Target, launch
+from hla_kernels.first_order import first_order_kernel
+from hla_kernels.segments import (
+    scan_states_kernel,
+    segment_decay_kernel,
+)
+from hla_kernels.sequences import INNER, gates, matrices, sequence
+
+RESTART = 512  # tokens after which a gate gradient's running sum starts anew
+SHORTEST = 256  # tokens of the shortest segment: its state's traffic stays below its sequences'
+
+
+class Pass(NamedTuple):
+    """``out = LA(a, b, c) (+ ridge a)``."""
+
+    out: str
+    a: str
+    b: str
+    c: str
+    ridge: bool = False
+
+
+@dataclass
+class Carry:
+    """States at segment boundaries, ``[segments + 1, B H, rows, columns]``; ``known``: filled in by then."""
+
+    value: Tensor
+    reverse: bool
+    known: bool = False
+
+
+@dataclass
+class Problem:
+    """One call: inputs, how it is cut, and where it runs."""
+
+    passes: tuple[Pass, ...]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    documents: Tensor | None
+    scale: float
+    ridge: float
+    target: Target
+    segment_tokens: int | None = None  # None: as many segments as fill the device
+    operator: str = ""  # its name, where a single token has a kernel of its own
+    sequences: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.B, self.T, self.H, self.K = self.q.shape
+        self.rows = self.B * self.H
+        self.dtype = self.q.dtype
+        self.inner_dtype = INNER[self.dtype]
+        self.precision = tiles.precision(self.dtype, self.target)
+        if self.scale == 0.0:  # a state cannot be divided by it
+            self.q, self.scale = torch.zeros_like(self.q), 1.0
+        self.sequences |= {"q": self.q, "k": self.k, "v": self.v}
+        self.chunk = max(self._tile(a, c).BT for a in "kv" for c in "kv")
+        self._rho: dict[int, Tensor] = {}
+
+    def _tile(self, a: str, c: str) -> tiles.Tile:
+        key_dim, value_dim = self.sequences[a].shape[3], self.sequences[c].shape[3]
+        return self.tile(key_dim, value_dim)
+
+    def tile(self, key_dim: int, value_dim: int) -> tiles.Tile:
+        """The tile of a pass whose state has so many rows and columns."""
+        return tiles.first_order(self.dtype, key_dim, value_dim, self.gated, self.target)
+
+    def segments(self, longest: int | None = None) -> tuple[int, int]:
+        """``(segments, tokens of a segment)``: enough to fill the device, none shorter than ``SHORTEST``."""
+        tokens = self.segment_tokens
+        if tokens is None:
+            wanted = max(1, 2 * self.target.processors // self.rows)
+            tokens = max(SHORTEST, -(-self.T // wanted))
+        tokens = min(tokens, longest or tokens)
+        tokens = -(-tokens // self.chunk) * self.chunk
+        return max(1, -(-self.T // tokens)), tokens
+
+    def inner(self, width: int) -> Tensor:
+        """Empty storage for an inner sequence, ``[B, T, H, width]``."""
+        return torch.empty(self.B, self.T, self.H, width, dtype=self.inner_dtype, device=self.q.device)
+
+    def times_scale(self, *names: str) -> float:
+        """What a product of these sequences is to be multiplied with: q stands for ``scale * q``."""
+        return self.scale ** sum(name == "q" for name in names)
+
+    @property
+    def gated(self) -> bool:
+        """Whether carries decay at all."""
+        return self.log_decay is not None or self.documents is not None
+
+    def gate_arguments(self, decayed: bool = True) -> dict[str, object]:
+        """The gates' arguments of a kernel; q and k stand in for what is not there and is never read."""
+        log = self.log_decay if self.log_decay is not None else self.q[..., 0]
+        return {
+            "log_decay": gates(log),
+            "documents": self.documents if self.documents is not None else self.q,
+            "GATED": decayed and self.log_decay is not None,
+            "DOCUMENTS": decayed and self.documents is not None,
+        }
+
+    def decay(self, tokens: int) -> Tensor:
+        """rho of every segment, ``[segments, B H]``."""
+        if tokens not in self._rho:
+            segments = max(1, -(-self.T // tokens))
+            rho = torch.empty(segments, self.rows, dtype=torch.float32, device=self.q.device)
+            arguments = self.gate_arguments()
+            arguments["log_decay"] = gates(self.log_decay if self.log_decay is not None else self.q[..., 0])
+            launch(
+                segment_decay_kernel,
+                segments * self.rows,
+                rho=rho,
+                T=self.T,
+                segment_tokens=tokens,
+                segments=segments,
+                H=self.H,
+                BT=256,
+                **arguments,
+            )
+            self._rho[tokens] = rho
+        return self._rho[tokens]
+
+    def carry(self, left: Tensor, right: Tensor, initial: Tensor | None, cut: tuple[int, int], reverse: bool) -> Carry:
+        """Room for the carries ``sum left right^T`` of every segment, the one that enters set, the others not known."""
+        segments, _ = cut
+        shape = (segments + 1, self.rows, left.shape[3], right.shape[3])
+        value = torch.empty(shape, dtype=torch.float32, device=left.device)
+        if segments == 1:
+            edge = value[1 if reverse else 0]
+            edge.zero_() if initial is None else edge.copy_(initial.reshape(edge.shape))
+        return Carry(value, reverse)
+
+    def find(
+        self, carry: Carry, b: Tensor, c: Tensor, scale: float, initial: Tensor | None, cut: tuple[int, int]
+    ) -> None:
+        """Fill the carries of every segment: states in parallel, then the scan. One segment: left to the pass."""
+        if cut[0] > 1:
+            self.find_alone(carry, b, c, scale, cut, initial=initial)
+
+    def find_alone(
+        self,
+        carry: Carry,
+        b: Tensor,
+        c: Tensor,
+        scale: float,
+        cut: tuple[int, int],
+        decayed: bool = True,
+        initial: Tensor | None = None,
+    ) -> None:
+        """The same for any number of segments, where no pass follows."""
+        segments, tokens = cut
+        self._launch(None, b, c, None, carry, False, cut, emit=False, into_state=scale, decayed=decayed)
+        elements = carry.value.shape[2] * carry.value.shape[3]
+        block = 1024 if self.target is not INTERPRETER else tiles.power_of_two(elements)
+        launch(
+            scan_states_kernel,
+            triton.cdiv(elements, block) * self.rows,
+            states=carry.value,
+            rho=self.decay(tokens) if self.gated and decayed else carry.value,
+            initial=carry.value if initial is None else initial.contiguous(),
+            segments=segments,
+            row_of_heads=self.rows,
+            E=elements,
+            BE=block,
+            REVERSE=carry.reverse,
+            DECAYED=self.gated and decayed,
+            INITIAL=initial is not None,
+        )
+        carry.known = True
+
+    def run(
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        out: Tensor,
+        carry: Carry,
+        swapped: bool,
+        cut: tuple[int, int],
+        *,
+        alpha: float,
+        into_state: float,
+        add: tuple[Tensor, float] | None = None,
+        pair: tuple[Tensor, float, Tensor] | None = None,
+    ) -> None:
+        """``out = alpha LA(a, b, c) + beta add``; rLA where the carry is a reverse one.
+
+        ``swapped``: the transpose of the carry is read.
+
+        ``pair``: a sequence, a weight and where ``weight (sequence . alpha LA)`` goes, ``[tiles, B H, T]``.
+        """
+        self._launch(a, b, c, out, carry, swapped, cut, True, into_state, alpha, add, pair)
+        carry.known = True
+
+    def _launch(
+        self, a, b, c, out, carry, swapped, cut, emit=True, into_state=1.0, alpha=1.0, add=None, pair=None, decayed=True
+    ) -> None:
+        segments, tokens = cut
+        key_dim, value_dim = b.shape[3], c.shape[3]
+        tile = self.tile(key_dim, value_dim)
+        stand_in = sequence(b, self.H)
+        sequences = {
+            "a": stand_in if a is None else sequence(a, self.H),
+            "b": stand_in,
+            "c": sequence(c, self.H),
+            "out": stand_in if out is None else sequence(out, self.H),
+            "add": stand_in if add is None else sequence(add[0], self.H),
+            "pair": stand_in if pair is None else sequence(pair[0], self.H),
+        }
+        state = matrices(carry.value, swapped)
+        launch(
+            first_order_kernel,
+            triton.cdiv(value_dim, tile.BV) * segments * self.rows,
+            warps=tile.warps,
+            stages=tile.stages,
+            registers=tiles.registers(self.target),
+            **sequences,
+            carry=state,
+            leaving=state,
+            x=carry.value if pair is None else pair[2],
+            T=self.T,
+            segment_chunks=tokens // tile.BT,
+            segments=segments,
+            H=self.H,
+            alpha=float(alpha),
+            into_state=float(into_state),
+            beta=0.0 if add is None else float(add[1]),
+            weight=0.0 if pair is None else float(pair[1]),
+            K=key_dim,
+            V=value_dim,
+            BT=tile.BT,
+            BK=tiles.power_of_two(key_dim),
+            BV=tile.BV,
+            REVERSE=carry.reverse,
+            CARRY=emit,
+            EMIT=emit,
+            ADD=add is not None,
+            PAIR=pair is not None,
+            LEAVE=not emit or not carry.known,
+            DTYPE=_TRITON[self.inner_dtype],
+            PRECISION=self.precision,
+            **self.gate_arguments(decayed),
+        )
+
+
+_TRITON = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}

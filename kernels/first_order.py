@@ -1,0 +1,165 @@
+"""One causal first-order pass, left to right or right to left: the kernel every operator is made of.
+
+    REVERSE False   out_t = alpha (a_t P_t + sum_{i<=t in chunk} Gamma(t, i) (a_t . b_i) c_i)     LA(a, b, c)
+                    P     = sum_{i before the chunk} Gamma(chunk start, i) b_i c_i^T
+    REVERSE True    out_i = alpha (a_i R_i + sum_{t>=i in chunk} Gamma(t, i) (a_i . b_t) c_t)     rLA(a, b, c)
+
+and, as asked: ``out += beta add``; per token ``x = weight (pair . alpha LA)``, a term of the gates' gradient; the
+state that leaves the segment; or the state alone, from nothing (``EMIT`` False), which is a segment's summary.
+
+Shapes: a, b [B, T, heads, K], c, out, add, pair [B, T, heads, V], carries [segments + 1, B H, K, V] float32.
+Grid: one program for each (tile of BV columns, segment, batch element and head), walking its segment in chunks of BT
+tokens with its part of the state, [BK, BV] float32, in registers. Each output element is written by one program, once:
+results are bitwise repeatable.
+
+Precision: bf16 inputs meet the tensor cores as bf16, and so do the state and the chunk's scores where they enter a
+product; float16 inputs as tf32, whose mantissa is float16's and whose range is float32's; float32 as tf32x3 (ieee on
+AMD). Sums and states are float32. No product takes the transpose of a computed value: what is needed transposed is
+loaded transposed (Triton 3.4 to 3.7.0 miscompile the other way on Hopper).
+
+Reference: hla_dist/operators/blocks.py and docs/algebra.md. Not supported: float64, K or V above 256.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hla_kernels.sequences import columns, document_of, matrix_pointers, rows, store_rows, token_gates
+
+
+@triton.jit
+def chunk_gates(
+    log_decay, documents, i_b, i_h, t0, T, o_i, BT: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """What a chunk's products of gates are made of: (sums [BT], marks [BT], to_start [BT], to_end [BT], whole []).
+
+    Gamma(t, i) = exp(sums[t] - sums[i]) where t >= i and marks[t] == marks[i], else 0: the sums start anew in every
+    chunk, and a cut or a document's start is counted in the marks, never added. ``to_start`` is Gamma(t, chunk start),
+    the first token's own gate included, ``to_end`` is Gamma(chunk end, i), ``whole`` the product of all gates.
+    """
+    sums = tl.zeros([BT], tl.float32)
+    marks = tl.zeros([BT], tl.int32)
+    to_start = tl.full([BT], 1.0, tl.float32)
+    to_end = tl.full([BT], 1.0, tl.float32)
+    whole = tl.full([], 1.0, tl.float32)
+    if GATED:
+        log, cut = token_gates(log_decay, i_b, i_h, t0 + o_i, o_i < T - t0)
+        sums = tl.cumsum(log, 0)
+        marks = tl.cumsum(cut, 0)
+        total = tl.sum(log, 0)
+        cuts = tl.sum(cut, 0)
+        to_start = tl.where(marks == 0, tl.exp(sums), 0.0)
+        to_end = tl.where(marks == cuts, tl.exp(tl.minimum(total - sums, 0.0)), 0.0)
+        whole = tl.where(cuts == 0, tl.exp(total), 0.0)
+    if DOCUMENTS:
+        here = document_of(documents, t0 + o_i, T)  # [BT]
+        before = document_of(documents, t0 - 1, T)
+        last = document_of(documents, t0 + BT - 1, T)
+        marks += here - before  # both counts only grow: equal sums are equal counts
+        to_start = tl.where(here == before, to_start, 0.0)
+        to_end = tl.where(here == last, to_end, 0.0)
+        whole = tl.where(before == last, whole, 0.0)
+    return sums, marks, to_start, to_end, whole
+
+
+@triton.jit
+def weigh(scores, sums, marks, t0, o_i, REVERSE: tl.constexpr, DECAYED: tl.constexpr):
+    """Scores times Gamma on the causal side of the diagonal, 0 on the other.  # [BT, BT]
+
+    Positions carry t0 so that the mask is formed anew in every chunk: kept, it would hold registers all along.
+    """
+    o_t = t0 + o_i
+    causal = (o_t[:, None] <= o_t[None, :]) if REVERSE else (o_t[:, None] >= o_t[None, :])
+    if DECAYED:
+        between = sums[None, :] - sums[:, None] if REVERSE else sums[:, None] - sums[None, :]
+        scores *= tl.exp(tl.minimum(between, 0.0))
+        causal = causal & (marks[:, None] == marks[None, :])
+    return tl.where(causal, scores, 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "segment_chunks", "segments"])
+def first_order_kernel(
+    a,
+    b,
+    c,
+    out,
+    add,
+    pair,
+    log_decay,
+    documents,
+    carry,
+    leaving,
+    x,
+    T,
+    segment_chunks,
+    segments,
+    H,
+    alpha,
+    into_state,
+    beta,
+    weight,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GATED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    CARRY: tl.constexpr,
+    EMIT: tl.constexpr,
+    ADD: tl.constexpr,
+    PAIR: tl.constexpr,
+    LEAVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """See the top of the file. The state in registers is the true one divided by ``into_state``, the scale of b c."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % tiles
+    i_s = (tl.program_id(0) // tiles) % segments
+    i_bh = tl.program_id(0) // tiles // segments
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_i = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]  # [BK, BV]
+    first = i_s * segment_chunks
+    chunks = tl.minimum(segment_chunks, tl.cdiv(T, BT) - first)
+
+    state = tl.zeros([BK, BV], tl.float32)
+    if CARRY:
+        i_in = i_s + 1 if REVERSE else i_s
+        state += tl.load(matrix_pointers(carry, i_in, i_bh, o_k, o_v), mask=m_kv, other=0.0) / into_state
+    for j in range(chunks):
+        i_c = first + (chunks - 1 - j if REVERSE else j)
+        t0 = tl.cast(i_c * BT, tl.int32)
+        b_b = columns(b, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BK, BT]
+        b_c = rows(c, i_b, i_h, t0, T, o_i, o_v, V, DTYPE)  # [BT, BV]
+        sums, marks, to_start, to_end, whole = chunk_gates(
+            log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
+        )
+        if EMIT:
+            b_a = rows(a, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BT, BK]
+            b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
+            b_w = weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS).to(DTYPE)
+            b_o = tl.dot(b_a, state.to(DTYPE), input_precision=PRECISION)  # [BT, BV]
+            if GATED or DOCUMENTS:
+                b_o *= (to_end if REVERSE else to_start)[:, None]
+            b_o = tl.dot(b_w, b_c, b_o, input_precision=PRECISION) * alpha
+            if PAIR:
+                b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V, tl.float32)  # [BT, BV]
+                row = i_v * (tl.num_programs(0) // tiles // segments) + i_bh
+                tl.store(x + row.to(tl.int64) * T + t0 + o_i, tl.sum(b_p * b_o, 1) * weight, mask=o_i < T - t0)
+            if ADD:
+                b_o += beta * rows(add, i_b, i_h, t0, T, o_i, o_v, V, tl.float32)
+            store_rows(out, b_o, i_b, i_h, t0, T, o_i, o_v, V)
+        if GATED or DOCUMENTS:
+            b_c = (b_c * (to_start if REVERSE else to_end)[:, None]).to(DTYPE)
+            state *= whole
+        state = tl.dot(b_b, b_c, state, input_precision=PRECISION)
+    if LEAVE:
+        i_out = i_s if REVERSE == EMIT else i_s + 1
+        tl.store(matrix_pointers(leaving, i_out, i_bh, o_k, o_v), state * into_state, mask=m_kv)

@@ -1,0 +1,233 @@
+"""``python -m hla_kernels.report``: what every kernel takes on every architecture, compiled here without a GPU.
+
+Every entry of the tile table is compiled in its most demanding variants, forward and reverse, exactly as the host
+functions launch it; the other kernels once an architecture. Printed as a table and written as JSON. Exit status 1 if a
+kernel breaks a rule:
+
+    shared memory over the architecture's limit
+    no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma at 64 tokens a chunk
+    spills on sm_90 or sm_100 at K, V <= 128 in bf16 or fp16; elsewhere more than ``SPILLS`` allows
+
+Results are kept by a hash of the kernels' sources, Triton's version and the case: unchanged kernels cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from hla_kernels import aot, device, stages, tiles
+from hla_kernels.cascade import Pass, Problem
+from hla_kernels.decode import READS, decode
+from hla_kernels.device import Target
+
+CASCADES = {
+    "linear_attention": (Pass("o", "q", "k", "v"),),
+    "hla2": (Pass("u", "q", "k", "k", True), Pass("o", "q", "u", "v")),
+}
+# bytes a thread may spill where it is not forbidden, (arch, dtype, rows) -> the most seen with Triton 3.7.1. float32 is
+# tf32x3, whose operands are three times as many; 256 rows hold a state that leaves nothing for the rest
+SPILLS: dict[tuple[str, str, int], int] = {
+    ("sm_80", "bfloat16", 256): 24,
+    ("sm_80", "float16", 256): 208,
+    ("sm_80", "float32", 128): 304,
+    ("sm_80", "float32", 256): 7904,
+    ("sm_90", "bfloat16", 256): 8,
+    ("sm_90", "float16", 256): 160,
+    ("sm_90", "float32", 128): 32,
+    ("sm_90", "float32", 256): 2232,
+    ("sm_100", "bfloat16", 256): 56,
+    ("sm_100", "float16", 256): 232,
+    ("sm_100", "float32", 128): 88,
+    ("sm_100", "float32", 256): 2512,
+    ("gfx942", "float16", 256): 928,
+    ("gfx942", "float32", 256): 952,
+}
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+
+class Case(NamedTuple):
+    """A call whose launches are compiled."""
+
+    arch: str
+    dtype: str
+    K: int
+    V: int
+    gated: bool
+
+
+class Row(NamedTuple):
+    """One compiled kernel."""
+
+    arch: str
+    dtype: str
+    kernel: str
+    variant: str
+    K: int
+    V: int
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: dict[str, int]
+
+
+def cases(archs: tuple[str, ...]) -> list[Case]:
+    """One for every entry of the tile table."""
+    found = []
+    for (arch, dtype), entries in tiles.TABLE.items():
+        if arch in archs:
+            name = str(dtype).removeprefix("torch.")
+            found += [Case(arch, name, rows, rows, gated) for rows in entries for gated in (False, True)]
+            if dtype == torch.bfloat16:
+                found.append(Case(arch, name, 96, 80, True))  # masked columns
+    return found
+
+
+def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """What a backward of hla2 over several segments launches, and a decoding step of every operator."""
+    found: list[tuple[Any, dict[str, Any], dict[str, int]]] = []
+    device.replace_launcher(lambda kernel, grid, arguments, options: found.append((kernel, arguments, options)))
+    dtype, heads, tokens = getattr(torch, case.dtype), 2, 600
+    whole = [torch.empty(1, 4096, heads, width, dtype=dtype) for width in (case.K, case.K, case.V)]
+    q, k, v = (x[:, :tokens] for x in whole)
+    log_decay = torch.zeros(1, tokens, heads) if case.gated else None
+    target = Target(case.arch, PROCESSORS[case.arch])
+    problem = Problem(CASCADES["hla2"], q, k, v, log_decay, None, 0.5, 0.3, target, segment_tokens=256)
+    carry = [torch.zeros(1, heads, case.K, width) for width in (case.K, case.V)]
+    dout = torch.empty(1, tokens, heads, case.V, dtype=dtype)
+    stages.scan_backward(problem, carry, dout, carry, case.gated)
+    if case.K == case.V == 128 and case.dtype == "bfloat16":
+        for name in READS:
+            fields = [torch.zeros(1, heads, case.K, case.K if f == "S" else case.V) for f in READS[name].states]
+            gate = None if log_decay is None else log_decay[:, :1]
+            decode(name, q[:, :1], k[:, :1], v[:, :1], gate, fields, 0.5, 0.3, target)
+    device.replace_launcher(None)
+    return found
+
+
+def _variant(arguments: dict[str, Any]) -> str:
+    return "+".join(name.lower() for name, value in arguments.items() if name.isupper() and value is True) or "plain"
+
+
+def _wanted(case: Case, arguments: dict[str, Any]) -> bool:
+    """The demanding variants of a pass: everything it may be asked for at once; and its states alone."""
+    if "EMIT" not in arguments:
+        return True
+    if not arguments["EMIT"]:
+        return case.dtype == "bfloat16"
+    return arguments["ADD"] and (arguments["PAIR"] or not case.gated)
+
+
+def compile_case(case: Case) -> list[Row]:
+    """Every distinct demanding kernel of a case."""
+    rows: dict[tuple[str, str, int, int], Row] = {}
+    for kernel, arguments, options in _launches(case):
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        key_dim, value_dim = arguments.get("K", 0), arguments.get("V", 0)
+        key = (name, _variant(arguments), key_dim, value_dim)
+        if key in rows or not _wanted(case, arguments):
+            continue
+        got = aot.compile_launch(case.arch, kernel, arguments, options)
+        tile = [str(arguments[x]) for x in ("BT", "BV") if x in arguments]
+        text = f"{'x'.join(tile)} w{options['num_warps']} s{options['num_stages']}"
+        rows[key] = Row(case.arch, case.dtype, name, key[1], key_dim, value_dim, text, *got)
+    return list(rows.values())
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cached(case: Case, cache: Path) -> list[Row]:
+    path = cache / _source_hash() / ("_".join(map(str, case)) + ".json")
+    if path.exists():
+        return [Row(**row) for row in json.loads(path.read_text())]
+    rows = compile_case(case)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps([row._asdict() for row in rows]))
+    whole.replace(path)
+    return rows
+
+
+def compile_all(archs: tuple[str, ...], cache: Path, processes: int = 2) -> list[Row]:
+    """All rows of some architectures, from the cache where the sources have not changed."""
+    with ProcessPoolExecutor(processes) as pool:
+        rows = [row for found in pool.map(_cached, cases(archs), [cache] * len(cases(archs))) for row in found]
+    return list(dict.fromkeys(_hashable(row) for row in rows))
+
+
+def _hashable(row: Row) -> Row:
+    return row._replace(matrix=_Counts(row.matrix))
+
+
+class _Counts(dict):  # type: ignore[type-arg]
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
+def broken_rules(row: Row) -> Iterator[str]:
+    """What is wrong with a compiled kernel, in words."""
+    label = f"{row.kernel} ({row.variant}) K={row.K} V={row.V} {row.dtype} {row.tile} on {row.arch}"
+    if row.shared > aot.SHARED_LIMIT[row.arch]:
+        yield f"{label}: {row.shared} bytes of shared memory, the limit is {aot.SHARED_LIMIT[row.arch]}"
+    if row.kernel == "first_order":
+        if not any(row.matrix.values()):
+            yield f"{label}: no matrix instructions"
+        if row.arch == "sm_90" and row.tile.startswith("64x") and not row.matrix["wgmma.mma_async"]:
+            yield f"{label}: no wgmma"
+    forbidden = row.arch in ("sm_90", "sm_100") and max(row.K, row.V) <= 128 and row.dtype != "float32"
+    allowed = 0 if forbidden else SPILLS.get((row.arch, row.dtype, row.K), 0)
+    if row.spills > allowed:
+        yield f"{label}: {row.spills} bytes spilled, allowed are {allowed}"
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| arch | dtype | kernel | variant | K | V | tile | registers | spills, bytes | shared, KiB | matrix |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        matrix = ", ".join(f"{count} {name}" for name, count in row.matrix.items() if count) or "none"
+        shared = f"{row.shared / 1024:.0f}"
+        cells = (*row[:7], row.registers, row.spills, shared, matrix)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m hla_kernels.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=device.SUPPORTED, help="only these; repeatable")
+    parser.add_argument("--json", type=Path, default=Path("out/kernels.json"), help="where the JSON goes")
+    parser.add_argument("--cache", type=Path, default=Path("out/kernel_report"), help="where results are kept")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    rows = compile_all(tuple(options.arch or device.SUPPORTED), options.cache, options.processes)
+    print(table(rows))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(
+        json.dumps({"triton": triton.__version__, "kernels": [row._asdict() for row in rows]}, indent=1) + "\n"
+    )
+    problems = [text for row in rows for text in broken_rules(row)]
+    for text in problems:
+        print(f"BROKEN: {text}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

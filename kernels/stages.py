@@ -1,0 +1,294 @@
+"""The stages of a cascade on one device: outputs from a carry, every gradient from a reverse carry, and summaries.
+
+    scan                 out, states, from the carry
+    scan_backward        dq, dk, dv, dlog_decay, dcarry, from the reverse carry; inner sequences are computed again
+    summarize            rho, states from nothing, moments
+    summarize_backward   reverse states from nothing
+
+Launches are in a fixed order with fixed shapes, nothing is read on the host: all of it can be captured in a CUDA graph.
+Memory beside inputs and results: inner sequences and their gradients (hla2: u and du), and carries at segment
+boundaries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hla_kernels import tiles
+from hla_kernels.cascade import RESTART, Carry, Pass, Problem
+from hla_kernels.decode import READS, decode
+from hla_kernels.device import launch
+from hla_kernels.segments import gate_gradient_kernel, inner_products_kernel
+from hla_kernels.sequences import last_axis_contiguous
+
+
+class Gradients(NamedTuple):
+    """Gradients in the inputs' dtypes, ``log_decay [B, T, H]`` float32 (None without gates), ``carry`` one a pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    carry: list[Tensor]
+
+
+def _forward_pass(problem: Problem, p: Pass, initial: Tensor | None, cut: tuple[int, int], out: Tensor) -> Carry:
+    """``out = LA(a, b, c) + ridge a`` and the carries of every segment."""
+    a, b, c = (problem.sequences[name] for name in (p.a, p.b, p.c))
+    carry = problem.carry(b, c, initial, cut, reverse=False)
+    problem.find(carry, b, c, problem.times_scale(p.b, p.c), initial, cut)
+    ridge = problem.ridge * problem.times_scale(p.a) if p.ridge else 0.0
+    problem.run(
+        a,
+        b,
+        c,
+        out,
+        carry,
+        False,
+        cut,
+        alpha=problem.times_scale(p.a, p.b, p.c),
+        into_state=problem.times_scale(p.b, p.c),
+        add=(a, ridge) if ridge else None,
+    )
+    return carry
+
+
+def _inner_forward(problem: Problem, carry: list[Tensor | None], cut: tuple[int, int]) -> list[Carry]:
+    """Every pass but the last; results go to ``problem.sequences``."""
+    carries = []
+    for p, initial in zip(problem.passes[:-1], carry):
+        out = problem.inner(problem.sequences[p.c].shape[3])
+        carries.append(_forward_pass(problem, p, initial, cut, out))
+        problem.sequences[p.out] = out
+    return carries
+
+
+def _edge(problem: Problem, carry: Carry) -> Tensor:
+    """What leaves the last segment in walking order, ``[B, H, rows, columns]``."""
+    value = carry.value[0 if carry.reverse else -1]
+    return value.view(problem.B, problem.H, *value.shape[1:]).clone()
+
+
+def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+    """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``; ``out`` in q's dtype unless told."""
+    if problem.T == 1 and problem.documents is None and problem.operator in READS:
+        inputs = (problem.q, problem.k, problem.v, problem.log_decay)
+        return decode(problem.operator, *inputs, carry, problem.scale, problem.ridge, problem.target, out_dtype)
+    cut = problem.segments()
+    carries = _inner_forward(problem, list(carry), cut)
+    last = problem.passes[-1]
+    shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
+    out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
+    carries.append(_forward_pass(problem, last, carry[-1], cut, out))
+    return out, [_edge(problem, c) for c in carries]
+
+
+class _Backward:
+    """Gradients as they come in: buffers by name, terms of the gates' gradient by launch."""
+
+    def __init__(self, problem: Problem, dout: Tensor, cut: tuple[int, int], gate: bool):
+        self.problem, self.cut, self.gate = problem, cut, gate
+        self.gradients = {"o": dout}
+        self.terms: list[Tensor] = []
+
+    def buffer(self, name: str) -> Tensor:
+        x = self.problem.sequences[name]
+        dtype = x.dtype if x.shape[2] == self.problem.H else torch.float32  # grouped heads: summed afterwards
+        shape = (*x.shape[:2], self.problem.H, x.shape[3])
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    def add(
+        self, name: str, a: str, b: str, c: str, carry: Carry, swapped: bool, scale: float, p: Pass, weight: float
+    ) -> None:
+        """``dname += LA or rLA (a, b, c)``; ``weight``: its share of the gates' terms. ``scale``: that of b c.
+
+        ``swapped``: the carry at hand is the transpose of the one needed.
+        """
+        problem = self.problem
+        x = {**problem.sequences, **{f"d{key}": value for key, value in self.gradients.items()}}
+        own = problem.times_scale(name)
+        alpha = problem.times_scale(a, b, c) * own
+        add = None
+        if name in self.gradients:
+            add = (self.gradients[name], 1.0)
+        else:
+            self.gradients[name] = self.buffer(name)
+            ridge = problem.ridge * own if p.ridge and name == p.a else 0.0
+            add = (x[f"d{p.out}"], ridge) if ridge else None
+        pair = None
+        if self.gate:
+            width = problem.sequences[name].shape[3]
+            tile = problem.tile(x[b].shape[3], width)
+            shape = (-(-width // tile.BV), problem.rows, problem.T)
+            terms = torch.empty(shape, dtype=torch.float32, device=x[c].device)
+            self.terms.append(terms)
+            pair = (problem.sequences[name], weight, terms)
+        problem.run(
+            x[a],
+            x[b],
+            x[c],
+            self.gradients[name],
+            carry,
+            swapped,
+            self.cut,
+            alpha=alpha,
+            into_state=scale,
+            add=add,
+            pair=pair,
+        )
+
+    def add_all(self, p: Pass, forward: Carry, reverse: Carry, wanted: set[str]) -> None:
+        """What pass ``p`` adds to the gradients of ``wanted`` among its a, b and c."""
+        into_p, into_r = self.problem.times_scale(p.b, p.c), self.problem.times_scale(p.a)
+        dout = f"d{p.out}"
+        share = -0.5 if p.b == p.c else -1.0
+        if p.a in wanted:
+            self.add(p.a, dout, p.c, p.b, forward, True, into_p, p, 1.0)
+        if p.b in wanted:
+            self.add(p.b, p.c, dout, p.a, reverse, True, into_r, p, share)
+        if p.c in wanted:
+            self._add_c(p, dout, reverse, into_r)
+
+    def _add_c(self, p: Pass, dout: str, reverse: Carry, scale: float) -> None:
+        gate, self.gate = self.gate, self.gate and p.b == p.c  # c . dc is b . db: it is counted there
+        self.add(p.c, p.b, p.a, dout, reverse, False, scale, p, -0.5)
+        self.gate = gate
+
+
+def _reverse_carry(backward: _Backward, p: Pass, entering: Tensor | None) -> Carry:
+    """The reverse carries of pass ``p``, once the gradient of its result is known."""
+    problem = backward.problem
+    a, dout = problem.sequences[p.a], backward.gradients[p.out]
+    carry = problem.carry(a, dout, entering, backward.cut, reverse=True)
+    problem.find(carry, a, dout, problem.times_scale(p.a), entering, backward.cut)
+    return carry
+
+
+def scan_backward(
+    problem: Problem, carry: list[Tensor], dout: Tensor, reverse_carry: list[Tensor], gate: bool
+) -> Gradients:
+    """Every gradient of the segment, whose reverse carry enters from the right; ``gate``: that of log_decay too."""
+    cut = problem.segments(RESTART if gate else None)
+    forward = _inner_forward(problem, list(carry), cut)
+    last = problem.passes[-1]
+    b, c = problem.sequences[last.b], problem.sequences[last.c]
+    forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
+    problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
+    backward = _Backward(problem, last_axis_contiguous(dout), cut, gate)
+    inner = {p.out for p in problem.passes[:-1]}
+    reverse: dict[str, Carry] = {}
+    steps = list(zip(problem.passes, forward, reverse_carry))
+    for p, carry_in, entering in reversed(steps):
+        reverse[p.out] = _reverse_carry(backward, p, entering)
+        backward.add_all(p, carry_in, reverse[p.out], inner)
+    for p, carry_in, _ in steps:
+        backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
+    dlog = _gate_gradient(backward, forward, [reverse[p.out] for p in problem.passes]) if gate else None
+    dq, dk, dv = (_own_heads(backward.gradients[name], problem.sequences[name]) for name in "qkv")
+    return Gradients(dq, dk, dv, dlog, [_edge(problem, reverse[p.out]) for p in problem.passes])
+
+
+def _own_heads(gradient: Tensor, x: Tensor) -> Tensor:
+    """Sum over the query heads of every K/V head."""
+    if gradient.shape[2] == x.shape[2]:
+        return gradient
+    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+
+
+def _gate_gradient(backward: _Backward, forward: list[Carry], reverse: list[Carry]) -> Tensor:
+    problem, (segments, tokens) = backward.problem, backward.cut
+    device = problem.q.device
+    tails = torch.empty(segments, problem.rows, dtype=torch.float32, device=device)
+    for i, (left, right) in enumerate(zip(forward, reverse)):
+        elements = left.value[0, 0].numel() if problem.rows else 0
+        launch(
+            inner_products_kernel,
+            segments * problem.rows,
+            left=left.value[1:],
+            right=right.value[1:],
+            out=tails,
+            E=elements,
+            BE=tiles.power_of_two(min(elements, 1024)),
+            ADD=i > 0,
+        )
+    terms = torch.cat(backward.terms)
+    dlog = torch.empty(problem.B, problem.H, problem.T, dtype=torch.float32, device=device)
+    launch(
+        gate_gradient_kernel,
+        segments * problem.rows,
+        x=terms,
+        tails=tails,
+        out=dlog,
+        T=problem.T,
+        segment_tokens=tokens,
+        segments=segments,
+        slots=terms.shape[0],
+        slot_stride=problem.rows * problem.T,
+        BT=256,
+    )
+    return dlog.transpose(1, 2)
+
+
+def summarize(
+    problem: Problem, moments: tuple[tuple[str, str, bool], ...]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """``(rho [B, H], states, moments)`` of the segment from an empty past.
+
+    A moment is ``(left, right, from_start)``: ``sum w left right^T`` with w = 1, or Gamma(i, segment start).
+    """
+    cut = problem.segments()
+    carries = _inner_forward(problem, [None] * len(problem.passes), cut)
+    states = [_edge(problem, c) for c in carries]
+    last = problem.passes[-1]
+    states.append(_state_only(problem, last.b, last.c, cut))
+    rho = torch.ones(problem.B, problem.H, dtype=torch.float32, device=problem.q.device)
+    if problem.gated:
+        rho = problem.decay(cut[1]).prod(0).view(problem.B, problem.H)
+    values = [
+        _state_only(problem, left, right, cut, reverse=from_start, decayed=from_start)
+        for left, right, from_start in moments
+    ]
+    return rho, states, values
+
+
+def _state_only(
+    problem: Problem, left: str, right: str, cut: tuple[int, int], reverse: bool = False, decayed: bool = True
+) -> Tensor:
+    """``sum w left right^T`` of the whole segment from nothing, ``[B, H, rows, columns]``."""
+    x, y = problem.sequences[left], problem.sequences[right]
+    return _product(problem, x, y, problem.times_scale(left, right), cut, reverse, decayed)
+
+
+def _product(
+    problem: Problem, x: Tensor, y: Tensor, scale: float, cut: tuple[int, int], reverse: bool, decayed: bool
+) -> Tensor:
+    carry = problem.carry(x, y, None, cut, reverse)
+    problem.find_alone(carry, x, y, scale, cut, decayed)
+    return _edge(problem, carry)
+
+
+def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> list[Tensor]:
+    """Reverse states of the segment with nothing to its right, one ``[B, H, rows, columns]`` a pass."""
+    cut = problem.segments()
+    forward = _inner_forward(problem, list(carry), cut)
+    backward = _Backward(problem, last_axis_contiguous(dout), cut, gate=False)
+    inner = {p.out for p in problem.passes[:-1]}
+    fields: dict[str, Tensor] = {}
+    last = problem.passes[-1]
+    b, c = problem.sequences[last.b], problem.sequences[last.c]
+    forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
+    if last.a in inner:  # only then is the last pass's own carry read
+        problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
+    for p, carry_in in reversed(list(zip(problem.passes, forward))):
+        if inner & {p.a, p.b, p.c}:
+            reverse = _reverse_carry(backward, p, None)
+            backward.add_all(p, carry_in, reverse, inner)
+            if reverse.known:
+                fields[p.out] = _edge(problem, reverse)
+                continue
+        a, gradient = problem.sequences[p.a], backward.gradients[p.out]
+        fields[p.out] = _product(problem, a, gradient, problem.times_scale(p.a), cut, reverse=True, decayed=True)
+    return [fields[p.out] for p in problem.passes]

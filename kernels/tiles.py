@@ -1,0 +1,127 @@
+"""The tile table: how a pass is cut, per dtype, rows of the state and architecture, with reasons. No runtime tuning.
+
+BT tokens are a chunk, BV columns of the state belong to one program. What binds, on every architecture, is the
+state: [BK, BV] float32 in registers for the whole walk, beside [BT, BT] scores and [BT, BV] outputs; more columns a
+program mean fewer programs that form the same scores again. Every entry is compiled ahead of time by
+``python -m hla_kernels.report``, which says what it takes and fails where it spills.
+
+bf16 on sm_90 and sm_100: 64 tokens are one matrix instruction's rows for 4 warps (8 warps would form them twice). At
+K = 128 64 columns fit without gates; with gates and the terms of their gradient only 32 do.
+fp16: operands are float32 in shared memory and registers, computed as tf32: 8 warps.
+fp32: tf32x3 holds every operand three times: 16 tokens. Exactness is its purpose, not speed.
+gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one stage; twice the registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hla_kernels.device import Target
+
+
+class Tile(NamedTuple):
+    """A chunk's tokens, a program's columns of the state, and Triton's warps and pipeline stages."""
+
+    BT: int
+    BV: int
+    warps: int
+    stages: int
+
+
+class Pair(NamedTuple):
+    """Tiles of a pass without gates, and of one with gates or document boundaries."""
+
+    plain: Tile
+    decayed: Tile
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROWS = (64, 128, 256)  # the state's rows, rounded up to one of these
+
+_BF16_WGMMA = {
+    64: Pair(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    256: Pair(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+}
+_FP16_SM90 = {
+    64: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    128: Pair(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+_FP16_SM100 = {
+    64: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    128: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+_FP32 = {
+    64: Pair(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    128: Pair(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    256: Pair(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
+    ("sm_80", BF16): {
+        64: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+        128: Pair(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: Pair(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+    },
+    ("sm_80", FP16): {
+        64: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    ("sm_80", FP32): _FP32,
+    ("sm_90", BF16): _BF16_WGMMA,
+    ("sm_90", FP16): _FP16_SM90,
+    ("sm_90", FP32): _FP32,
+    ("sm_100", BF16): _BF16_WGMMA,
+    ("sm_100", FP16): _FP16_SM100,
+    ("sm_100", FP32): _FP32,
+    ("gfx942", BF16): {
+        64: Pair(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        128: Pair(Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+        256: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    },
+    ("gfx942", FP16): {
+        64: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    ("gfx942", FP32): {
+        64: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+}
+
+# Entries that hardware proved wrong: (arch, dtype, rows, decayed, first Triton version it is right in). A call that
+# would use one is refused. None is known: no entry has met hardware yet.
+WRONG: tuple[tuple[str, torch.dtype, int, bool, str], ...] = ()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n, at least 16 (the least a matrix product takes)."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def precision(dtype: torch.dtype, target: Target) -> str:
+    """How products of float32 operands are formed (bfloat16 ones do not ask)."""
+    if dtype == torch.float32:
+        return "ieee" if target.arch in ("gfx942", "interpreter") else "tf32x3"  # CDNA multiplies float32 natively
+    return "tf32"
+
+
+def registers(target: Target) -> int | None:
+    """What a thread may have at most; None leaves it to the assembler, which on sm_100 would rather spill a few."""
+    return 255 if target.arch == "sm_100" else None
+
+
+def first_order(dtype: torch.dtype, key_dim: int, value_dim: int, decayed: bool, target: Target) -> Tile:
+    """The tile of ``first_order_kernel`` for a state of ``key_dim`` rows and ``value_dim`` columns."""
+    columns = power_of_two(value_dim)
+    if target.arch == "interpreter":
+        return Tile(32, columns, 4, 1)  # a program costs the same whatever its tile: few, large ones
+    rows = next(r for r in ROWS if r >= key_dim)
+    tile = TABLE[target.arch, dtype][rows][decayed]
+    return tile._replace(BV=min(tile.BV, columns))

@@ -1,0 +1,150 @@
+"""Every operator on backend="triton" against the oracle in float64: outputs, states, every gradient. Run interpreted.
+
+Buffers that kernels are to fill are filled with NaN beforehand: what a kernel leaves unwritten is seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hla_dist
+from hla_dist.reference import quadratic
+from hla_kernels import cascade
+from hla_kernels.device import INTERPRETED
+from tests.harness import assert_close, relative_error
+from tests.problems import RIDGED, STREAMING, Problem, check, draw, oracle, run
+from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
+
+assert INTERPRETED, "run by test_interpreter.py, with TRITON_INTERPRET=1"
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty full of NaN."""
+    empty = torch.empty
+
+    def fill(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", fill)
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of one or two chunks: a short sequence is scanned over several."""
+    monkeypatch.setattr(cascade, "SHORTEST", 32)
+    monkeypatch.setattr(cascade, "RESTART", 64)
+
+
+def _compare(problem: Problem) -> None:
+    tensors = draw(problem)
+    check(problem, tensors, run(problem, tensors, getattr(hla_dist, problem.name), backend="triton"))
+
+
+def _ridge(name: str) -> float:
+    return 0.3 if name in RIDGED else 0.0
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, short_segments) -> None:
+    _compare(
+        Problem(
+            name,
+            mask,
+            T=131,
+            H=2,
+            G=1,
+            K=20,
+            V=12,
+            gate_values="per_head",
+            scale=0.7,
+            ridge=_ridge(name),
+            dtype=torch.float32,
+        )
+    )
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_several_segments_without_gates(name, mask, short_segments) -> None:
+    _compare(Problem(name, mask, T=97, H=1, K=5, V=33, gates="none", ridge=_ridge(name), dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_one_segment_normalised_with_fixed_gates(name, mask) -> None:
+    _compare(Problem(name, mask, B=2, T=65, H=1, K=16, V=16, gates="H", normalize=True, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_a_single_token(name, mask) -> None:
+    """The decoding step, and its gradients."""
+    shapes = {"T": 1, "H": 2, "G": 1, "K": 20, "V": 12, "scale": 0.7, "ridge": _ridge(name), "dtype": torch.float32}
+    _compare(Problem(name, mask, B=2, gates="BTH", **shapes))
+    _compare(Problem(name, mask, gates="none", normalize=True, **shapes))
+
+
+@pytest.mark.parametrize("T", [0, 31, 32, 33])
+def test_lengths_about_a_chunk(T, short_segments) -> None:
+    _compare(Problem("hla2", T=T, K=17, V=16, scale=0.5, ridge=0.2, strided=True, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("gate_values", ["hard_cut", "near_zero", "near_one", "zero"])
+def test_gates_of_every_strength(gate_values, short_segments) -> None:
+    _compare(Problem("hla2", T=70, H=1, gate_values=gate_values, scale=0.5, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_float16_at_most_twice_the_error_of_plain_torch(name, mask) -> None:
+    problem = Problem(
+        name, mask, T=70, H=2, G=1, K=16, V=16, scale=0.05, gates="BTH", state=False, dtype=torch.float16, seed=1
+    )
+    for case in (problem, replace(problem, normalize=True, gates="none")):
+        tensors = draw(case)
+        want = oracle(case, tensors)
+        plain = oracle(case, tensors, quadratic, dtype=torch.float16)
+        got = run(case, tensors, getattr(hla_dist, name), backend="triton")
+        for key in want:
+            allowed = LOW_PRECISION_FACTOR * relative_error(plain[key], want[key])
+            assert_close(f"{key} of {case}", got[key], want[key], allowed)
+
+
+def test_float16_inner_sequences_do_not_overflow() -> None:
+    """u = q T 16 is 1e5 at the end; the output, v of which is small, is not."""
+    ones = torch.ones(1, 100, 1, 16, dtype=torch.float16)
+    out, _ = hla_dist.hla2(ones, 16 * ones, ones * 2**-20, backend="triton")
+    want = hla_dist.reference.serial("hla2", ones.double(), 16 * ones.double(), ones.double() * 2**-20)[0]
+    assert want.abs().max() < 65504 < 16**2 * 16 * 100
+    assert_close("out", out, want, torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_summaries(name, mask, short_segments) -> None:
+    problem = Problem(name, mask, T=99, H=2, G=1, K=6, V=5, gate_values="mild", scale=0.7, ridge=_ridge(name))
+    tensors = draw(problem)
+    options = {"scale": 0.7, "ridge": problem.ridge, "mask": mask}
+    inputs = (tensors.q, tensors.k, tensors.v)
+    want = hla_dist.summarize(name, *inputs, log_decay=tensors.log_decay, **options)
+    floats = [x.float() for x in inputs]
+    got = hla_dist.summarize(name, *floats, log_decay=tensors.log_decay.float(), backend="triton", **options)
+    assert_close("rho", got.rho, want.rho, FLOAT32)
+    for letter, value in want.fields.items():
+        assert_close(letter, got.fields[letter], value, FLOAT32)
+
+
+def test_repeats_bitwise(short_segments) -> None:
+    problem = Problem("hla2", T=70, H=2, G=1, dtype=torch.float32)
+    tensors = draw(problem)
+    first, second = (run(problem, tensors, hla_dist.hla2, backend="triton") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_compiled() -> None:
+    """Under torch.compile with full graphs, forward and backward."""
+    problem = Problem("hla2", T=40, K=16, V=16, dtype=torch.float32, state=False)
+    tensors = draw(problem)
+    compiled = torch.compile(hla_dist.hla2, fullgraph=True, backend="aot_eager")
+    check(problem, tensors, run(problem, tensors, compiled, backend="triton"))

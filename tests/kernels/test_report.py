@@ -1,0 +1,57 @@
+"""Every entry of the tile table compiled ahead of time for every architecture, and what must hold of the code.
+
+Compiled in a process of its own, which has no use for a GPU even where there is one. Unchanged kernels come from a
+cache.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are compiled where Triton is installed (Linux)")
+from hla_kernels import aot, report, tiles  # not before Triton is known to be there
+from hla_kernels.device import SUPPORTED
+
+ROOT = Path(__file__).parents[2]
+GOOD = report.Row("sm_90", "bfloat16", "first_order", "emit", 128, 128, "64x64 w4 s2", 200, 0, 1024, {})
+
+
+def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
+    written = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "hla_kernels.report", "--json", str(written)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(written.read_text())["kernels"]
+    compiled = {(row["arch"], row["dtype"], row["tile"]) for row in rows if row["kernel"] == "first_order"}
+    for (arch, dtype), entries in tiles.TABLE.items():
+        for pair in entries.values():
+            for tile in pair:
+                text = f"{tile.BT}x{tile.BV} w{tile.warps} s{tile.stages}"
+                assert (arch, str(dtype).removeprefix("torch."), text) in compiled
+    assert {row["arch"] for row in rows if row["kernel"] == "decode"} == set(SUPPORTED)
+    assert "| sm_90 | bfloat16 | first_order |" in done.stdout
+
+
+def test_what_breaks_a_rule() -> None:
+    wgmma = {"wgmma.mma_async": 8, "mma.sync": 0}
+    good = GOOD._replace(matrix=wgmma)
+    assert list(report.broken_rules(good)) == []
+    limit = aot.SHARED_LIMIT["sm_90"]
+    (text,) = report.broken_rules(good._replace(shared=limit + 1))
+    assert f"{limit + 1} bytes of shared memory" in text
+    (text,) = report.broken_rules(good._replace(spills=8))
+    assert "8 bytes spilled, allowed are 0" in text
+    (text,) = report.broken_rules(good._replace(matrix={"wgmma.mma_async": 0, "mma.sync": 8}))
+    assert "no wgmma" in text
+    none = good._replace(matrix=dict.fromkeys(wgmma, 0))
+    assert any("no matrix instructions" in text for text in report.broken_rules(none))
+    allowed = report.SPILLS["sm_90", "bfloat16", 256]
+    wide = good._replace(K=256, V=256, tile="32x32 w4 s2")
+    assert list(report.broken_rules(wide._replace(spills=allowed))) == []
+    (text,) = report.broken_rules(wide._replace(spills=allowed + 8))
+    assert f"allowed are {allowed}" in text
