@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 
 from hla_kernels.device import Target
 
@@ -98,6 +99,19 @@ TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
 # Entries that hardware proved wrong: (arch, dtype, rows, decayed, first Triton version it is right in). A call that
 # would use one is refused. None is known: no entry has met hardware yet.
 WRONG: tuple[tuple[str, torch.dtype, int, bool, str], ...] = ()
+
+
+def require_right(dtype: torch.dtype, dims: tuple[int, ...], target: Target) -> None:
+    """ValueError where a call would use an entry that hardware proved wrong for the running Triton."""
+    running = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    for arch, wrong, rows, _, right_from in WRONG:
+        needed = {next(r for r in ROWS if r >= dim) for dim in dims}
+        if (arch, wrong) == (target.arch, dtype) and rows in needed:
+            if running < tuple(int(part) for part in right_from.split(".")):
+                raise ValueError(
+                    f"backend: expected 'auto' or 'torch' with Triton {triton.__version__} on {arch}, whose kernels "
+                    f"for {dtype} and {rows} columns are wrong (right from {right_from} on), got 'triton'"
+                )
 
 
 def power_of_two(n: int) -> int:

@@ -16,7 +16,7 @@ from hla_dist.operators.cascade import Operator
 from hla_dist.operators.segment import Segment
 from hla_dist.operators.stages import Scanned, Summarized
 from hla_dist.operators.stages_backward import Gradients, Saved
-from hla_kernels import stages
+from hla_kernels import stages, tiles
 from hla_kernels.cascade import Pass, Problem
 from hla_kernels.device import check, target_of
 from hla_kernels.sequences import last_axis_contiguous
@@ -28,7 +28,9 @@ def require_supported(operator: str, device: torch.device, dtype: torch.dtype, k
     """ValueError naming the argument unless the kernels compute this operator for such tensors on this device."""
     if operator not in OPERATORS:
         raise ValueError(f"backend: expected 'auto' or 'torch' for {operator}, which has no kernels, got 'triton'")
-    check(dtype, key_dim, value_dim, target_of(device))
+    target = target_of(device)
+    check(dtype, key_dim, value_dim, target)
+    tiles.require_right(dtype, (key_dim, value_dim), target)
 
 
 def _passes(operator: Operator) -> tuple[Pass, ...]:

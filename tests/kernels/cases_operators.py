@@ -14,9 +14,11 @@ import hla_dist
 from hla_dist.reference import quadratic
 from hla_kernels import cascade
 from hla_kernels.device import INTERPRETED
-from tests.harness import assert_close, relative_error
-from tests.problems import RIDGED, STREAMING, Problem, check, draw, oracle, run
+from tests.harness import assert_close, relative_error, run_ranks
+from tests.problems import RIDGED, STREAMING, Problem, Tensors, check, draw, oracle, run
 from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
+
+WITH_KERNELS = [kind for kind in STREAMING if kind[1] != "paper"]
 
 assert INTERPRETED, "run by test_interpreter.py, with TRITON_INTERPRET=1"
 
@@ -49,7 +51,7 @@ def _ridge(name: str) -> float:
     return 0.3 if name in RIDGED else 0.0
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, short_segments) -> None:
     _compare(
         Problem(
@@ -68,17 +70,17 @@ def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, s
     )
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_several_segments_without_gates(name, mask, short_segments) -> None:
     _compare(Problem(name, mask, T=97, H=1, K=5, V=33, gates="none", ridge=_ridge(name), dtype=torch.float32))
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_one_segment_normalised_with_fixed_gates(name, mask) -> None:
     _compare(Problem(name, mask, B=2, T=65, H=1, K=16, V=16, gates="H", normalize=True, dtype=torch.float32))
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_a_single_token(name, mask) -> None:
     """The decoding step, and its gradients."""
     shapes = {"T": 1, "H": 2, "G": 1, "K": 20, "V": 12, "scale": 0.7, "ridge": _ridge(name), "dtype": torch.float32}
@@ -96,7 +98,7 @@ def test_gates_of_every_strength(gate_values, short_segments) -> None:
     _compare(Problem("hla2", T=70, H=1, gate_values=gate_values, scale=0.5, dtype=torch.float32))
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_float16_at_most_twice_the_error_of_plain_torch(name, mask) -> None:
     problem = Problem(
         name, mask, T=70, H=2, G=1, K=16, V=16, scale=0.05, gates="BTH", state=False, dtype=torch.float16, seed=1
@@ -120,7 +122,7 @@ def test_float16_inner_sequences_do_not_overflow() -> None:
     assert_close("out", out, want, torch.finfo(torch.float16).eps)
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_summaries(name, mask, short_segments) -> None:
     problem = Problem(name, mask, T=99, H=2, G=1, K=6, V=5, gate_values="mild", scale=0.7, ridge=_ridge(name))
     tensors = draw(problem)
@@ -148,3 +150,29 @@ def test_compiled() -> None:
     tensors = draw(problem)
     compiled = torch.compile(hla_dist.hla2, fullgraph=True, backend="aot_eager")
     check(problem, tensors, run(problem, tensors, compiled, backend="triton"))
+
+
+def _on_a_rank(problem: Problem, rank_lengths: list[int]) -> dict[str, torch.Tensor]:
+    tensors = draw(problem)
+    group = torch.distributed.group.WORLD
+    rank = torch.distributed.get_rank()
+    start = sum(rank_lengths[:rank])
+    end = start + rank_lengths[rank]
+    local = Tensors(
+        *(x[:, start:end] for x in (tensors.q, tensors.k, tensors.v)),
+        None if tensors.log_decay is None else tensors.log_decay[:, start:end],
+        tensors.initial_state,
+        tensors.weight_out[:, start:end],
+        tuple(w if rank == 0 else torch.zeros_like(w) for w in tensors.weight_state),
+    )
+    return run(problem, local, getattr(hla_dist, problem.name), backend="triton", group=group)
+
+
+@pytest.mark.parametrize(("name", "mask"), [("hla2", "causal"), ("hla3", "causal")])
+def test_over_two_ranks(name, mask) -> None:
+    lengths = [40, 33]
+    problem = Problem(name, mask, T=sum(lengths), H=2, G=1, K=6, V=5, scale=0.7, dtype=torch.float32)
+    parts = run_ranks(_on_a_rank, 2, problem, lengths)
+    got = {key: torch.cat([part[key] for part in parts], 1) for key in ("out", "dq", "dk", "dv", "dlog_decay")}
+    got |= {key: parts[0][key] for key in parts[0] if key not in got}
+    check(problem, draw(problem), got)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hla_dist
-from hla_kernels import device
+from hla_kernels import device, tiles
 from tests.harness import raises_value_error
 
 assert device.INTERPRETED, "run by test_interpreter.py, with TRITON_INTERPRET=1"
@@ -40,8 +40,28 @@ def test_the_column_of_ones_counts() -> None:
 def test_options_without_kernels() -> None:
     with raises_value_error("backend:", "mask='full'", "'triton'"):
         hla_dist.hla2(*_inputs(), mask="full", backend="triton")
+    with raises_value_error("backend:", "hla2_paper", "'triton'"):
+        hla_dist.hla2(*_inputs(), decay_form="paper", backend="triton")
     with raises_value_error("chunk_size: expected None", "triton", "got 64"):
         hla_dist.hla2(*_inputs(), chunk_size=64, backend="triton")
+
+
+def test_an_entry_proven_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the running version and architecture, and for no other."""
+    q, k, v = _inputs()
+    for entry, refused in (
+        (("interpreter", torch.float32, 64, True, "99.0.0"), True),
+        (("interpreter", torch.float32, 64, True, "3.6.0"), False),
+        (("interpreter", torch.float16, 64, True, "99.0.0"), False),
+        (("interpreter", torch.float32, 128, True, "99.0.0"), False),
+        (("sm_90", torch.float32, 64, True, "99.0.0"), False),
+    ):
+        monkeypatch.setattr(tiles, "WRONG", (entry,))
+        if refused:
+            with raises_value_error("backend:", "Triton", "interpreter", "are wrong", "99.0.0"):
+                hla_dist.hla2(q, k, v, backend="triton")
+        else:
+            hla_dist.hla2(q, k, v, backend="triton")
 
 
 def test_auto_stays_torch_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
