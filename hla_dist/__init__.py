@@ -8,6 +8,7 @@ Importing this package needs neither a GPU nor Triton nor a process group. See d
 from __future__ import annotations
 
 from hla_dist import reference
+from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, summarize
 from hla_dist.functional.exchange_ops import checkpoint_context
 from hla_dist.functional.validate import validation
@@ -18,6 +19,8 @@ from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, Lin
 
 __all__ = [
     "AHLAState",
+    "Cascade",
+    "CausalPass",
     "HLA3State",
     "ahla",
     "hla3",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from hla_dist.functional import backend as backends
 from hla_dist.functional import stage_ops, validate
-from hla_dist.functional.autograd import Cascade, Options, Place
+from hla_dist.functional.autograd import CausalFunction, Options, Place
 from hla_dist.functional.full import full
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES, Summary
@@ -264,15 +264,19 @@ def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> 
     return Place(pg.group_name, collectives.group_rank(pg), description)
 
 
+def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:
+    """Raise a local error, on every rank of the group if there is one; ``like``: a tensor on the group's device."""
+    if group is not None and not torch.compiler.is_compiling():
+        device = like.device if isinstance(like, Tensor) and like.device.type != "meta" else torch.device("cpu")
+        agreement.fail(group, error, device)
+    raise error
+
+
 def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Tensor, Any]:
     try:
         cascade = _validate(name, q, k, v, o)
     except ValueError as error:
-        if o["group"] is None or torch.compiler.is_compiling():
-            raise
-        device = q.device if isinstance(q, Tensor) and q.device.type != "meta" else torch.device("cpu")
-        agreement.fail(o["group"], error, device)
-        raise
+        raise_everywhere(error, q, o["group"])
     log_decay = _per_query_head(o["log_decay"], q)
     place = _place(o, cascade, q, k, v)
     if o["mask"] == "full":
@@ -285,7 +289,7 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
         initial = ()
     elif OPERATORS[cascade].states[0] == "S":
         initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
-    out, *state = Cascade.apply(
+    out, *state = CausalFunction.apply(
         _options(cascade, o), place, o["output_final_state"], q, k, v, log_decay, None, *initial
     )
     return out, STATES[cascade](*state) if state else None

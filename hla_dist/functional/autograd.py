@@ -35,7 +35,7 @@ class Place(NamedTuple):
     description: str = ""
 
 
-class Cascade(torch.autograd.Function):
+class CausalFunction(torch.autograd.Function):
     """``(out, *final state)`` of an operator; see ``attention.py`` for the public face.
 
     The initial state is one tensor a field, or None (fixed arguments: Dynamo shifts variadic ones without grad).

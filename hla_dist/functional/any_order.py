@@ -1,0 +1,264 @@
+"""Operators of any order, written as a list of first-order causal passes.
+
+    hla2 = Cascade([CausalPass("u", a="q", b="k", c="k", ridge=True), CausalPass("o", a="q", b="u", c="v")])
+    out, state = hla2(q=q, k=k, v=v, log_decay=log_decay, group=group)
+
+Every pass is one call of ``linear_attention``, so a cascade has what that has: autograd, streaming, packed documents,
+sequence parallelism. The named operators are such cascades, fused: one walk over the tokens and one all-gather.
+Shapes: B batch, T local tokens, N rows of a state (B, or documents).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hla_dist.functional.attention import linear_attention, raise_everywhere
+from hla_dist.functional.validate import FLOATS, refuse, require
+from hla_dist.states import LinearState
+
+_OPTIONS = (
+    *("log_decay", "scale", "ridge", "initial_state", "output_final_state", "cu_seqlens", "cu_seqlens_cpu"),
+    *("shard_lengths", "group", "exchange", "backend", "chunk_size", "self"),
+)
+
+
+class CausalPass(NamedTuple):
+    """One pass over the tokens; a, b and c name sequences given to the cascade, or results of earlier passes.
+
+        out_t = LA(a, b, c)_t (+ ridge a_t),   LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i
+        a, b [B, T, ., D]   c, out [B, T, ., E]   state P = sum_i Gamma(end, i) b_i c_i^T  [N, ., D, E]
+
+    ``ridge=True`` adds the cascade's ``ridge`` times a; then D = E.
+    """
+
+    out: str
+    a: str
+    b: str
+    c: str
+    ridge: bool = False
+
+
+class Cascade:
+    """An operator of any order: causal passes in order, the last one's result is the output.
+
+        out, state = cascade(q=q, k=k, v=v, ..., log_decay=..., initial_state=..., output_final_state=..., group=...)
+
+    Sequences ``[B, T, heads, width]`` come by the names the passes use. Head counts may differ: a pass has the largest
+    of its three and its gates', and repeats the others, which must divide it, for consecutive heads. ``state`` is a
+    dictionary, one carry a pass by the pass's name, ``[N, heads, D, E]``; None unless asked for. Where b and c are one
+    sequence the carry is symmetric: one given from outside enters as (P + P^T) / 2.
+
+    log_decay    gates of every pass, or a dictionary of gates by pass (a pass left out has none), shapes as for
+                 ``linear_attention``
+    scale        the sequence called q is replaced by scale * q
+    ridge        for the passes that have one
+    others       as for ``linear_attention``
+
+    Precision: results between passes, sums and states in float32 (float64 for float64 inputs), ``out`` in the dtype
+    of the sequences.
+    Communication: with a group, one all-gather a pass forward and one a pass backward, of the pass's state; bytes
+    independent of T. The named operators need one each way for the whole cascade.
+    Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
+    """
+
+    def __init__(self, passes: Sequence[CausalPass]):
+        self.passes = tuple(passes)
+        self.sequences = _check_passes(self.passes)
+
+    def __repr__(self) -> str:
+        return f"Cascade({list(self.passes)})"
+
+    def __call__(
+        self,
+        *,
+        log_decay: Tensor | Mapping[str, Tensor | None] | None = None,
+        scale: float = 1.0,
+        ridge: float = 0.0,
+        initial_state: Mapping[str, Tensor] | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+        shard_lengths: list[int] | None = None,
+        group: Any = None,
+        exchange: str = "auto",
+        backend: str = "auto",
+        chunk_size: int | None = None,
+        **sequences: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Run the cascade; see the class."""
+        try:
+            heads = self._check(sequences, scale, ridge, log_decay, initial_state, cu_seqlens)
+        except ValueError as error:
+            raise_everywhere(error, next(iter(sequences.values()), None), group)
+        gates = log_decay if isinstance(log_decay, Mapping) else {p.out: log_decay for p in self.passes}
+        given: dict[str, Tensor | None] = dict(sequences)
+        given |= {f"gate {p.out}": gates.get(p.out) for p in self.passes}
+        given |= {f"state {name}": x for name, x in (initial_state or {}).items()}
+        if group is not None:
+            given = _together(given)
+        out_dtype = sequences[self.sequences[0]].dtype
+        dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+        x = {name: given[name].to(dtype) for name in self.sequences}  # type: ignore[union-attr]
+        if scale != 1.0:
+            x["q"] = x["q"] * scale
+        states: dict[str, Tensor] = {}
+        for p in self.passes:
+            n, kv = heads[p.out], math.lcm(x[p.b].shape[2], x[p.c].shape[2])
+            a, gate, carry = _repeated(x[p.a], 2, n), given[f"gate {p.out}"], given.get(f"state {p.out}")
+            if carry is not None and p.b == p.c:
+                carry = (carry + carry.mT) / 2
+            x[p.out], state = linear_attention(
+                a,
+                _repeated(x[p.b], 2, kv),
+                _repeated(x[p.c], 2, kv),
+                log_decay=None if gate is None else _repeated(gate, -1, n),
+                initial_state=None if carry is None else LinearState(carry),
+                output_final_state=output_final_state,
+                cu_seqlens=cu_seqlens,
+                cu_seqlens_cpu=cu_seqlens_cpu,
+                shard_lengths=shard_lengths,
+                group=group,
+                exchange=exchange,
+                backend=backend,
+                chunk_size=chunk_size,
+            )
+            if p.ridge:
+                x[p.out] = x[p.out] + ridge * a
+            if state is not None:
+                states[p.out] = state.P
+        results: dict[str, Any] = {"": x[self.passes[-1].out], **states}
+        if group is not None:
+            results = _together(results)
+        out = results.pop("").to(out_dtype)
+        return out, results if output_final_state else None
+
+    def _check(self, sequences, scale, ridge, log_decay, initial_state, cu_seqlens) -> dict[str, int]:
+        """Check what linear_attention would not, or only under another name; return the heads of every pass."""
+        _check_sequences(sequences, self.sequences)
+        for name, value in (("scale", scale), ("ridge", ridge)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number, name, "a number", type(value).__name__)
+        require(scale == 1.0 or "q" in sequences, "scale", "1.0 (no sequence is called q)", scale)
+        require(ridge == 0.0 or any(p.ridge for p in self.passes), "ridge", "0.0 (no pass has a ridge)", ridge)
+        names = [p.out for p in self.passes]
+        if isinstance(log_decay, Mapping):
+            unknown = [name for name in log_decay if name not in names]
+            require(not unknown, "log_decay", f"gates for passes among {names}", f"{unknown}")
+        if initial_state is not None:
+            expected = f"a dictionary with one carry for each of {names}"
+            require(isinstance(initial_state, Mapping), "initial_state", expected, type(initial_state).__name__)
+            require(set(initial_state) == set(names), "initial_state", expected, f"{list(initial_state)}")
+        B, T = sequences[self.sequences[0]].shape[:2]
+        dtype = sequences[self.sequences[0]].dtype
+        rows = cu_seqlens.numel() - 1 if isinstance(cu_seqlens, Tensor) else B
+        width = {name: x.shape[3] for name, x in sequences.items()}
+        heads = {name: x.shape[2] for name, x in sequences.items()}
+        for p in self.passes:
+            if width[p.a] != width[p.b]:
+                refuse(p.a, f"{p.b}'s width {width[p.b]} (pass {p.out} multiplies them)", f"width {width[p.a]}")
+            if p.ridge and width[p.a] != width[p.c]:
+                refuse(p.a, f"{p.c}'s width {width[p.c]} (the ridge of pass {p.out})", f"width {width[p.a]}")
+            gate = log_decay.get(p.out) if isinstance(log_decay, Mapping) else log_decay
+            members = {name: heads[name] for name in (p.a, p.b, p.c)}
+            if gate is not None:
+                _check_gate(gate, p.out, B, T)
+                members["log_decay"] = gate.shape[-1]
+            largest = max(members, key=lambda name: members[name])
+            for name, count in members.items():
+                if members[largest] % count:
+                    expected = f"a number of heads that divides {largest}'s {members[largest]} in pass {p.out}"
+                    refuse(name, expected, f"{count} heads")
+            if initial_state is not None:
+                shape = (rows, members[largest], width[p.b], width[p.c])
+                _check_carry(initial_state[p.out], f"initial_state[{p.out!r}]", shape, dtype)
+            width[p.out], heads[p.out] = width[p.c], members[largest]
+        return {name: heads[name] for name in names}
+
+
+def _check_passes(passes: tuple[CausalPass, ...]) -> tuple[str, ...]:
+    """Check a list of passes; return the names of the sequences they need from outside, in order of use."""
+    require(len(passes) > 0, "passes", "at least one CausalPass", "none")
+    results = [p.out if isinstance(p, CausalPass) else None for p in passes]
+    given: dict[str, None] = {}
+    for i, p in enumerate(passes):
+        require(isinstance(p, CausalPass), "passes", "CausalPass entries", type(p).__name__)
+        for name in p[:4]:
+            ok = isinstance(name, str) and name.isidentifier() and name not in _OPTIONS
+            require(ok, "passes", "names that are identifiers and no option of the call", repr(name))
+        require(p.out not in results[:i], "passes", "a name of its own for every result", f"{p.out!r} twice")
+        for name in (p.a, p.b, p.c):
+            later = name in results[i:]
+            require(
+                not later, "passes", f"pass {p.out!r} to read sequences or earlier results", f"{name!r}, a later one"
+            )
+            if name not in results:
+                given[name] = None
+    read = {name for p in passes for name in (p.a, p.b, p.c)}
+    unread = [p.out for p in passes[:-1] if p.out not in read]
+    require(not unread, "passes", "every result but the last read by a pass", f"{unread} read by none")
+    return tuple(given)
+
+
+def _check_sequences(sequences: dict[str, Any], names: tuple[str, ...]) -> None:
+    """The sequences by name: all of them, and alike in B, T, dtype and device."""
+    require(set(sequences) == set(names), "sequences", ", ".join(names), ", ".join(sequences) or "none")
+    first = sequences[names[0]]
+    for name in names:
+        x = sequences[name]
+        require(isinstance(x, Tensor), name, "a tensor [B, T, heads, width]", type(x).__name__)
+        if x.dim() != 4 or 0 in x.shape[2:]:
+            refuse(name, "[B, T, heads, width], at least one head and one channel", f"shape {tuple(x.shape)}")
+        require(x.dtype in FLOATS, name, "bfloat16, float16, float32 or float64", x.dtype)
+        require(x.dtype == first.dtype, name, f"{names[0]}'s dtype {first.dtype}", x.dtype)
+        require(x.device == first.device, name, f"{names[0]}'s device {first.device}", x.device)
+        if tuple(x.shape[:2]) != tuple(first.shape[:2]):
+            refuse(name, f"[B, T] = {list(first.shape[:2])} like {names[0]}", f"shape {tuple(x.shape)}")
+
+
+def _check_gate(gate: Any, name: str, B: int, T: int) -> None:
+    """The shape of a pass's gates; their contents are checked with the pass."""
+    require(isinstance(gate, Tensor), "log_decay", f"a tensor or None for pass {name}", type(gate).__name__)
+    if gate.dim() not in (1, 3) or gate.shape[-1] == 0 or (gate.dim() == 3 and tuple(gate.shape[:2]) != (B, T)):
+        refuse("log_decay", f"shape [heads] or [{B}, {T}, heads] for pass {name}", f"shape {tuple(gate.shape)}")
+
+
+def _check_carry(carry: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    require(isinstance(carry, Tensor), name, "a tensor [N, heads, rows, columns]", type(carry).__name__)
+    if tuple(carry.shape) != shape:
+        refuse(name, f"shape {shape}", f"shape {tuple(carry.shape)}")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    require(carry.dtype == wide, name, f"{wide} for {dtype} sequences", carry.dtype)
+
+
+def _repeated(x: Tensor, dim: int, heads: int) -> Tensor:
+    """``x`` with each head repeated for the consecutive heads it serves."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+class _Together(torch.autograd.Function):
+    """The identity, of tensors that take part in backward together or not at all.
+
+    Every rank must run backward of the same passes: which of its own inputs need a gradient, or which outputs its
+    loss reads, must not decide whether a pass's backward, and its collective, runs.
+    """
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+def _together(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The same tensors, tied for backward."""
+    present = {name: x for name, x in tensors.items() if x is not None}
+    if not torch.is_grad_enabled():
+        return dict(tensors)
+    return {**tensors, **dict(zip(present, _Together.apply(*present.values())))}
