@@ -61,8 +61,9 @@ class Cascade:
 
     Precision: results between passes, sums and states in float32 (float64 for float64 inputs), ``out`` in the dtype
     of the sequences.
-    Communication: with a group, one all-gather a pass forward and one a pass backward, of the pass's state; bytes
-    independent of T. The named operators need one each way for the whole cascade.
+    Communication: with a group, one all-gather a pass forward and one backward, of the pass's state; one for several
+    passes with the same a, b and gates (one tensor) that do not wait for one another. Bytes are independent of T. The
+    named operators need one each way for the whole cascade.
     Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
     """
 
@@ -95,7 +96,8 @@ class Cascade:
             heads = self._check(sequences, scale, ridge, log_decay, initial_state, cu_seqlens)
         except ValueError as error:
             raise_everywhere(error, next(iter(sequences.values()), None), group)
-        gates = log_decay if isinstance(log_decay, Mapping) else {p.out: log_decay for p in self.passes}
+        gates = log_decay if isinstance(log_decay, Mapping) else dict.fromkeys(heads, log_decay)
+        steps = _steps(self.passes, gates, heads)
         given: dict[str, Tensor | None] = dict(sequences)
         given |= {f"gate {p.out}": gates.get(p.out) for p in self.passes}
         given |= {f"state {name}": x for name, x in (initial_state or {}).items()}
@@ -107,15 +109,15 @@ class Cascade:
         if scale != 1.0:
             x["q"] = x["q"] * scale
         states: dict[str, Tensor] = {}
-        for p in self.passes:
-            n, kv = heads[p.out], math.lcm(x[p.b].shape[2], x[p.c].shape[2])
-            a, gate, carry = _repeated(x[p.a], 2, n), given[f"gate {p.out}"], given.get(f"state {p.out}")
-            if carry is not None and p.b == p.c:
-                carry = (carry + carry.mT) / 2
-            x[p.out], state = linear_attention(
+        for step in steps:
+            first, cs = step[0], [x[p.c] for p in step]
+            n, kv = heads[first.out], math.lcm(x[first.b].shape[2], *(c.shape[2] for c in cs))
+            a, gate = _repeated(x[first.a], 2, n), given[f"gate {first.out}"]
+            carry = None if initial_state is None else _joined([_entering(p, given[f"state {p.out}"]) for p in step])
+            result, state = linear_attention(
                 a,
-                _repeated(x[p.b], 2, kv),
-                _repeated(x[p.c], 2, kv),
+                _repeated(x[first.b], 2, kv),
+                _joined([_repeated(c, 2, kv) for c in cs]),
                 log_decay=None if gate is None else _repeated(gate, -1, n),
                 initial_state=None if carry is None else LinearState(carry),
                 output_final_state=output_final_state,
@@ -127,11 +129,12 @@ class Cascade:
                 backend=backend,
                 chunk_size=chunk_size,
             )
-            if p.ridge:
-                x[p.out] = x[p.out] + ridge * a
+            widths = [c.shape[3] for c in cs]
+            for p, part in zip(step, result.split(widths, -1)):
+                x[p.out] = part + ridge * a if p.ridge else part
             if state is not None:
-                states[p.out] = state.P
-        results: dict[str, Any] = {"": x[self.passes[-1].out], **states}
+                states |= {p.out: part for p, part in zip(step, state.P.split(widths, -1))}
+        results: dict[str, Any] = {"": x[self.passes[-1].out], **{name: states[name] for name in heads if states}}
         if group is not None:
             results = _together(results)
         out = results.pop("").to(out_dtype)
@@ -238,6 +241,36 @@ def _check_carry(carry: Any, name: str, shape: tuple[int, ...], dtype: torch.dty
 def _repeated(x: Tensor, dim: int, heads: int) -> Tensor:
     """``x`` with each head repeated for the consecutive heads it serves."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _entering(p: CausalPass, carry: Any) -> Tensor:
+    """A carry from outside; a symmetric one where the pass makes it so."""
+    return (carry + carry.mT) / 2 if p.b == p.c else carry
+
+
+def _steps(
+    passes: tuple[CausalPass, ...], gates: Mapping[str, Tensor | None], heads: dict[str, int]
+) -> list[list[CausalPass]]:
+    """The passes in order; those that share a, b and gates, and do not wait for one another, run as one."""
+    steps: list[list[CausalPass]] = []
+    made: dict[str, int] = {}  # the step that makes a result
+    for p in passes:
+        earliest = max([0, *(made[name] + 1 for name in (p.a, p.b, p.c) if name in made)])
+        for number in range(earliest, len(steps)):
+            first = steps[number][0]
+            alike = (first.a, first.b, heads[first.out]) == (p.a, p.b, heads[p.out])
+            if alike and gates.get(first.out) is gates.get(p.out):
+                steps[number].append(p)
+                break
+        else:
+            number = len(steps)
+            steps.append([p])
+        made[p.out] = number
+    return steps
 
 
 class _Together(torch.autograd.Function):

@@ -94,6 +94,21 @@ def test_a_wrong_argument_on_one_rank_is_an_error_on_every_rank(pool: RankPool) 
         assert_close("the next call", out, want[:, 6 * rank : 6 * rank + 6], 1e-5)
 
 
+def _calls(pg: dist.ProcessGroup) -> list[int]:
+    q, gate = torch.ones(1, 4, 2, 3), torch.zeros(2)
+    calls = []
+    for log_decay in (gate, {"u": gate, "r": gate.clone()}):
+        for _ in range(2):  # ranks agree on signatures in the first call
+            counter.reset()
+            NAMED["hla3", "causal"](q=q, k=q, v=q, log_decay=log_decay, group=pg)
+        calls.append(counter.calls)
+    return calls
+
+
+def test_passes_that_share_a_and_b_share_a_gather(pool: RankPool) -> None:
+    assert pool.run_group(2, _calls) == [[2, 3], [2, 3]], "u and r of hla3: together, and with gates of their own apart"
+
+
 def _alone(pg: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, int]:
     q = torch.linspace(-1, 1, 60).view(1, 10, 2, 3)
     counter.reset()
