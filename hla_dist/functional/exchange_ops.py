@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.effects import EffectType
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -192,6 +193,12 @@ def exchange_sum(fields, group_name, direction, description) -> list[Tensor]:
 @exchange_sum.register_fake
 def _(fields, group_name, direction, description) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in fields]
+
+
+# Sending is an effect: compilers must not merge two sends of equal arguments (rank 0 sends zeros backward, layer after
+# layer), drop one, or change their order, as no rank knows what the others' compilers did.
+for op in (exchange_start, exchange_sum):
+    op.register_effect(EffectType.ORDERED)
 
 
 def checkpoint_context() -> tuple[Any, Any]:
