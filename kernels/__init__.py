@@ -1,12 +1,15 @@
 """The Triton kernels, imported as ``hla_kernels``: torch and Triton only, no autograd, no collectives.
 
     first_order   the kernel every operator is made of: one causal pass, either way, with its carry
+    fused         a whole cascade in one walk, where the registers allow it
+    decode        a single token: states read once and written once
     segments      what happens between the segments of one device's sequence
     cascade       an operator as a list of passes, turned into launches
     stages        outputs from a carry, gradients from a reverse carry, summaries
     sequences     how kernels address tensors
     tiles         the tile table
     device        where kernels run, and what is refused there
+    report, aot   ``python -m hla_kernels.report``: what every kernel takes on every architecture, without a GPU
 
 ``hla_dist/functional/triton_stages.py`` puts them behind ``backend="triton"``. See docs/kernels.md.
 """

@@ -264,10 +264,10 @@ class Problem:
             ADD=add is not None,
             PAIR=pair is not None,
             LEAVE=not emit or not carry.known,
-            DTYPE=_TRITON[self.inner_dtype],
+            DTYPE=TRITON_DTYPES[self.inner_dtype],
             PRECISION=self.precision,
             **self.gate_arguments(decayed),
         )
 
 
-_TRITON = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}
+TRITON_DTYPES = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hla_kernels import aot, device, stages, tiles
+from hla_kernels import aot, device, fused, stages, tiles
 from hla_kernels.cascade import Pass, Problem
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
@@ -112,6 +112,12 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             fields = [torch.zeros(1, heads, case.K, case.K if f == "S" else case.V) for f in READS[name].states]
             gate = None if log_decay is None else log_decay[:, :1]
             decode(name, q[:, :1], k[:, :1], v[:, :1], gate, fields, 0.5, 0.3, target)
+    if case.dtype == "bfloat16":
+        for (arch, operator, rows), pair in tiles.FUSED.items():
+            if (arch, rows) == (case.arch, case.K) == (case.arch, case.V) and pair[case.gated] is not None:
+                one = Problem((), q, k, v, log_decay, None, 0.5, 0.3, target._replace(processors=1), operator=operator)
+                states = [torch.zeros(1, heads, case.K, case.V) for _ in READS[operator].states]
+                fused.scan(one, states, None)
     device.replace_launcher(None)
     return found
 
@@ -185,7 +191,7 @@ def broken_rules(row: Row) -> Iterator[str]:
     label = f"{row.kernel} ({row.variant}) K={row.K} V={row.V} {row.dtype} {row.tile} on {row.arch}"
     if row.shared > aot.SHARED_LIMIT[row.arch]:
         yield f"{label}: {row.shared} bytes of shared memory, the limit is {aot.SHARED_LIMIT[row.arch]}"
-    if row.kernel == "first_order":
+    if row.kernel in ("first_order", "fused_forward"):
         if not any(row.matrix.values()):
             yield f"{label}: no matrix instructions"
         if row.arch == "sm_90" and row.tile.startswith("64x") and not row.matrix["wgmma.mma_async"]:

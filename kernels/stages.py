@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hla_kernels import tiles
+from hla_kernels import fused, tiles
 from hla_kernels.cascade import RESTART, Carry, Pass, Problem
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import launch
@@ -77,6 +77,8 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
     if problem.T == 1 and problem.documents is None and problem.operator in READS:
         inputs = (problem.q, problem.k, problem.v, problem.log_decay)
         return decode(problem.operator, *inputs, carry, problem.scale, problem.ridge, problem.target, out_dtype)
+    if fused.runs(problem):
+        return fused.scan(problem, carry, out_dtype)
     cut = problem.segments()
     carries = _inner_forward(problem, list(carry), cut)
     last = problem.passes[-1]

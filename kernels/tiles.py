@@ -96,6 +96,30 @@ TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
     },
 }
 
+# One walk over a whole cascade, bf16: (arch, operator, rows) -> tiles without and with gates; None and what is not
+# here runs pass by pass, because its states leave too few registers for the rest. u of hla2 and hla3 stands in rows,
+# which at 128 columns no longer fits; ahla's products all have 128 rows, so 32 tokens still use wgmma.
+FUSED: dict[tuple[str, str, int], tuple[Tile | None, Tile | None]] = {
+    ("sm_80", "ahla", 64): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+    ("sm_80", "hla2_prefix", 64): (Tile(32, 64, 4, 2), None),
+    ("sm_90", "hla2", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+    ("sm_90", "hla2_prefix", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+    ("sm_90", "hla2_prefix", 128): (Tile(32, 128, 8, 1), None),
+    ("sm_90", "ahla", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    ("sm_90", "ahla", 128): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+    ("sm_90", "hla3", 64): (Tile(32, 64, 4, 1), None),
+    ("sm_100", "hla2", 64): (Tile(64, 64, 4, 2), None),
+    ("sm_100", "hla2_prefix", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+    ("sm_100", "hla2_prefix", 128): (Tile(32, 128, 8, 1), None),
+    ("sm_100", "ahla", 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("sm_100", "ahla", 128): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+    ("sm_100", "hla3", 64): (Tile(64, 64, 4, 2), None),
+    ("gfx942", "hla2", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+    ("gfx942", "hla2_prefix", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+    ("gfx942", "ahla", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+    ("gfx942", "hla3", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+}
+
 # Entries that hardware proved wrong: (arch, dtype, rows, decayed, first Triton version it is right in). A call that
 # would use one is refused. None is known: no entry has met hardware yet.
 WRONG: tuple[tuple[str, torch.dtype, int, bool, str], ...] = ()
@@ -139,3 +163,15 @@ def first_order(dtype: torch.dtype, key_dim: int, value_dim: int, decayed: bool,
     rows = next(r for r in ROWS if r >= key_dim)
     tile = TABLE[target.arch, dtype][rows][decayed]
     return tile._replace(BV=min(tile.BV, columns))
+
+
+def fused(
+    operator: str, dtype: torch.dtype, key_dim: int, value_dim: int, decayed: bool, target: Target
+) -> Tile | None:
+    """The tile of ``fused_forward_kernel``, or None where the cascade runs pass by pass."""
+    rows = next(r for r in ROWS if r >= max(key_dim, value_dim))
+    if target.arch == "interpreter":
+        return Tile(32, 64, 4, 1) if rows == 64 and operator != "linear_attention" else None
+    if dtype != BF16:
+        return None
+    return FUSED.get((target.arch, operator, rows), (None, None))[decayed]

@@ -12,7 +12,7 @@ import torch
 
 import hla_dist
 from hla_dist.reference import quadratic
-from hla_kernels import cascade
+from hla_kernels import cascade, device
 from hla_kernels.device import INTERPRETED
 from tests.harness import assert_close, relative_error, run_ranks
 from tests.problems import RIDGED, STREAMING, Problem, Tensors, check, draw, oracle, run
@@ -86,6 +86,26 @@ def test_a_single_token(name, mask) -> None:
     shapes = {"T": 1, "H": 2, "G": 1, "K": 20, "V": 12, "scale": 0.7, "ridge": _ridge(name), "dtype": torch.float32}
     _compare(Problem(name, mask, B=2, gates="BTH", **shapes))
     _compare(Problem(name, mask, gates="none", normalize=True, **shapes))
+
+
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+@pytest.mark.parametrize(("columns", "launches"), [(16, 1), (65, None)])
+def test_a_cascade_that_fits_is_one_launch(name, mask, columns, launches, monkeypatch) -> None:
+    """And one that does not runs pass by pass."""
+    found = []
+
+    def launcher(kernel, grid, arguments, options):
+        found.append(kernel.fn.__name__)
+        kernel[(grid,)](**arguments)
+
+    monkeypatch.setattr(device, "_launcher", launcher)
+    q, k, v = torch.randn(3, 1, 40, 1, columns).unbind()
+    hla_dist_out, _ = getattr(hla_dist, name)(q, k, v, mask=mask, backend="triton")
+    want, _ = hla_dist.reference.quadratic(name, q.double(), k.double(), v.double(), mask=mask)
+    assert_close("out", hla_dist_out, want, FLOAT32)
+    passes = 1 if name == "linear_attention" else 3 if name == "hla3" else 2
+    kernel = "first_order_kernel" if launches is None or name == "linear_attention" else "fused_forward_kernel"
+    assert found == [kernel] * (launches or passes)
 
 
 @pytest.mark.parametrize("T", [0, 31, 32, 33])
