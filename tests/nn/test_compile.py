@@ -85,8 +85,10 @@ def test_a_model_compiles_with_inductor() -> None:
         assert_close(name, got[name], want[name], tolerance(torch.float32, kind))
 
 
-def _over_a_group(pg: dist.ProcessGroup, form: str) -> tuple[dict[str, Tensor], int]:
-    model = SequenceParallelHLA(_model(form), pg, shard_lengths=[15, 25])
+def _over_a_group(pg: dist.ProcessGroup, form: str, checkpointing: bool) -> tuple[dict[str, Tensor], int]:
+    model = _model(form)
+    model.activation_checkpointing = checkpointing
+    model = SequenceParallelHLA(model, pg, shard_lengths=[15, 25])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):  # ranks agree on signatures in the first step
@@ -99,11 +101,11 @@ def _over_a_group(pg: dist.ProcessGroup, form: str) -> tuple[dict[str, Tensor], 
     return values, counter.calls
 
 
-@pytest.mark.parametrize("form", ["hla2", "ahla", "hla3"])
-def test_a_model_compiles_over_a_group(pool: RankPool, form: str) -> None:
+@pytest.mark.parametrize(("form", "checkpointing"), [("hla2", False), ("hla2", True), ("ahla", False), ("hla3", True)])
+def test_a_model_compiles_over_a_group(pool: RankPool, form: str, checkpointing: bool) -> None:
     model = _model(form)
     want = _train(model, model)
-    results = pool.run_group(2, _over_a_group, form)
+    results = pool.run_group(2, _over_a_group, form, checkpointing)
     assert_close("logits", torch.cat([values["logits"] for values, _ in results], 1), want.pop("logits"), FLOAT64)
     for values, calls in results:
         for name in want:
