@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional.attention import linear_attention, raise_everywhere
+from hla_dist.functional.transforms import refuse_transforms
 from hla_dist.functional.validate import FLOATS, refuse, require
 from hla_dist.states import LinearState
 
@@ -142,6 +143,7 @@ class Cascade:
 
     def _check(self, sequences, scale, ridge, log_decay, initial_state, cu_seqlens) -> dict[str, int]:
         """Check what linear_attention would not, or only under another name; return the heads of every pass."""
+        refuse_transforms("a cascade", *sequences.values())
         _check_sequences(sequences, self.sequences)
         for name, value in (("scale", scale), ("ridge", ridge)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,7 +11,9 @@ from hla_dist.functional import backend as backends
 from hla_dist.functional import stage_ops, validate
 from hla_dist.functional.autograd import CausalFunction, Options, Place
 from hla_dist.functional.full import full
+from hla_dist.functional.transforms import refuse_transforms
 from hla_dist.operators import OPERATORS
+from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.summary import STATES, Summary
 from hla_dist.parallel import agreement, collectives
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
@@ -98,8 +100,8 @@ def hla2(
     chunk_size          tokens a chunk; None: 64, or the next power of two for shorter segments
     cu_seqlens, cu_seqlens_cpu, shard_lengths    packed documents, not in this version
 
-    Precision: sums and states in float32 (float64 for float64 inputs), whatever the input dtype. Without decay F
-    grows like T^2.
+    Precision: sums and states in float32 (float64 for float64 inputs), whatever the input dtype; autocast changes
+    nothing. Without decay F grows like T^2.
     Communication: with a group, one all-gather of summaries forward, one backward; bytes independent of T. Every
     rank must run backward if one does.
     Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
@@ -199,6 +201,7 @@ def summarize(
         "eps": 0.0,
     }
     options |= {"scale": scale, "ridge": ridge, "normalize": normalize, "mask": mask, "chunk_size": chunk_size}
+    refuse_transforms("summarize", q, k, v, log_decay)
     validate.check_inputs(q, k, v)
     validate.check_options(operator, options)
     validate.require(mask != "full", "mask", "'causal' or 'prefix' (a full mask has no segments)", repr(mask))
@@ -233,6 +236,8 @@ def _per_query_head(log_decay: Tensor | None, q: Tensor) -> Tensor | None:
 
 def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> str:
     """Check everything local; return the name of the cascade."""
+    if o["mask"] != "full" or o["group"] is not None:  # on one device that is plain torch
+        refuse_transforms(name, q, k, v, o["log_decay"], o["initial_state"])
     validate.check_inputs(q, k, v)
     validate.check_options(name, o)
     validate.check_log_decay(o["log_decay"], q, k)
@@ -280,7 +285,7 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     log_decay = _per_query_head(o["log_decay"], q)
     place = _place(o, cascade, q, k, v)
     if o["mask"] == "full":
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             return full(name, q, k, v, o["scale"], o["ridge"], o["normalize"], o["eps"], place), None
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         k, v = k.view_as(k), v.view_as(v)

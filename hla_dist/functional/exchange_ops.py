@@ -18,7 +18,9 @@ from torch._library.effects import EffectType
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS
+from hla_dist.operators.precision import without_autocast
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import group_rank, group_size
 from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
@@ -64,7 +66,7 @@ def exchange_start(fields, initial, group_name, direction, description, operator
     token, enters the summary first. ``"backward"``: the reverse fields, then the gradients of the final state.
     Communication: one all-gather (one more when the group meets a new signature).
     """
-    with torch.autocast(fields[0].device.type, enabled=False):
+    with without_autocast(fields[0].device):
         pg, rank, _ = _place(group_name)
         layout = _layout(operator, dims, wide)
         if direction == "forward":
@@ -100,7 +102,7 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
     The carry is folded from rank 0 on, in rank order. ``later``: rho ``[P - 1 - r, B, H]`` and the backward fields of
     the ranks to the right, which backward's fold needs.
     """
-    with torch.autocast(like.device.type, enabled=False):
+    with without_autocast(like.device):
         _, rank, size = _place(group_name)
         layout = _layout(operator, dims, wide)
         op = layout.operator
@@ -145,7 +147,7 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
     It starts from the sum over ranks of the gradients of the final state (``total``), then takes the later ranks,
     the last first.
     """
-    with torch.autocast(later[0].device.type, enabled=False):
+    with without_autocast(later[0].device):
         _, rank, size = _place(group_name)
         layout = _layout(operator, dims, wide)
         op = layout.operator
@@ -199,6 +201,8 @@ def _(fields, group_name, direction, description) -> list[Tensor]:
 # layer), drop one, or change their order, as no rank knows what the others' compilers did.
 for op in (exchange_start, exchange_sum):
     op.register_effect(EffectType.ORDERED)
+for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_sum):
+    op.register_autograd(no_second_derivative)
 
 
 def checkpoint_context() -> tuple[Any, Any]:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS, stages, stages_backward
+from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.segment import Segment, Settings
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? documents"
@@ -31,7 +33,7 @@ def _in_own_dtype(stage: Callable[..., list[Tensor]]) -> Callable[..., list[Tens
 
     @functools.wraps(stage)
     def run(q: Tensor, *args: Any) -> list[Tensor]:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             return stage(q, *args)
 
     return run
@@ -181,3 +183,7 @@ def _(
     q, k, v, log_decay, documents, out, denominator, checkpoints, dout, reverse_carry, kept, *options
 ) -> list[Tensor]:
     return _fake_gradients(_segment(q, k, v, log_decay, documents, *options))
+
+
+for op in (summarize, scan, finish, summarize_backward, scan_backward, finish_backward):
+    op.register_autograd(no_second_derivative)

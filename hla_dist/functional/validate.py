@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES
@@ -96,7 +97,7 @@ def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
 
 def contents_visible(x: Tensor) -> bool:
     """Whether a tensor's contents may be read without surprising anyone."""
-    if torch.compiler.is_compiling() or x.device.type == "meta":
+    if torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
         return False
     return x.device.type == "cpu" or _check_cuda_contents
 

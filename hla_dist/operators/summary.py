@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
+from hla_dist.operators.precision import without_autocast
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 STATES = {
@@ -75,7 +76,7 @@ def combine(left: Summary, right: Summary) -> Summary:
                 f"right: expected {name} {tuple(x.shape)} {x.dtype} on {x.device} like left's, "
                 f"got {tuple(y.shape)} {y.dtype} on {y.device}"
             )
-    with torch.autocast(left.rho.device.type, enabled=False):
+    with without_autocast(left.rho.device):
         fields = OPERATORS[left.operator].combine({"rho": left.rho, **left.fields}, {"rho": right.rho, **right.fields})
     rho = fields.pop("rho")
     return Summary(left.operator, rho, fields)
