@@ -249,6 +249,37 @@ def test_compiles_with_a_group(pool: RankPool, name: str, mask: str) -> None:
             assert_close("gradient", a, b, FLOAT64)
 
 
+def _equal_calls(pg: dist.ProcessGroup) -> tuple[list[torch.Tensor], list[int]]:
+    """Two calls that only rank 0's initial state tells apart, and moments that are equal everywhere."""
+    rank = dist.get_rank(pg)
+    states = [
+        hla_dist.LinearState(torch.full((1, 2, 3, 3), x, dtype=torch.float64)) if rank == 0 else None for x in (1, 2)
+    ]
+
+    def function(x):
+        one, two = (hla_dist.linear_attention(x, x, x, initial_state=s, group=pg)[0] for s in states)
+        full = hla_dist.linear_attention(x, x, x, mask="full", group=pg)[0]
+        return one - two + 2 * hla_dist.linear_attention(x, x, x, mask="full", group=pg)[0] - full
+
+    torch._dynamo.reset()
+    results, calls = [], []
+    for call in (function, function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        x = torch.linspace(-1, 1, 30, dtype=torch.float64).view(1, 5, 2, 3).requires_grad_()
+        counter.reset()
+        out = call(x)
+        out.square().sum().backward()
+        results.append(torch.stack([out.detach(), x.grad]))
+        calls.append(counter.calls)
+    return results, calls
+
+
+def test_compilers_leave_equal_calls_apart(pool: RankPool) -> None:
+    """A rank that merged its equal calls would leave the others waiting."""
+    for (_, eager, compiled), calls in pool.run_group(2, _equal_calls):
+        assert_close("out and gradient", compiled, eager, FLOAT64)
+        assert calls[1:] == [8, 8]
+
+
 def test_the_harness_sees_a_wrong_shard(pool: RankPool) -> None:
     """The comparison of sharded runs can fail: ranks that split elsewhere than the test thinks."""
     problem = Problem("hla2", T=40)
