@@ -201,6 +201,7 @@ def _(fields, group_name, direction, description) -> list[Tensor]:
 # layer), drop one, or change their order, as no rank knows what the others' compilers did.
 for op in (exchange_start, exchange_sum):
     op.register_effect(EffectType.ORDERED)
+
 for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_sum):
     op.register_autograd(no_second_derivative)
 

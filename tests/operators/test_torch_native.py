@@ -60,11 +60,21 @@ def _calls(p: Problem, pg: Any = None) -> dict[str, tuple[Any, tuple[Any, ...]]]
     return calls.seen
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
-def test_opcheck_of_the_stages(name: str, mask: str, normalize: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "mask", "changes"),
+    [
+        ("linear_attention", "causal", dict(normalize=True)),
+        ("hla2", "causal", dict(normalize=True)),
+        ("hla2", "prefix", dict(gates="none")),
+        ("hla2", "paper", dict(gates="H")),
+        ("ahla", "causal", dict(normalize=True, gates="BTG")),
+        ("hla3", "causal", dict(T=1100)),  # more than a block: a state at each block's start is saved
+    ],
+    ids=OPERATORS,
+)
+def test_opcheck_of_the_stages(name: str, mask: str, changes: dict[str, Any]) -> None:
     """The two stages of one device, as a call makes them, and the four of a group on the same segment."""
-    calls = _calls(_problem(name, mask, normalize=normalize, gates="BTH" if normalize else "H"))
+    calls = _calls(_problem(name, mask, **changes))
     assert set(calls) == {"scan", "scan_backward"}
     scan, (*inputs, carry, cascade, scale, ridge, norm, eps, chunk, backend) = calls["scan"]
     options = (cascade, scale, ridge, norm, eps, chunk, backend)
