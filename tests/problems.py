@@ -67,6 +67,14 @@ class Problem:
     strided: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    documents: tuple[int, ...] | None = None  # their lengths, T in all; B is 1, states have a row each
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        if self.documents is None:
+            return None
+        assert self.B == 1 and sum(self.documents) == self.T
+        return torch.tensor((0, *self.documents)).cumsum(0)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -90,6 +98,7 @@ class Problem:
             "eps": 1e-3,
             **mask_options(self.mask),
             "output_final_state": self.state,
+            "cu_seqlens": self.cu_seqlens,
         }
 
 
@@ -122,7 +131,8 @@ def draw(p: Problem) -> Tensors:
     width = p.V + p.normalize
     state = None
     if p.state:
-        state = tuple(normal(p.B, p.H, p.K, p.K if field == "S" else width) for field in p.state_names)
+        rows = p.B if p.documents is None else len(p.documents)
+        state = tuple(normal(rows, p.H, p.K, p.K if field == "S" else width) for field in p.state_names)
         if p.normalize:  # what the denominators come from is a sum of positive terms too
             state = tuple(-x.abs() if field == "G" else x.abs() for field, x in zip(p.state_names, state, strict=True))
     tensors = Tensors(

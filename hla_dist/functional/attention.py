@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional import backend as backends
-from hla_dist.functional import stage_ops, validate
+from hla_dist.functional import packed, stage_ops, validate
 from hla_dist.functional.autograd import CausalFunction, Options, Place
-from hla_dist.functional.full import full
+from hla_dist.functional.full import Full
+from hla_dist.functional.packed import Documents
 from hla_dist.functional.transforms import refuse_transforms
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
@@ -98,7 +99,12 @@ def hla2(
     exchange            "auto" or "all_gather" in this version
     backend             "auto": Triton's kernels on a GPU, else torch; "torch"; "triton": an error where it cannot run
     chunk_size          tokens a chunk; None: 64, or the next power of two for shorter segments
-    cu_seqlens, cu_seqlens_cpu, shard_lengths    packed documents, not in this version
+    cu_seqlens          ``[N + 1]`` integers, documents packed into one sequence, B = 1: none sees another, some may be
+                        empty. States then have N rows. With a group it is the whole sequence's; row n of the
+                        initial state is read on the rank of document n's first token, row n of the final state is
+                        valid on the rank of its last (an empty document: where it would start), zero elsewhere
+    cu_seqlens_cpu      the same on the host, where cu_seqlens is on a GPU: reading lengths makes the host wait
+    shard_lengths       with a group and cu_seqlens: one host integer a rank; None: equal shards
 
     Precision: sums and states in float32 (float64 for float64 inputs), whatever the input dtype; autocast changes
     nothing. Without decay F grows like T^2.
@@ -234,23 +240,34 @@ def _per_query_head(log_decay: Tensor | None, q: Tensor) -> Tensor | None:
     return log_decay.repeat_interleave(q.shape[2] // log_decay.shape[-1], dim=-1)
 
 
-def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> str:
-    """Check everything local; return the name of the cascade."""
+def _rank_of(group: Any) -> tuple[int, int]:
+    """This rank's number in the group, and how many there are."""
+    if group is None:
+        return 0, 1
+    pg = collectives.resolve_group(group)
+    return collectives.group_rank(pg), collectives.group_size(pg)
+
+
+def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[str, Documents | None]:
+    """Check everything local; return the name of the cascade, and the documents if there are any."""
     if o["mask"] != "full" or o["group"] is not None:  # on one device that is plain torch
         refuse_transforms(name, q, k, v, o["log_decay"], o["initial_state"])
     validate.check_inputs(q, k, v)
     validate.check_options(name, o)
     validate.check_log_decay(o["log_decay"], q, k)
+    documents = None
+    if o["cu_seqlens"] is not None:
+        documents = validate.check_documents(o, q, *_rank_of(o["group"]))
     if o["backend"] == "triton" and o["mask"] == "full":
         backends.resolve("triton", name, "full", q, v.shape[3], o["chunk_size"])
     if o["mask"] == "full":
         validate.check_full(o["log_decay"], o)
-        return name
+        return name, documents
     cascade = _cascade(name, o)
     value_dim = v.shape[3] + int(o["normalize"])
-    validate.check_state(o["initial_state"], cascade, q, value_dim)
+    validate.check_state(o["initial_state"], cascade, q, value_dim, documents)
     o["backend"] = backends.resolve(o["backend"], cascade, o["mask"], q, value_dim, o["chunk_size"])
-    return cascade
+    return cascade, documents
 
 
 def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> Place:
@@ -264,7 +281,8 @@ def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> 
     description = (
         f"{cascade} B={q.shape[0]} H={q.shape[2]} G={k.shape[2]} K={q.shape[3]} V={v.shape[3]} dtype={q.dtype} "
         f"device={q.device.type} log_decay={kind} scale={o['scale']} ridge={o['ridge']} normalize={o['normalize']} "
-        f"eps={o['eps']} mask={o['mask']} output_final_state={o['output_final_state']} exchange=all_gather"
+        f"eps={o['eps']} mask={o['mask']} output_final_state={o['output_final_state']} "
+        f"packed={o['cu_seqlens'] is not None} exchange=all_gather"
     )
     return Place(pg.group_name, collectives.group_rank(pg), description)
 
@@ -278,15 +296,16 @@ def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:
 
 
 def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Tensor, Any]:
+    _rank_of(o["group"])  # a group this rank is not in is nobody else's error
     try:
-        cascade = _validate(name, q, k, v, o)
+        cascade, documents = _validate(name, q, k, v, o)
     except ValueError as error:
         raise_everywhere(error, q, o["group"])
     log_decay = _per_query_head(o["log_decay"], q)
     place = _place(o, cascade, q, k, v)
     if o["mask"] == "full":
         with without_autocast(q.device):
-            return full(name, q, k, v, o["scale"], o["ridge"], o["normalize"], o["eps"], place), None
+            return Full(name, o).attend(q, k, v, place, documents), None
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         k, v = k.view_as(k), v.view_as(v)
     initial = o["initial_state"]
@@ -294,6 +313,11 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
         initial = ()
     elif OPERATORS[cascade].states[0] == "S":
         initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
+    if documents is not None:
+        wanted = o["output_final_state"]
+        options = _options(cascade, o)
+        out, state = packed.attend(documents, q, k, v, log_decay, tuple(initial), wanted, options, place)
+        return out, STATES[cascade](*state) if state else None
     out, *state = CausalFunction.apply(
         _options(cascade, o), place, o["output_final_state"], q, k, v, log_decay, None, *initial
     )

@@ -51,13 +51,13 @@ class CausalFunction(torch.autograd.Function):
         initial = [x for x in (first, second, third) if x is not None]
         later: list[Tensor] = []
         if not place[0]:
-            carry = initial or _zeros(options, q, v, op.states)
+            carry = initial or zero_fields(options, q, v, op.states)
             out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
             state = rest[:count]
         else:
             summary = stage_ops.summarize(*inputs, *options)
             sent = 1 + len(op.fields)
-            layout = _layout(options, q, v)
+            layout = layout_of(options, q, v)
             start = initial if place[1] == 0 else []
             ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
             received = exchange_ops.exchange_finish(ticket, start, summary[0], output_state, place[0], *layout)
@@ -80,12 +80,12 @@ class CausalFunction(torch.autograd.Function):
         q, k, v, log_decay, documents, out, denominator, *rest = ctx.saved_tensors
         saved = (q, k, v, log_decay, documents, out, denominator, rest[:count], dout.contiguous())
         if not place[0]:
-            carry = list(dstate) if output_state else _zeros(options, q, v, op.states)
+            carry = list(dstate) if output_state else zero_fields(options, q, v, op.states)
             grads = stage_ops.scan_backward(*saved, carry, *options)
         else:
-            layout = _layout(options, q, v)
+            layout = layout_of(options, q, v)
             if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
-                summary = _zeros(options, q, v, op.reverses)
+                summary = zero_fields(options, q, v, op.reverses)
             else:
                 summary = stage_ops.summarize_backward(*saved, *options)
             ticket = exchange_ops.exchange_start(
@@ -101,13 +101,15 @@ class CausalFunction(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dlog, None, *dinitial[:3]
 
 
-def _zeros(options, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+def zero_fields(options, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+    """Zero states, moments or reverse states by name, ``[B, H, rows, columns]``."""
     op = OPERATORS[options[0]]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     dims = (q.shape[3], v.shape[3] + int(options[3]))
     return [torch.zeros(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in names]
 
 
-def _layout(options, q: Tensor, v: Tensor) -> tuple[str, list[int], bool]:
+def layout_of(options, q: Tensor, v: Tensor) -> tuple[str, list[int], bool]:
+    """The trailing arguments of the exchange ops."""
     dims = [q.shape[0], q.shape[2], q.shape[3], v.shape[3] + int(options[3])]
     return options[0], dims, q.dtype == torch.float64

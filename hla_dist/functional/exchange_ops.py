@@ -175,34 +175,31 @@ def _(ticket, later, total, group_name, operator, dims, wide) -> list[Tensor]:
 
 
 @torch.library.custom_op(
-    "hla_dist::exchange_sum",
+    "hla_dist::exchange_gather",
     mutates_args=(),
     schema="(Tensor[] fields, str group_name, str direction, str description) -> Tensor[]",
 )
-def exchange_sum(fields, group_name, direction, description) -> list[Tensor]:
-    """Sum fields over the ranks in rank order: one all-gather. For the ``full`` mask, whose moments are additive."""
+def exchange_gather(fields, group_name, direction, description) -> list[Tensor]:
+    """Every rank's fields, ``[P, ...]`` each: one all-gather. For the ``full`` mask, whose moments are additive."""
     pg, _, _ = _place(group_name)
     flat = torch.cat([x.reshape(-1) for x in fields])
     pending = agreement.start(pg, direction, description, flat.view(torch.uint8), flat.device)
     payloads = agreement.finish(pending).contiguous().view(flat.dtype)
-    total = payloads[0].clone()
-    for payload in payloads[1:]:
-        total += payload
-    sums = total.split([x.numel() for x in fields])
-    return [part.view(x.shape).clone() for part, x in zip(sums, fields)]
+    parts = payloads.split([x.numel() for x in fields], dim=1)
+    return [part.reshape(-1, *x.shape).clone() for part, x in zip(parts, fields)]
 
 
-@exchange_sum.register_fake
+@exchange_gather.register_fake
 def _(fields, group_name, direction, description) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in fields]
+    _, _, size = _place(group_name)
+    return [x.new_empty(size, *x.shape) for x in fields]
 
 
 # Sending is an effect: compilers must not merge two sends of equal arguments (rank 0 sends zeros backward, layer after
 # layer), drop one, or change their order, as no rank knows what the others' compilers did.
-for op in (exchange_start, exchange_sum):
+for op in (exchange_start, exchange_gather):
     op.register_effect(EffectType.ORDERED)
-
-for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_sum):
+for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_gather):
     op.register_autograd(no_second_derivative)
 
 
@@ -215,7 +212,7 @@ def checkpoint_context() -> tuple[Any, Any]:
     what backward's fold needs. Plain checkpointing is exact too, but replays the forward collective in backward.
     """
     ops = torch.ops.hla_dist
-    saved = {ops.exchange_start.default, ops.exchange_finish.default, ops.exchange_sum.default}
+    saved = {ops.exchange_start.default, ops.exchange_finish.default, ops.exchange_gather.default}
 
     def policy(context: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE

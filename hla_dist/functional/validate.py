@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from hla_dist.functional.packed import Documents
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES
 
@@ -137,8 +138,8 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     chunk = o["chunk_size"]
     ok = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
     require(ok, "chunk_size", "None or a whole number >= 1", repr(chunk))
-    for packed in ("cu_seqlens", "cu_seqlens_cpu", "shard_lengths"):
-        require(o[packed] is None, packed, "None (packed documents are not implemented in this version)", "a value")
+    for packed in ("cu_seqlens_cpu", "shard_lengths"):
+        require(o[packed] is None or o["cu_seqlens"] is not None, packed, "None without cu_seqlens", "a value")
 
 
 def check_full(log_decay: Any, o: dict[str, Any]) -> None:
@@ -148,20 +149,63 @@ def check_full(log_decay: Any, o: dict[str, Any]) -> None:
     require(not o["output_final_state"], "output_final_state", "False with mask='full', which does not stream", "True")
 
 
-def check_state(state: Any, operator: str, q: Tensor, value_dim: int) -> None:
+def check_documents(o: dict[str, Any], q: Tensor, rank: int, ranks: int) -> Documents:
+    """``cu_seqlens [N + 1]`` of the whole sequence, and which part of it this rank has."""
+    cu, host = o["cu_seqlens"], o["cu_seqlens_cpu"]
+    if torch.compiler.is_compiling():
+        refuse("cu_seqlens", "a call outside torch.compile (document lengths are read on the host)", "a traced call")
+    B, T = q.shape[:2]
+    require(B == 1, "cu_seqlens", "B = 1 (documents are packed into one sequence)", f"B = {B}")
+    for name, x in (("cu_seqlens", cu), ("cu_seqlens_cpu", host)):
+        if x is None:
+            continue
+        require(isinstance(x, Tensor), name, "a tensor [N + 1] of integers", type(x).__name__)
+        require(x.dtype in (torch.int32, torch.int64), name, "dtype int32 or int64", x.dtype)
+        require(x.dim() == 1 and len(x) > 0, name, "shape [N + 1]", f"shape {tuple(x.shape)}")
+    require(cu.device == q.device, "cu_seqlens", f"q's device {q.device}", cu.device)
+    if host is not None:
+        require(host.device.type == "cpu", "cu_seqlens_cpu", "a tensor on the CPU", host.device)
+        require(host.shape == cu.shape, "cu_seqlens_cpu", f"cu_seqlens's shape {tuple(cu.shape)}", tuple(host.shape))
+    numbers = (cu if host is None else host).detach().to("cpu", torch.int64)
+    name = "cu_seqlens" if host is None else "cu_seqlens_cpu"
+    require(int(numbers[0]) == 0, name, "to start at 0", int(numbers[0]))
+    falls = (numbers[1:] < numbers[:-1]).nonzero()
+    if len(falls):
+        n = int(falls[0])
+        refuse(name, "to be sorted", f"{int(numbers[n])} before {int(numbers[n + 1])} at index {n + 1}")
+    total, lengths = int(numbers[-1]), o["shard_lengths"]
+    if lengths is None:
+        lengths = [T] * ranks
+        hint = "" if ranks == 1 else f" (T = {T} on each of {ranks} ranks; pass shard_lengths if shards differ)"
+        require(total == sum(lengths), name, f"to end at {sum(lengths)}{hint}", total)
+    else:
+        whole = isinstance(lengths, (list, tuple)) and all(type(n) is int and n >= 0 for n in lengths)
+        require(whole, "shard_lengths", "a list of whole numbers >= 0, one a rank", repr(lengths))
+        require(len(lengths) == ranks, "shard_lengths", f"{ranks} lengths, one a rank", f"{len(lengths)}")
+        require(lengths[rank] == T, "shard_lengths", f"this rank's {T} tokens at index {rank}", lengths[rank])
+        require(total == sum(lengths), name, f"to end at {sum(lengths)}, the sum of shard_lengths", total)
+    bounds = [0]
+    for n in lengths:
+        bounds.append(bounds[-1] + n)
+    return Documents(numbers, tuple(bounds), rank)
+
+
+def check_state(state: Any, operator: str, q: Tensor, value_dim: int, documents: Documents | None = None) -> None:
     """The named tuple of the operator, ``[B, H, rows, columns]`` each, in the state dtype."""
     if state is None:
         return
     kind = STATES[operator]
     require(isinstance(state, kind), "initial_state", f"a {kind.__name__}", type(state).__name__)
     B, _, H, K = q.shape
+    rows = B if documents is None else documents.count
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     op = OPERATORS[operator]
     for letter, x in zip(op.states, state):
         name = f"initial_state.{letter}"
-        shape = (B, H, *op.shape(letter, K, value_dim))
-        require(isinstance(x, Tensor), name, "a tensor [B, H, rows, columns]", type(x).__name__)
+        shape = (rows, H, *op.shape(letter, K, value_dim))
+        require(isinstance(x, Tensor), name, "a tensor [B or N, H, rows, columns]", type(x).__name__)
         if tuple(x.shape) != shape:
-            refuse(name, f"shape {shape}", f"shape {tuple(x.shape)}")
+            what = "" if documents is None else f", a row for each of {rows} documents"
+            refuse(name, f"shape {shape}{what}", f"shape {tuple(x.shape)}")
         require(x.dtype == dtype, name, f"{dtype} for {q.dtype} inputs", x.dtype)
         require(x.device == q.device, name, f"q's device {q.device}", x.device)

@@ -237,7 +237,9 @@ class HLAAttention(nn.Module):
 
         ``state`` is what an earlier call returned, for text that goes on; T = 1 with it is the decode step.
         ``output_final_state`` None means: if a state came in, or gradients are off (a training step does not pay for
-        it). ``positions`` [T] or [B, T] are global, and used with ``rope_theta`` only. ``group`` wins over the
+        it). ``cu_seqlens`` [N + 1]: documents packed into one sequence (B = 1, over a group the whole one), a state
+        each; unequal shards need ``shard_lengths``. ``positions`` [T] or [B, T] are global, by default since the
+        document's start, and used with ``rope_theta`` only. ``group`` wins over the
         attribute. Errors, communication and numerics are the operator's; see the class.
         """
         group = self.group if group is None else group
@@ -258,13 +260,14 @@ class HLAAttention(nn.Module):
         q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
         if self.rope_theta is not None:
             if positions is None:
-                positions = self._positions(x, group)
+                positions = _since_document(self._positions(x, group), cu_seqlens)
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         activation = v.dtype
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
 
+        lengths = None if group is None else self.shard_lengths
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         o, state = getattr(functional, self.op)(
             q,
@@ -280,6 +283,7 @@ class HLAAttention(nn.Module):
             initial_state=state,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
+            shard_lengths=None if cu_seqlens is None or lengths is None else list(lengths),
             group=group,
             exchange=self.exchange,
             backend=self.backend,
@@ -359,6 +363,14 @@ class HLAAttention(nn.Module):
             f"op={self.op!r}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"value_dim={self.value_dim}, decay={self.decay!r}, qk_norm={self.qk_norm!r}"
         )
+
+
+def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
+    """Positions counted from the start of each document; what is wrong with ``cu_seqlens`` the operator says."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.device != positions.device:
+        return positions
+    number = torch.searchsorted(cu_seqlens.contiguous(), positions.to(cu_seqlens.dtype), right=True) - 1
+    return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -51,7 +51,6 @@ def read_arguments(
     mask: str,
     initial_state: tuple[Tensor, ...] | None,
     output_final_state: bool,
-    cu_seqlens: Tensor | None,
 ) -> Arguments:
     """Check the options and expand the tensors.
 
@@ -61,8 +60,6 @@ def read_arguments(
         raise ValueError(f"name: expected one of {', '.join(OPERATORS)}, got {name!r}")
     if decay_form != "masked" and (decay_form, name) != ("paper", "hla2"):
         raise ValueError(f"decay_form: expected 'masked', or 'paper' for hla2, got {decay_form!r} for {name}")
-    if cu_seqlens is not None:
-        raise ValueError("cu_seqlens: packed documents are not supported by the reference yet, expected None")
     if mask not in ("causal", "prefix", "full"):
         raise ValueError(f"mask: expected 'causal', 'prefix' or 'full', got {mask!r}")
     if mask == "prefix" and name != "hla2":

@@ -6,10 +6,13 @@ with N = Q K^T, L lower triangular with diagonal, and D the decay between every 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .arguments import Arguments, finish, read_arguments, state_type
+from .documents import each
 
 
 def quadratic(
@@ -46,6 +49,16 @@ def quadratic(
     in the dtype of q (decays in that of log_decay). Differentiable by autograd in every tensor; memory B H T^2. Raises
     ValueError as ``read_arguments`` does. No communication.
     """
+    if cu_seqlens is not None:
+        options: dict[str, Any] = {
+            "log_decay": log_decay,
+            "decay_form": decay_form,
+            "scale": scale,
+            "ridge": ridge,
+            "eps": eps,
+        }
+        options |= {"normalize": normalize, "mask": mask, "initial_state": initial_state}
+        return each(quadratic, name, q, k, v, cu_seqlens, options | {"output_final_state": output_final_state})
     a = read_arguments(
         name,
         q,
@@ -59,7 +72,6 @@ def quadratic(
         mask=mask,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
     )
     N, QQ = a.q @ a.k.mT, a.q @ a.q.mT  # [B, H, T, T]
     if mask == "full":

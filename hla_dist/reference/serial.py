@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..states import HLA2PaperState, PrefixState
 from .arguments import finish, read_arguments, state_type
+from .documents import each
 
 
 def serial(
@@ -50,6 +51,16 @@ def serial(
     Computes in the dtype of q, whatever it is. Differentiable by autograd in every tensor, memory linear in T times
     the state. Raises ValueError as ``read_arguments`` does. No communication.
     """
+    if cu_seqlens is not None:
+        options: dict[str, Any] = {
+            "log_decay": log_decay,
+            "decay_form": decay_form,
+            "scale": scale,
+            "ridge": ridge,
+            "eps": eps,
+        }
+        options |= {"normalize": normalize, "mask": mask, "initial_state": initial_state}
+        return each(serial, name, q, k, v, cu_seqlens, options | {"output_final_state": output_final_state})
     a = read_arguments(
         name,
         q,
@@ -63,7 +74,6 @@ def serial(
         mask=mask,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
     )
     if mask == "full":
         return finish(_full(name, a.q, a.k, a.v, ridge), normalize, eps), None

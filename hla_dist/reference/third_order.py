@@ -42,7 +42,6 @@ def paper_third_order(
         mask="causal",
         initial_state=None,
         output_final_state=False,
-        cu_seqlens=None,
     )
     B, H, _, K = a.q.shape
     S, Q = (a.q.new_zeros(B, H, K, K) for _ in range(2))

@@ -101,6 +101,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "decay_form": ({"decay_form": "raw"}, ("decay_form: expected 'masked' or 'paper'", "'raw'")),
     "exchange": ({"exchange": "ring"}, ("exchange: expected one of", "'all_gather'", "'scan'", "'ring'")),
     "backend": ({"backend": "cuda"}, ("backend: expected 'auto', 'torch' or 'triton'", "'cuda'")),
+    "cu_seqlens_cpu alone": ({"cu_seqlens_cpu": torch.tensor([0, 5])}, ("cu_seqlens_cpu: expected None without cu",)),
+    "shard_lengths alone": ({"shard_lengths": [3, 2]}, ("shard_lengths: expected None without cu_seqlens",)),
     "full with gates": ({"mask": "full", "log_decay": torch.zeros(H)}, ("log_decay: expected None with mask='full'",)),
     "full with a final state": (
         {"mask": "full", "output_final_state": True},
@@ -110,9 +112,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 # named clearly, never taken for something else
 UNSUPPORTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 2, 5])}, ("cu_seqlens:", "packed documents", "not implemented")),
-    "cu_seqlens_cpu": ({"cu_seqlens_cpu": torch.tensor([0, 5])}, ("cu_seqlens_cpu:", "not implemented")),
-    "shard_lengths": ({"shard_lengths": [3, 2]}, ("shard_lengths:", "not implemented")),
     "exchange scan": ({"exchange": "scan"}, ("exchange:", "'all_gather'", "'scan'", "not implemented")),
     "exchange hierarchical": ({"exchange": "hierarchical"}, ("exchange:", "'hierarchical'", "not implemented")),
     "backend triton": ({"backend": "triton"}, ("backend:", "'torch'", "'triton'", "Triton")),

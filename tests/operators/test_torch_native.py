@@ -97,12 +97,12 @@ def test_opcheck_of_the_stages(name: str, mask: str, changes: dict[str, Any]) ->
 
 
 def _opcheck_exchange(pg: dist.ProcessGroup, causal: Problem, full: Problem) -> set[str]:
-    calls = _calls(causal, pg) | {"exchange_sum": _calls(full, pg)["exchange_sum"]}
+    calls = _calls(causal, pg) | {"exchange_gather": _calls(full, pg)["exchange_gather"]}
     rank = dist.get_rank(pg)
     start, finish = calls["exchange_start"], calls["exchange_finish"]
     # forward and backward start alike: the last one seen was backward's
     assert start[1][3] == "backward" and exchange_ops._under_way == {}
-    torch.library.opcheck(*calls["exchange_sum"])
+    torch.library.opcheck(*calls["exchange_gather"])
     # A ticket is another one every time, and good once: only the checks that run an op once apply.
     once = ("test_schema", "test_faketensor", "test_autograd_registration")
     for test in once:
@@ -131,7 +131,7 @@ def _forward_start(start: Any, finish: Any, rank: int) -> tuple[Any, ...]:
 def test_opcheck_of_the_exchange(pool: RankPool) -> None:
     causal, full = _problem("hla3", "causal"), _problem("hla2", "full")
     first, last = pool.run_group(2, _opcheck_exchange, causal, full)
-    exchange = {"exchange_start", "exchange_finish", "exchange_finish_backward", "exchange_sum"}
+    exchange = {"exchange_start", "exchange_finish", "exchange_finish_backward", "exchange_gather"}
     assert last == exchange | {"summarize", "finish", "summarize_backward", "finish_backward"}
     assert first == last - {"summarize_backward"}  # nobody reads the reverse summary of the first rank
 

@@ -18,7 +18,7 @@ from tests.tolerances import tolerance
 PER_TOKEN = ("out", "dq", "dk", "dv")
 
 
-def shard_of(t: Tensors, lengths: Sequence[int], rank: int) -> Tensors:
+def shard_of(t: Tensors, lengths: Sequence[int], rank: int, packed: bool = False) -> Tensors:
     """The tokens of one rank; everything that is not per token is whole."""
     start = sum(lengths[:rank])
     span = slice(start, start + lengths[rank])
@@ -30,22 +30,24 @@ def shard_of(t: Tensors, lengths: Sequence[int], rank: int) -> Tensors:
         gates if gates is None or gates.ndim == 1 else gates[:, span],
         t.initial_state,
         t.weight_out[:, span],
-        # every rank weighs its copy of the final state differently: the gradients must add up
-        tuple((1 + rank) * w for w in t.weight_state),
+        # every rank weighs its copy of the final state differently: the gradients must add up. Of documents each rank
+        # has some, and gradients into the others' rows must go nowhere
+        t.weight_state if packed else tuple((1 + rank) * w for w in t.weight_state),
     )
 
 
 def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) -> list[dict[str, Any]]:
     """On a rank: forward and backward of its shard, ``repeats`` times, with what was sent each way."""
     rank = dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else group.get_local_rank()
-    t = shard_of(draw(p), lengths, rank)
+    t = shard_of(draw(p), lengths, rank, p.documents is not None)
+    packed = {} if p.documents is None else {"shard_lengths": list(lengths)}
     results = []
     for _ in range(repeats):
         counter.reset()
         sent = {}
 
         def operator(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
-            result = getattr(hla_dist, p.name)(q, k, v, group=group, **more)
+            result = getattr(hla_dist, p.name)(q, k, v, group=group, **packed, **more)
             sent["forward"] = (counter.calls, counter.bytes)  # noqa: B023  (called at once)
             counter.reset()
             return result
@@ -59,8 +61,22 @@ def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) 
 def whole_problem(p: Problem, ranks: int) -> Tensors:
     """The problem on one device, with the loss that all ranks together have."""
     t = draw(p)
+    if p.documents is not None:
+        return t
     t.weight_state = tuple(sum(range(1, ranks + 1)) * w for w in t.weight_state)
     return t
+
+
+def owners_of(p: Problem, lengths: Sequence[int], first: bool) -> list[int]:
+    """The rank of every document's first or last token; of an empty one, where it would start."""
+    assert p.documents is not None
+    owners, start = [], 0
+    holders = [rank for rank, n in enumerate(lengths) for _ in range(n)]
+    for n in p.documents:
+        token = start if first or not n else start + n - 1
+        owners.append(holders[token] if token < len(holders) else len(lengths) - 1)
+        start += n
+    return owners
 
 
 def assemble(p: Problem, lengths: Sequence[int], by_rank: Sequence[Values]) -> Values:
@@ -75,6 +91,12 @@ def assemble(p: Problem, lengths: Sequence[int], by_rank: Sequence[Values]) -> V
             whole[name] = torch.cat(parts, dim=1)
         elif name == "dlog_decay":  # each rank has its own tokens' share
             whole[name] = torch.stack([x.double() for x in parts]).sum(0)
+        elif p.documents is not None:  # row n on one rank, zero on the others
+            whole[name] = torch.stack(parts).sum(0)
+            owners = owners_of(p, lengths, first=name.startswith("dinitial"))
+            for rank, x in enumerate(parts):
+                others = [n for n, owner in enumerate(owners) if owner != rank]
+                assert not x[others].any(), f"{name}: rank {rank} has rows of documents that are not its own"
         elif name.startswith("dinitial"):
             for rank, x in enumerate(parts[1:], start=1):
                 assert not x.any(), f"{name}: an initial state is read on rank 0 only, rank {rank} got a gradient"

@@ -184,7 +184,7 @@ def test_errors_name_the_argument(oracle) -> None:
         (("mamba", q, k, v), {}, ("name", "'mamba'")),
         (("ahla", q, k, v), {"decay_form": "paper"}, ("decay_form", "'paper' for hla2", "ahla")),
         (("hla2", q, k, v), {"decay_form": "x"}, ("decay_form", "'masked'", "'x'")),
-        (("hla2", q, k, v), {"cu_seqlens": torch.tensor([0, 3])}, ("cu_seqlens", "not supported")),
+        (("hla2", q, k, v), {"cu_seqlens": torch.tensor([0, 2])}, ("cu_seqlens", "T = 3", "[0, 2]")),
         (("hla2", q, k, v), {"mask": "x"}, ("mask", "'causal'", "'x'")),
         (("ahla", q, k, v), {"mask": "prefix"}, ("mask", "'prefix'", "hla2", "ahla")),
         (("hla2", q, k, v), {"mask": "full", "log_decay": torch.zeros(2)}, ("log_decay", "'full'")),

@@ -1,0 +1,346 @@
+"""Packed documents: one sequence that holds many, cut at ``cu_seqlens``, with a state each.
+
+Documents that lie whole on this device become rows of a batch, those of similar length together, padded by less than a
+third with tokens that do nothing (q = k = v = 0, gate 1). Rows know nothing of one another, so documents do not either,
+to the last bit, and every backend runs them as it runs any batch. Over a group, at most two documents of a shard cross
+its edges: ``left`` came from an earlier rank, ``right`` goes on to a later one. They alone take part in the exchange:
+
+    the shard is one piece of one document      its summary travels, as without documents
+    a document starts in it and goes on         rho = 0, and the state of that piece (its own initial state included)
+    otherwise                                   rho = 0, nothing
+
+and likewise from right to left. rho = 0 is what the algebra asks of a segment with a boundary (docs/algebra.md).
+
+Where a document begins is read on the host: pass ``cu_seqlens_cpu`` where ``cu_seqlens`` is on a GPU and reading it
+would make the host wait. Shapes: T local tokens, N documents, S slots (tokens and padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hla_dist.functional import exchange_ops, stage_ops
+from hla_dist.functional.autograd import CausalFunction, Options, Place, layout_of, zero_fields
+from hla_dist.operators import OPERATORS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents of similar length, a row each: ``documents [R]``, ``length`` slots a row."""
+
+    documents: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A document that crosses an edge of the shard: its number, and how many of its tokens are here."""
+
+    document: int
+    tokens: int
+    ends: bool = False  # its last token is here
+    starts: bool = False  # its first token is here
+
+
+class Pieces(NamedTuple):
+    """Sequences by piece: ``rows``, a list of ``[R, length, ...]`` each, and ``crossing``, those of left and right."""
+
+    rows: list[list[Tensor]]
+    crossing: list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents begin and end, and which part of them is here: tokens ``start`` to ``stop`` of the whole.
+
+    ``cu [N + 1]`` int64 on the host; ``bounds``: the shards' edges, ``[0, T]`` on one device.
+    """
+
+    cu: Tensor
+    bounds: tuple[int, ...]
+    rank: int
+
+    @property
+    def count(self) -> int:
+        return len(self.cu) - 1
+
+    @property
+    def start(self) -> int:
+        return self.bounds[self.rank]
+
+    @property
+    def stop(self) -> int:
+        return self.bounds[self.rank + 1]
+
+    def crossing(self, rank: int) -> tuple[Crossing | None, Crossing | None]:
+        """The documents that cross a shard's left and right edge; one that crosses both is ``left``."""
+        start, stop = self.bounds[rank], self.bounds[rank + 1]
+        starts, ends = self.cu[:-1], self.cu[1:]
+        left = right = None
+        for n in ((starts < start) & (ends > start)).nonzero().flatten().tolist():
+            left = Crossing(n, min(int(ends[n]), stop) - start, ends=int(ends[n]) <= stop)
+        for n in ((starts >= start) & (starts < stop) & (ends > stop)).nonzero().flatten().tolist():
+            right = Crossing(n, stop - int(starts[n]), starts=True)
+        return left, right
+
+    @cached_property
+    def here(self) -> tuple[Crossing | None, Crossing | None]:
+        """``crossing`` of this shard."""
+        return self.crossing(self.rank)
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """Documents without tokens that stand here: with the token they come before, at the end on the last rank."""
+        at, last = self.cu[:-1], self.rank == len(self.bounds) - 2
+        inside = (at >= self.start) & ((at < self.stop) | last)
+        return (inside & (self.cu[1:] == at)).nonzero().flatten()
+
+    @cached_property
+    def rows(self) -> list[Rows]:
+        """The documents that are whole here, by length: at most four kinds an octave, so padding is under a third."""
+        starts, ends = self.cu[:-1], self.cu[1:]
+        whole = ((starts >= self.start) & (ends <= self.stop) & (ends > starts)).nonzero().flatten()
+        lengths = (ends - starts)[whole]
+        step = 2 ** (torch.frexp(lengths.double()).exponent.long() - 3).clamp(min=0)  # an eighth of the next power
+        padded = (lengths + step - 1) // step * step
+        return [Rows(whole[padded == n], n) for n in padded.unique().tolist()]
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether some row is longer than its document."""
+        return sum(len(r.documents) * r.length for r in self.rows) > sum(
+            int((self.cu[r.documents + 1] - self.cu[r.documents]).sum()) for r in self.rows
+        )
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """``index [S]``: the token of each slot, T for padding; ``inverse [T]``: the slot of each token.
+
+        Rows first, then the tokens of ``left``, then those of ``right``.
+        """
+        tokens = self.stop - self.start
+        parts = []
+        for r in self.rows:
+            at = self.cu[r.documents, None] + torch.arange(r.length)
+            parts.append(torch.where(at < self.cu[r.documents + 1, None], at - self.start, tokens).flatten())
+        left, right = self.here
+        if left is not None:
+            parts.append(torch.arange(left.tokens))
+        if right is not None:
+            parts.append(torch.arange(tokens - right.tokens, tokens))
+        index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        inverse = torch.empty(tokens, dtype=torch.int64)
+        real = (index < tokens).nonzero().flatten()
+        inverse[index[real]] = real
+        return index, inverse
+
+    @property
+    def ranks(self) -> int:
+        return len(self.bounds) - 1
+
+    def take(self, sequences: list[Tensor], group: bool) -> Pieces:
+        """Sequences ``[1, T, ...]`` as rows of documents, and with a group the tokens of ``left`` and ``right``."""
+        index, inverse = (x.to(sequences[0].device, non_blocking=True) for x in self.slots)
+        slots = [Rearranged.apply(x[0], index, inverse) for x in sequences]
+        sizes = [(len(r.documents), r.length) for r in self.rows]
+        sizes += [(1, c.tokens if c else 0) for c in self.here] if group else []
+        split = [x.split([rows * length for rows, length in sizes]) for x in slots]
+        parts = [[x.unflatten(0, size) for x in part] for size, *part in zip(sizes, *split)]
+        return Pieces(parts[: len(self.rows)], parts[len(self.rows) :])
+
+    def put_back(self, outs: list[Tensor], shape: tuple[int, int], inputs: list[Tensor]) -> Tensor:
+        """Outputs ``[slots, H, V]`` of all pieces in their order as ``[1, T, H, V]``; ``shape`` is H, V.
+
+        Where there is not a token, the result still hangs on the inputs: their gradients are zero, not missing.
+        """
+        index, inverse = (x.to(inputs[0].device, non_blocking=True) for x in self.slots)
+        nothing = inputs[0].new_zeros(0, *shape)
+        for x in inputs:
+            nothing = nothing + x[:0].sum().to(nothing.dtype)
+        return Rearranged.apply(torch.cat(outs) if outs else nothing, inverse, index)[None]
+
+    def positions(self) -> Tensor:
+        """Every local token's position in its document, ``[T]`` on the host."""
+        at = torch.arange(self.start, self.stop)
+        return at - self.cu[torch.searchsorted(self.cu, at, right=True) - 1]
+
+
+class Rearranged(torch.autograd.Function):
+    """``x[index]`` along the first axis, zero where ``index`` is past the end; ``inverse`` undoes it.
+
+    Every row of x is somewhere exactly once, so the gradient is a gather too, not a sum.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        return _gather(x, index)
+
+    @staticmethod
+    def backward(ctx, dy):
+        index, inverse = ctx.saved_tensors
+        return _gather(dy, inverse), None, None
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    flat = torch.cat([x.flatten(1), x.new_zeros(1, x[0].numel() if len(x) else x.shape[1:].numel())])
+    return flat.index_select(0, index).view(-1, *x.shape[1:])
+
+
+class CrossingFunction(torch.autograd.Function):
+    """The documents that cross the edges of a shard: outputs of ``left`` and ``right``, and the state ``left`` ends in.
+
+    Tensors of a crossing that is not there have no tokens. Communication: one all-gather forward, one backward.
+    """
+
+    @staticmethod
+    def forward(ctx, options, place, kind, *tensors):
+        """kind: whether ``left`` is here, whether it ends here, whether ``right`` is here.
+
+        tensors: q, k, v, log_decay of ``left``, the same of ``right``, then the initial state of ``right``.
+        """
+        left, ends, right = kind
+        op = OPERATORS[options[0]]
+        count = len(op.states)
+        a, z = (*tensors[:4], None), (*tensors[4:8], None)
+        initial = [x for x in tensors[8:] if x is not None]
+        layout = layout_of(options, a[0], a[2])
+        fields = zero_fields(options, a[0], a[2], op.fields)
+        rho = fields[0].new_zeros(fields[0].shape[:2])
+        out_a, out_z, state, kept = a[2].new_empty(_out_shape(a)), z[2].new_empty(_out_shape(z)), [], []
+        a_rest: list[Tensor] = []
+        z_rest: list[Tensor] = []
+        if right:
+            carry = initial or zero_fields(options, z[0], z[2], op.states)
+            out_z, denominator, *rest = stage_ops.scan(*z, carry, *options)
+            fields[:count] = rest[:count]
+            z_rest = [out_z if options[3] else out_z.new_empty(0), denominator, *rest[count:]]
+        if left and not ends:
+            rho, *fields = stage_ops.summarize(*a, *options)
+            fields, kept = fields[: len(op.fields)], fields[len(op.fields) :]
+        ticket = exchange_ops.exchange_start([rho, *fields], [], place[0], "forward", place[2], *layout)
+        received = exchange_ops.exchange_finish(ticket, [], rho, False, place[0], *layout)
+        carry, later = received[:count], received[count:]
+        if left:
+            if ends:
+                out_a, denominator, *rest = stage_ops.scan(*a, carry, *options)
+            else:
+                out_a, denominator, *rest = stage_ops.finish(*a, carry, kept, *options)
+            state = rest[:count]
+            a_rest = [out_a if options[3] else out_a.new_empty(0), denominator, *rest[count:]]
+        else:
+            state = zero_fields(options, a[0], a[2], op.states)
+        ctx.save_for_backward(*tensors[:8], *a_rest, *z_rest, *later)
+        ctx.call = (options, place, kind, len(a_rest), len(z_rest), len(initial))
+        return (out_a, out_z, *state)
+
+    @staticmethod
+    def backward(ctx, dout_a, dout_z, *dstate):
+        """Every rank must get here if one does."""
+        options, place, kind, a_count, z_count, initial = ctx.call
+        left, ends, right = kind
+        op = OPERATORS[options[0]]
+        count = len(op.states)
+        tensors, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        a = (*tensors[:4], None, *_saved(rest[:a_count]), dout_a.contiguous())
+        z = (*tensors[4:8], None, *_saved(rest[a_count : a_count + z_count]), dout_z.contiguous())
+        later = rest[a_count + z_count :]
+        layout = layout_of(options, a[0], a[2])
+        fields = zero_fields(options, a[0], a[2], op.reverses)
+        # zero gradients, not missing ones, where nothing crosses
+        a_grads, z_grads = ([None if x is None else torch.zeros_like(x) for x in y[:4]] for y in (a, z))
+        dinitial: list[Tensor | None] = []
+        kept: list[Tensor] = []
+        if left and ends:
+            *a_grads, fields = _split(stage_ops.scan_backward(*a, list(dstate), *options), a[3])
+        elif left:
+            summary = stage_ops.summarize_backward(*a, *options)
+            fields, kept = summary[:count], summary[count:]
+        ticket = exchange_ops.exchange_start(fields, [], place[0], "backward", place[2], *layout)
+        carry = exchange_ops.exchange_finish_backward(ticket, list(later), False, place[0], *layout)
+        if left and not ends:
+            *a_grads, _ = _split(stage_ops.finish_backward(*a, carry, kept, *options), a[3])
+        if right:
+            *z_grads, dinitial = _split(stage_ops.scan_backward(*z, carry, *options), z[3])
+        if initial and not right:
+            dinitial = [x.new_empty(0, *x.shape[1:]) for x in zero_fields(options, z[0], z[2], op.states)]
+        dinitial = dinitial[:initial] + [None] * (3 - initial)
+        return (None, None, None, *a_grads, *z_grads, *dinitial)
+
+
+def _out_shape(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
+    q, _, v = inputs[:3]
+    return (*q.shape[:3], v.shape[3])
+
+
+def _saved(rest: tuple[Tensor, ...]) -> tuple:
+    return (*rest[:2], list(rest[2:])) if rest else ()
+
+
+def _split(grads: list[Tensor], log_decay: Tensor | None) -> list:
+    """``[dq, dk, dv, dlog_decay or None, [*dcarry]]``."""
+    dq, dk, dv, dlog, *dcarry = grads
+    return [dq, dk, dv, None if log_decay is None else dlog, dcarry]
+
+
+def attend(
+    documents: Documents,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: tuple[Tensor, ...],
+    output_state: bool,
+    options: Options,
+    place: Place,
+) -> tuple[Tensor, list[Tensor]]:
+    """``out [1, T, H, V]`` and, if asked for, the state's fields ``[N, H, rows, columns]``; gates per query head."""
+    fixed = log_decay is not None and log_decay.dim() == 1
+    if fixed and log_decay is not None and output_state and documents.padded:  # padding must not decay a state
+        log_decay, fixed = log_decay.expand(1, q.shape[1], -1), False
+    alike = log_decay is None or fixed  # the gates of every piece
+    sequences = [q, k, v] if alike or log_decay is None else [q, k, v, log_decay]
+    pieces = documents.take(sequences, bool(place.group_name))
+    gates = [log_decay] if alike else []
+    outs, states, numbers = [], [], []
+    for rows, inputs in zip(documents.rows, pieces.rows):
+        start = [x.index_select(0, rows.documents.to(x.device, non_blocking=True)) for x in initial]
+        out, *state = CausalFunction.apply(options, Place(), output_state, *inputs, *gates, None, *start)
+        outs.append(out.flatten(0, 1))
+        states.append(state)
+        numbers.append(rows.documents)
+    if place.group_name:
+        left, right = documents.here
+        a, z = pieces.crossing
+        # no row where none is read: the gradient is zero all the same, not missing
+        start = [x[right.document, None] if right else x[:0] for x in initial]
+        kind = (left is not None, left is not None and left.ends, right is not None)
+        out_a, out_z, *state = CrossingFunction.apply(
+            options, place, kind, *a, *gates, *z, *gates, *start, *[None] * (3 - len(start))
+        )
+        outs += [out_a[0], out_z[0]]
+        if left is not None and left.ends:
+            states.append(state)
+            numbers.append(torch.tensor([left.document]))
+    final = _final(documents, initial, states, numbers, q, v, options) if output_state else []
+    inputs = [q, k, v, *initial] + ([] if log_decay is None else [log_decay])
+    return documents.put_back(outs, (q.shape[2], v.shape[3]), inputs), final
+
+
+def _final(documents, initial, states, numbers, q, v, options) -> list[Tensor]:
+    """Final states by document: those that end here, initial ones of empty documents, zero elsewhere."""
+    op = OPERATORS[options.operator]
+    none = zero_fields(options, q, v, op.states)
+    if initial:
+        states = [*states, [x.index_select(0, documents.empty.to(x.device)) for x in initial]]
+        numbers = [*numbers, documents.empty]
+    known = torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.int64)
+    order = torch.full((documents.count,), len(known))
+    order[known] = torch.arange(len(known))
+    order = order.to(q.device, non_blocking=True)
+    return [torch.cat([*(s[i] for s in states), none[i]]).index_select(0, order) for i in range(len(none))]
