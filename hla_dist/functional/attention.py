@@ -10,8 +10,8 @@ from torch import Tensor
 from hla_dist.functional import backend as backends
 from hla_dist.functional import packed, stage_ops, validate
 from hla_dist.functional.autograd import CausalFunction, Options, Place
+from hla_dist.functional.documents import Documents
 from hla_dist.functional.full import Full
-from hla_dist.functional.packed import Documents
 from hla_dist.functional.transforms import refuse_transforms
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast

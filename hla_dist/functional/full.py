@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops
-from hla_dist.functional.packed import Documents
+from hla_dist.functional.documents import Documents
 
 _MOMENTS = {
     "linear_attention": (("k", "v"),),

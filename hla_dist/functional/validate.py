@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from hla_dist.functional.packed import Documents
+from hla_dist.functional.documents import Documents
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES
 
