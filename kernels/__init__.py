@@ -6,6 +6,7 @@
     segments      what happens between the segments of one device's sequence
     cascade       an operator as a list of passes, turned into launches
     stages        outputs from a carry, gradients from a reverse carry, summaries
+    slices        a large backward in parts of the batch or the heads
     sequences     how kernels address tensors
     tiles         the tile table
     device        where kernels run, and what is refused there

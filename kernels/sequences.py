@@ -52,6 +52,7 @@ def sequence(x: Tensor, heads: int) -> Sequence:
     thread and immediate offsets, instead of some sixty registers that the state needs more.
     """
     assert x.stride(3) == 1 or x.shape[3] == 1 or x.numel() == 0, "a sequence's last axis is contiguous"
+    assert x.stride(1) * 128 < 2**31, "a chunk's offsets are 32-bit"
     token = x.stride(1) if INTERPRETED else tl.constexpr(x.stride(1))
     return Sequence(x, x.stride(0), token, x.stride(2), heads // x.shape[2])
 

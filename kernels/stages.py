@@ -7,7 +7,7 @@
 
 Launches are in a fixed order with fixed shapes, nothing is read on the host: all of it can be captured in a CUDA graph.
 Memory beside inputs and results: inner sequences and their gradients (hla2: u and du), and carries at segment
-boundaries.
+boundaries. ``slices.py`` has them for a part of the batch or of the heads at a time.
 """
 
 from __future__ import annotations
@@ -91,13 +91,17 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
 class _Backward:
     """Gradients as they come in: buffers by name, terms of the gates' gradient by launch."""
 
-    def __init__(self, problem: Problem, dout: Tensor, cut: tuple[int, int], gate: bool):
-        self.problem, self.cut, self.gate = problem, cut, gate
+    def __init__(
+        self, problem: Problem, dout: Tensor, cut: tuple[int, int], gate: bool, into: dict[str, Tensor] | None = None
+    ):
+        self.problem, self.cut, self.gate, self.into = problem, cut, gate, into or {}
         self.gradients = {"o": dout}
         self.terms: list[Tensor] = []
 
     def buffer(self, name: str) -> Tensor:
         x = self.problem.sequences[name]
+        if name in self.into and x.shape[2] == self.problem.H:
+            return self.into[name]
         dtype = x.dtype if x.shape[2] == self.problem.H else torch.float32  # grouped heads: summed afterwards
         shape = (*x.shape[:2], self.problem.H, x.shape[3])
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -170,16 +174,25 @@ def _reverse_carry(backward: _Backward, p: Pass, entering: Tensor | None) -> Car
 
 
 def scan_backward(
-    problem: Problem, carry: list[Tensor], dout: Tensor, reverse_carry: list[Tensor], gate: bool
+    problem: Problem,
+    carry: list[Tensor],
+    dout: Tensor,
+    reverse_carry: list[Tensor],
+    gate: bool,
+    into: dict[str, Tensor] | None = None,
 ) -> Gradients:
-    """Every gradient of the segment, whose reverse carry enters from the right; ``gate``: that of log_decay too."""
+    """Every gradient of the segment, whose reverse carry enters from the right; ``gate``: that of log_decay too.
+
+    Gradients of q, k and v are written ``into`` where given.
+    """
+    into = into or {}
     cut = problem.segments(RESTART if gate else None)
     forward = _inner_forward(problem, list(carry), cut)
     last = problem.passes[-1]
     b, c = problem.sequences[last.b], problem.sequences[last.c]
     forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
     problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
-    backward = _Backward(problem, last_axis_contiguous(dout), cut, gate)
+    backward = _Backward(problem, last_axis_contiguous(dout), cut, gate, into)
     inner = {p.out for p in problem.passes[:-1]}
     reverse: dict[str, Carry] = {}
     steps = list(zip(problem.passes, forward, reverse_carry))
@@ -189,15 +202,16 @@ def scan_backward(
     for p, carry_in, _ in steps:
         backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
     dlog = _gate_gradient(backward, forward, [reverse[p.out] for p in problem.passes]) if gate else None
-    dq, dk, dv = (_own_heads(backward.gradients[name], problem.sequences[name]) for name in "qkv")
+    dq, dk, dv = (_own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
     return Gradients(dq, dk, dv, dlog, [_edge(problem, reverse[p.out]) for p in problem.passes])
 
 
-def _own_heads(gradient: Tensor, x: Tensor) -> Tensor:
+def _own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     """Sum over the query heads of every K/V head."""
     if gradient.shape[2] == x.shape[2]:
         return gradient
-    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+    total = gradient.unflatten(2, (x.shape[2], -1)).sum(3)
+    return total.to(x.dtype) if into is None else into.copy_(total)
 
 
 def _gate_gradient(backward: _Backward, forward: list[Carry], reverse: list[Carry]) -> Tensor:

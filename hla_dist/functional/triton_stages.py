@@ -9,6 +9,10 @@ Forward keeps the carry alone: backward forms inner sequences and carries inside
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +24,7 @@ from hla_kernels import stages, tiles
 from hla_kernels.cascade import Pass, Problem
 from hla_kernels.device import check, target_of
 from hla_kernels.sequences import last_axis_contiguous
+from hla_kernels.slices import sliced_backward
 
 OPERATORS = ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3")
 
@@ -31,6 +36,17 @@ def require_supported(operator: str, device: torch.device, dtype: torch.dtype, k
     target = target_of(device)
     check(dtype, key_dim, value_dim, target)
     tiles.require_right(dtype, (key_dim, value_dim), target)
+
+
+def _on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device: make it the tensors'."""
+
+    @functools.wraps(stage)
+    def run(segment: Segment, *args: Any) -> Any:
+        with torch.cuda.device_of(segment.q):
+            return stage(segment, *args)
+
+    return run
 
 
 def _passes(operator: Operator) -> tuple[Pass, ...]:
@@ -62,6 +78,7 @@ def _problem(segment: Segment) -> Problem:
     )
 
 
+@_on_its_device
 def summarize(segment: Segment) -> Summarized:
     """The segment from an empty past: rho, states and moments."""
     moments = tuple((m.left, m.right, m.from_start) for m in segment.operator.moments)
@@ -69,6 +86,7 @@ def summarize(segment: Segment) -> Summarized:
     return Summarized(rho, states + values, [])
 
 
+@_on_its_device
 def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``."""
     normalize = segment.settings.normalize
@@ -90,17 +108,19 @@ def _numerators(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
     return torch.cat([wide, own], dim=-1).to(inner)
 
 
+@_on_its_device
 def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
     """Reverse fields of the segment with nothing to its right."""
     carry = [c[0] for c in saved.checkpoints]
     return stages.summarize_backward(_problem(segment), carry, _numerators(segment, saved, dout))
 
 
+@_on_its_device
 def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor]) -> Gradients:
     """Every gradient of the segment whose reverse carry enters from the right."""
     gated = segment.log_decay is not None
     forward = [c[0] for c in saved.checkpoints]
-    g = stages.scan_backward(_problem(segment), forward, _numerators(segment, saved, dout), carry, gate=gated)
+    g = sliced_backward(_problem(segment), forward, _numerators(segment, saved, dout), carry, gate=gated)
     dlog = g.log_decay
     if dlog is not None and segment.log_decay is not None:
         dlog = (dlog.sum((0, 1)) if segment.log_decay.dim() == 1 else dlog).to(segment.log_decay.dtype).contiguous()

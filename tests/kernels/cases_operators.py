@@ -12,7 +12,7 @@ import torch
 
 import hla_dist
 from hla_dist.reference import quadratic
-from hla_kernels import cascade, device
+from hla_kernels import cascade, device, slices
 from hla_kernels.device import INTERPRETED
 from tests.harness import assert_close, relative_error, run_ranks
 from tests.problems import RIDGED, STREAMING, Problem, Tensors, check, draw, oracle, run
@@ -154,6 +154,14 @@ def test_summaries(name, mask, short_segments) -> None:
     assert_close("rho", got.rho, want.rho, FLOAT32)
     for letter, value in want.fields.items():
         assert_close(letter, got.fields[letter], value, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "G", "gates"), [(4, 1, 1, "BTH"), (2, 2, 1, "none"), (1, 4, 2, "none"), (1, 4, 2, "H"), (1, 2, 2, "BTH")]
+)
+def test_backward_in_slices(B, H, G, gates, monkeypatch, short_segments) -> None:
+    monkeypatch.setattr(slices, "SLICED", 0)
+    _compare(Problem("hla2", B=B, T=45, H=H, G=G, K=5, V=4, gates=gates, scale=0.7, ridge=0.2, dtype=torch.float32))
 
 
 def test_repeats_bitwise(short_segments) -> None:
