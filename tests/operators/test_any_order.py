@@ -184,6 +184,33 @@ def test_streaming_equals_the_whole() -> None:
         assert_close(name, state[name], want_state[name], FLOAT64)
 
 
+def test_packed_documents() -> None:
+    """Documents in one sequence, one of them empty, are what each is alone: outputs, states, every gradient."""
+    x = {name: value[:1] for name, value in sequences(q=4, k=4, v=3).items()} | {"g": gate(70, 2)[:1]}
+    x |= {f"state {n}": torch.randn(4, 2, 4, 4 if n == "u" else 3, dtype=torch.float64) for n in "uro"}
+    cuts = [0, 13, 13, 14, 70]
+
+    def run_on(x: dict[str, Tensor], **more: Any) -> Tensor:
+        initial = {name: x[f"state {name}"] for name in "uro"}
+        inputs = {name: x[name] for name in "qkv"}
+        out, state = HLA4(**inputs, log_decay=x["g"], initial_state=initial, output_final_state=True, **more)
+        return torch.cat([out.flatten(), *(s.flatten(1).sum(-1) for s in state.values())])
+
+    def packed(x: dict[str, Tensor]) -> Tensor:
+        return run_on(x, cu_seqlens=torch.tensor(cuts))
+
+    def alone(x: dict[str, Tensor]) -> Tensor:
+        rows = []
+        for n, (first, last) in enumerate(zip(cuts, cuts[1:])):
+            rows.append(run_on({k: t[n : n + 1] if "state" in k else t[:, first:last] for k, t in x.items()}))
+        outs, states = [row[:-3] for row in rows], torch.stack([row[-3:] for row in rows], 1)
+        return torch.cat([*outs, states.flatten()])
+
+    got, want = gradients(packed, x), gradients(alone, x)
+    for name in want:
+        assert_close(name, got[name], want[name], FLOAT64)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["hla2", "hla3"])
 def test_low_precision(name: str, dtype: torch.dtype) -> None:

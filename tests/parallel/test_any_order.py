@@ -77,6 +77,32 @@ def test_ranks_may_need_different_gradients(pool: RankPool) -> None:
     assert sent == (3, 3), "one all-gather a pass each way"
 
 
+def _packed(pg: dist.ProcessGroup, lengths: list[int]) -> list[torch.Tensor]:
+    rank = dist.get_rank(pg)
+    span = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    x = {name: _inputs()[name][:, span].requires_grad_() for name in ("q", "k", "v", "g")}
+    inputs = {name: x[name] for name in "qkv"}
+    packed = dict(cu_seqlens=torch.tensor([0, 7, 7, 31, 40]), shard_lengths=lengths)
+    out, _ = HLA4(**inputs, log_decay=x["g"], group=pg, **packed)
+    out.square().sum().backward()
+    return [out.detach(), *(t.grad for t in x.values())]
+
+
+def test_packed_documents(pool: RankPool) -> None:
+    """The third document begins on rank 0, spans rank 2, and ends on rank 3."""
+    x = {name: _inputs()[name].requires_grad_() for name in ("q", "k", "v", "g")}
+    outs = []
+    for first, last in [(0, 7), (7, 31), (31, 40)]:
+        part = {name: t[:, first:last] for name, t in x.items()}
+        outs.append(HLA4(q=part["q"], k=part["k"], v=part["v"], log_decay=part["g"])[0])
+    out = torch.cat(outs, 1)
+    out.square().sum().backward()
+    results = pool.run_group(4, _packed, [10, 0, 15, 15])
+    want = [out.detach(), *(t.grad for t in x.values())]
+    for name, parts, whole in zip(["out", "dq", "dk", "dv", "dg"], zip(*results), want, strict=True):
+        assert_close(name, torch.cat(parts, 1), whole, FLOAT64)
+
+
 def _fails(pg: dist.ProcessGroup) -> tuple[str, torch.Tensor]:
     q, k, v = (torch.ones(1, 6, 2, 3) for _ in "qkv")
     try:
