@@ -103,6 +103,31 @@ def test_packed_documents(pool: RankPool) -> None:
         assert_close(name, torch.cat(parts, 1), whole, FLOAT64)
 
 
+def _compiled(pg: dist.ProcessGroup) -> tuple[list[list[torch.Tensor]], list[int]]:
+    first, last = [(0, 13), (13, 40)][dist.get_rank(pg)]
+    x = {n: t if "state" in n else t[:, first:last].clone().requires_grad_() for n, t in _inputs().items()}
+    leaves = [x[name] for name in ("q", "k", "v", "g")]
+
+    def loss(x):
+        out, state = _fourth_order(x, pg)
+        return out.square().sum() + state["r"].sum()
+
+    torch._dynamo.reset()
+    found, calls = [], []
+    for call in (loss, loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        counter.reset()
+        found.append(list(torch.autograd.grad(call(x), leaves)))
+        calls.append(counter.calls)
+    return found[1:], calls[1:]
+
+
+def test_compiles_over_a_group(pool: RankPool) -> None:
+    for (eager, compiled), calls in pool.run_group(2, _compiled):
+        assert calls == [6, 6]
+        for name, got, want in zip("qkvg", compiled, eager, strict=True):
+            assert_close(f"d{name}", got, want, FLOAT64)
+
+
 def _fails(pg: dist.ProcessGroup) -> tuple[str, torch.Tensor]:
     q, k, v = (torch.ones(1, 6, 2, 3) for _ in "qkv")
     try:
