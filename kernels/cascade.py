@@ -219,8 +219,43 @@ class Problem:
         self._launch(a, b, c, out, carry, swapped, cut, True, into_state, alpha, add, pair)
         carry.known = True
 
+    def correct(
+        self,
+        a: Tensor,
+        local: Tensor,
+        out: Tensor,
+        initial: Tensor,
+        alpha: float,
+        into_state: float,
+        cut: tuple[int, int],
+    ) -> None:
+        """``out = local + alpha Gamma(t, start) a P``: what a carry adds to a pass that began from nothing."""
+        segments, tokens = cut
+        flat = initial.reshape(self.rows, *initial.shape[2:])
+        value = flat[None].expand(segments + 1, *flat.shape)
+        if self.gated:
+            rho = self.decay(tokens)
+            past = torch.cat([torch.ones_like(rho[:1]), rho.cumprod(0)])
+            value = value * past[..., None, None]
+        carry = Carry(value, reverse=False, known=True)
+        self._launch(a, a, local, out, carry, False, cut, True, into_state, alpha, (local, 1.0), inner=False)
+
     def _launch(
-        self, a, b, c, out, carry, swapped, cut, emit=True, into_state=1.0, alpha=1.0, add=None, pair=None, decayed=True
+        self,
+        a: Tensor | None,
+        b: Tensor,
+        c: Tensor,
+        out: Tensor | None,
+        carry: Carry,
+        swapped: bool,
+        cut: tuple[int, int],
+        emit: bool = True,
+        into_state: float = 1.0,
+        alpha: float = 1.0,
+        add: tuple[Tensor, float] | None = None,
+        pair: tuple[Tensor, float, Tensor] | None = None,
+        decayed: bool = True,
+        inner: bool = True,
     ) -> None:
         segments, tokens = cut
         key_dim, value_dim = b.shape[3], c.shape[3]
@@ -261,6 +296,7 @@ class Problem:
             REVERSE=carry.reverse,
             CARRY=emit,
             EMIT=emit,
+            INNER=inner,
             ADD=add is not None,
             PAIR=pair is not None,
             LEAVE=not emit or not carry.known,

@@ -5,7 +5,8 @@
     REVERSE True    out_i = alpha (a_i R_i + sum_{t>=i in chunk} Gamma(t, i) (a_i . b_t) c_t)     rLA(a, b, c)
 
 and, as asked: ``out += beta add``; per token ``x = weight (pair . alpha LA)``, a term of the gates' gradient; the
-state that leaves the segment; or the state alone, from nothing (``EMIT`` False), which is a segment's summary.
+state that leaves the segment; or the state alone, from nothing (``EMIT`` False), which is a segment's summary; or
+what the carry adds alone (``INNER`` False), which corrects a pass that began from nothing.
 
 Shapes: a, b [B, T, heads, K], c, out, add, pair [B, T, heads, V], carries [segments + 1, B H, K, V] float32.
 Grid: one program for each (tile of BV columns, segment, batch element and head), walking its segment in chunks of BT
@@ -109,6 +110,7 @@ def first_order_kernel(
     DOCUMENTS: tl.constexpr,
     CARRY: tl.constexpr,
     EMIT: tl.constexpr,
+    INNER: tl.constexpr,
     ADD: tl.constexpr,
     PAIR: tl.constexpr,
     LEAVE: tl.constexpr,
@@ -136,19 +138,23 @@ def first_order_kernel(
     for j in range(chunks):
         i_c = first + (chunks - 1 - j if REVERSE else j)
         t0 = tl.cast(i_c * BT, tl.int32)
-        b_b = columns(b, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BK, BT]
-        b_c = rows(c, i_b, i_h, t0, T, o_i, o_v, V, DTYPE)  # [BT, BV]
+        if INNER:
+            b_b = columns(b, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BK, BT]
+            b_c = rows(c, i_b, i_h, t0, T, o_i, o_v, V, DTYPE)  # [BT, BV]
         sums, marks, to_start, to_end, whole = chunk_gates(
             log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
         )
         if EMIT:
             b_a = rows(a, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BT, BK]
-            b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
-            b_w = weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS).to(DTYPE)
+            if INNER:
+                b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
+                b_w = weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS).to(DTYPE)
             b_o = tl.dot(b_a, state.to(DTYPE), input_precision=PRECISION)  # [BT, BV]
             if GATED or DOCUMENTS:
                 b_o *= (to_end if REVERSE else to_start)[:, None]
-            b_o = tl.dot(b_w, b_c, b_o, input_precision=PRECISION) * alpha
+            if INNER:
+                b_o = tl.dot(b_w, b_c, b_o, input_precision=PRECISION)
+            b_o *= alpha
             if PAIR:
                 b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V, tl.float32)  # [BT, BV]
                 row = i_v * (tl.num_programs(0) // tiles // segments) + i_bh
@@ -157,9 +163,11 @@ def first_order_kernel(
                 b_o += beta * rows(add, i_b, i_h, t0, T, o_i, o_v, V, tl.float32)
             store_rows(out, b_o, i_b, i_h, t0, T, o_i, o_v, V)
         if GATED or DOCUMENTS:
-            b_c = (b_c * (to_start if REVERSE else to_end)[:, None]).to(DTYPE)
+            if INNER:
+                b_c = (b_c * (to_start if REVERSE else to_end)[:, None]).to(DTYPE)
             state *= whole
-        state = tl.dot(b_b, b_c, state, input_precision=PRECISION)
+        if INNER:
+            state = tl.dot(b_b, b_c, state, input_precision=PRECISION)
     if LEAVE:
         i_out = i_s if REVERSE == EMIT else i_s + 1
         tl.store(matrix_pointers(leaving, i_out, i_bh, o_k, o_v), state * into_state, mask=m_kv)

@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +108,8 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     carry = [torch.zeros(1, heads, case.K, width) for width in (case.K, case.V)]
     dout = torch.empty(1, tokens, heads, case.V, dtype=dtype)
     stages.scan_backward(problem, carry, dout, carry, case.gated)
+    kept = [torch.zeros_like(problem.inner(case.K)), carry[0]]
+    stages.finish(replace(problem, sequences={}), carry, kept)
     if case.K == case.V == 128 and case.dtype == "bfloat16":
         for name in READS:
             fields = [torch.zeros(1, heads, case.K, case.K if f == "S" else case.V) for f in READS[name].states]
@@ -132,7 +135,7 @@ def _wanted(case: Case, arguments: dict[str, Any]) -> bool:
         return True
     if not arguments["EMIT"]:
         return case.dtype == "bfloat16"
-    return arguments["ADD"] and (arguments["PAIR"] or not case.gated)
+    return arguments["ADD"] and (arguments["PAIR"] or not case.gated or not arguments["INNER"])
 
 
 def compile_case(case: Case) -> list[Row]:

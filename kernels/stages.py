@@ -88,6 +88,32 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
     return out, [_edge(problem, c) for c in carries]
 
 
+def finish(
+    problem: Problem, carry: list[Tensor], kept: list[Tensor], out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """``scan`` from a carry that came late: what ``summarize`` kept is corrected, not formed again.
+
+    A cascade that fits into one walk runs so: it moves less than correcting does.
+    """
+    if not kept or problem.T == 1 or fused.runs(problem):
+        return scan(problem, carry, out_dtype)
+    cut = problem.segments()
+    decay = problem.decay(cut[1]).prod(0).view(problem.B, problem.H, 1, 1) if problem.gated else 1.0
+    states = []
+    for i, (p, initial) in enumerate(zip(problem.passes[:-1], carry)):
+        local, state = kept[2 * i], kept[2 * i + 1]
+        out = torch.empty_like(local)
+        scales = (problem.times_scale(p.a, p.b, p.c), problem.times_scale(p.b, p.c))
+        problem.correct(problem.sequences[p.a], local, out, initial, *scales, cut)
+        problem.sequences[p.out] = out
+        states.append(state + decay * initial)
+    last = problem.passes[-1]
+    shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
+    out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
+    states.append(_edge(problem, _forward_pass(problem, last, carry[-1], cut, out)))
+    return out, states
+
+
 class _Backward:
     """Gradients as they come in: buffers by name, terms of the gates' gradient by launch."""
 
@@ -250,10 +276,11 @@ def _gate_gradient(backward: _Backward, forward: list[Carry], reverse: list[Carr
 
 def summarize(
     problem: Problem, moments: tuple[tuple[str, str, bool], ...]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """``(rho [B, H], states, moments)`` of the segment from an empty past.
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """``(rho [B, H], states, moments, kept)`` of the segment from an empty past.
 
-    A moment is ``(left, right, from_start)``: ``sum w left right^T`` with w = 1, or Gamma(i, segment start).
+    A moment is ``(left, right, from_start)``: ``sum w left right^T`` with w = 1, or Gamma(i, segment start). For
+    ``finish`` is ``kept``: of every inner pass its result ``[B, T, H, D]`` and its state at the end.
     """
     cut = problem.segments()
     carries = _inner_forward(problem, [None] * len(problem.passes), cut)
@@ -267,7 +294,8 @@ def summarize(
         _state_only(problem, left, right, cut, reverse=from_start, decayed=from_start)
         for left, right, from_start in moments
     ]
-    return rho, states, values
+    kept = [t for p, state in zip(problem.passes, states[:-1]) for t in (problem.sequences[p.out], state.clone())]
+    return rho, states, values, kept
 
 
 def _state_only(

@@ -61,12 +61,22 @@ def summarize(q, k, v, log_decay, documents, *options) -> list[Tensor]:
     return [result.rho, *result.fields, *result.kept]
 
 
+def _fake_kept(s: Segment, options: tuple[Any, ...]) -> list[Tensor]:
+    if options[-1] == "torch":
+        return [t for p in s.operator.first_level for t in (s.inner(p.out), s.state(p.state, s.blocks + 1))]
+    kept = []
+    for p in s.operator.passes[:-1]:
+        shape = (s.B, s.T, s.H, s.operator.columns(p.out, s.K, s.V))
+        dtype = torch.bfloat16 if s.q.dtype == torch.bfloat16 else torch.float32
+        kept += [torch.empty(shape, dtype=dtype, device=s.device), s.state(p.state)]
+    return kept
+
+
 @summarize.register_fake
 def _(q, k, v, log_decay, documents, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, documents, *options)
     fields = [s.state(name) for name in s.operator.fields]
-    first = s.operator.first_level if options[-1] == "torch" else ()
-    kept = [t for p in first for t in (s.inner(p.out), s.state(p.state, s.blocks + 1))]
+    kept = _fake_kept(s, options)
     return [torch.empty(s.B, s.H, dtype=s.dtype, device=s.device), *fields, *kept]
 
 

@@ -82,15 +82,15 @@ def _problem(segment: Segment) -> Problem:
 def summarize(segment: Segment) -> Summarized:
     """The segment from an empty past: rho, states and moments."""
     moments = tuple((m.left, m.right, m.from_start) for m in segment.operator.moments)
-    rho, states, values = stages.summarize(_problem(segment), moments)
-    return Summarized(rho, states + values, [])
+    rho, states, values, kept = stages.summarize(_problem(segment), moments)
+    return Summarized(rho, states + values, kept)
 
 
 @_on_its_device
 def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None) -> Scanned:
-    """Outputs and state of the segment that starts from ``carry``."""
+    """Outputs and state of the segment that starts from ``carry``; with ``kept``, inner passes are corrected only."""
     normalize = segment.settings.normalize
-    out, state = stages.scan(_problem(segment), carry, torch.float32 if normalize else None)
+    out, state = stages.finish(_problem(segment), carry, kept or [], torch.float32 if normalize else None)
     denominator = torch.empty(0, dtype=segment.dtype, device=segment.device)
     if normalize:
         denominator = out[..., -1].clone()

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import hla_dist
+from hla_dist.functional import stage_ops
+from hla_dist.operators import OPERATORS
 from hla_dist.reference import quadratic
 from hla_kernels import cascade, device, slices
 from hla_kernels.device import INTERPRETED
@@ -204,3 +206,34 @@ def test_over_two_ranks(name, mask) -> None:
     got = {key: torch.cat([part[key] for part in parts], 1) for key in ("out", "dq", "dk", "dv", "dlog_decay")}
     got |= {key: parts[0][key] for key in parts[0] if key not in got}
     check(problem, draw(problem), got)
+
+
+@pytest.mark.parametrize(("name", "gates"), [("hla2", "BTH"), ("ahla", "H"), ("hla3", "none")])
+def test_packed_documents(name, gates) -> None:
+    _compare(Problem(name, T=73, H=2, G=1, K=6, V=5, gates=gates, documents=(33, 0, 1, 39), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("gates", ["none", "BTH"])
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+def test_finish_corrects_what_summarize_kept(name, mask, gates, short_segments) -> None:
+    """Over several segments, from a carry: equal to a scan from it; and what the ops say of their results is true."""
+    problem = Problem(
+        name, mask, T=75, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=_ridge(name), dtype=torch.float32
+    )
+    t = draw(problem)
+    inputs = (t.q, t.k, t.v, t.log_decay, None)
+    cascade_name = "hla2_prefix" if mask == "prefix" else name
+    options = (cascade_name, 0.7, problem.ridge, False, 1e-6, 0, "triton")
+    summary = stage_ops.summarize(*inputs, *options)
+    kept = summary[1 + len(OPERATORS[cascade_name].fields) :]
+    assert len(kept) == 2 * (len(problem.state_names) - 1)
+    carry = list(t.initial_state or ())
+    got = stage_ops.finish(*inputs, carry, kept, *options)
+    want = stage_ops.scan(*inputs, carry, *options)
+    for i, (x, y) in enumerate(zip(got, want, strict=True)):
+        if y.numel():
+            assert_close(f"result {i}", x, y, FLOAT32)
+    torch.library.opcheck(torch.ops.hla_dist.summarize.default, (*inputs, *options), test_utils="test_faketensor")
+    torch.library.opcheck(
+        torch.ops.hla_dist.finish.default, (*inputs, carry, kept, *options), test_utils="test_faketensor"
+    )
