@@ -10,6 +10,7 @@
     sequences     how kernels address tensors
     tiles         the tile table
     device        where kernels run, and what is refused there
+    tune          ``python -m hla_kernels.tune``: candidate tiles timed on the GPU at hand
     report, aot   ``python -m hla_kernels.report``: what every kernel takes on every architecture, without a GPU
 
 ``hla_dist/functional/triton_stages.py`` puts them behind ``backend="triton"``. See docs/kernels.md.

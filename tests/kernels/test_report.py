@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels are compiled where Triton is installed (Linux)")
-from hla_kernels import aot, report, tiles  # not before Triton is known to be there
-from hla_kernels.device import SUPPORTED
+from hla_kernels import aot, report, tiles, tune  # not before Triton is known to be there
+from hla_kernels.device import SUPPORTED, Target
 
 ROOT = Path(__file__).parents[2]
 GOOD = report.Row("sm_90", "bfloat16", "first_order", "emit", 128, 128, "64x64 w4 s2", 200, 0, 1024, {})
@@ -55,3 +56,28 @@ def test_what_breaks_a_rule() -> None:
     assert list(report.broken_rules(wide._replace(spills=allowed))) == []
     (text,) = report.broken_rules(wide._replace(spills=allowed + 8))
     assert f"allowed are {allowed}" in text
+
+
+def test_tuning_wants_a_gpu_and_leaves_the_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "hla_kernels.tune"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    if not torch.cuda.is_available():
+        assert done.returncode == 2
+        assert "no GPU here" in done.stderr
+    before = dict(tiles.TABLE["sm_90", torch.bfloat16])
+    tried = []
+
+    def results(dtype, rows, gated, target):
+        tile = tiles.TABLE["sm_90", dtype][rows][gated]
+        tried.append(tile)
+        if tile.stages == 3:
+            raise RuntimeError("out of shared memory")
+        wrong = tile.warps == 8 and tile.BT == 32
+        return float(tile.BT), [torch.ones(2) * (2.0 if wrong else 1.0)]
+
+    monkeypatch.setattr(tune, "_results", results)
+    found = tune.tune(torch.bfloat16, 128, False, Target("sm_90", 132))
+    assert tiles.TABLE["sm_90", torch.bfloat16] == before
+    assert len(tried) == 1 + len(tune.candidates(128)) > 10
+    assert found == sorted(found) and found[0][1].BT == 16
+    assert all(tile.stages < 3 and not (tile.warps == 8 and tile.BT == 32) for _, tile in found)
