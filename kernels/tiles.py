@@ -107,7 +107,6 @@ FUSED: dict[tuple[str, str, int], tuple[Tile | None, Tile | None]] = {
     ("sm_90", "hla2_prefix", 128): (Tile(32, 128, 8, 1), None),
     ("sm_90", "ahla", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     ("sm_90", "ahla", 128): (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
-    ("sm_90", "hla3", 64): (Tile(32, 64, 4, 1), None),
     ("sm_100", "hla2", 64): (Tile(64, 64, 4, 2), None),
     ("sm_100", "hla2_prefix", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
     ("sm_100", "hla2_prefix", 128): (Tile(32, 128, 8, 1), None),

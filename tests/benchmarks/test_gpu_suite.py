@@ -22,6 +22,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 def test_every_step_runs(tmp_path: Path) -> None:
     done = _run("--smoke", "--out", str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr

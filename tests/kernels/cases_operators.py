@@ -59,7 +59,7 @@ def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, s
         Problem(
             name,
             mask,
-            T=131,
+            T=97,
             H=2,
             G=1,
             K=20,
