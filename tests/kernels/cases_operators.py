@@ -14,11 +14,11 @@ import hla_dist
 from hla_dist.functional import stage_ops
 from hla_dist.operators import OPERATORS
 from hla_dist.reference import quadratic
-from hla_kernels import cascade, device, slices
+from hla_kernels import cascade, device, slices, tiles
 from hla_kernels.device import INTERPRETED
 from tests.harness import assert_close, relative_error, run_ranks
 from tests.problems import RIDGED, STREAMING, Problem, Tensors, check, draw, oracle, run
-from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
+from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR, tolerance
 
 WITH_KERNELS = [kind for kind in STREAMING if kind[1] != "paper"]
 
@@ -237,3 +237,43 @@ def test_finish_corrects_what_summarize_kept(name, mask, gates, short_segments) 
     torch.library.opcheck(
         torch.ops.hla_dist.finish.default, (*inputs, carry, kept, *options), test_utils="test_faketensor"
     )
+
+
+@pytest.mark.parametrize("gates", ["none", "BTH"])
+@pytest.mark.parametrize("short", [False, True])
+def test_columns_in_several_tiles(gates, short, monkeypatch, request) -> None:
+    """As on a GPU: programs with a part of the state's columns each; the last part is masked."""
+    monkeypatch.setattr(tiles, "first_order", lambda *args: tiles.Tile(16, 16, 4, 1))
+    monkeypatch.setattr(tiles, "fused", lambda *args: None)
+    if short:
+        request.getfixturevalue("short_segments")
+    _compare(Problem("hla2", T=40, H=2, G=1, K=18, V=35, gates=gates, scale=0.5, ridge=0.2, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("gates", ["none", "BTH"])
+def test_document_boundaries_inside_a_segment(gates, short_segments) -> None:
+    """The stages with ``documents``, which public calls turn into rows instead: as the torch backend in float64."""
+    problem = Problem("hla2", T=75, H=2, G=1, K=6, V=5, gates=gates)
+    t = draw(problem)
+    starts = torch.zeros(75, dtype=torch.int64)
+    starts[[20, 21, 64]] = 1
+    documents = starts.cumsum(0)
+    reverse = [t.weight_state[0] + t.weight_state[0].mT, t.weight_state[1]]
+
+    def both(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        def cast(x):
+            return None if x is None else x.to(dtype)
+
+        options = ("hla2", 0.7, 0.3, False, 1e-6, 0, backend)
+        inputs = (cast(t.q), cast(t.k), cast(t.v), cast(t.log_decay), documents)
+        out, denominator, *rest = stage_ops.scan(*inputs, [cast(x) for x in t.initial_state or ()], *options)
+        saved = (out.new_empty(0), denominator, rest[2:], cast(t.weight_out))
+        return [out, *rest[:2], *stage_ops.scan_backward(*inputs, *saved, [cast(x) for x in reverse], *options)]
+
+    got, want = both(torch.float32, "triton"), both(torch.float64, "torch")
+    names = ("out", "S", "F", "dq", "dk", "dv", "dlog_decay", "dS", "dF")
+    for name, x, y in zip(names, got, want, strict=True):
+        if name == "dS":
+            x, y = x + x.mT, y + y.mT
+        if y.numel():
+            assert_close(name, x, y, tolerance(torch.float32, name))
