@@ -17,7 +17,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize("script, images", [("operators_cpu", 1), ("sequence_parallel_cpu", 0), ("family_cpu", 0)])
+@pytest.mark.parametrize(
+    "script, images", [("operators_cpu", 1), ("sequence_parallel_cpu", 0), ("family_cpu", 0), ("numerics", 1)]
+)
 def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
     pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
     pytest.importorskip("matplotlib", reason="the benchmarks need the train extra")
@@ -33,8 +35,8 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
     assert len(list(tmp_path.glob("*.png"))) == images
 
 
-@pytest.mark.parametrize("script", ["operators_cpu", "sequence_parallel_cpu", "family_cpu"])
+@pytest.mark.parametrize("script", ["operators_cpu", "sequence_parallel_cpu", "family_cpu", "numerics"])
 def test_bad_options_are_refused(script: str) -> None:
-    done = run(script, "--rounds", "0")
+    done = run(script, "--heads", "0")
     assert done.returncode == 2
     assert "expected at least 1" in done.stderr
