@@ -179,8 +179,8 @@ def main() -> int:
     ours, plain = measure(args, lengths)
     targets = judge(ours, plain)
     what = (
-        f"B = 1, H = {args.heads}, K = V = {args.size}. In a cell: error of the output, largest error of dq, dk and dv, and, "
-        "with decay, that of d log_decay; 2-norms of differences to float64 over those of the truth."
+        f"B = 1, H = {args.heads}, K = V = {args.size}. In a cell: error of the output, the largest of dq, dk and dv, "
+        "and, with decay, that of d log_decay; 2-norms of differences to float64 over those of the truth."
     )
     body = tables(ours, plain, lengths)
     records = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in ours.items()]

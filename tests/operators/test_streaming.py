@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -117,3 +119,59 @@ def test_inputs_are_left_alone(name: str, mask: str) -> None:
         )
     run(problem, tensors, getattr(hla_dist, name))
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+# docs/streaming.md: numbers a batch row and query head
+NUMBERS = {
+    ("linear_attention", "causal"): lambda K, V: K * V,
+    ("hla2", "causal"): lambda K, V: K**2 + K * V,
+    ("hla2", "prefix"): lambda K, V: K**2 + K * V,
+    ("hla2", "paper"): lambda K, V: K**2 + 2 * K * V,
+    ("ahla", "causal"): lambda K, V: 2 * K * V,
+    ("hla3", "causal"): lambda K, V: K**2 + 2 * K * V,
+}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_documented_state_sizes(name: str, mask: str, normalize: bool) -> None:
+    for T in (0, 1, 200):
+        p = Problem(name, mask, B=2, T=T, H=4, G=2, K=3, V=5, normalize=normalize)
+        t = draw(p)
+        state = getattr(hla_dist, name)(t.q, t.k, t.v, log_decay=t.log_decay, **p.options)[1]
+        assert isinstance(state, STATES[name, mask])
+        assert sum(x.numel() for x in state) == 2 * 4 * NUMBERS[name, mask](3, 5 + normalize)
+    page = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
+    (row,) = (line for line in page.splitlines() if f"`{STATES[name, mask].__name__}(" in line)
+    formula = row.split("|")[3].strip()
+    for K, V in ((3, 5), (128, 128)):
+        text = formula.replace("^", "**").replace("2KV", "2*K*V").replace("KV", "K*V")
+        assert eval(text, {"K": K, "V": V}) == NUMBERS[name, mask](K, V), row
+    assert row.split("|")[4].strip() == f"{4 * NUMBERS[name, mask](128, 128) // 1024} KiB"
+
+
+def _allocations(call) -> list[int]:
+    """Bytes of every allocation the CPU allocator makes during a call, inside custom operators too."""
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        call()
+    events = (e for e in profile.kineto_results.events() if e.name() == "[memory]")
+    return [e.nbytes() for e in events if e.nbytes() > 0]
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_a_decode_step_does_not_depend_on_the_past(name: str, mask: str) -> None:
+    """Batch 64: the same allocations after 64 tokens and after 4096, none larger than a field of the state."""
+    operator, options = getattr(hla_dist, name), mask_options(mask) | {"output_final_state": True}
+
+    def decode(past: int) -> list[int]:
+        q, k, v = (torch.randn(64, past, 2, 8) for _ in range(3))
+        log_decay = -torch.rand(64, past, 2)
+        _, state = operator(q, k, v, log_decay=log_decay, **options)
+        q, k, v, log_decay = (x[:, -1:].clone() for x in (q, k, v, log_decay))
+        return sorted(_allocations(lambda: operator(q, k, v, log_decay=log_decay, initial_state=state, **options)))
+
+    with torch.no_grad():
+        decode(1)  # what is made once and kept
+        few, many = decode(64), decode(4096)
+    assert few and few == many
+    assert max(few) <= 64 * 2 * 8 * 8 * 4
