@@ -67,6 +67,7 @@ class Problem:
     strided: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    chunk_size: int | None = None  # of the library; oracles have no chunks
     documents: tuple[int, ...] | None = None  # their lengths, T in all; B is 1, states have a row each
 
     @property

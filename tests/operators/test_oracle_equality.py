@@ -49,7 +49,7 @@ def problems(draw_from, dtype: torch.dtype) -> tuple[Problem, int | None]:
     return problem, pick(None, 16, 32, 64, 128)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(problems(torch.float64))
 def test_float64(drawn) -> None:
     problem, chunk_size = drawn
@@ -59,7 +59,7 @@ def test_float64(drawn) -> None:
         check(problem, tensors, got, which)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(problems(torch.float32))
 def test_float32(drawn) -> None:
     problem, chunk_size = drawn

@@ -40,7 +40,7 @@ def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) 
     """On a rank: forward and backward of its shard, ``repeats`` times, with what was sent each way."""
     rank = dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else group.get_local_rank()
     t = shard_of(draw(p), lengths, rank, p.documents is not None)
-    packed = {} if p.documents is None else {"shard_lengths": list(lengths)}
+    packed = {"chunk_size": p.chunk_size} | ({} if p.documents is None else {"shard_lengths": list(lengths)})
     results = []
     for _ in range(repeats):
         counter.reset()

@@ -59,14 +59,14 @@ def sharded_problems(draw_from, dtype: torch.dtype) -> tuple[int, list[int], Pro
     return ranks, lengths, problem
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(drawn=sharded_problems(torch.float64))
 def test_float64(pool: RankPool, drawn) -> None:
     ranks, lengths, problem = drawn
     check_sharded(pool, ranks, problem, lengths)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(drawn=sharded_problems(torch.float32))
 def test_float32(pool: RankPool, drawn) -> None:
     ranks, lengths, problem = drawn
