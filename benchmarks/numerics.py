@@ -162,7 +162,8 @@ def plot(path: Path, ours: dict[Key, Errors], plain: dict[Key, Errors], lengths:
             for decay, style in zip(DECAYS, ("-", "--")):
                 values = [ours[name, decay, kind, t]["out"] for t in lengths]
                 axis.loglog(lengths, values, style, color=f"C{i}", marker="o", markersize=3, label=f"{name}, {decay}")
-        axis.set(title=f"{kind}: error of the output", xlabel="tokens", xticks=lengths)
+        limits = (1e-8, 1e-5) if kind == "float32" else (1e-4, 1e-2)
+        axis.set(title=f"{kind}: error of the output", xlabel="tokens", xticks=lengths, ylim=limits)
         axis.set_xticklabels([f"{t // 1024}K" for t in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

@@ -37,7 +37,9 @@ class TrainConfig:
     seq_len: int = option(8192, "data", "tokens of a sequence, over all ranks that share it")
 
     size: str = option("tiny", "model", "named size, which the options below change", choices=list(SIZES))
-    op: str = option("hla2", "model", "operator of the attention layers", choices=["hla2", "ahla", "hla3", "linear_attention"])
+    op: str = option(
+        "hla2", "model", "operator of the attention layers", choices=["hla2", "ahla", "hla3", "linear_attention"]
+    )
     hidden_size: int = option(0, "model", "width; 0: the named size's")
     layers: int = option(0, "model", "blocks; 0: the named size's")
     heads: int = option(0, "model", "query heads; 0: the named size's")

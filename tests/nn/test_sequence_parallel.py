@@ -479,3 +479,34 @@ def test_fully_sharded_parameters_are_left_to_fsdp(pool, wrap_first):
     for _, got, names in results:
         _assert_same_gradients(got, grads)
         assert names == list(_model().state_dict())
+
+
+def _packed(pg, lengths, cu):
+    """A layer with positions over packed documents: outputs, and a gradient, of this rank's shard."""
+    model = SequenceParallelHLA(_model().layers[0], pg, shard_lengths=lengths)
+    x = _documents(cu).split(lengths, 1)[dist.get_rank(pg)].requires_grad_()
+    y = model(x, cu_seqlens=cu)[0]
+    y.square().sum().backward()
+    return y.detach(), x.grad
+
+
+def _documents(cu) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(1, int(cu[-1]), HIDDEN, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("lengths", [[10, 0, 27], [13, 12, 12]], ids=str)
+def test_packed_documents(pool, lengths):
+    """Each document is what the layer makes of it alone, wherever the shards' edges are."""
+    cu = torch.tensor([0, 4, 4, 30, 37])
+    results = pool.run_group(3, _packed, lengths, cu)
+    layer, whole = _model().layers[0], _documents(cu)
+    outs, grads = [], []
+    for start, stop in zip(cu[:-1], cu[1:]):
+        x = whole[:, start:stop].clone().requires_grad_()
+        y = layer(x)[0]
+        y.square().sum().backward()
+        outs.append(y.detach())
+        grads.append(x.grad)
+    assert_close("y", torch.cat([y for y, _ in results], 1), torch.cat(outs, 1), FLOAT64)
+    assert_close("dx", torch.cat([g for _, g in results], 1), torch.cat(grads, 1), FLOAT64)
