@@ -94,7 +94,7 @@ def test_a_document_start_cuts_what_the_strict_pass_reads(gates: str) -> None:
     problem = Problem("hla2", "paper", T=sum(lengths), H=2, G=2, gates=gates, gate_values="near_one", state=False)
     t = draw(problem)
     documents = torch.repeat_interleave(torch.arange(1, 6), torch.tensor(lengths))
-    options = ("hla2_paper", 1.0, 0.0, False, 0.0, 0)
+    options = ("hla2_paper", 1.0, 0.0, False, 0.0, 0, "torch")
     carry = [torch.ones(1, 2, 4, n, dtype=torch.float64) for n in (4, 3, 3)]  # of a sequence that ended before
     inputs = (t.q, t.k, t.v, t.log_decay, documents)
     out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
