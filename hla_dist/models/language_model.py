@@ -15,7 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hla_dist import checkpoint_context
 from hla_dist.models.config import ModelConfig
+from hla_dist.models.loss import summed_cross_entropy
 from hla_dist.nn import HLAAttention
+from hla_dist.nn.chunks import CHUNK_TOKENS, map_tokens
+
+CHECKPOINTING = ("none", "layer", "sublayer")
 
 
 class SwiGLU(nn.Module):
@@ -52,15 +56,40 @@ class Block(nn.Module):
         )
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size)
+        self.checkpointing = "none"  # LanguageModel.activation_checkpointing
 
     def forward(
+        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Any]:
+        arguments = (x, state, cu_seqlens, positions, return_state)
+        if self.checkpointing == "layer":
+            return recomputed(self._whole, *arguments)
+        if self.checkpointing == "sublayer":
+            x, state = recomputed(self._mix, *arguments)
+            return map_tokens(self._transform, x, tokens=CHUNK_TOKENS), state
+        return self._whole(*arguments)
+
+    def _whole(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
+        x, state = self._mix(x, *arguments)
+        return self._transform(x), state
+
+    def _mix(
         self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Any]:
         mixed, state = self.attention(
             self.attention_norm(x), state, cu_seqlens, positions=positions, output_final_state=return_state
         )
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + mixed, state
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def recomputed(fn: Any, *arguments: Any) -> Any:
+    """``fn(*arguments)``, where gradients are on keeping the arguments only; backward computes it again, silently."""
+    if not torch.is_grad_enabled():
+        return fn(*arguments)
+    return checkpoint(fn, *arguments, use_reentrant=False, context_fn=checkpoint_context)
 
 
 def residual_scale(config: ModelConfig) -> float:
@@ -81,11 +110,33 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self._checkpointing = "none"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.reset_parameters()
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """What backward computes again instead of forward keeping it; the loss and the gradients do not change.
+
+        "none" (default, False too): nothing. "layer" (True): each block from its input. "sublayer", for the longest
+        shards: each attention and each SwiGLU layer from its input, and all that treats tokens alone in chunks of
+        CHUNK_TOKENS, in evaluation too; projections are then computed three times. No policy sends anything twice.
+        """
+        return self._checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, policy: str | bool) -> None:
+        if isinstance(policy, bool):
+            policy = "layer" if policy else "none"
+        if policy not in CHECKPOINTING:
+            raise ValueError(f"activation_checkpointing: expected one of {', '.join(CHECKPOINTING)}, got {policy!r}")
+        self._checkpointing = policy
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.checkpointing = policy
+            block.attention.chunk_tokens = CHUNK_TOKENS if policy == "sublayer" else 0
 
     def reset_parameters(self) -> None:
         """Initialises the embedding and SwiGLU layers anew; attention layers and norms have done so themselves.
@@ -106,8 +157,12 @@ class LanguageModel(nn.Module):
         *,
         positions: Tensor | None = None,
         return_state: bool = False,
+        labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Any]]:
         """Logits [B, T, N]; with ``return_state`` also one state a layer, the ``state`` of the next call.
+
+        With ``labels`` [B, T], instead of logits the sum of the cross-entropies of these tokens' labels, those of -100
+        left out: logits then exist for a chunk of tokens at a time (:func:`summed_cross_entropy`).
 
         Streaming a text in pieces of any length, each with the state the last one returned, gives the logits of
         the whole text; T = 1 is the decode step. ``positions``, the tokens' global ones, matter with rotary
@@ -121,11 +176,13 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         states: list[Any] = []
         for index, block in enumerate(self.blocks):
-            arguments = (x, None if state is None else state[index], cu_seqlens, positions, return_state)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, after = checkpoint(block, *arguments, use_reentrant=False, context_fn=checkpoint_context)
-            else:
-                x, after = block(*arguments)
+            x, after = block(x, None if state is None else state[index], cu_seqlens, positions, return_state)
             states.append(after)
-        logits = F.linear(self.norm(x), self.embedding.weight)
-        return (logits, states) if return_state else logits
+        if labels is None:
+            result = self._logits(x)
+        else:
+            result = summed_cross_entropy(self._logits, x, labels, self.config.vocab_size)
+        return (result, states) if return_state else result
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embedding.weight)

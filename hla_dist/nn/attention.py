@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
+from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
@@ -95,7 +97,8 @@ class HLAAttention(nn.Module):
     fp16 activations are widened to float32 for the operator alone: what is inside grows like T, beyond fp16's 65504.
 
     Plain attributes ``group`` and ``shard_lengths`` (None; not in the state_dict, not pickled, shared by deepcopy) are
-    set by ``SequenceParallelHLA``.
+    set by ``SequenceParallelHLA``. ``chunk_tokens`` (0: off): all but the operator itself is done for so many tokens at
+    a time and computed again in backward, so that no copies of a long shard are kept.
     """
 
     def __init__(
@@ -176,6 +179,7 @@ class HLAAttention(nn.Module):
         self.chunk_size, self.exchange, self.backend = chunk_size, exchange, backend
         self.group: Any = None
         self.shard_lengths: Sequence[int] | None = None
+        self.chunk_tokens = 0
 
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         values, outputs = self.num_kv_heads * self.value_dim, num_heads * self.value_dim
@@ -250,19 +254,12 @@ class HLAAttention(nn.Module):
             raise ValueError(problem)
         if output_final_state is None:
             output_final_state = state is not None or not torch.is_grad_enabled()
-        batch, tokens = x.shape[:2]
-        q = self.q_proj(x).view(batch, tokens, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.value_dim)
-        if self.feature_map is not None:
-            phi = self.feature_map if callable(self.feature_map) else _FEATURE_MAPS[self.feature_map]
-            q, k = phi(q), phi(k)
-        q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
+        rotary: tuple[Tensor, ...] = ()
         if self.rope_theta is not None:
             if positions is None:
                 positions = _since_document(self._positions(x, group), cu_seqlens)
-            cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            rotary = (positions.expand(x.shape[:2]),)
+        q, k, v, *gates = map_tokens(self._operands, x, *rotary, tokens=self.chunk_tokens)
         activation = v.dtype
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
@@ -273,7 +270,7 @@ class HLAAttention(nn.Module):
             q,
             k,
             v,
-            log_decay=self._log_decay(x),
+            log_decay=gates[0] if gates else self._log_decay(x),
             scale=scale,
             ridge=self.ridge,
             mask=self.mask,
@@ -289,15 +286,35 @@ class HLAAttention(nn.Module):
             backend=self.backend,
             chunk_size=self.chunk_size,
         )
+        return map_tokens(partial(self._result, activation), x, o, tokens=self.chunk_tokens), state
+
+    def _operands(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        """q, k, v and, where they differ from token to token, the gates."""
+        batch, tokens = x.shape[:2]
+        q = self.q_proj(x).view(batch, tokens, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.value_dim)
+        if self.feature_map is not None:
+            phi = self.feature_map if callable(self.feature_map) else _FEATURE_MAPS[self.feature_map]
+            q, k = phi(q), phi(k)
+        q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
+        if positions is not None and self.rope_theta is not None:
+            cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        gates = self._log_decay(x) if self.decay == "token" else None
+        return (q, k, v) if gates is None else (q, k, v, gates)
+
+    def _result(self, activation: torch.dtype, x: Tensor, o: Tensor) -> Tensor:
+        """The operator's output, normalised, gated and projected."""
         if self.o_weight is not None:
             # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
             o = F.rms_norm(o, (self.value_dim,), None, self.output_norm_eps)
-        o = o.to(activation).reshape(batch, tokens, self.num_heads * self.value_dim)
+        o = o.to(activation).reshape(*o.shape[:2], self.num_heads * self.value_dim)
         if self.o_weight is not None:
             o = o * self.o_weight.to(activation)
         if self.g_proj is not None and self.output_gate is not None:
             o = o * _GATES[self.output_gate](self.g_proj(x))
-        return self.o_proj(o), state
+        return self.o_proj(o)
 
     def _normalized(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight a channel."""

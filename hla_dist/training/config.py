@@ -60,7 +60,11 @@ class TrainConfig:
     weight_decay: float = option(0.1, "optimisation", "weight decay of matrices")
     clip: float = option(1.0, "optimisation", "largest global gradient norm; 0: no clipping")
     bf16: bool = option(False, "optimisation", "matrix products in bfloat16 (autocast); parameters stay float32")
-    checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward, to save memory")
+    checkpoint_activations: str = option(
+        "none", "optimisation", "what backward computes again to save memory: layer, each block (the flag without a "
+        "value); sublayer, attention and SwiGLU each, a few thousand tokens at a time: for the longest sequences",
+        nargs="?", const="layer", choices=["none", "layer", "sublayer"]
+    )  # fmt: skip
     seed: int = option(0, "optimisation", "seed of initialisation and of the order of the data")
 
     sp: int = option(0, "ranks", "ranks a sequence is sharded over; 0: all; the rest of the world are replicas")

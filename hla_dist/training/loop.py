@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hla_dist import SequenceParallelHLA, shard_batch, token_loss
+from hla_dist import SequenceParallelHLA, shard_batch
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
 from hla_dist.training.mesh import Layout
@@ -120,8 +119,7 @@ class Trainer:
             ]
             batch = shard_batch(torch.stack(cuts).to(self.layout.device), self.layout.sequence)
             with autocast(self.layout.device, self.bf16):
-                logits = self.model(batch.inputs)
-            losses = F.cross_entropy(wide(logits).flatten(0, 1), batch.labels.flatten(), reduction="sum")
+                losses = self.model(batch.inputs, labels=batch.labels)
             total += torch.tensor([float(losses), batch.labels.numel()], dtype=torch.float64)
         total = total.to(self.layout.device)
         all_reduce_sum(total, self.layout.world)
@@ -136,8 +134,7 @@ def micro_batch_loss(model: nn.Module, tokens: Tensor, layout: Layout, labels: i
     """
     batch = shard_batch(tokens, layout.sequence)
     with autocast(layout.device, bf16):
-        logits = model(batch.inputs)  # [B, T, N]
-    return token_loss(logits, batch.labels, layout.sequence, valid_tokens=labels)
+        return model(batch.inputs, labels=batch.labels) / labels
 
 
 def wide(logits: Tensor) -> Tensor:

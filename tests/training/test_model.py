@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hla_dist.models import SIZES, LanguageModel, ModelConfig
+from hla_dist.models import SIZES, LanguageModel, ModelConfig, language_model, loss
+from hla_dist.models.loss import summed_cross_entropy
 from hla_dist.training.generate import generate, pick
 from tests.harness import assert_close
 from tests.tolerances import FLOAT64
@@ -71,16 +74,56 @@ def test_logits_do_not_see_the_future() -> None:
     assert torch.equal(one[:, :12], two[:, :12]) and not torch.equal(one[:, 12:], two[:, 12:])
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    tokens = torch.randint(50, (2, 16))
-    gradients = []
-    for checkpointing in (False, True):
-        model = small()
-        model.activation_checkpointing = checkpointing
-        model(tokens).square().mean().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for one, two in zip(*gradients, strict=True):
-        assert_close("gradient", two, one, FLOAT64)
+@pytest.mark.parametrize("policy", ["layer", "sublayer"])
+@pytest.mark.parametrize("attention", [{}, {"rope_theta": 1e4, "decay": "head", "qk_norm": "rms"}])
+def test_chunked_losses_and_activation_checkpointing_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, policy: str, attention: dict
+) -> None:
+    monkeypatch.setattr(language_model, "CHUNK_TOKENS", 14)  # of two sequences of 16: chunks of 7, 7 and 2
+    tokens, labels = torch.randint(50, (2, 2, 16))
+    labels[0, 3:9] = -100
+    plain = small(attention=attention)
+    want = F.cross_entropy(plain(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+    want.backward()
+    for numbers in (loss.CHUNK_LOGITS, 500):  # one chunk of logits, chunks of 5 tokens
+        monkeypatch.setattr(loss, "CHUNK_LOGITS", numbers)
+        model = small(attention=attention)
+        model.activation_checkpointing = policy
+        assert_close("logits", model(tokens), plain(tokens), FLOAT64)
+        got = model(tokens, labels=labels)
+        got.backward()
+        assert_close("loss", got, want, FLOAT64)
+        for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
+            assert_close(name, two.grad, one.grad, FLOAT64)
+        with torch.no_grad():
+            assert_close("evaluated", model(tokens, labels=labels), want, FLOAT64)
+
+
+def test_a_long_shard_never_has_all_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1000)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal largest
+            result = op(*args, **(kwargs or {}))
+            largest = max([largest] + [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
+            return result
+
+    hidden = torch.randn(1, 512, 2, requires_grad=True)
+    weight = torch.randn(50, 2, requires_grad=True)
+    labels = torch.randint(50, (1, 512))
+    with Watch():
+        summed_cross_entropy(lambda x: F.linear(x, weight), hidden, labels, 50).backward()
+    assert largest == 1024  # hidden, more than 20 tokens' 1000 logits
+
+
+def test_wrong_labels_and_policies_are_refused() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"labels: expected integers \[2, 3\], got torch.int64 \[2, 4\]"):
+        model(torch.zeros(2, 3).long(), labels=torch.zeros(2, 4).long())
+    with pytest.raises(ValueError, match="activation_checkpointing: expected one of none, layer, sublayer, got 'all'"):
+        model.activation_checkpointing = "all"
 
 
 def test_a_deep_model_starts_near_the_uniform_distribution() -> None:

@@ -50,7 +50,7 @@ def layout_of(pg: dist.ProcessGroup) -> Layout:
 def trainer_on(layout: Layout, batch_size: int, accumulate: int, **changes: Any) -> Trainer:
     torch.manual_seed(5)
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
-    model.activation_checkpointing = changes.pop("checkpointing", False)
+    model.activation_checkpointing = changes.pop("checkpointing", "none")
     wrapped = SequenceParallelHLA(model, layout.sequence, gradient_group=layout.world)
     tokens = np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8)
     windows = Windows(tokens, changes.pop("seq_len", 45), 30, seed=1)
@@ -63,7 +63,7 @@ def gradients(trainer: Trainer) -> tuple[float, float, list[torch.Tensor]]:
     return agreed.loss, agreed.grad_norm, [p.grad.clone() for p in trainer.model.parameters()]
 
 
-def gradients_of_four_samples(pg: dist.ProcessGroup, batch_size: int, accumulate: int, checkpointing: bool) -> Any:
+def gradients_of_four_samples(pg: dist.ProcessGroup, batch_size: int, accumulate: int, checkpointing: str) -> Any:
     return gradients(trainer_on(layout_of(pg), batch_size, accumulate, checkpointing=checkpointing))
 
 
@@ -77,7 +77,7 @@ def gradients_on_a_mesh() -> Any:
 @pytest.fixture(scope="module")
 def alone(pool: RankPool) -> Any:
     """Loss, norm and gradients of four samples in one micro-batch on one rank."""
-    return pool.run_group(1, gradients_of_four_samples, 4, 1, False)[0]
+    return pool.run_group(1, gradients_of_four_samples, 4, 1, "none")[0]
 
 
 def assert_same(got: Any, want: Any) -> None:
@@ -89,7 +89,7 @@ def assert_same(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "batch_size", "accumulate", "checkpointing"),
-    [(2, 4, 1, False), (4, 4, 1, False), (4, 1, 4, False), (2, 2, 2, True), (8, 4, 1, False)],
+    [(2, 4, 1, "none"), (4, 4, 1, "none"), (4, 1, 4, "sublayer"), (2, 2, 2, "layer"), (8, 4, 1, "none")],
 )
 def test_loss_and_gradients_do_not_depend_on_ranks_or_micro_batches(
     pool: RankPool, alone: Any, ranks: int, batch_size: int, accumulate: int, checkpointing: bool
