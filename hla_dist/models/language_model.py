@@ -59,9 +59,15 @@ class Block(nn.Module):
         self.checkpointing = "none"  # LanguageModel.activation_checkpointing
 
     def forward(
-        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        state: Any,
+        cu_seqlens: Tensor | None,
+        positions: Tensor | None,
+        return_state: bool,
+        attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        arguments = (x, state, cu_seqlens, positions, return_state)
+        arguments = (x, state, cu_seqlens, positions, return_state, attention_mask)
         if self.checkpointing == "layer":
             return recomputed(self._whole, *arguments)
         if self.checkpointing == "sublayer":
@@ -74,10 +80,21 @@ class Block(nn.Module):
         return self._transform(x), state
 
     def _mix(
-        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        state: Any,
+        cu_seqlens: Tensor | None,
+        positions: Tensor | None,
+        return_state: bool,
+        attention_mask: Tensor | None,
     ) -> tuple[Tensor, Any]:
         mixed, state = self.attention(
-            self.attention_norm(x), state, cu_seqlens, positions=positions, output_final_state=return_state
+            self.attention_norm(x),
+            state,
+            cu_seqlens,
+            positions=positions,
+            attention_mask=attention_mask,
+            output_final_state=return_state,
         )
         return x + mixed, state
 
@@ -171,18 +188,37 @@ class LanguageModel(nn.Module):
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
-        if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"state: expected one state for each of {len(self.blocks)} layers, got {len(state)}")
-        x = self.embedding(tokens)
-        states: list[Any] = []
-        for index, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state[index], cu_seqlens, positions, return_state)
-            states.append(after)
+        x, states = self.features(
+            self.embedding(tokens), state, cu_seqlens, positions=positions, return_state=return_state
+        )
         if labels is None:
             result = self._logits(x)
         else:
             result = summed_cross_entropy(self._logits, x, labels, self.config.vocab_size)
         return (result, states) if return_state else result
+
+    def features(
+        self,
+        x: Tensor,
+        state: list[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, list[Any]]:
+        """What the blocks make of embeddings x [B, T, D], before the last norm, and the states (None each if unwanted).
+
+        ``attention_mask`` [B, T] is 0 where there is no token: such a place leaves every state as it is.
+        """
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"state: expected one state for each of {len(self.blocks)} layers, got {len(state)}")
+        states: list[Any] = []
+        for index, block in enumerate(self.blocks):
+            before = None if state is None else state[index]
+            x, after = block(x, before, cu_seqlens, positions, return_state, attention_mask)
+            states.append(after)
+        return x, states
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embedding.weight)

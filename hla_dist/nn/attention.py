@@ -234,6 +234,7 @@ class HLAAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         group: Any = None,
         output_final_state: bool | None = None,
     ) -> tuple[Tensor, Any]:
@@ -243,11 +244,12 @@ class HLAAttention(nn.Module):
         ``output_final_state`` None means: if a state came in, or gradients are off (a training step does not pay for
         it). ``cu_seqlens`` [N + 1]: documents packed into one sequence (B = 1, over a group the whole one), a state
         each; unequal shards need ``shard_lengths``. ``positions`` [T] or [B, T] are global, by default since the
-        document's start, and used with ``rope_theta`` only. ``group`` wins over the
+        document's start, and used with ``rope_theta`` only. ``attention_mask`` [B, T] is 0 or False where
+        there is no token (padding): the state passes through as it is, and y is 0 there. ``group`` wins over the
         attribute. Errors, communication and numerics are the operator's; see the class.
         """
         group = self.group if group is None else group
-        problem = self._problem(x, state, positions)
+        problem = self._problem(x, state, positions, attention_mask)
         if problem:
             if group is not None and not torch.compiler.is_compiling():
                 agreement.fail(group, ValueError(problem), x.device)  # raises it on every rank
@@ -264,13 +266,17 @@ class HLAAttention(nn.Module):
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
 
+        log_decay = gates[0] if gates else self._log_decay(x)
+        if attention_mask is not None:
+            q, k, v, log_decay = _absent(attention_mask == 0, q, k, v, log_decay)
+
         lengths = None if group is None else self.shard_lengths
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         o, state = getattr(functional, self.op)(
             q,
             k,
             v,
-            log_decay=gates[0] if gates else self._log_decay(x),
+            log_decay=log_decay,
             scale=scale,
             ridge=self.ridge,
             mask=self.mask,
@@ -339,10 +345,12 @@ class HLAAttention(nn.Module):
             logits = self.d_proj(x).to(wide) + logits
         return F.logsigmoid(logits) / self.decay_temperature
 
-    def _problem(self, x: Tensor, state: Any, positions: Tensor | None) -> str:
+    def _problem(self, x: Tensor, state: Any, positions: Tensor | None, attention_mask: Tensor | None) -> str:
         """What is wrong with forward's arguments; empty if nothing is."""
         if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
             return f"x: expected a floating-point tensor [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
+        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
+            return f"attention_mask: expected [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}"
         if self.rope_theta is None:
             return ""
         if positions is None:
@@ -388,6 +396,16 @@ def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
         return positions
     number = torch.searchsorted(cu_seqlens.contiguous(), positions.to(cu_seqlens.dtype), right=True) - 1
     return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
+
+
+def _absent(
+    padding: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Operands that leave the state alone where ``padding`` [B, T] holds: q = k = v = 0 and gate 1."""
+    q, k, v = (operand.masked_fill(padding[..., None, None], 0) for operand in (q, k, v))
+    if log_decay is not None:
+        log_decay = log_decay.expand(*padding.shape, -1).masked_fill(padding[..., None], 0)
+    return q, k, v, log_decay
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

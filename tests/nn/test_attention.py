@@ -74,6 +74,34 @@ def test_streaming_equals_the_whole(name):
     assert_close("dx", x.grad, want["x"], FLOAT64)
 
 
+@pytest.mark.parametrize("name", [*VARIANTS, "ahla", "hla3"])
+def test_padding_is_as_if_it_were_not_there(name):
+    """Before, between and after the tokens, whatever the padded places hold: outputs, states, gradients."""
+    layer = _layer(**VARIANTS.get(name, {"op": name}))
+    tokens = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1, 1, 1, 0, 0]])
+    padded = _tokens(10).masked_fill(tokens[..., None] == 0, 3.0).requires_grad_()
+    positions = {"positions": (tokens.cumsum(-1) - 1).clamp(min=0)} if layer.rope_theta else {}
+    got, after = layer(padded, attention_mask=tokens, output_final_state=True, **positions)
+    assert not got[tokens == 0].any()
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in layer.named_parameters()}
+    layer.zero_grad()
+    for row in range(2):
+        here = tokens[row] == 1
+        x = padded.detach()[row : row + 1, here].requires_grad_()
+        want, state = layer(x, output_final_state=True)
+        assert_close("y", got[row, here].detach(), want[0].detach(), FLOAT64)
+        for letter, one, two in zip(state._fields, after, state):
+            assert_close(letter, one[row].detach(), two[0].detach(), FLOAT64)
+        (want * weight[row, here]).sum().backward()
+        assert_close("dx", padded.grad[row, here], x.grad[0], FLOAT64)
+    for n, p in layer.named_parameters():
+        assert_close(f"d {n}", gradients[n], p.grad, FLOAT64)
+    with raises_value_error("attention_mask: expected [B, T] = [2, 10], got [2, 9]"):
+        layer(padded, attention_mask=tokens[:, 1:], **positions)
+
+
 def test_feature_maps_are_maps_before_the_operator():
     x = torch.linspace(-2, 2, 24, dtype=torch.float64).view(1, 2, 3, 4)
     exp = x.exp()
