@@ -69,6 +69,8 @@ class Problem:
     seed: int = 0
     chunk_size: int | None = None  # of the library; oracles have no chunks
     documents: tuple[int, ...] | None = None  # their lengths, T in all; B is 1, states have a row each
+    exchange: str = "auto"
+    node: int = 1  # ranks that share a machine, or so the group is told
 
     @property
     def cu_seqlens(self) -> Tensor | None:

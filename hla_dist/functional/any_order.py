@@ -24,7 +24,7 @@ from hla_dist.states import LinearState
 
 _OPTIONS = (
     *("log_decay", "scale", "ridge", "initial_state", "output_final_state", "cu_seqlens", "cu_seqlens_cpu"),
-    *("shard_lengths", "group", "exchange", "backend", "chunk_size", "self"),
+    *("shard_lengths", "group", "exchange", "wire_dtype", "backend", "chunk_size", "self"),
 )
 
 
@@ -88,6 +88,7 @@ class Cascade:
         shard_lengths: list[int] | None = None,
         group: Any = None,
         exchange: str = "auto",
+        wire_dtype: torch.dtype | None = None,
         backend: str = "auto",
         chunk_size: int | None = None,
         **sequences: Tensor,
@@ -127,6 +128,7 @@ class Cascade:
                 shard_lengths=shard_lengths,
                 group=group,
                 exchange=exchange,
+                wire_dtype=wire_dtype,
                 backend=backend,
                 chunk_size=chunk_size,
             )

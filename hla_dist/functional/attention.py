@@ -16,7 +16,7 @@ from hla_dist.functional.transforms import refuse_transforms
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.summary import STATES, Summary
-from hla_dist.parallel import agreement, collectives
+from hla_dist.parallel import agreement, collectives, topology
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 
@@ -39,6 +39,7 @@ def linear_attention(
     shard_lengths: list[int] | None = None,
     group: Any = None,
     exchange: str = "auto",
+    wire_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, LinearState | None]:
@@ -69,6 +70,7 @@ def hla2(
     shard_lengths: list[int] | None = None,
     group: Any = None,
     exchange: str = "auto",
+    wire_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, HLA2State | HLA2PaperState | PrefixState | None]:
@@ -96,7 +98,12 @@ def hla2(
     group               ProcessGroup or 1-D DeviceMesh over which the sequence is sharded, rank r's tokens before
                         rank r + 1's; T is local, may differ, may be 0. initial_state is read on rank 0; the final
                         state, the whole sequence's, comes back on every rank
-    exchange            "auto" or "all_gather" in this version
+    exchange            how summaries travel over the group: "all_gather"; "scan" (recursive doubling), "ring"
+                        (a pipeline in blocks of heads), "hierarchical" (inside machines, then across); "auto":
+                        all_gather up to 8 ranks or on one machine, else hierarchical on machines of equal ranks, else
+                        scan. All are exact; mask="full" has all_gather only
+    wire_dtype          torch.bfloat16: summaries travel rounded to it, in half the bytes, with errors of its size
+                        (docs/numerics.md); None: as they are
     backend             "auto": Triton's kernels on a GPU, else torch; "torch"; "triton": an error where it cannot run
     chunk_size          tokens a chunk; None: 64, or the next power of two for shorter segments
     cu_seqlens          ``[N + 1]`` integers, documents packed into one sequence, B = 1: none sees another, some may be
@@ -108,8 +115,9 @@ def hla2(
 
     Precision: sums and states in float32 (float64 for float64 inputs), whatever the input dtype; autocast changes
     nothing. Without decay F grows like T^2.
-    Communication: with a group, one all-gather of summaries forward, one backward; bytes independent of T. Every
-    rank must run backward if one does.
+    Communication: with a group, one all-gather of summaries forward, one backward (other exchanges: an all-gather
+    of 64 bytes a rank and the messages of docs/sequence-parallel.md); bytes independent of T. Every rank must run
+    backward if one does.
     Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
     """
     return _attend("hla2", q, k, v, {n: x for n, x in locals().items() if n not in "qkv"})
@@ -134,6 +142,7 @@ def ahla(
     shard_lengths: list[int] | None = None,
     group: Any = None,
     exchange: str = "auto",
+    wire_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, AHLAState | None]:
@@ -164,6 +173,7 @@ def hla3(
     shard_lengths: list[int] | None = None,
     group: Any = None,
     exchange: str = "auto",
+    wire_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, HLA3State | None]:
@@ -202,6 +212,7 @@ def summarize(
     options |= {
         "decay_form": decay_form,
         "exchange": "auto",
+        "wire_dtype": None,
         "backend": backend,
         "output_final_state": False,
         "eps": 0.0,
@@ -276,15 +287,17 @@ def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> 
     pg = collectives.resolve_group(o["group"])
     if collectives.group_size(pg) == 1:
         return Place()
+    exchange = topology.resolve(o["exchange"], pg)
+    wire = "" if o["wire_dtype"] is None else str(o["wire_dtype"]).removeprefix("torch.")
     gates = o["log_decay"]
     kind = "None" if gates is None else f"[{'' if gates.dim() == 1 else 'B,T,'}{gates.shape[-1]}]"
     description = (
         f"{cascade} B={q.shape[0]} H={q.shape[2]} G={k.shape[2]} K={q.shape[3]} V={v.shape[3]} dtype={q.dtype} "
         f"device={q.device.type} log_decay={kind} scale={o['scale']} ridge={o['ridge']} normalize={o['normalize']} "
         f"eps={o['eps']} mask={o['mask']} output_final_state={o['output_final_state']} "
-        f"packed={o['cu_seqlens'] is not None} exchange=all_gather"
+        f"packed={o['cu_seqlens'] is not None} exchange={exchange} wire={wire or None}"
     )
-    return Place(pg.group_name, collectives.group_rank(pg), description)
+    return Place(pg.group_name, collectives.group_rank(pg), description, exchange, wire)
 
 
 def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:

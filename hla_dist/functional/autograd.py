@@ -33,13 +33,15 @@ class Place(NamedTuple):
     group_name: str = ""
     rank: int = 0
     description: str = ""
+    exchange: str = "all_gather"  # resolved: parallel.topology
+    wire: str = ""  # dtype that summaries travel in; empty: their own
 
 
 class CausalFunction(torch.autograd.Function):
     """``(out, *final state)`` of an operator; see ``attention.py`` for the public face.
 
     The initial state is one tensor a field, or None (fixed arguments: Dynamo shifts variadic ones without grad).
-    Communication with a group: one all-gather forward, one backward.
+    Communication with a group: one exchange forward, one backward.
     """
 
     @staticmethod
@@ -57,7 +59,7 @@ class CausalFunction(torch.autograd.Function):
         else:
             summary = stage_ops.summarize(*inputs, *options)
             sent = 1 + len(op.fields)
-            layout = layout_of(options, q, v)
+            layout = layout_of(options, place, q, v)
             start = initial if place[1] == 0 else []
             ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
             received = exchange_ops.exchange_finish(ticket, start, summary[0], output_state, place[0], *layout)
@@ -83,7 +85,7 @@ class CausalFunction(torch.autograd.Function):
             carry = list(dstate) if output_state else zero_fields(options, q, v, op.states)
             grads = stage_ops.scan_backward(*saved, carry, *options)
         else:
-            layout = layout_of(options, q, v)
+            layout = layout_of(options, place, q, v)
             if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
                 summary = zero_fields(options, q, v, op.reverses)
             else:
@@ -109,7 +111,7 @@ def zero_fields(options, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[T
     return [torch.zeros(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in names]
 
 
-def layout_of(options, q: Tensor, v: Tensor) -> tuple[str, list[int], bool]:
+def layout_of(options, place, q: Tensor, v: Tensor) -> tuple[str, list[int], bool, str, str]:
     """The trailing arguments of the exchange ops."""
     dims = [q.shape[0], q.shape[2], q.shape[3], v.shape[3] + int(options[3])]
-    return options[0], dims, q.dtype == torch.float64
+    return options[0], dims, q.dtype == torch.float64, place[3], place[4]

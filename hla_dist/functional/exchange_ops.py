@@ -21,19 +21,21 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
-from hla_dist.parallel import agreement
+from hla_dist.parallel import agreement, by_messages
 from hla_dist.parallel.collectives import group_rank, group_size
 from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
 
-_LAYOUT = "str operator, int[] dims, bool wide"  # dims: B, H, K, V; wide: float64
+# dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
+_LAYOUT = "str operator, int[] dims, bool wide, str exchange, str wire"
 _tickets = itertools.count()
 _under_way: dict[int, Any] = {}
 
 
-def _layout(operator: str, dims: list[int], wide: bool) -> Layout:
+def _layout(operator: str, dims: list[int], wide: bool, wire: str) -> Layout:
     batch, heads, key_dim, value_dim = dims
     dtype = torch.float64 if wide else torch.float32
-    return Layout(OPERATORS[operator], batch, heads, key_dim, value_dim, dtype)
+    wire_dtype = getattr(torch, wire) if wire else dtype
+    return Layout(OPERATORS[operator], batch, heads, key_dim, value_dim, dtype, wire_dtype)
 
 
 def _forward_names(operator: str) -> list[str]:
@@ -42,11 +44,6 @@ def _forward_names(operator: str) -> list[str]:
 
 def _backward_names(operator: str) -> list[str]:
     return list(OPERATORS[operator].reverses)
-
-
-def _final_names(operator: str) -> list[str]:
-    """The gradient of a final state travels beside the reverse summary: a reverse state a pass."""
-    return _backward_names(operator)
 
 
 def _place(group_name: str) -> tuple[dist.ProcessGroup, int, int]:
@@ -59,16 +56,17 @@ def _place(group_name: str) -> tuple[dist.ProcessGroup, int, int]:
     mutates_args=(),
     schema=f"(Tensor[] fields, Tensor[] initial, str group_name, str direction, str description, {_LAYOUT}) -> Tensor",
 )
-def exchange_start(fields, initial, group_name, direction, description, operator, dims, wide) -> Tensor:
+def exchange_start(fields, initial, group_name, direction, description, operator, dims, wide, exchange, wire) -> Tensor:
     """Send this rank's fields; the ticket for what comes back.
 
     direction ``"forward"``: rho and the fields of its summary; on rank 0 ``initial``, the carry before the first
     token, enters the summary first. ``"backward"``: the reverse fields, then the gradients of the final state.
-    Communication: one all-gather (one more when the group meets a new signature).
+    Communication: one all-gather (one more when the group meets a new signature): of everything, or, where the
+    exchange goes by messages, of the headers.
     """
     with without_autocast(fields[0].device):
         pg, rank, _ = _place(group_name)
-        layout = _layout(operator, dims, wide)
+        layout = _layout(operator, dims, wide, wire)
         if direction == "forward":
             names = _forward_names(operator)
             if initial and rank == 0:
@@ -80,14 +78,17 @@ def exchange_start(fields, initial, group_name, direction, description, operator
             count = len(_backward_names(operator))
             parts = [fields[i : i + count] for i in range(0, len(fields), count)]
             payload = torch.cat([layout.pack(_backward_names(operator), part) for part in parts])
+        kept = None
+        if exchange != "all_gather":  # headers first; the messages follow when every rank has agreed
+            kept, payload = payload, payload.new_empty(0)
         pending = agreement.start(pg, direction, description, payload, fields[0].device)
         ticket = next(_tickets)
-        _under_way[ticket] = pending
+        _under_way[ticket] = (pending, kept)
         return torch.tensor([ticket])
 
 
 @exchange_start.register_fake
-def _(fields, initial, group_name, direction, description, operator, dims, wide) -> Tensor:
+def _(fields, initial, group_name, direction, description, operator, dims, wide, exchange, wire) -> Tensor:
     return torch.empty(1, dtype=torch.int64)
 
 
@@ -96,17 +97,20 @@ def _(fields, initial, group_name, direction, description, operator, dims, wide)
     mutates_args=(),
     schema=f"(Tensor ticket, Tensor[] initial, Tensor like, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
 )
-def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wide) -> list[Tensor]:
+def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     """Wait for a forward exchange: ``[*carry, *(state of the whole sequence), later rho, *later fields]``.
 
     The carry is folded from rank 0 on, in rank order. ``later``: rho ``[P - 1 - r, B, H]`` and the backward fields of
-    the ranks to the right, which backward's fold needs.
+    the ranks to the right, which backward's fold needs; by messages this rank's own, ``[1, ...]``.
     """
     with without_autocast(like.device):
         _, rank, size = _place(group_name)
-        layout = _layout(operator, dims, wide)
+        layout = _layout(operator, dims, wide, wire)
         op = layout.operator
-        gathered = layout.unpack(_forward_names(operator), agreement.finish(_under_way.pop(int(ticket))))
+        pending, kept = _under_way.pop(int(ticket))
+        if exchange != "all_gather":
+            return by_messages.finish(pending, layout, kept, initial, total, exchange)
+        gathered = layout.unpack(_forward_names(operator), agreement.finish(pending))
         before = fold(op, gathered, range(rank)) if rank > 0 else None
         if before is not None:
             carry = [before[name].clone() for name in op.states]
@@ -124,10 +128,10 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
 
 
 @exchange_finish.register_fake
-def _(ticket, initial, like, total, group_name, operator, dims, wide) -> list[Tensor]:
+def _(ticket, initial, like, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     _, rank, size = _place(group_name)
-    layout = _layout(operator, dims, wide)
-    op, later = layout.operator, size - 1 - rank
+    layout = _layout(operator, dims, wide, wire)
+    op, later = layout.operator, size - 1 - rank if exchange == "all_gather" else 1
     lead = (layout.batch, layout.heads)
     shapes: list[tuple[int, ...]] = [lead + op.shape(name, layout.key_dim, layout.value_dim) for name in op.states]
     shapes += shapes if total else []
@@ -141,7 +145,7 @@ def _(ticket, initial, like, total, group_name, operator, dims, wide) -> list[Te
     mutates_args=(),
     schema=f"(Tensor ticket, Tensor[] later, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
 )
-def exchange_finish_backward(ticket, later, total, group_name, operator, dims, wide) -> list[Tensor]:
+def exchange_finish_backward(ticket, later, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     """Wait for a backward exchange: the reverse carry that enters this rank from its right, one field a pass.
 
     It starts from the sum over ranks of the gradients of the final state (``total``), then takes the later ranks,
@@ -149,11 +153,14 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
     """
     with without_autocast(later[0].device):
         _, rank, size = _place(group_name)
-        layout = _layout(operator, dims, wide)
+        layout = _layout(operator, dims, wide, wire)
         op = layout.operator
         names = _backward_names(operator)
-        payloads = agreement.finish(_under_way.pop(int(ticket)))
-        split = layout.numel(names) * layout.dtype.itemsize
+        pending, kept = _under_way.pop(int(ticket))
+        if exchange != "all_gather":
+            return by_messages.finish_backward(pending, layout, kept, later, total, exchange)
+        payloads = agreement.finish(pending)
+        split = layout.nbytes(names)
         gathered = layout.unpack(names, payloads[:, :split])
         if total:
             entering = {name: x.sum(0) for name, x in layout.unpack(names, payloads[:, split:]).items()}
@@ -165,8 +172,8 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
 
 
 @exchange_finish_backward.register_fake
-def _(ticket, later, total, group_name, operator, dims, wide) -> list[Tensor]:
-    layout = _layout(operator, dims, wide)
+def _(ticket, later, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
+    layout = _layout(operator, dims, wide, wire)
     op = layout.operator
     return [
         later[0].new_empty(layout.batch, layout.heads, *op.shape(name, layout.key_dim, layout.value_dim))

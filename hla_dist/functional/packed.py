@@ -29,7 +29,7 @@ from hla_dist.operators import OPERATORS
 class CrossingFunction(torch.autograd.Function):
     """The documents that cross the edges of a shard: outputs of ``left`` and ``right``, and the state ``left`` ends in.
 
-    Tensors of a crossing that is not there have no tokens. Communication: one all-gather forward, one backward.
+    Tensors of a crossing that is not there have no tokens. Communication: one exchange forward, one backward.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class CrossingFunction(torch.autograd.Function):
         count = len(op.states)
         a, z = (*tensors[:4], None), (*tensors[4:8], None)
         initial = [x for x in tensors[8:] if x is not None]
-        layout = layout_of(options, a[0], a[2])
+        layout = layout_of(options, place, a[0], a[2])
         fields = zero_fields(options, a[0], a[2], op.fields)
         rho = fields[0].new_zeros(fields[0].shape[:2])
         out_a, out_z, state, kept = a[2].new_empty(_out_shape(a)), z[2].new_empty(_out_shape(z)), [], []
@@ -84,7 +84,7 @@ class CrossingFunction(torch.autograd.Function):
         a = (*tensors[:4], None, *_saved(rest[:a_count]), dout_a.contiguous())
         z = (*tensors[4:8], None, *_saved(rest[a_count : a_count + z_count]), dout_z.contiguous())
         later = rest[a_count + z_count :]
-        layout = layout_of(options, a[0], a[2])
+        layout = layout_of(options, place, a[0], a[2])
         fields = zero_fields(options, a[0], a[2], op.reverses)
         # zero gradients, not missing ones, where nothing crosses
         a_grads, z_grads = ([None if x is None else torch.zeros_like(x) for x in y[:4]] for y in (a, z))

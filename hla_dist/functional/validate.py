@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from hla_dist.functional.documents import Documents
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import STATES
+from hla_dist.parallel.topology import EXCHANGES
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _check_cuda_contents = False
@@ -126,14 +127,13 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     require(
         o["decay_form"] == "masked" or name == "hla2", "decay_form", f"'masked' for {name} (hla2 has both)", "'paper'"
     )
-    exchanges = ("auto", "all_gather", "scan", "hierarchical")
-    require(o["exchange"] in exchanges, "exchange", f"one of {exchanges}", repr(o["exchange"]))
-    require(
-        o["exchange"] in ("auto", "all_gather"),
-        "exchange",
-        "'auto' or 'all_gather' (the others are not implemented in this version)",
-        repr(o["exchange"]),
-    )
+    require(o["exchange"] in EXCHANGES, "exchange", f"one of {EXCHANGES}", repr(o["exchange"]))
+    wire = o["wire_dtype"]
+    require(wire in (None, torch.bfloat16), "wire_dtype", "None or torch.bfloat16", repr(wire))
+    if o["mask"] == "full":
+        ways = ("auto", "all_gather")
+        require(o["exchange"] in ways, "exchange", f"one of {ways} with mask='full'", repr(o["exchange"]))
+        require(wire is None, "wire_dtype", "None with mask='full'", repr(wire))
     require(o["backend"] in ("auto", "torch", "triton"), "backend", "'auto', 'torch' or 'triton'", repr(o["backend"]))
     chunk = o["chunk_size"]
     ok = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)

@@ -91,8 +91,8 @@ class HLAAttention(nn.Module):
     ``rope_theta``: base of rotary positions (default None: the decay tells order; 10000 is usual). Positions are
         global: ``positions`` given to forward, else counted from the shard's start, which is known from
         ``shard_lengths`` or else asked for by one all-gather of one integer a call; a call with ``state`` needs them.
-    ``mask``, ``decay_form``, ``ridge``, ``normalize``, ``eps``, ``chunk_size``, ``exchange``, ``backend``: the
-        operator's.
+    ``mask``, ``decay_form``, ``ridge``, ``normalize``, ``eps``, ``chunk_size``, ``exchange``, ``wire_dtype``,
+        ``backend``: the operator's.
 
     fp16 activations are widened to float32 for the operator alone: what is inside grows like T, beyond fp16's 65504.
 
@@ -130,6 +130,7 @@ class HLAAttention(nn.Module):
         eps: float = 1e-6,
         chunk_size: int | None = None,
         exchange: str = "auto",
+        wire_dtype: torch.dtype | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -176,7 +177,7 @@ class HLAAttention(nn.Module):
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
         self.rope_theta, self.mask, self.decay_form = rope_theta, mask, decay_form
         self.ridge, self.normalize, self.eps = ridge, normalize, eps
-        self.chunk_size, self.exchange, self.backend = chunk_size, exchange, backend
+        self.chunk_size, self.exchange, self.wire_dtype, self.backend = chunk_size, exchange, wire_dtype, backend
         self.group: Any = None
         self.shard_lengths: Sequence[int] | None = None
         self.chunk_tokens = 0
@@ -289,6 +290,7 @@ class HLAAttention(nn.Module):
             shard_lengths=None if cu_seqlens is None or lengths is None else list(lengths),
             group=group,
             exchange=self.exchange,
+            wire_dtype=self.wire_dtype,
             backend=self.backend,
             chunk_size=self.chunk_size,
         )

@@ -44,6 +44,7 @@ class SequenceParallelHLA(nn.Module):
         set anew before any step as the attribute of that name.
     ``gradient_group``: the group over which gradients are summed and parameters agreed on, if it is not ``group``:
         all ranks of a mesh of data x sequence axes, for example, with losses divided by *all* valid tokens.
+    ``exchange``, ``wire_dtype``: how summaries travel (``hla_dist.hla2``), for every layer; None: as each layer says.
     ``sync_parameters``: start from the first rank's parameters and buffers (default True).
 
     Communication: that of the attention layers; at construction an all-gather of names and shapes and a broadcast of
@@ -61,6 +62,8 @@ class SequenceParallelHLA(nn.Module):
         reduce_gradients: bool = True,
         shard_lengths: Sequence[int] | None = None,
         gradient_group: Any = None,
+        exchange: str | None = None,
+        wire_dtype: torch.dtype | None = None,
         sync_parameters: bool = True,
     ) -> None:
         super().__init__()
@@ -74,6 +77,8 @@ class SequenceParallelHLA(nn.Module):
         self._layers = [layer for layer in module.modules() if isinstance(layer, HLAAttention)]
         for layer in self._layers:
             layer.group = pg
+            layer.exchange = exchange or layer.exchange
+            layer.wire_dtype = wire_dtype or layer.wire_dtype
         self.shard_lengths = shard_lengths
         fsdp = sys.modules.get("torch.distributed.fsdp")
         for part in module.modules():

@@ -53,6 +53,11 @@ class Moment(NamedTuple):
     through: bool = False
 
 
+def _add_kept(left: Fields, right: Fields) -> Fields:
+    """Moments without decay add up."""
+    return {"rho": left["rho"] * right["rho"]} | {name: left[name] + right[name] for name in left if name != "rho"}
+
+
 @dataclass(frozen=True)
 class Operator:
     """A cascade and its semidirect product.
@@ -71,6 +76,7 @@ class Operator:
     backward_fields: tuple[str, ...] = ()
     settle: Callable[[Fields, Fields], Fields] | None = None
     symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
+    combine_kept: Callable[[Fields, Fields], Fields] = _add_kept  # of rho and settled ``backward_fields``
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -14,16 +14,21 @@ from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
 def _combine(left: Fields, right: Fields) -> Fields:
     """S and C as in the prefix form, and the correction G (docs/algebra.md, eq. 17).
 
-    Shat_AB = rho_B Shat_A + rho_A Shat_B,   G_AB = rho_B G_A + G_B + Shat_B C_A
+    G_AB = rho_B G_A + G_B + Shat_B C_A
     """
     rho = right["rho"]
     return {
-        "rho": left["rho"] * rho,
         "S": decayed(rho, left["S"]) + right["S"],
         "C": decayed(rho, left["C"]) + right["C"],
         "G": decayed(rho, left["G"]) + right["G"] + right["Shat"] @ left["C"],
-        "Shat": decayed(rho, left["Shat"]) + decayed(left["rho"], right["Shat"]),
+        **_combine_kept(left, right),
     }
+
+
+def _combine_kept(left: Fields, right: Fields) -> Fields:
+    """``Shat_AB = rho_B Shat_A + rho_A Shat_B``."""
+    shat = decayed(right["rho"], left["Shat"]) + decayed(left["rho"], right["Shat"])
+    return {"rho": left["rho"] * right["rho"], "Shat": shat}
 
 
 def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) -> Fields:
@@ -45,5 +50,6 @@ HLA2_PAPER = Operator(
     combine=_combine,
     combine_reverse=_combine_reverse,
     backward_fields=("Shat",),
+    combine_kept=_combine_kept,
     symmetric=frozenset({"S", "R2", "Shat"}),
 )

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hla_dist.parallel import collectives
+from hla_dist.parallel import collectives, topology
 
 HEADER_BYTES = 64
 _OK, _NEW, _FAILED = 0, 1, 2
@@ -83,11 +83,11 @@ def _frame(pending: _Pending, status: int, length: int, payload: Tensor | None, 
 
 def _send(pending: _Pending, status: int, length: int, payload: Tensor | None, device: torch.device) -> None:
     frame = _frame(pending, status, length, payload, device)
-    with _named(pending):
+    with named(pending):
         pending.gathered, pending.work = collectives.all_gather_flat(frame, pending.pg, async_op=True)
 
 
-class _named:
+class named:
     """Adds the operation, group and rank to whatever the transport raises."""
 
     def __init__(self, pending: _Pending):
@@ -121,6 +121,7 @@ def start(
     None) is a local error: every rank raises it, this one here.
     Communication: one all-gather; one more when the signature is new or its payload outgrows the agreed length.
     """
+    topology.ranks_per_node(pg)  # first of all on every rank, whatever comes next
     agreed = _agreements.of(pg)[direction]
     _check_deferred(pg)
     agreed.calls += 1
@@ -143,11 +144,14 @@ def start(
     return pending
 
 
-def finish(pending: _Pending) -> Tensor:
-    """Wait, check the headers, return the payloads ``[P, payload_bytes]`` (uint8, a view of the frames)."""
+def finish(pending: _Pending, at_once: bool = False) -> Tensor:
+    """Wait, check the headers, return the payloads ``[P, payload_bytes]`` (uint8, a view of the frames).
+
+    at_once: read the headers now on CUDA too, where messages that not every rank may send are to follow.
+    """
     _wait(pending)
     frames = pending.gathered.view(collectives.group_size(pending.pg), -1)
-    if pending.gathered.is_cuda:
+    if pending.gathered.is_cuda and not at_once:
         # Not run on hardware yet: the copy is read at the next call, after the event has passed.
         host = torch.empty(frames.shape[0], HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
         host.copy_(frames[:, :HEADER_BYTES], non_blocking=True)
@@ -167,9 +171,16 @@ def fail(group: Any, error: ValueError, device: torch.device) -> None:
     start(pg, "forward", "", None, device, failure=str(error))
 
 
+def wait_for(pending: _Pending, works: list[Any]) -> None:
+    """Wait for further messages of the same exchange; an error names the exchange."""
+    with named(pending):
+        for work in works:
+            work.wait()
+
+
 def _wait(pending: _Pending) -> None:
     if pending.work is not None:
-        with _named(pending):
+        with named(pending):
             pending.work.wait()
         pending.work = None
 
@@ -194,7 +205,7 @@ def _check(pending: _Pending, headers: Tensor, status: int) -> None:
 
 def _raise_differences(pending: _Pending, failure: str | None) -> None:
     """Exchange what every rank wanted and raise the same ValueError on all."""
-    with _named(pending):
+    with named(pending):
         told = collectives.all_gather_objects(
             (failure, pending.direction, pending.call, pending.description), pending.pg
         )

@@ -18,18 +18,22 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 @dataclass
 class Counter:
-    """What this process has sent: collective calls, and the bytes of its own payloads."""
+    """What this process has sent: collective calls, messages to single ranks, and the bytes of its own payloads."""
 
     calls: int = 0
+    messages: int = 0
     bytes: int = 0
 
     def add(self, tensor: Tensor) -> None:
         self.calls += 1
         self.bytes += tensor.numel() * tensor.element_size()
 
+    def add_message(self, tensor: Tensor) -> None:
+        self.messages += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+
     def reset(self) -> None:
-        self.calls = 0
-        self.bytes = 0
+        self.calls = self.messages = self.bytes = 0
 
 
 counter = Counter()
@@ -103,7 +107,24 @@ def all_gather_objects(obj: Any, pg: dist.ProcessGroup) -> list[Any]:
     return gathered
 
 
-def broadcast(x: Tensor, pg: dist.ProcessGroup) -> None:
-    """Overwrite ``x`` with that of the group's rank 0, in place. One collective."""
+def broadcast(x: Tensor, pg: dist.ProcessGroup, source: int = 0) -> None:
+    """Overwrite ``x`` with that of rank ``source`` of the group, in place. One collective."""
     counter.add(x)
-    dist.broadcast(x, group=pg, group_src=0)
+    dist.broadcast(x, group=pg, group_src=source)
+
+
+def post(pg: dist.ProcessGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:
+    """Start messages to and from ranks of the group, given as (rank, contiguous tensor); returns works to wait for.
+
+    Messages from one rank to another arrive in the order they were sent. No collective. Callers give every rank as
+    many messages, empty ones where there is nothing to say: gloo numbers them together with collectives, and with
+    TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares those numbers. Elsewhere empty messages are not sent.
+    """
+    if dist.get_backend(pg) != "gloo":
+        sends, receives = ([(rank, x) for rank, x in messages if x.numel()] for messages in (sends, receives))
+    for _, x in sends:
+        if x.numel():
+            counter.add_message(x)
+    operations = [dist.P2POp(dist.irecv, x, group=pg, group_peer=rank) for rank, x in receives]
+    operations += [dist.P2POp(dist.isend, x, group=pg, group_peer=rank) for rank, x in sends]
+    return dist.batch_isend_irecv(operations) if operations else []

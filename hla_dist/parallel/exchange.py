@@ -12,7 +12,8 @@ Independent of T. Fields travel per query head even where K/V heads are grouped:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from hla_dist.operators.cascade import Fields, Operator
 
 @dataclass(frozen=True)
 class Layout:
-    """How the fields of one call lie in a payload."""
+    """How the fields of one call lie in a payload: rho in ``dtype``, then the others in ``wire``."""
 
     operator: Operator
     batch: int
@@ -30,41 +31,46 @@ class Layout:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    wire: torch.dtype
 
-    def _parts(self, names: list[str]) -> list[tuple[str, tuple[int, ...]]]:
-        parts: list[tuple[str, tuple[int, ...]]] = []
+    def _parts(self, names: Sequence[str]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        parts: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for name in names:
             if name == "rho":
-                parts.append((name, (self.batch, self.heads)))
+                parts.append((name, (self.batch, self.heads), self.dtype))
                 continue
             rows, columns = self.operator.shape(name, self.key_dim, self.value_dim)
             packed = (rows * (rows + 1) // 2,) if name in self.operator.symmetric else (rows, columns)
-            parts.append((name, (self.batch, self.heads, *packed)))
+            parts.append((name, (self.batch, self.heads, *packed), self.wire))
         return parts
 
-    def numel(self, names: list[str]) -> int:
-        """Numbers a rank sends for these fields."""
-        return sum(math.prod(shape) for _, shape in self._parts(names))
+    def wide(self) -> Layout:
+        """The same with every field in ``dtype``."""
+        return replace(self, wire=self.dtype)
 
-    def pack(self, names: list[str], fields: list[Tensor]) -> Tensor:
-        """Fields ``[B, H, rows, columns]`` as flat bytes."""
-        flat = []
-        for name, x in zip(names, fields):
+    def nbytes(self, names: Sequence[str]) -> int:
+        """Bytes of these fields in a payload."""
+        return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._parts(names))
+
+    def pack(self, names: Sequence[str], fields: Sequence[Tensor]) -> Tensor:
+        """Fields ``[B, H, rows, columns]`` as flat bytes; a copy."""
+        flat: dict[torch.dtype, list[Tensor]] = {}  # rho comes first, where it comes
+        for (name, _, dtype), x in zip(self._parts(names), fields):
             if name in self.operator.symmetric:
                 rows, columns = _triangle(x.shape[-1], x.device)
                 x = ((x + x.mT) / 2)[..., rows, columns]
-            flat.append(x.reshape(-1))
-        return torch.cat(flat).view(torch.uint8)
+            flat.setdefault(dtype, []).append(x.reshape(-1).to(dtype))
+        parts = [torch.cat(numbers).view(torch.uint8) for numbers in flat.values()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def unpack(self, names: list[str], payloads: Tensor) -> Fields:
+    def unpack(self, names: Sequence[str], payloads: Tensor) -> Fields:
         """Payloads ``[P, bytes]`` as fields ``[P, B, H, rows, columns]``."""
-        # Frames are offset by a 64-byte header and rows may be padded: copy, then reinterpret.
-        numbers = payloads.contiguous().view(self.dtype)
         fields, offset = {}, 0
-        for name, shape in self._parts(names):
-            count = math.prod(shape)
-            x = numbers[:, offset : offset + count].view(-1, *shape)
-            offset += count
+        for name, shape, dtype in self._parts(names):
+            size = math.prod(shape) * dtype.itemsize
+            # rows may be padded: copy, then reinterpret; headers and rho leave what follows aligned
+            x = payloads[:, offset : offset + size].contiguous().view(dtype).to(self.dtype).view(len(payloads), *shape)
+            offset += size
             if name in self.operator.symmetric:
                 rows, columns = _triangle(self.key_dim, x.device)
                 full = x.new_empty(*x.shape[:-1], self.key_dim, self.key_dim)

@@ -99,7 +99,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "chunk_size zero": ({"chunk_size": 0}, ("chunk_size: expected None or a whole number >= 1", "0")),
     "chunk_size a float": ({"chunk_size": 64.0}, ("chunk_size: expected None or a whole number >= 1", "64.0")),
     "decay_form": ({"decay_form": "raw"}, ("decay_form: expected 'masked' or 'paper'", "'raw'")),
-    "exchange": ({"exchange": "ring"}, ("exchange: expected one of", "'all_gather'", "'scan'", "'ring'")),
+    "exchange": ({"exchange": "gossip"}, ("exchange: expected one of", "'all_gather'", "'scan'", "'gossip'")),
+    "wire_dtype": ({"wire_dtype": torch.float16}, ("wire_dtype: expected None or torch.bfloat16", "torch.float16")),
+    "exchange with full": (
+        {"mask": "full", "exchange": "scan"},
+        ("exchange: expected one of", "mask='full'", "'scan'"),
+    ),
     "backend": ({"backend": "cuda"}, ("backend: expected 'auto', 'torch' or 'triton'", "'cuda'")),
     "cu_seqlens_cpu alone": ({"cu_seqlens_cpu": torch.tensor([0, 5])}, ("cu_seqlens_cpu: expected None without cu",)),
     "shard_lengths alone": ({"shard_lengths": [3, 2]}, ("shard_lengths: expected None without cu_seqlens",)),
@@ -112,8 +117,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 # named clearly, never taken for something else
 UNSUPPORTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "exchange scan": ({"exchange": "scan"}, ("exchange:", "'all_gather'", "'scan'", "not implemented")),
-    "exchange hierarchical": ({"exchange": "hierarchical"}, ("exchange:", "'hierarchical'", "not implemented")),
     "backend triton": ({"backend": "triton"}, ("backend:", "'torch'", "'triton'", "Triton")),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hla_dist
 from hla_dist.parallel.collectives import counter
+from hla_dist.parallel.topology import set_ranks_per_node
 from tests.harness import RankPool, assert_bitwise, assert_close
 from tests.problems import Problem, Tensors, Values, check, draw, run
 from tests.tolerances import tolerance
@@ -40,7 +41,11 @@ def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) 
     """On a rank: forward and backward of its shard, ``repeats`` times, with what was sent each way."""
     rank = dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else group.get_local_rank()
     t = shard_of(draw(p), lengths, rank, p.documents is not None)
-    packed = {"chunk_size": p.chunk_size} | ({} if p.documents is None else {"shard_lengths": list(lengths)})
+    if p.exchange == "hierarchical" and len(lengths) > 1:
+        set_ranks_per_node(group, p.node)
+    packed = {"chunk_size": p.chunk_size, "exchange": p.exchange} | (
+        {} if p.documents is None else {"shard_lengths": list(lengths)}
+    )
     results = []
     for _ in range(repeats):
         counter.reset()
@@ -48,12 +53,12 @@ def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) 
 
         def operator(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
             result = getattr(hla_dist, p.name)(q, k, v, group=group, **packed, **more)
-            sent["forward"] = (counter.calls, counter.bytes)  # noqa: B023  (called at once)
+            sent["forward"] = (counter.calls, counter.messages, counter.bytes)  # noqa: B023  (called at once)
             counter.reset()
             return result
 
         values = run(p, t, operator)
-        sent["backward"] = (counter.calls, counter.bytes)
+        sent["backward"] = (counter.calls, counter.messages, counter.bytes)
         results.append({"values": values, "sent": sent})
     return results
 

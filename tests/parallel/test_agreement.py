@@ -72,6 +72,8 @@ MISMATCHES = {
     "normalize": ({1: {"normalize": True}}, ("normalize=False", "normalize=True")),
     "final state": ({1: {"output_final_state": True}}, ("output_final_state=False", "output_final_state=True")),
     "gates": ({1: {"log_decay": torch.zeros(2)}}, ("log_decay=None", "log_decay=[2]")),
+    "exchange": ({1: {"exchange": "scan"}}, ("exchange=all_gather", "exchange=scan")),
+    "wire": ({2: {"wire_dtype": torch.bfloat16}}, ("wire=None", "wire=bfloat16")),
     "all differ": ({0: {"K": 5}, 1: {"H": 6}}, ("K=5", "H=6", "K=3")),
 }
 
@@ -96,7 +98,7 @@ FAILURES = {
         ("rank 0", "initial_state.F", "(1, 2, 3, 2)", "(1, 2, 2, 2)"),
     ),
     "two ranks": ({0: {"scale": float("nan")}, 2: {"chunk_size": 0}}, ("rank 0: scale", "nan", "rank 2: chunk_size")),
-    "unsupported": ({2: {"exchange": "scan"}}, ("rank 2", "exchange", "'scan'", "not implemented")),
+    "unknown exchange": ({2: {"exchange": "gossip"}}, ("rank 2", "exchange", "'scan'", "'gossip'")),
 }
 
 

@@ -65,7 +65,7 @@ def test_one_collective_each_way_of_the_stated_bytes(pool: RankPool, name: str, 
         forward, backward = _bytes(problem)
         for rank in (1, 2, 5):
             for steady in results[rank][1:]:
-                assert steady["sent"] == {"forward": (1, forward), "backward": (1, backward)}, problem
+                assert steady["sent"] == {"forward": (1, 0, forward), "backward": (1, 0, backward)}, problem
 
 
 def test_bytes_do_not_depend_on_the_tokens(pool: RankPool) -> None:
@@ -100,7 +100,7 @@ def test_a_group_of_one_sends_nothing(pool: RankPool) -> None:
         streaming = mask != "full"
         problem = Problem(name, mask, T=70, gates="BTH" if streaming else "none", state=streaming)
         (results,) = pool.run_group(1, run_shard, problem, [70])
-        assert results[0]["sent"] == {"forward": (0, 0), "backward": (0, 0)}
+        assert results[0]["sent"] == {"forward": (0, 0, 0), "backward": (0, 0, 0)}
         alone = run(problem, draw(problem), getattr(hla_dist, name))
         for key, value in results[0]["values"].items():
             assert_bitwise(key, value, alone[key])

@@ -20,6 +20,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
     "ranks": (1, 2, 3, 4, 8),
     "split": ("even", "uneven", "single tokens", "empty first", "empty middle", "empty last"),
     "T": (1, 63, 64, 65, 129, 1100),
+    "exchange": ("all_gather", "scan", "ring", "hierarchical"),
     "documents": ("none", "few", "many"),
     "heads": ((1, 1), (2, 2), (4, 2), (3, 1)),
     "sizes": ((3, 5), (8, 4), (1, 1)),
@@ -40,6 +41,8 @@ def allowed(row: Row) -> bool:
     rules = (
         mask == "full" and row.get("gates", "none") != "none",
         mask == "full" and row.get("state", False),
+        mask == "full" and row.get("exchange", "all_gather") != "all_gather",
+        row.get("ranks") == 1 and row.get("exchange", "all_gather") != "all_gather",
         mask == "full" and row.get("gate_values", "mild") != "mild",
         row.get("gates") == "none" and row.get("gate_values", "mild") != "mild",
         name is not None and name not in RIDGED and row.get("ridge", 0.0) != 0.0,
@@ -98,6 +101,6 @@ def test_row(pool: RankPool, number: int) -> None:
     same = ("gates", "gate_values", "T", "chunk_size", "B", "scale", "ridge", "normalize", "state", "strided", "dtype")
     problem = Problem(
         name, mask, H=heads, G=groups, K=K, V=V, seed=number, documents=documents_of(row["documents"], row["T"]),
-        **{key: row[key] for key in same},
+        exchange=row["exchange"], node=2 - row["ranks"] % 2, **{key: row[key] for key in same},
     )  # fmt: skip
     check_sharded(pool, row["ranks"], problem, lengths_of(row["split"], row["ranks"], row["T"]))

@@ -93,7 +93,7 @@ def test_one_gather_each_way(pool: RankPool, name: str, mask: str) -> None:
         for rank in results:
             forward, backward = rank[1]["sent"]["forward"], rank[1]["sent"]["backward"]
             assert (forward[0], backward[0]) == (1, 1)
-            sent.add((forward[1], backward[1]))
+            sent.add((forward[2], backward[2]))
     assert len(sent) == 1, sent
 
 

@@ -84,11 +84,11 @@ def test_a_late_rank_delays_every_later_one(ranks: int, node: int):
 @pytest.mark.parametrize("name", ["linear_attention", "hla2", "ahla", "hla3"])
 def test_bytes_are_the_library_s(name: str):
     op, heads, key, value = OPERATORS[name], 3, 8, 5
-    layout = Layout(op, 1, heads, key, value, torch.float32)
+    layout = Layout(op, 1, heads, key, value, torch.float32, torch.float32)
     forward, gathered, by_messages = wire_of(name, heads, key, value)
 
     def size(*names: str) -> int:
-        return 4 * layout.numel(list(names))
+        return layout.nbytes(names)
 
     assert forward.summary() == size("rho", *op.fields) and forward.carry() == size(*op.states)
     assert gathered.summary() == size(*op.reverses)

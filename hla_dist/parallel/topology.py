@@ -1,0 +1,66 @@
+"""Which ranks of a group share a machine, and which exchange ``"auto"`` means.
+
+auto    up to 8 ranks, or all on one machine       all_gather
+        several machines of equal ranks, in order  hierarchical
+        otherwise                                  scan
+
+All-gather's bytes a rank grow with the number of ranks, the others' with its logarithm at most; below 8 ranks, and
+over the links inside a machine, one collective wins by its latency (docs/sequence-parallel.md).
+"""
+
+from __future__ import annotations
+
+import socket
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from hla_dist.parallel import collectives
+
+EXCHANGES = ("auto", "all_gather", "scan", "ring", "hierarchical")
+_SMALL = 8  # ranks
+
+_ranks_per_node: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+def ranks_per_node(pg: dist.ProcessGroup) -> int:
+    """Ranks on each machine if every machine has as many, in rank order; else 1.
+
+    Communication: one gather of host names at a group's first call, nothing after it.
+    """
+    if pg not in _ranks_per_node:
+        _ranks_per_node[pg] = _equal_runs(collectives.all_gather_objects(socket.gethostname(), pg))
+    return _ranks_per_node[pg]
+
+
+def set_ranks_per_node(group: object, number: int) -> None:
+    """Say how many consecutive ranks share a machine, where host names do not tell (containers, several switches).
+
+    To be called alike on every rank, before the group's first operator. Raises ValueError unless ``number`` divides
+    the group's size. No communication.
+    """
+    pg = collectives.resolve_group(group)
+    size = collectives.group_size(pg)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or size % number:
+        raise ValueError(f"number: expected a divisor of the group's {size} ranks, got {number!r}")
+    _ranks_per_node[pg] = number
+
+
+def _equal_runs(hosts: list[str]) -> int:
+    count = len(hosts) // len(set(hosts))
+    runs = [hosts[i : i + count] for i in range(0, len(hosts), count)]
+    return count if len(runs) == len(set(hosts)) and all(len(set(run)) == 1 for run in runs) else 1
+
+
+@torch._dynamo.assume_constant_result
+def resolve(exchange: str, pg: dist.ProcessGroup) -> str:
+    """The exchange that runs: ``all_gather``, ``scan``, ``ring`` or ``hierarchical:N`` with N ranks a machine."""
+    size, node = collectives.group_size(pg), ranks_per_node(pg)
+    if exchange == "auto":
+        if size <= _SMALL or node == size:
+            return "all_gather"
+        exchange = "hierarchical" if node > 1 else "scan"
+    if exchange == "hierarchical":
+        return f"hierarchical:{node}"
+    return exchange
