@@ -14,10 +14,9 @@ with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.training import checkpoint as checkpoints
 from hla_dist.training.failure import UserError, describe
 from hla_dist.training.generate import generate
+from hla_dist.training.share import load_trained
 from hla_dist.training.text import Codec
 
 
@@ -27,7 +26,12 @@ def main() -> int:
         description="Continue a text with a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a checkpoint, the --out of a run, or a .safetensors file of launch/export.py",
+    )
     parser.add_argument("--prompt", default="\n", metavar="TEXT", help="the text to continue")
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token")
@@ -36,14 +40,12 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
     options = parser.parse_args()
     try:
-        saved = checkpoints.open_checkpoint(Path(options.checkpoint))
-        config, run = ModelConfig.from_dict(saved.state["model"]), saved.state["run"]
-        model = LanguageModel(config)
-        checkpoints.load(saved, model)
-        memmap = len(run["data"]) == 1 and Path(run["data"][0]).suffix in {".npy", ".bin"}
-        codec = Codec(run["tokenizer"], known=not memmap)
+        trained = load_trained(Path(options.checkpoint))
+        for line in trained.warnings:
+            print(f"generate.py: warning: {line}", file=sys.stderr)
+        codec = Codec(trained.tokenizer, known=trained.known_text)
         tokens = generate(
-            model.to(options.device), codec.encode(options.prompt), options.tokens,
+            trained.model.to(options.device), codec.encode(options.prompt), options.tokens,
             temperature=options.temperature, top_k=options.top_k, seed=options.seed,
         )  # fmt: skip
     except (UserError, ValueError, OSError, RuntimeError) as exc:

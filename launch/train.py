@@ -3,8 +3,10 @@
     torchrun --standalone --nproc_per_node 8 launch/train.py --out out/train
     python launch/train.py --data TEXT --seq-len 2048                          one process, without torchrun
 
-Exit codes: 0 the run is finished; 1 an error, or a parity difference above 1e-5; 128 + N stopped by signal N, after
-the checkpoint was saved.
+    torchrun --standalone --nproc_per_node 8 --max-restarts 3 launch/train.py --save-every 100 --out out/train
+
+Exit codes: 0 the run is finished, or SIGTERM stopped it and a checkpoint is saved; 1 an error, or a parity difference
+above 1e-5; 130 stopped by Ctrl-C, checkpoint saved. docs/reliability.md says what survives what.
 """
 
 from __future__ import annotations
@@ -26,11 +28,18 @@ with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder; read when torch is imported
+os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # NCCL's watchdog writes the record too
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by --deterministic, before cuBLAS starts
+
 import torch  # noqa: E402
 
 from hla_dist.training.config import TrainConfig, parse  # noqa: E402
+from hla_dist.training.continuation import Launch  # noqa: E402
 from hla_dist.training.failure import UserError, describe  # noqa: E402
+from hla_dist.training.faults import Faults  # noqa: E402
 from hla_dist.training.mesh import build_layout, connect, sequence_ranks  # noqa: E402
+from hla_dist.training.recorder import write_flight_record  # noqa: E402
 from hla_dist.training.run import Run  # noqa: E402
 from hla_dist.training.stop import StopSignal  # noqa: E402
 
@@ -46,13 +55,14 @@ def main() -> int:
             config = parse()
         sequence_ranks(world_size, config.sp)
         device = choose_device(config)
+        launch = read_launch(rank)
     except UserError as exc:
         leave(rank, str(exc), alike=True)
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
-        stop = StopSignal()
         connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
-        code = Run(config, build_layout(config.sp, device), stop, STARTED).train()
+        stop = StopSignal()  # from here on there is something to save
+        code = Run(config, build_layout(config.sp, device, config.save_timeout), stop, STARTED, launch).train()
         torch.distributed.destroy_process_group()
     except UserError as exc:
         leave(rank, str(exc), alike=True)
@@ -60,10 +70,19 @@ def main() -> int:
         leave(rank, describe(exc), alike=True)
     except Exception as exc:
         if isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in PEER_GONE):
-            leave(rank, f"another rank is gone or did not come in time: {describe(exc)}", alike=False)
+            record = config.out and write_flight_record(Path(config.out) / "flight", rank)
+            where = f"; its last collectives are in {record}" if record else ""
+            leave(rank, f"another rank is gone or did not come in time: {describe(exc)}{where}", alike=False)
         traceback.print_exc()
         leave(rank, describe(exc), alike=False)
     return code
+
+
+def read_launch(rank: int) -> Launch:
+    """Which job this is and how often it was restarted, by torchrun's variables; HLA_FAULTS are faults for tests."""
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # without --standalone or --rdzv-id it is "none" for all
+    return Launch("" if name == "none" else name, restart, Faults(os.environ.get("HLA_FAULTS", ""), rank, restart))
 
 
 def choose_device(config: TrainConfig) -> torch.device:

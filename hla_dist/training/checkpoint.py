@@ -1,41 +1,42 @@
 """Checkpoints: one directory a step, either whole or not there.
 
-    DIR/step-00000200/model.safetensors       parameters by name
-                      optimizer.safetensors   AdamW moments, "exp_avg.<parameter>" and so on
-                      random.safetensors      torch's random state of every rank
-                      state.json              step, samples seen, model and run configuration
-                      manifest.json           SHA-256 of the above; written last: without it this is no checkpoint
+    DIR/step-00000200/.metadata, __0_0.distcp, ...   parameters, AdamW moments, random states: see stored_tensors.py
+                      state.json                     step, samples seen, schedule, model and run configuration
+                      manifest.json                  length and SHA-256 of the above; without it this is no checkpoint
 
-Everything is written into a hidden directory beside its place, fsynced, then renamed: a crash or a full disk leaves
-the earlier checkpoints as they were. Nothing in a checkpoint is a pickle.
+All ranks write into one hidden directory beside its place (on several machines: on a file system they share), fsynced
+and then renamed: a crash or a full disk leaves the earlier checkpoints as they were.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hla_dist.training.failure import UserError
-from hla_dist.training.tensor_file import Entry, read_header, read_tensors, sha256, write_tensors
+from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size
+from hla_dist.training import stored_tensors
+from hla_dist.training.failure import UserError, describe, together
+from hla_dist.training.manifest import MANIFEST, describe_file, problem, sync_directory, write_json, write_manifest
 
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk: its directory and its ``state.json``."""
+    """A whole checkpoint on disk: its directory, its ``state.json``, and what newer ones were not whole and why."""
 
     path: Path
     state: dict[str, Any]
+    passed_over: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -45,55 +46,69 @@ class Checkpoint:
 def save(
     directory: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    random: Tensor,
+    tensors: dict[str, Tensor],
     state: dict[str, Any],
+    group: Any = None,
+    at: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Writes ``directory/step-N`` and returns it; call it on one rank. ``random`` [ranks, bytes] is all ranks'.
+    """Writes ``directory/step-N`` and returns it; every rank of ``group`` calls it (None: this process alone).
 
-    Raises UserError if the disk does not take it; then nothing new is left behind and the earlier checkpoints are
-    untouched.
+    ``tensors`` are those of :func:`hla_dist.training.stored_tensors.capture`. ``at``, for tests, is told the moments
+    ``"writing"`` (tensors are written, the manifest is not) and ``"finishing"`` (all is written, not renamed) with the
+    step. Raises UserError, the same on every rank, if the disk does not take it; then nothing new is left behind and
+    the earlier checkpoints are untouched.
     """
     final = directory / f"step-{step:08d}"
-    partial = directory / f".partial-{final.name}-{os.getpid()}"
+    unfinished = directory / f".partial-{final.name}"
+    first = group is None or group_rank(group) == 0
+
+    def begin() -> None:
+        if first:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            write_json(unfinished / "state.json", {**state, "step": step})
+
+    def describe_own() -> dict[str, Any]:
+        if at is not None:
+            at("writing", step)
+        own = f"__{0 if group is None else group_rank(group)}_*"
+        names = [*unfinished.glob(own), *([unfinished / ".metadata", unfinished / "state.json"] if first else [])]
+        return {path.name: describe_file(path) for path in names}
+
+    def finish() -> None:
+        if first:
+            for name in files:
+                if not (unfinished / name).is_file():
+                    raise UserError(f"rank 0 does not see {name}: every rank needs the same --out")
+            write_manifest(unfinished, files)
+            if at is not None:
+                at("finishing", step)
+            _move(unfinished, final)
+
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        contents = {
-            "model.safetensors": dict(model.state_dict()),
-            "optimizer.safetensors": optimizer_tensors(model, optimizer),
-            "random.safetensors": {"random": random},
-        }
-        files = {name: write_tensors(partial / name, tensors) for name, tensors in contents.items()}
-        _write_json(partial / "state.json", {**state, "step": step})
-        files["state.json"] = sha256(partial / "state.json")
-        _write_json(partial / MANIFEST, {"sha256": files})
-        _sync_directory(partial)
-        earlier = directory / f".partial-earlier-{final.name}-{os.getpid()}"
-        if final.exists():  # the same step once more, or what someone broke
-            final.rename(earlier)
-        partial.rename(final)
-        _sync_directory(directory)
-        shutil.rmtree(earlier, ignore_errors=True)
-    except OSError as exc:
-        shutil.rmtree(partial, ignore_errors=True)
+        _together(group, begin)
+        stored_tensors.write(unfinished, tensors, group)
+        lines = _together(group, describe_own)
+        every = [lines] if group is None else all_gather_objects(lines, group)
+        files = {name: line for part in every for name, line in part.items()}
+        _together(group, finish)
+    except UserError as exc:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
         whole = find(directory)
         kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier one"
-        raise UserError(f"checkpoint of step {step}: cannot write {final}: {exc.strerror or exc}; {kept}") from exc
+        raise UserError(f"checkpoint of step {step}: cannot write {final}: {exc}; {kept}") from exc
     return final
 
 
 def find(directory: Path) -> list[Path]:
-    """Whole checkpoints under ``directory``, the oldest first; directories without a manifest are passed over."""
-    if not directory.is_dir():
-        return []
-    steps = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.match(path.name))]
-    return [path for _, path in sorted(steps) if (path / MANIFEST).is_file()]
+    """Finished checkpoints under ``directory``, the oldest first."""
+    return [path for path in _steps(directory) if (path / MANIFEST).is_file()]
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` whole checkpoints, and what unfinished saves have left."""
+    """Removes all but the newest ``keep`` checkpoints, and what unfinished saves have left."""
     for path in find(directory)[:-keep]:
         (path / MANIFEST).unlink()  # first of all: half a removal must not look whole
         shutil.rmtree(path)
@@ -101,96 +116,95 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in ``path``, or the newest one if ``path`` is a directory of checkpoints or an --out directory.
+def set_aside_later(directory: Path, step: int) -> list[Path]:
+    """Renames checkpoints after ``step`` to ``set-aside-...``: a run that goes on from ``step`` must not find them.
 
-    Raises UserError if there is none, if it is incomplete, or if a file is not the one that was written.
+    They are broken, or those of a run that someone went back behind. Nothing is removed.
     """
-    if not (path / MANIFEST).is_file():
-        candidates = find(path) or find(path / "checkpoints")
-        if not candidates:
-            found = "a partial checkpoint" if _NAME.match(path.name) and path.is_dir() else "none"
-            raise UserError(f"checkpoint: expected a directory with {MANIFEST} in or under {path}, got {found}")
-        path = candidates[-1]
-    try:
-        expected = json.loads((path / MANIFEST).read_text())["sha256"]
-        for name, digest in expected.items():
-            if sha256(path / name) != digest:
-                raise UserError(f"checkpoint: expected {path / name} as its manifest has it, got another SHA-256")
-        return Checkpoint(path, json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, KeyError) as exc:
-        raise UserError(f"checkpoint: cannot read {path}: {exc}") from exc
+    moved = []
+    for path in _steps(directory):
+        if _number(path) > step:
+            number, target = 0, path.with_name(f"set-aside-{path.name}")
+            while target.exists():
+                number += 1
+                target = path.with_name(f"set-aside-{path.name}.{number}")
+            path.rename(target)
+            moved.append(target)
+    return moved
+
+
+def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
+    """The checkpoint in ``path``, or the newest whole one if that is a directory of checkpoints or an --out directory.
+
+    Every file is compared with the manifest, the work divided among the ranks of ``group``, which all call this and get
+    the same. A newer one that is torn, cut off or changed is named in ``passed_over``. Raises UserError, the same on
+    every rank, if there is none, or if ``path`` itself is one that is not whole.
+    """
+    names, itself = _agreed(group, lambda: _candidates(path))
+    if not names:
+        raise UserError(f"checkpoint: expected a directory with {MANIFEST} in or under {path}, got none")
+    share = (0, 1) if group is None else (group_rank(group), group_size(group))
+    problems: list[str] = []
+    for candidate in map(Path, names):
+        wrong = problem(candidate, *share)
+        every = [wrong] if group is None else all_gather_objects(wrong, group)
+        found = next((text for text in every if text is not None), None)
+        if found is None:
+            return Checkpoint(candidate, _together(group, partial(_read_state, candidate)), problems)
+        problems.append(f"checkpoint {candidate} is not whole: {found}")
+    rest = "" if itself else "; none before it is whole"
+    raise UserError(f"checkpoint: expected a whole one, got {problems[0].removeprefix('checkpoint ')}{rest}")
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Puts a checkpoint's tensors into ``model`` and ``optimizer``.
-
-    Names, shapes and dtypes are compared before anything is changed; raises UserError naming the first difference.
-    """
-    file = checkpoint.path / "model.safetensors"
-    wanted = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    _compare(file, wanted, read_header(file))
-    moments: dict[str, Tensor] = {}
-    if optimizer is not None:
-        file_of_moments = checkpoint.path / "optimizer.safetensors"
-        if not file_of_moments.is_file():
-            raise UserError(f"checkpoint: expected optimizer.safetensors in {checkpoint.path} to resume, got none")
-        moments = read_tensors(file_of_moments)
-        known = {name for name, _ in model.named_parameters()}
-        unknown = sorted(key for key in moments if key.split(".", 1)[1] not in known)
-        if unknown:
-            raise UserError(f"checkpoint: {file_of_moments} has moments of unknown parameters, first {unknown[0]}")
-    model.load_state_dict(read_tensors(file))
-    if optimizer is not None:
-        _set_moments(model, optimizer, moments)
+    """Puts a checkpoint's tensors into ``model`` and ``optimizer``; see :func:`stored_tensors.read_model`."""
+    stored_tensors.read_model(checkpoint.path, model, optimizer)
 
 
-def load_random(checkpoint: Checkpoint) -> Tensor:
-    """Random states of all ranks, uint8 [ranks, bytes]."""
-    return read_tensors(checkpoint.path / "random.safetensors")["random"]
+def _read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text())
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors by the names of the parameters they belong to."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return tensors
+def _candidates(path: Path) -> tuple[list[str], bool]:
+    """Directories to try in order, and whether that is ``path`` itself."""
+    if (path / MANIFEST).is_file() or (_NAME.match(path.name) and path.is_dir()):
+        return [str(path)], True
+    found = _steps(path) or _steps(path / "checkpoints")
+    return [str(p) for p in reversed(found)], False
 
 
-def _set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        kind, name = key.split(".", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = value.to(parameter.device)  # fused AdamW keeps its step count there too
+def _steps(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return sorted((p for p in directory.iterdir() if _NAME.match(p.name)), key=_number)
 
 
-def _compare(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]], got: dict[str, Entry]) -> None:
-    for name in wanted.keys() - got.keys():
-        raise UserError(f"checkpoint: expected parameter {name} in {file}, got none of that name")
-    for name in got.keys() - wanted.keys():
-        raise UserError(f"checkpoint: expected the model's parameters in {file}, got also {name}")
-    for name, (shape, dtype) in wanted.items():
-        if got[name].shape != shape or got[name].dtype != dtype:
-            raise UserError(
-                f"checkpoint: expected {name} with shape {shape} and {dtype} in {file}, got {got[name].shape} and "
-                f"{got[name].dtype}; give the model options it was trained with"
-            )
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _move(partial: Path, final: Path) -> None:
+    """Renames; what has the name already (the same step once more, or what someone broke) goes first."""
+    earlier = final.with_name(f".partial-earlier-{final.name}")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if final.exists():
+        final.rename(earlier)
+    partial.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _together(group: Any, work: Callable[[], Any]) -> Any:
+    """``work()``, its mistakes told to every rank of ``group``."""
+    if group is not None:
+        return together(group, work)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return work()
+    except (OSError, ValueError) as exc:
+        raise UserError(describe(exc)) from exc
+
+
+def _agreed(group: Any, work: Callable[[], Any]) -> Any:
+    """What ``work()`` gives on the first rank: a directory may look different from another machine."""
+    value = _together(group, work)
+    return value if group is None else all_gather_objects(value, group)[0]

@@ -66,24 +66,35 @@ class TrainConfig:
         nargs="?", const="layer", choices=["none", "layer", "sublayer"]
     )  # fmt: skip
     seed: int = option(0, "optimisation", "seed of initialisation and of the order of the data")
+    deterministic: bool = option(
+        False, "optimisation", "only operations that give the same bits every time; an error names one that does not"
+    )
+    max_skips: int = option(
+        10, "optimisation", "steps in a row that may be skipped because a loss or gradient is not finite; one more "
+        "ends the run"
+    )  # fmt: skip
 
     sp: int = option(0, "ranks", "ranks a sequence is sharded over; 0: all; the rest of the world are replicas")
     device: str = option("auto", "ranks", "auto: a GPU a rank where there are GPUs", choices=["auto", "cpu", "cuda"])
     threads: int = option(0, "ranks", "CPU threads a rank; 0: the machine's cores over its ranks")
     timeout: float = option(120.0, "ranks", "seconds after which a collective that cannot finish is an error")
+    save_timeout: float = option(1800.0, "ranks", "the same for ranks that wait for each other to write a checkpoint")
+    check_every: int = option(100, "ranks", "steps between checks that all ranks have the same parameters; 0: never")
 
     out: str | None = option(
         None, "output", "directory of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, "
         "parity.json, sample.txt; none: nothing is written", metavar="DIR"
     )  # fmt: skip
     resume: str | None = option(
-        None, "output", "go on from a checkpoint: a directory, or without a value the newest one of --out",
+        None, "output", "go on from a checkpoint: a directory, or without a value the newest whole one of --out; auto: "
+        "that one if there is any, else start. A run that torchrun restarts goes on by itself",
         nargs="?", const="", metavar="DIR"
     )  # fmt: skip
     eval_every: int = option(200, "output", "steps between evaluations on held-out text, besides first and last")
     eval_tokens: int = option(131072, "output", "held-out tokens of an evaluation")
     save_every: int = option(0, "output", "steps between checkpoints; 0: only the last")
     keep: int = option(2, "output", "checkpoints to keep")
+    async_save: bool = option(True, "output", "write checkpoints in the background, from a copy of all that is saved")
     parity: bool = option(True, "output", "at the end compare one batch on all ranks with one process")
     sample: int = option(400, "output", "tokens of generated text at the end")
     prompt: str = option("def ", "output", "what the generated text continues")
@@ -92,6 +103,7 @@ class TrainConfig:
         if self.max_minutes is None:
             self.max_minutes = DEMO_MINUTES if self.steps == DEMO_STEPS else 0.0
         least = {"seq_len": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "keep": 1, "eval_every": 1, "timeout": 1,
+                 "save_timeout": 1, "max_skips": 0, "check_every": 0,
                  "vocab_size": 0, "max_minutes": 0, "warmup": 0, "clip": 0, "lr": 0, "min_lr": 0, "weight_decay": 0,
                  "save_every": 0, "sample": 0, "eval_tokens": 1, "threads": 0, "sp": 0, "hidden_size": 0, "layers": 0,
                  "heads": 0, "kv_heads": 0, "head_dim": 0, "seed": 0}  # fmt: skip
@@ -101,7 +113,7 @@ class TrainConfig:
                 raise UserError(f"{flag(name)}: expected at least {minimum}, got {value}")
         if not 0 < self.held_out < 1:
             raise UserError(f"--held-out: expected a share between 0 and 1, got {self.held_out}")
-        if self.resume == "" and self.out is None:
+        if self.resume in ("", "auto") and self.out is None:
             raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
 
     def model_config(self, vocab_size: int) -> ModelConfig:

@@ -17,6 +17,7 @@ from hla_dist import SequenceParallelHLA, shard_batch
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
 from hla_dist.training.mesh import Layout
+from hla_dist.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Agreed:
     finite: bool  # on every rank: else none of them steps
     stop: bool  # some rank was asked to stop
     clock: float  # rank 0's reading of the time budget, 0 .. 1
+    blame: str = ""  # where numbers that are not finite came from
 
 
 class Trainer:
@@ -59,6 +61,7 @@ class Trainer:
         self.accumulate = accumulate
         self.clip = clip
         self.bf16 = bf16
+        self.watch = Watch(model.module)
         self.samples = 0  # read so far by all replicas together: the position in the data
 
     @property
@@ -68,6 +71,7 @@ class Trainer:
     def compute_gradients(self, stop: bool = False, clock: float = 0.0) -> Agreed:
         """Forward and backward of the next samples; afterwards ``.grad`` is the whole step's on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.watch.clear()
         labels = self.tokens_per_step  # of the whole step: every token of a window has one
         shares = []
         for micro in range(self.accumulate):
@@ -88,8 +92,10 @@ class Trainer:
         numbers = [loss, float(unfit), float(stop), clock if self.layout.rank == 0 else 0.0]
         summed = torch.tensor(numbers, dtype=torch.float64, device=self.layout.device)
         all_reduce_sum(summed, self.layout.world)
+        mine = math.isfinite(loss)
         loss, unfits, stops, clock = summed.tolist()
-        return Agreed(loss, norm, unfits == 0, stops > 0, clock)
+        blame = self.watch.blame(mine, self.layout.world) if unfits else ""
+        return Agreed(loss, norm, unfits == 0, stops > 0, clock, blame)
 
     def step(self, agreed: Agreed, lr: float) -> bool:
         """Clips to a global norm and steps; leaves everything as it is where loss or norm are not finite."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
 from hla_dist.training.failure import UserError
+from hla_dist.training.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Layout:
     replica: int  # this rank's sequence group among the replicas
     replicas: int
     device: torch.device
+    saving: dist.ProcessGroup | None = None  # the world again, for the thread that writes checkpoints; gloo
 
     @property
     def shards(self) -> int:
@@ -45,12 +47,15 @@ def connect(rank: int, world_size: int, device: torch.device, timeout_s: float, 
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device
-    if not from_env:
-        options |= {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
+    store: dist.Store = dist.HashStore()
+    if from_env:
+        common, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        store = fresh_store(common, rank, world_size, timeout_s)
+    options |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
-def build_layout(sp: int, device: torch.device) -> Layout:
+def build_layout(sp: int, device: torch.device, save_timeout_s: float = 1800.0) -> Layout:
     """The mesh ``(dp_replicate, cp)`` over the world; process groups must be initialised."""
     world_size = dist.get_world_size()
     shards = sequence_ranks(world_size, sp)
@@ -63,4 +68,5 @@ def build_layout(sp: int, device: torch.device) -> Layout:
         replica=replica,
         replicas=world_size // shards,
         device=device,
+        saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=save_timeout_s)),
     )

@@ -24,9 +24,10 @@ class MetricsLog:
         self.history: list[dict[str, Any]] = []
         if resume_step is not None and self.path.is_file():
             self.history = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-        self._file = open(self.path, "w")
-        for line in self.history:
-            self._file.write(json.dumps(line) + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        partial.replace(self.path)  # at once: a kill between the lines would lose the rest
+        self._file = open(self.path, "a")
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge, flush_secs=30)
 

@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.parallel.collectives import all_gather_flat, group_size
+from hla_dist.parallel.collectives import group_size
 from hla_dist.training import checkpoint as checkpoints
 from hla_dist.training.bigram import bigram_bits
 from hla_dist.training.config import TrainConfig
+from hla_dist.training.continuation import Launch, decide
 from hla_dist.training.data import Corpus, Windows, cut, held_out_windows, load_corpus
+from hla_dist.training.determinism import be_deterministic, check_equal_parameters
 from hla_dist.training.failure import UserError, together
 from hla_dist.training.generate import generate
 from hla_dist.training.loop import Trainer
@@ -27,23 +29,31 @@ from hla_dist.training.mesh import Layout
 from hla_dist.training.metrics import MetricsLog, plot_loss
 from hla_dist.training.optim import build_adamw, lr_factor
 from hla_dist.training.parity import Parity, check_parity
+from hla_dist.training.saver import Saver
 from hla_dist.training.stop import StopSignal
+from hla_dist.training.stored_tensors import capture, read_random
 
 
 class Run:
     """State of one run on one rank. Rank 0 writes and prints; all ranks compute."""
 
-    def __init__(self, config: TrainConfig, layout: Layout, stop: StopSignal, started: float) -> None:
+    def __init__(
+        self, config: TrainConfig, layout: Layout, stop: StopSignal, started: float, launch: Launch | None = None
+    ) -> None:
         self.config = config
+        self.launch = launch or Launch()
         self.layout = layout
         self.stop = stop
         self.started = started  # time.monotonic() at the start of the program
         self.main = layout.rank == 0
         self.step = 0
+        self.saved = -1  # the step of the last checkpoint
         self.log: MetricsLog | None = None
         self.out = None if config.out is None else Path(config.out)
         self.corpus: Corpus = together(layout.world, self._load_corpus)
         self.model_config: ModelConfig = together(layout.world, lambda: config.model_config(self._vocabulary()))
+        if config.deterministic:
+            be_deterministic()
         torch.manual_seed(config.seed)  # the same on every rank: parameters start equal
         model = together(layout.world, lambda: LanguageModel(self.model_config)).to(layout.device)
         model.activation_checkpointing = config.checkpoint_activations
@@ -60,8 +70,15 @@ class Run:
         # bits per byte, or per token where the text behind the tokens is not known
         self.unit = "bits per byte" if self.corpus.bytes_per_token else "bits per token"
         self.per_unit = 1 / (math.log(2) * (self.corpus.bytes_per_token or 1.0))
-        resumed = together(layout.world, self._resume)
-        together(layout.world, lambda: self._open_output(resumed))
+        self.saver = None
+        if self.out is not None:
+            # without a group for it there is no second thread
+            self.saver = Saver(
+                self.out / "checkpoints", config.keep, layout.saving or layout.world,
+                config.async_save and layout.saving is not None, self.launch.faults.saving,
+            )  # fmt: skip
+        self._resume()
+        together(layout.world, self._open_output)
 
     def _load_corpus(self) -> Corpus:
         c = self.config
@@ -73,30 +90,41 @@ class Run:
     def _vocabulary(self) -> int:
         return self.config.vocab_size or self.corpus.vocab_size
 
-    def _resume(self) -> bool:
-        if self.config.resume is None:
-            return False
-        path = Path(self.config.resume or self.config.out or "")
-        saved = checkpoints.open_checkpoint(path)
-        checkpoints.load(saved, self.model, self.trainer.optimizer)
-        self.step = saved.step
-        self.trainer.samples = int(saved.state["samples"])
-        if self.step >= self.config.steps:
-            raise UserError(f"--steps: expected more than the {self.step} of {saved.path}, got {self.config.steps}")
-        states = checkpoints.load_random(saved)
-        if len(states) == int(saved.state["ranks"]) == group_size(self.layout.world):
-            set_random_state(states[self.layout.rank])
-        return True
+    def _resume(self) -> None:
+        """Goes on from a checkpoint if the options say so, or if this launch has been here before."""
+        world = self.layout.world
+        self.start = decide(self.config, self.launch, world)
+        if self.start.source is None:
+            return
+        saved = checkpoints.open_checkpoint(self.start.source, world)
+        for line in saved.passed_over:
+            self.warn(f"{line}; going on from {saved.path}", all_ranks=False)
 
-    def _open_output(self, resumed: bool) -> None:
+        def load() -> None:
+            checkpoints.load(saved, self.model, self.trainer.optimizer)
+            self.step, self.trainer.samples = saved.step, int(saved.state["samples"])
+            self.saved = self.step if self.start.in_place else -1
+            if self.step >= self.config.steps and not self.start.by_itself:
+                raise UserError(f"--steps: expected more than the {self.step} of {saved.path}, got {self.config.steps}")
+            random = read_random(saved.path, self.layout.rank)
+            if random is not None and int(saved.state["ranks"]) == group_size(world):
+                set_random_state(random)
+
+        together(world, load)
+        if self.launch.restart:
+            self.say(f"restart {self.launch.restart}: going on from {saved.path}")
+
+    def _open_output(self) -> None:
         if self.out is None or not self.main:
             return
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out: expected a directory, got the file {self.out}")
-        source = Path(self.config.resume or self.out)
-        own = resumed and source.resolve().is_relative_to(self.out.resolve())
+        own = self.start.in_place
         if not own and (self.out / "config.json").exists():
             move_aside(self.out)
+        if own:
+            for path in checkpoints.set_aside_later(self.out / "checkpoints", self.step):
+                self.warn(f"a later checkpoint is now {path}", all_ranks=False)
         self.out.mkdir(parents=True, exist_ok=True)
         resolved = {
             "run": self.config.to_dict(),
@@ -107,8 +135,11 @@ class Run:
             "device": self.layout.device.type,
             "data": self.corpus.description,
             "torch": torch.__version__,
+            "launch": self.launch.name,
         }
-        (self.out / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+        partial = self.out / ".partial-config.json"
+        partial.write_text(json.dumps(resolved, indent=2) + "\n")
+        partial.replace(self.out / "config.json")
         self.log = MetricsLog(self.out, self.step if own else None)
 
     def train(self) -> int:
@@ -126,8 +157,9 @@ class Run:
         before = next((line["held_out"] for line in history if line.get("held_out") is not None), first)
         if not history or history[-1]["step"] < self.step:  # a run resumed in place has this line
             self.write(held_out=first, tokens=self.tokens)
-        last, speed = self._loop(first)
-        self.save()
+        # a restart may find that nothing but the end is left to do
+        last, speed = self._loop(first) if self.step < self.config.steps else (first, 0.0)
+        self.save(wait=True)
         if last is None:
             how = f"; continue with --resume --out {self.out}" if self.out else ""
             self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
@@ -149,7 +181,9 @@ class Run:
         bad_steps = 0
         while True:
             began = time.monotonic()
-            agreed = self.trainer.compute_gradients(bool(self.stop), self._clock())
+            self.launch.faults.before(self.step + 1, self.model.module)
+            failed = self.saver is not None and self.saver.failed  # only all ranks together can find out why
+            agreed = self.trainer.compute_gradients(bool(self.stop) or failed, self._clock())
             progress = max((self.step - c.warmup) / max(c.steps - c.warmup, 1), agreed.clock)
             lr = c.lr * lr_factor(self.step, c.warmup, progress, c.min_lr)
             bad_steps = 0 if self.trainer.step(agreed, lr) else bad_steps + 1
@@ -157,10 +191,10 @@ class Run:
             took = time.monotonic() - began
             seconds += took
             tokens += self.trainer.tokens_per_step
-            if bad_steps >= 10:
-                raise UserError(
-                    f"loss or gradients not finite in steps {self.step - 9} to {self.step}; try a lower --lr"
-                )
+            if bad_steps:
+                self._skipped(bad_steps, agreed.blame)
+            if c.check_every and self.step % c.check_every == 0:
+                check_equal_parameters(self.model.module, self.layout.world)
             end = self.step >= c.steps or agreed.clock >= 1
             held_out = None
             if not agreed.stop and (end or self.step % c.eval_every == 0):
@@ -192,28 +226,35 @@ class Run:
         bits = bigram_bits(self.corpus.train, windows, size)
         return None if bits is None else bits / (self.corpus.bytes_per_token or 1.0)
 
-    def save(self) -> None:
-        """A checkpoint, written by rank 0; every rank raises UserError if that fails."""
-        if self.out is None:
+    def _skipped(self, in_a_row: int, blame: str) -> None:
+        """Every rank says where the step went wrong; one too many in a row ends the run."""
+        text = f"step {self.step} is skipped, loss or gradients are not finite: {blame}"
+        self.warn(text)
+        if in_a_row > self.config.max_skips:
+            if self.saver is not None:
+                self.saver.wait()
+            raise UserError(f"{text}; {in_a_row} steps in a row, --max-skips is {self.config.max_skips}: lower --lr?")
+
+    def save(self, wait: bool = False) -> None:
+        """A checkpoint, each rank its part; every rank raises UserError if that, or the save before, fails."""
+        if self.saver is None:
             return
-        state = random_state(self.layout.device)
-        gathered, _ = all_gather_flat(state.to(self.layout.device), self.layout.world)
-        ranks = gathered.numel() // state.numel()
-        directory = self.out / "checkpoints"
-
-        def write() -> None:
-            if self.main:
-                values = {
-                    "samples": self.trainer.samples,
-                    "ranks": ranks,
-                    "model": self.model_config.to_dict(),
-                    "run": self.config.to_dict(),
-                }
-                random = gathered.view(ranks, -1).cpu()
-                checkpoints.save(directory, self.step, self.model, self.trainer.optimizer, random, values)
-                checkpoints.prune(directory, self.config.keep)
-
-        together(self.layout.world, write)
+        c = self.config
+        if self.saved != self.step:
+            values = {
+                "samples": self.trainer.samples,
+                "ranks": group_size(self.layout.world),
+                "schedule": {"lr": c.lr, "min_lr": c.min_lr, "warmup": c.warmup, "steps": c.steps},
+                "model": self.model_config.to_dict(),
+                "run": c.to_dict(),
+            }
+            self.saver.wait()  # before the copy: two would be twice the memory
+            random = random_state(self.layout.device)
+            tensors = capture(self.model, self.trainer.optimizer, random, self.layout.rank)
+            self.saver.start(self.step, tensors, values)
+            self.saved = self.step
+        if wait:
+            self.saver.wait()
 
     def _finish(self, first: float, last: float, speed: float) -> int:
         """What comes after the last step: parity, sample, plot, and the lines that sum the run up."""
@@ -256,6 +297,14 @@ class Run:
     def write(self, **values: Any) -> None:
         if self.log is not None:
             self.log.write(self.step, **values)
+
+    def warn(self, text: str, all_ranks: bool = True) -> None:
+        """A line on standard error, of every rank or of the first."""
+        if self.main or all_ranks:
+            tqdm.write(
+                f"train.py: warning{f' (rank {self.layout.rank})' if all_ranks else ''}: {text}", file=sys.stderr
+            )
+            sys.stderr.flush()
 
     def say(self, text: str) -> None:
         if self.main:

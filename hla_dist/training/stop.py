@@ -30,8 +30,8 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention for an end by a signal."""
-        return 128 + (self.number or signal.SIGTERM)
+        """130 after Ctrl-C, as shells have it; 0 after SIGTERM, whose sender wanted no more than that."""
+        return 128 + signal.SIGINT if self.number == signal.SIGINT else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel, ModelConfig
@@ -26,6 +27,7 @@ from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.parity import check_parity
 from hla_dist.training.run import Run
+from hla_dist.training.stored_tensors import read_tensors, stored_shapes
 from tests.harness import RankPool, assert_close, run_ranks
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
@@ -163,8 +165,12 @@ def run_config(pg: dist.ProcessGroup, config: TrainConfig, stop_after: int | Non
         return str(exc)
 
 
-def model_bytes(directory: Path) -> bytes:
-    return (checkpoint.open_checkpoint(directory).path / "model.safetensors").read_bytes()
+def model_bytes(directory: Path) -> dict[str, bytes]:
+    """Parameters and moments, bit by bit, whatever wrote them."""
+    path = checkpoint.open_checkpoint(directory).path
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored_shapes(path).items()}
+    read_tensors(path, tensors)
+    return {name: x.numpy().tobytes() for name, x in tensors.items() if not name.startswith("random")}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Path) -> None:
@@ -207,18 +213,18 @@ def test_an_earlier_run_is_moved_aside(pool: RankPool, tmp_path: Path) -> None:
 
 
 def disk_full_at_step_six(pg: dist.ProcessGroup, config: TrainConfig) -> int | str:
-    write = checkpoint.write_tensors
+    write = FileSystemWriter.write_data
 
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-        if "00000006" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write(path, tensors)
+    def full(self: FileSystemWriter, *arguments: Any) -> Any:
+        if "00000006" in str(self.path) and dist.get_rank(pg) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments)
 
-    checkpoint.write_tensors = full
+    FileSystemWriter.write_data = full
     try:
         return run_config(pg, config)
     finally:
-        checkpoint.write_tensors = write
+        FileSystemWriter.write_data = write
 
 
 def test_a_full_disk_while_saving_ends_every_rank_alike(pool: RankPool, tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Does a run begin, or go on? From the options, and from whether this very launch has been here before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hla_dist.parallel.collectives import all_gather_objects
+from hla_dist.training import checkpoint as checkpoints
+from hla_dist.training.config import TrainConfig
+from hla_dist.training.failure import together
+from hla_dist.training.faults import Faults
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the program was started, from the environment that launch/train.py reads."""
+
+    name: str = ""  # the same in all lives of a job; empty: not known
+    restart: int = 0  # how often torchrun has started the ranks again
+    faults: Faults = field(default_factory=Faults)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from."""
+
+    source: Path | None  # a checkpoint or a directory of them; None: from the beginning
+    in_place: bool  # --out holds what this run has done so far: add to it
+    by_itself: bool  # nobody asked to go on: nothing being left to do is then no mistake
+
+
+def decide(config: TrainConfig, launch: Launch, world: Any) -> Start:
+    """What the first rank of ``world`` finds, for all. One small gather of objects."""
+    here = together(world, lambda: _look(config, launch))
+    return all_gather_objects(here, world)[0]
+
+
+def _look(config: TrainConfig, launch: Launch) -> Start:
+    out = None if config.out is None else Path(config.out)
+    if out is not None and _was_here(out, config, launch):
+        if checkpoints.find(out / "checkpoints"):
+            return Start(out, in_place=True, by_itself=True)
+        source = Path(config.resume) if config.resume not in (None, "", "auto") else None
+        return Start(source, in_place=True, by_itself=True)
+    if config.resume is None:
+        return Start(None, in_place=False, by_itself=False)
+    if config.resume == "auto":
+        assert out is not None  # the configuration has seen to it
+        found = bool(checkpoints.find(out / "checkpoints"))
+        return Start(out if found else None, in_place=found, by_itself=True)
+    source = Path(config.resume or config.out or "")
+    in_place = out is not None and source.resolve().is_relative_to(out.resolve())
+    return Start(source, in_place, by_itself=False)
+
+
+def _was_here(out: Path, config: TrainConfig, launch: Launch) -> bool:
+    """Whether an earlier life of this launch has opened ``out``; another run's results are not ours to go on from."""
+    if not launch.restart and not launch.name:
+        return False
+    try:
+        before = json.loads((out / "config.json").read_text())
+        same = before["launch"] == launch.name and before["run"] == json.loads(json.dumps(config.to_dict()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(same)

@@ -1,0 +1,74 @@
+"""What makes a directory of files whole: a manifest with the length and SHA-256 of each, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's line of the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(directory: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Writes the manifest of ``files``, lines by name, and fsyncs it and the directory."""
+    write_json(directory / MANIFEST, {"files": files})
+    sync_directory(directory)
+
+
+def problem(directory: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with ``directory``, in one clause; None if it is what was written.
+
+    Every ``shares``-th file from ``share`` on is hashed, so that ranks can divide the work; missing and cut-off files
+    are found by each.
+    """
+    if not (directory / MANIFEST).is_file():
+        return f"it has no {MANIFEST}: it was never finished"
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+        for name, line in sorted(files.items()):
+            if not (directory / name).is_file():
+                return f"{name} is missing"
+            if (size := (directory / name).stat().st_size) != line["bytes"]:
+                return f"{name} has {size} bytes, its manifest says {line['bytes']}"
+        for name, line in sorted(files.items())[share::shares]:
+            if sha256(directory / name) != line["sha256"]:
+                return f"{name} has another SHA-256 than its manifest says"
+    except OSError as exc:
+        return f"{exc.filename or directory}: {exc.strerror or exc}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes and fsyncs."""
+    with open(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and new names in ``path`` last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,84 @@
+"""A trained model as one safetensors file: nothing in it is ever executed, so it is the form to pass on."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.training import checkpoint as checkpoints
+from hla_dist.training.failure import UserError, describe
+
+KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model on one device, and what one has to know to use it."""
+
+    model: LanguageModel
+    tokenizer: str | None
+    known_text: bool  # False: the tokens came from a memmap, and nobody has told what text they stand for
+    step: int
+    warnings: list[str]
+
+
+def load_trained(path: Path) -> Trained:
+    """A model from a ``.safetensors`` file of :func:`export`, a checkpoint, or the --out directory of a run.
+
+    Raises UserError in one line if there is none, or not a whole one.
+    """
+    if path.is_file():
+        return _load_file(path)
+    saved = checkpoints.open_checkpoint(path)
+    try:
+        model = LanguageModel(ModelConfig.from_dict(saved.state["model"]))
+        run = saved.state["run"]
+        data, tokenizer = run["data"], run["tokenizer"]
+    except KeyError as exc:
+        raise UserError(f"checkpoint: expected {exc} in {saved.path / 'state.json'}, got none") from exc
+    checkpoints.load(saved, model)
+    memmap = len(data) == 1 and Path(data[0]).suffix in {".npy", ".bin"}
+    return Trained(model, tokenizer, not memmap, saved.step, saved.passed_over)
+
+
+def export(trained: Trained, path: Path) -> None:
+    """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
+    from safetensors.torch import save_file
+
+    about = {
+        "model": trained.model.config.to_dict(), "tokenizer": trained.tokenizer, "known_text": trained.known_text,
+        "step": trained.step,
+    }  # fmt: skip
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(trained.model.state_dict(), partial, metadata={KEY: json.dumps(about)})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except Exception as exc:  # the package reports a full disk with an error of its own
+        partial.unlink(missing_ok=True)
+        raise UserError(f"export: cannot write {path}: {describe(exc)}") from exc
+
+
+def _load_file(path: Path) -> Trained:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get(KEY, "null")) or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise UserError(f"checkpoint: cannot read {path}: {describe(exc)}") from exc
+    if "model" not in about:
+        raise UserError(f"checkpoint: expected a file that launch/export.py wrote, got {path} without its {KEY} entry")
+    model = LanguageModel(ModelConfig.from_dict(about["model"]))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as exc:
+        raise UserError(f"checkpoint: expected the parameters of its own model in {path}: {describe(exc)}") from exc
+    return Trained(model, about["tokenizer"], bool(about["known_text"]), int(about["step"]), [])
