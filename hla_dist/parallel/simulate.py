@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096], help="(default: 8 64 512 4096)")
     add("--node", type=int, default=8, help="ranks a node (default: 8); fewer ranks are one node")
     add("--nics", type=int, help="ways across a node has (default: one a rank)")
-    add("--lanes", type=int, help="messages under way inside a node at a time (default: no bound)")
+    add("--lanes", type=int, help="messages under way at a time, where ranks share processors (default: no bound)")
     add("--inside", type=_link, default="3us,300GB", help="latency, GB a second, inside a node (default: 3us,300GB)")
     add("--across", type=_link, default="8us,50GB", help="the same across nodes, a rank (default: 8us,50GB)")
     add("--operator", default="hla2", help="linear_attention, hla2, ahla or hla3 (default: hla2)")

@@ -4,7 +4,7 @@ A rank is a generator of ``Send``, ``Receive`` and ``Work``. A send goes on by i
 message of its source. Nodes have ``node`` ranks. A message holds, from its start to its arrival, its sender's way out
 and its receiver's way in, of two kinds: inside the node, and across nodes (shared where a node has fewer ``nics`` than
 ranks). Who finds one taken waits its turn, and what is behind waits too. ``lanes`` bounds the messages under way
-inside one node: two processors that copy for eight ranks are two lanes.
+anywhere, for ranks that are processes of one machine: two processors that copy for eight ranks are two lanes.
 
 Plain Python, no torch: a message costs some five microseconds to simulate.
 """
@@ -61,7 +61,7 @@ class Network:
     inside: Link
     across: Link
     nics: int | None = None  # ways across a node has; None: one a rank
-    lanes: int | None = None  # messages under way inside a node; None: as many as its ranks can
+    lanes: int | None = None  # messages under way at a time, in all; None: as many as the ways allow
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.node < 1 or self.ranks % self.node:
@@ -146,12 +146,11 @@ def run(
         return resources[key]
 
     def way(source: int, to: int) -> tuple[Link, list[_Resource]]:
-        if crosses(source, to):
-            return network.across, [resource(("out", *network.nic(source))), resource(("in", *network.nic(to)))]
-        needs = [resource(("out", source)), resource(("in", to))]
+        out, into = (network.nic(source), network.nic(to)) if crosses(source, to) else ((source,), (to,))
+        needs = [resource(("out", *out)), resource(("in", *into))]
         if network.lanes is not None:
-            needs.append(resource(("lane", source // network.node), network.lanes))
-        return network.inside, needs
+            needs.append(resource(("lane",), network.lanes))
+        return network.across if crosses(source, to) else network.inside, needs
 
     def post(time: float, source: int, to: int, size: int) -> None:
         trace.messages[source] += 1

@@ -18,7 +18,14 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "script, images", [("operators_cpu", 1), ("sequence_parallel_cpu", 0), ("family_cpu", 0), ("numerics", 1)]
+    "script, images",
+    [
+        ("operators_cpu", 1),
+        ("sequence_parallel_cpu", 0),
+        ("family_cpu", 0),
+        ("numerics", 1),
+        ("exchange_simulator", 1),
+    ],
 )
 def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
     pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
@@ -35,7 +42,9 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
     assert len(list(tmp_path.glob("*.png"))) == images
 
 
-@pytest.mark.parametrize("script", ["operators_cpu", "sequence_parallel_cpu", "family_cpu", "numerics"])
+@pytest.mark.parametrize(
+    "script", ["operators_cpu", "sequence_parallel_cpu", "family_cpu", "numerics", "exchange_simulator"]
+)
 def test_bad_options_are_refused(script: str) -> None:
     done = run(script, "--heads", "0")
     assert done.returncode == 2

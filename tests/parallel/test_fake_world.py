@@ -10,7 +10,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hla_dist
+from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
+from hla_dist.parallel.schedules import EXCHANGES, program, wire_of
+from hla_dist.parallel.simulate import HEADER
+from hla_dist.parallel.simulated_network import Link, Network, Send
 
 RANKS = 512
 
@@ -22,20 +26,32 @@ def rank(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def test_one_collective_each_way_whatever_the_length(rank: int):
-    """Shapes, calls and bytes only: the fake gather hands every rank its own values."""
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_what_is_sent_whatever_the_length(rank: int, exchange: str):
+    """Shapes, calls, messages and bytes only: what is received is the rank's own, or nothing at all.
+
+    all_gather: one frame. By messages: one header, and what the simulator's program of this rank sends, at its mirror
+    image backward. hierarchical in machines of 8.
+    """
     heads, key, value = 2, 8, 6
-    numbers = 1 + key * (key + 1) // 2 + 2 * key * value, key * (key + 1) // 2 + key * value
+    topology.set_ranks_per_node(dist.group.WORLD, 8)
+    net = Network(RANKS, 8, Link(0, 0), Link(0, 0))
+    forward, gathered, by_messages = wire_of("hla2", heads, key, value)
+    want = []
+    for wire, position in ((forward, rank), (by_messages, RANKS - 1 - rank)):
+        sent = [x.bytes for x in program(exchange, position, net, wire) if isinstance(x, Send)]
+        want.append((1, len(sent), HEADER + sum(sent)))
+    if exchange == "all_gather":
+        want = [(1, 0, HEADER + forward.summary()), (1, 0, HEADER + gathered.summary())]
     for tokens in (5, 40):
         q, k = (torch.randn(1, tokens, heads, key, requires_grad=True) for _ in range(2))
         v = torch.randn(1, tokens, heads, value, requires_grad=True)
-        for _ in range(2):
+        for _ in range(2):  # the first time agrees
             counter.reset()
-            out, state = hla_dist.hla2(q, k, v, group=dist.group.WORLD, output_final_state=False)
-            forward = (counter.calls, counter.bytes)
+            out, _ = hla_dist.hla2(q, k, v, group=dist.group.WORLD, exchange=exchange)
+            got = [(counter.calls, counter.messages, counter.bytes)]
             counter.reset()
             grads = torch.autograd.grad(out.sum(), (q, k, v))
-            backward = (counter.calls, counter.bytes)
-        assert state is None and out.shape == v.shape
-        assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
-        assert forward == (1, 64 + 4 * heads * numbers[0]) and backward == (1, 64 + 4 * heads * numbers[1])
+            got.append((counter.calls, counter.messages, counter.bytes))
+        assert out.shape == v.shape and [g.shape for g in grads] == [x.shape for x in (q, k, v)]
+        assert got == want

@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import hla_dist
 from hla_dist.operators import OPERATORS
-from hla_dist.parallel import schedules, simulate
+from hla_dist.parallel import schedules, simulate, topology
+from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.exchange import Layout
 from hla_dist.parallel.schedules import EXCHANGES, Wire, closed_form, program, wire_of
 from hla_dist.parallel.simulate import Layer, efficiency, step
 from hla_dist.parallel.simulated_network import Link, Network, Receive, Send, Work, run
-from tests.harness import raises_value_error
+from tests.harness import raises_value_error, run_ranks
 
 SLOW, FAST = Link(8e-6, 2e-11), Link(3e-6, 3e-12)
 ROUNDING = pytest.approx
@@ -94,6 +97,35 @@ def test_bytes_are_the_library_s(name: str):
     assert gathered.summary() == size(*op.reverses)
     assert by_messages.summary() == size("rho", *op.backward_fields, *op.reverses)
     assert by_messages.carry() == size(*op.reverses)
+
+
+def send_hla2(heads: int, node: int) -> dict[str, list[tuple[int, int]]]:
+    """On a rank: messages and bytes, forward and backward, by exchange."""
+    group = dist.group.WORLD
+    topology.set_ranks_per_node(group, node)
+    q, k, v = (torch.randn(1, 3, heads, d, requires_grad=True) for d in (8, 8, 5))
+    sent = {}
+    for exchange in EXCHANGES[1:]:
+        for _ in range(2):  # the first time agrees
+            counter.reset()
+            out, _ = hla_dist.hla2(q, k, v, group=group, exchange=exchange)
+            sent[exchange] = [(counter.messages, counter.bytes)]
+            counter.reset()
+            torch.autograd.grad(out.sum(), (q, k, v))
+            sent[exchange].append((counter.messages, counter.bytes))
+    return sent
+
+
+def test_messages_are_the_library_s():
+    """Rank for rank and way for way, for uneven heads and a number of machines that is no power of two."""
+    heads, ranks, node = 3, 6, 2
+    net = Network(ranks, node, Link(0, 0), Link(0, 0))
+    forward, _, backward = wire_of("hla2", heads, 8, 5)
+    for rank, sent in enumerate(run_ranks(send_hla2, ranks, heads, node, detail=False)):
+        for exchange, ways in sent.items():
+            for got, wire, position in zip(ways, (forward, backward), (rank, ranks - 1 - rank)):
+                trace = run(net, [program(exchange, r, net, wire) for r in range(ranks)])
+                assert got == (trace.messages[position], simulate.HEADER + trace.bytes[position]), (exchange, rank)
 
 
 def test_overlap_and_late_starts():

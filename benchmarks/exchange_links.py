@@ -1,0 +1,95 @@
+"""What gloo's links cost on this machine, and the simulator's programs run over gloo: the same messages, measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.ranks import Ranks, common_start
+from hla_dist.parallel.schedules import Wire, program
+from hla_dist.parallel.simulated_network import Link, Network, Receive, Send
+
+SIZES = tuple(2**i for i in range(10, 24))  # bytes of a ping
+
+
+def _buffer(size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.uint8)
+
+
+def ping_pong(size: int, pairs: int, rounds: int) -> list[float]:
+    """On a rank: seconds one way, by round, of ``pairs`` (0, 1), (2, 3), ... at once; empty on the other ranks.
+
+    One ping and its answer a round, from ranks that are asleep: so is a rank that waits for a summary.
+    """
+    rank, seconds = dist.get_rank(), []
+    group = _group(2 * pairs)
+    if rank >= 2 * pairs:
+        return []
+    x = _buffer(size)
+    for i in range(rounds + 1):
+        start = common_start(group)
+        for turn in (0, 1):
+            if rank % 2 == turn:
+                dist.send(x, rank ^ 1, group=group)
+            else:
+                dist.recv(x, rank ^ 1, group=group)
+        if i > 0:  # the first warms up
+            seconds.append((time.monotonic() - start) / 2)
+    return seconds
+
+
+def fit_link(points: Iterable[tuple[int, float]]) -> Link:
+    """Latency and seconds a byte, by least squares of relative errors over (bytes, seconds); neither is negative."""
+    n, t = (torch.tensor(x, dtype=torch.float64) for x in zip(*points))
+    alpha, beta = (
+        torch.linalg.lstsq(torch.stack([1 / t, n / t], 1), torch.ones_like(t)[:, None]).solution[:, 0].tolist()
+    )
+    if alpha < 0:
+        alpha, beta = 0.0, float((n / t).sum() / (n / t).square().sum())
+    return Link(alpha, beta)
+
+
+def measure_links(ranks: Ranks, size: int, rounds: int) -> tuple[Link, dict[str, Any]]:
+    """The link of one pair alone; the points it was fitted to, and how much all pairs at once slow one another."""
+    points = [(n, statistics.median(ranks.run(ping_pong, n, 1, rounds)[0])) for n in SIZES]
+    pairs, largest = size // 2, SIZES[-3]
+    together = [max(x) for x in zip(*ranks.run(ping_pong, largest, pairs, rounds)[: 2 * pairs])]
+    slower = statistics.median(together) / dict(points)[largest]
+    return fit_link(points), {"points": points, "pairs": pairs, "bytes": largest, "pairs_slower": slower}
+
+
+def exchange(name: str, network: Network, wire: Wire, rounds: int) -> list[float]:
+    """On a rank: run its program; seconds from the common start to its end, by round."""
+    rank, seconds = dist.get_rank(), []
+    group = _group(network.ranks)
+    if rank >= network.ranks:
+        return []
+    out, into = _buffer(wire.summary()), _buffer(wire.summary())
+    for i in range(rounds + 1):
+        start = common_start(group)
+        works = []
+        for step in program(name, rank, network, wire):
+            if isinstance(step, Send):
+                works.append(dist.isend(out[: step.bytes], step.to, group=group))
+            elif isinstance(step, Receive):
+                dist.recv(into[: step.bytes], step.source, group=group)
+        for work in works:
+            work.wait()
+        if i > 0:
+            seconds.append(time.monotonic() - start)
+    return seconds
+
+
+_groups: dict[int, Any] = {}
+
+
+def _group(size: int) -> Any:
+    """The first ``size`` ranks; all ranks of the world must ask for it alike."""
+    if size not in _groups:
+        _groups[size] = dist.new_group(list(range(size)))
+    return _groups[size]
