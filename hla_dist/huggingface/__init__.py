@@ -1,0 +1,41 @@
+"""The language model as a transformers model: ``import hla_dist.huggingface`` registers it with the Auto classes.
+
+    model = AutoModelForCausalLM.from_pretrained(DIR)        config.json with model_type "hla"
+
+Needs the extra ``hf``; nothing else in the library imports transformers. See docs/huggingface.md.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers
+except ImportError as exc:
+    raise ImportError(
+        "hla_dist.huggingface needs transformers (Python 3.11 or later): pip install 'hla-dist[hf]'"
+    ) from exc
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"hla_dist.huggingface needs transformers 5, got {transformers.__version__}: pip install 'hla-dist[hf]'"
+    )
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from hla_dist.huggingface.cache import HLACache
+from hla_dist.huggingface.configuration import HLAConfig
+from hla_dist.huggingface.convert import from_huggingface, to_huggingface
+from hla_dist.huggingface.modeling import HLAForCausalLM, HLAModel
+from hla_dist.huggingface.tokenizer import byte_tokenizer
+
+__all__ = [
+    "HLACache",
+    "HLAConfig",
+    "HLAForCausalLM",
+    "HLAModel",
+    "byte_tokenizer",
+    "from_huggingface",
+    "to_huggingface",
+]
+
+AutoConfig.register("hla", HLAConfig, exist_ok=True)
+AutoModel.register(HLAConfig, HLAModel, exist_ok=True)
+AutoModelForCausalLM.register(HLAConfig, HLAForCausalLM, exist_ok=True)
