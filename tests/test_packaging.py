@@ -96,17 +96,18 @@ def test_the_lock_holds_for_the_running_python():
     [
         ("hla_dist", (), True),
         ("hla_dist/training", ("train",), False),
+        ("hla_dist/huggingface", ("hf",), False),
         ("kernels", ("triton",), False),
         ("launch", ("train",), False),
-        ("tests", ("test", "train"), False),
+        ("tests", ("test", "train", "hf"), False),
         ("benchmarks", ("train", "docs"), False),
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: bool):
-    """What a folder imports is a dependency or in its extra; the library without its training needs torch alone."""
+    """What a folder imports is a dependency or in its extra; but for training and huggingface torch is enough."""
     names = declared(*extras)
     for path in sorted((ROOT / folder).rglob("*.py")):
-        if folder == "hla_dist" and "training" in path.parts:
+        if folder == "hla_dist" and {"training", "huggingface"} & set(path.parts):
             continue
         for name in imported(path, top_level) - FIRST_PARTY:
             package = canonicalize_name(name)
@@ -115,7 +116,7 @@ def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: b
 
 def test_importing_needs_no_extra_gpu_or_process_group():
     """In a fresh interpreter from which every optional package is hidden."""
-    hidden = declared("triton", "train") - declared()
+    hidden = declared("triton", "train", "hf") - declared()
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(hidden)}))\n"
         "import torch, hla_dist, hla_dist.models\n"

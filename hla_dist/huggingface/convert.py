@@ -26,7 +26,8 @@ def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLA
     try:
         model.load_state_dict({**tensors, **output}, assign=True)
     except RuntimeError as exc:
-        raise ValueError(f"state_dict: expected the parameters of {config}, got others: {exc}") from exc
+        first = " ".join(str(exc).split(",")[0].split())  # torch names every parameter, on lines of their own
+        raise ValueError(f"state_dict: expected the parameters of {config}, got others: {first} ...") from exc
     model.tie_weights()
     return model.eval()
 

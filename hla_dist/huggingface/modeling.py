@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -55,6 +56,25 @@ class HLAPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # "custom code" would pass over modules without parameters of their own, here SwiGLU
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """The network checkpoints by itself: every block, without re-entering autograd, sending nothing twice."""
+        options = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+        plain = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func) is checkpoint
+        if enable and (not plain or every_n_layers != 1 or options not in ({}, {"use_reentrant": False})):
+            raise ValueError(
+                f"activation checkpointing: expected every layer, no offload and use_reentrant=False, got "
+                f"every_n_layers={every_n_layers}, offload={not plain}, {options}"
+            )
+        for module in self.modules():
+            if isinstance(module, HLAModel):
+                module.gradient_checkpointing = enable
 
 
 class HLAModel(HLAPreTrainedModel):

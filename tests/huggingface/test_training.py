@@ -1,0 +1,108 @@
+"""Training through transformers and peft: Trainer learns, resumes and evaluates; LoRA sits on the projections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from tests.harness import assert_bitwise, assert_close
+from tests.huggingface.models import VOCABULARY, model, tokens
+from tests.tolerances import FLOAT64
+
+from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from hla_dist.huggingface import HLAConfig, HLAForCausalLM
+
+
+class Counting(Dataset):
+    """Sequences that count upwards from a start of their own, modulo the vocabulary, of different lengths."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        length = 10 + index % 7
+        ids = 1 + (torch.arange(length) + 5 * index) % (VOCABULARY - 1)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch with padding at the right, as the usual collators make it."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        ids[i, :n], labels[i, :n], mask[i, :n] = row["input_ids"], row["labels"], 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def trainer(hla: torch.nn.Module, out: Path, **options) -> Trainer:
+    collator = options.pop("collator", padded)
+    arguments = TrainingArguments(
+        str(out), **{"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "save_strategy": "no",
+                     "report_to": "none", "logging_steps": 10, "disable_tqdm": True, "use_cpu": True, **options}
+    )  # fmt: skip
+    return Trainer(hla, arguments, data_collator=collator, train_dataset=Counting(), eval_dataset=Counting())
+
+
+def small() -> HLAForCausalLM:
+    torch.manual_seed(0)
+    return HLAForCausalLM(HLAConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2, pad_token_id=0))
+
+
+def test_trainer_learns_resumes_and_evaluates(tmp_path: Path):
+    hla = small()
+    whole = trainer(hla, tmp_path, save_strategy="steps", save_steps=20, gradient_accumulation_steps=2)
+    first = whole.evaluate()["eval_loss"]
+    whole.train()
+    last = whole.evaluate()["eval_loss"]
+    assert first > 3.5 and last < 0.5, (first, last)
+    start = torch.tensor([[7, 8, 9]])
+    assert hla.eval().generate(start, max_new_tokens=6, do_sample=False)[0].tolist() == list(range(7, 16))
+    other = small()
+    half = str(tmp_path / "checkpoint-20")
+    trainer(other, tmp_path, gradient_accumulation_steps=2).train(resume_from_checkpoint=half)
+    for (name, one), two in zip(hla.named_parameters(), other.parameters(), strict=True):
+        assert_bitwise(name, two, one)
+
+
+def test_packing_without_padding_and_checkpointing_train_the_same_task(tmp_path: Path):
+    """DataCollatorWithFlattening: one row of several documents a batch, each with its own state."""
+    losses = []
+    for collator in (padded, DataCollatorWithFlattening(), DataCollatorWithFlattening(return_flash_attn_kwargs=True)):
+        hla = small().double()
+        one = trainer(hla, tmp_path, max_steps=3, logging_steps=1, collator=collator,
+                      gradient_checkpointing=collator is not padded)  # fmt: skip
+        one.train()
+        losses.append([entry["loss"] for entry in one.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_lora_on_the_projections(tmp_path: Path):
+    hla, ids = model(), tokens(2, 9)
+    before = hla(ids).logits.detach()
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_up", "down"]
+    lora = get_peft_model(hla, LoraConfig(r=2, target_modules=projections, task_type="CAUSAL_LM")).double()
+    assert_close("logits", lora(ids).logits, before, FLOAT64)
+    trained = {name for name, p in lora.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * len(projections) and all("lora_" in name for name in trained)
+    frozen = {name: p.clone() for name, p in lora.named_parameters() if not p.requires_grad}
+    trainer(lora, tmp_path, max_steps=5).train()
+    assert all(torch.equal(p, frozen[name]) for name, p in lora.named_parameters() if name in frozen)
+    lora.eval()
+    after = lora(ids).logits.detach()
+    assert (after - before).norm() > 0.01 * before.norm()
+    got = lora.generate(ids, max_new_tokens=5, do_sample=False)
+    lora.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(model(), tmp_path / "adapter").double()
+    assert_close("logits", again(ids).logits, after, FLOAT64)
+    merged = again.merge_and_unload()
+    assert type(merged) is HLAForCausalLM
+    assert_close("logits", merged(ids).logits, after, FLOAT64)
+    assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False), got)
