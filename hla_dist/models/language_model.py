@@ -72,7 +72,7 @@ class Block(nn.Module):
             return recomputed(self._whole, *arguments)
         if self.checkpointing == "sublayer":
             x, state = recomputed(self._mix, *arguments)
-            return map_tokens(self._transform, x, tokens=CHUNK_TOKENS), state
+            return map_tokens(self._transform, x, modules=[self.mlp_norm, self.mlp], tokens=CHUNK_TOKENS), state
         return self._whole(*arguments)
 
     def _whole(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
@@ -88,8 +88,9 @@ class Block(nn.Module):
         return_state: bool,
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Any]:
+        tokens = CHUNK_TOKENS if self.checkpointing == "sublayer" else 0
         mixed, state = self.attention(
-            self.attention_norm(x),
+            map_tokens(self.attention_norm, x, modules=[self.attention_norm], tokens=tokens),
             state,
             cu_seqlens,
             positions=positions,
@@ -194,7 +195,8 @@ class LanguageModel(nn.Module):
         if labels is None:
             result = self._logits(x)
         else:
-            result = summed_cross_entropy(self._logits, x, labels, self.config.vocab_size)
+            read = (self.norm, self.embedding)
+            result = summed_cross_entropy(self._logits, x, labels, self.config.vocab_size, read)
         return (result, states) if return_state else result
 
     def features(

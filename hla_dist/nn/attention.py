@@ -262,7 +262,7 @@ class HLAAttention(nn.Module):
             if positions is None:
                 positions = _since_document(self._positions(x, group), cu_seqlens)
             rotary = (positions.expand(x.shape[:2]),)
-        q, k, v, *gates = map_tokens(self._operands, x, *rotary, tokens=self.chunk_tokens)
+        q, k, v, *gates = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
         activation = v.dtype
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
@@ -294,7 +294,8 @@ class HLAAttention(nn.Module):
             backend=self.backend,
             chunk_size=self.chunk_size,
         )
-        return map_tokens(partial(self._result, activation), x, o, tokens=self.chunk_tokens), state
+        result = partial(self._result, activation)
+        return map_tokens(result, x, o, modules=[self], tokens=self.chunk_tokens), state
 
     def _operands(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         """q, k, v and, where they differ from token to token, the gates."""

@@ -1,42 +1,116 @@
-"""Work that treats every token alone, a chunk of tokens at a time, to hold a chunk's intermediate results only."""
+"""Work that treats every token alone, a chunk of tokens at a time: only a chunk's intermediate results ever exist."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 4096  # tokens a chunk: products stay large, and a SwiGLU's [4096, 2 M] is small beside a long shard
 
 
-def in_chunks(fn: Callable[..., Any], *sequences: Tensor, tokens: int) -> list[Any]:
-    """``fn`` of consecutive chunks of ``sequences`` [B, T, ..], ``tokens`` of all B together: one result a chunk.
-
-    Backward computes each chunk again: of what ``fn`` makes, only its results outlive the chunk. What fits one chunk is
-    a plain call, with nothing computed twice. ``fn`` must not communicate.
-    """
-    batch, length = sequences[0].shape[:2]
-    if batch * length <= tokens:
-        return [fn(*sequences)]
-    parts = zip(*(x.split(max(1, tokens // batch), dim=1) for x in sequences), strict=True)
-    if not torch.is_grad_enabled():
-        return [fn(*part) for part in parts]
-    return [checkpoint(fn, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-
-
-def map_tokens(fn: Callable[..., Any], *sequences: Tensor, tokens: int) -> Any:
+def map_tokens(fn: Callable[..., Any], *sequences: Tensor, modules: Sequence[nn.Module], tokens: int) -> Any:
     """``fn(*sequences)`` for an ``fn`` that treats every token alone: its result, or results, [B, T, ..].
 
-    ``tokens`` 0: one plain call. Otherwise as :func:`in_chunks`.
+    ``sequences`` [B, T, ..]; ``modules`` hold every parameter that ``fn`` reads, which are no more than those it needs;
+    ``tokens``, of all B together, make a chunk. Backward computes each chunk again: nothing is kept but the sequences.
+    Results and gradients are written where they belong as they are made, since small tensors that outlive a chunk's
+    large ones would keep the allocator from using that memory again (measured: it doubled the peak). Under
+    torch.compile the pieces are concatenated instead. ``tokens`` 0, or all in one chunk: one plain call, nothing
+    computed twice. ``fn`` must not communicate.
     """
-    if not tokens:
+    batch, length = sequences[0].shape[:2]
+    if not tokens or batch * length <= tokens:
         return fn(*sequences)
-    results = in_chunks(fn, *sequences, tokens=tokens)
-    if len(results) == 1:
-        return results[0]
-    if isinstance(results[0], Tensor):
-        return torch.cat(results, dim=1)
-    return tuple(torch.cat(column, dim=1) for column in zip(*results, strict=True))
+    step = max(1, tokens // batch)
+    if torch.compiler.is_compiling():
+        results = [
+            checkpoint(fn, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*(x.split(step, dim=1) for x in sequences), strict=True)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results, dim=1)
+        return tuple(torch.cat(column, dim=1) for column in zip(*results, strict=True))
+    call = _Call(fn, modules)
+    parameters = dict(call.named_parameters())
+    results = _Chunks.apply(call, tuple(parameters), step, len(sequences), *sequences, *parameters.values())
+    return results[0] if call.single else results
+
+
+class _Call(nn.Module):
+    """``fn`` as a module that holds those whose parameters it reads, so that others can take their place."""
+
+    def __init__(self, fn: Callable[..., Any], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.fn = (fn,)  # in a tuple: a module among the modules would be held twice
+        self.modules_read = nn.ModuleList(modules)
+        self.single = False
+
+    def forward(self, *sequences: Tensor) -> tuple[Tensor, ...]:
+        result = self.fn[0](*sequences)
+        self.single = isinstance(result, Tensor)
+        return (result,) if self.single else tuple(result)
+
+
+class _Chunks(torch.autograd.Function):
+    """Forward without a graph; backward builds one chunk's at a time, on aliases of the parameters.
+
+    On aliases, because hooks on the parameters themselves (that reduce gradients, say) must see a backward's gradient
+    once, not once a chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, call, names, step, count, *tensors):
+        sequences = tensors[:count]
+        length = sequences[0].shape[1]
+        results: list[Tensor] = []
+        for start in range(0, length, step):
+            part = call(*(x[:, start : start + step] for x in sequences))
+            if not results:
+                results = [y.new_empty(y.shape[0], length, *y.shape[2:]) for y in part]
+            _place(results, part, start)
+        device = sequences[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.call, ctx.names, ctx.step, ctx.count = call, names, step, count
+        ctx.save_for_backward(*tensors)
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        saved = ctx.saved_tensors  # once: checkpointing gives them out once
+        sequences, parameters = saved[: ctx.count], saved[ctx.count :]
+        wanted = ctx.needs_input_grad[4:]
+        aliases = [p.detach().requires_grad_(w) for p, w in zip(parameters, wanted[ctx.count :], strict=True)]
+        of_parameters: list[Tensor | None] = [None] * len(aliases)
+        of_sequences = [torch.empty_like(x) if w else None for x, w in zip(sequences, wanted)]
+        device, dtype, enabled = ctx.autocast
+        for start in range(0, sequences[0].shape[1], ctx.step):
+            here = slice(start, start + ctx.step)
+            parts = [x[:, here].detach().requires_grad_(w) for x, w in zip(sequences, wanted)]
+            with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+                results = functional_call(ctx.call, dict(zip(ctx.names, aliases, strict=True)), tuple(parts))
+            used = [i for i, y in enumerate(results) if y.requires_grad]
+            leaves = [x for x in (*parts, *aliases) if x.requires_grad]
+            found = iter(
+                torch.autograd.grad(
+                    [results[i] for i in used], leaves, [gradients[i][:, here] for i in used], materialize_grads=True
+                )
+            )
+            for target in of_sequences:
+                if target is not None:
+                    target[:, here] = next(found)
+            for i, alias in enumerate(aliases):
+                if alias.requires_grad:
+                    gradient, total = next(found), of_parameters[i]
+                    of_parameters[i] = gradient if total is None else total.add_(gradient)
+        return None, None, None, None, *of_sequences, *of_parameters
+
+
+def _place(results: list[Tensor], part: tuple[Tensor, ...], start: int) -> None:
+    for whole, piece in zip(results, part, strict=True):
+        whole[:, start : start + piece.shape[1]] = piece

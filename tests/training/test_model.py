@@ -111,10 +111,10 @@ def test_a_long_shard_never_has_all_its_logits(monkeypatch: pytest.MonkeyPatch) 
             return result
 
     hidden = torch.randn(1, 512, 2, requires_grad=True)
-    weight = torch.randn(50, 2, requires_grad=True)
+    head = torch.nn.Linear(2, 50)
     labels = torch.randint(50, (1, 512))
     with Watch():
-        summed_cross_entropy(lambda x: F.linear(x, weight), hidden, labels, 50).backward()
+        summed_cross_entropy(head, hidden, labels, 50, [head]).backward()
     assert largest == 1024  # hidden, more than 20 tokens' 1000 logits
 
 
