@@ -175,13 +175,13 @@ def wait_for(pending: _Pending, works: list[Any]) -> None:
     """Wait for further messages of the same exchange; an error names the exchange."""
     with named(pending):
         for work in works:
-            work.wait()
+            collectives.wait(work)
 
 
 def _wait(pending: _Pending) -> None:
     if pending.work is not None:
         with named(pending):
-            pending.work.wait()
+            collectives.wait(pending.work)
         pending.work = None
 
 

@@ -6,6 +6,7 @@ Groups are explicit everywhere: a ``ProcessGroup`` or a one-dimensional ``Device
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,15 @@ _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 @dataclass
 class Counter:
-    """What this process has sent: collective calls, messages to single ranks, and the bytes of its own payloads."""
+    """What this process has sent: collective calls, messages to single ranks, and the bytes of its own payloads.
+
+    ``waited``: seconds its host was held up until an exchange that had been started came through.
+    """
 
     calls: int = 0
     messages: int = 0
     bytes: int = 0
+    waited: float = 0.0
 
     def add(self, tensor: Tensor) -> None:
         self.calls += 1
@@ -34,6 +39,7 @@ class Counter:
 
     def reset(self) -> None:
         self.calls = self.messages = self.bytes = 0
+        self.waited = 0.0
 
 
 counter = Counter()
@@ -111,6 +117,13 @@ def broadcast(x: Tensor, pg: dist.ProcessGroup, source: int = 0) -> None:
     """Overwrite ``x`` with that of rank ``source`` of the group, in place. One collective."""
     counter.add(x)
     dist.broadcast(x, group=pg, group_src=source)
+
+
+def wait(work: Any) -> None:
+    """Wait for a collective or message that was started, on the clock."""
+    began = time.perf_counter()
+    work.wait()
+    counter.waited += time.perf_counter() - began
 
 
 def post(pg: dist.ProcessGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:

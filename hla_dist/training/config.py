@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NoReturn
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
 
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.training.failure import UserError
 
+Options = TypeVar("Options")
 DEMO_STEPS = 400
 DEMO_MINUTES = 4.2  # leaves time for evaluation, parity and plots within six minutes on slower machines
 
@@ -141,26 +142,29 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     """A configuration from command-line arguments; raises UserError in one line instead of printing the usage."""
+    about = "Train an HLA language model on text, its sequences sharded over the ranks of torchrun."
+    return parse_options(TrainConfig, "launch/train.py", about, arguments)
+
+
+def parse_options(kind: type[Options], program: str, about: str, arguments: Sequence[str] | None = None) -> Options:
+    """A dataclass of :func:`option` fields from command-line arguments, all its flags in --help."""
     parser = _Parser(
-        prog="launch/train.py",
-        description="Train an HLA language model on text, its sequences sharded over the ranks of torchrun.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        prog=program, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     groups: dict[str, Any] = {}
-    types: dict[str, Any] = {"int": int, "float": float, "str": str, "list[str]": str}
-    for item in fields(TrainConfig):
+    types: dict[str, Any] = {"int": int, "float": float, "str": str, "list[str]": str, "list[int]": int}
+    for item in fields(kind):  # type: ignore[arg-type]
         name = item.metadata["group"]
         group = groups.setdefault(name, None) or parser.add_argument_group(name)
         groups[name] = group
         keywords = dict(item.metadata["keywords"])
-        kind = str(item.type).removesuffix(" | None")
+        of = str(item.type).removesuffix(" | None")
         if item.type == "bool":
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            keywords["type"] = types[kind]
+            keywords["type"] = types[of]
             if "choices" not in keywords:
-                keywords.setdefault("metavar", {"int": "N", "float": "X"}.get(kind, "TEXT"))
-        default = [] if kind == "list[str]" else item.default
+                keywords.setdefault("metavar", {"int": "N", "float": "X", "list[int]": "N"}.get(of, "TEXT"))
+        default = item.default if item.default_factory is MISSING else item.default_factory()
         group.add_argument(flag(item.name), dest=item.name, default=default, help=item.metadata["help"], **keywords)
-    return TrainConfig(**vars(parser.parse_args(arguments)))
+    return kind(**vars(parser.parse_args(arguments)))
