@@ -1,0 +1,100 @@
+"""One measured call on the ranks of a group, and what they sum it up to.
+
+Time is the slowest rank's between two barriers. CPU seconds are those of whole processes, the transport's threads
+included, summed over ranks. Exposed communication is the time in which a rank's host is blocked until an exchange
+comes through: with more ranks than processors it includes the turns of other ranks, not the wire alone.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hla_dist.parallel.collectives import all_gather_objects, counter
+from hla_dist.scaling.memory import PeakMemory
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rank's figures of one call; bytes and calls are what it sent itself."""
+
+    seconds: float
+    forward: float
+    cpu: float
+    waited: float
+    sent: tuple[int, int]  # bytes of forward, and of all
+    calls: tuple[int, int]  # collectives and messages of forward, and of all
+    resident: int
+    peak: int
+    before: int
+
+
+class Clock:
+    """Given to the measured call, which says when forward has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began = self.ended = 0.0
+        self.sent = self.calls = 0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def forward_ended(self) -> None:
+        self.ended = self.now()
+        self.sent, self.calls = counter.bytes, counter.calls + counter.messages
+
+
+def measure(call: Callable[[Clock], Any], group: dist.ProcessGroup, device: torch.device) -> tuple[Any, Sample]:
+    """``call(clock)`` on every rank of ``group``: what it returned, and this rank's figures."""
+    memory, clock = PeakMemory(device), Clock(device)
+    memory.start()
+    dist.barrier(group)
+    counter.reset()
+    cpu, clock.began = _cpu_seconds(), clock.now()
+    result = call(clock)
+    waited, sent, calls = counter.waited, counter.bytes, counter.calls + counter.messages
+    clock.now()
+    dist.barrier(group)
+    seconds, cpu = clock.now() - clock.began, _cpu_seconds() - cpu
+    peak = memory.stop()
+    sample = Sample(
+        seconds, clock.ended - clock.began, cpu, waited, (clock.sent, sent), (clock.calls, calls), *peak
+    )  # fmt: skip
+    return result, sample
+
+
+def row(samples: list[Sample], group: dist.ProcessGroup) -> dict[str, float]:
+    """A case's figures from every rank's samples, one a round: the fastest round, and the largest peaks."""
+    rounds = list(zip(*all_gather_objects(samples, group)))  # [round][rank]
+    fastest = min(rounds, key=lambda ranks: max(s.seconds for s in ranks))
+    peaks = max(rounds, key=lambda ranks: sum(s.peak for s in ranks))
+    return {
+        "seconds": max(s.seconds for s in fastest),
+        "forward_s": max(s.forward for s in fastest),
+        "cpu_s": sum(s.cpu for s in fastest),
+        "waited_s": max(s.waited for s in fastest),
+        "waited_mean_s": sum(s.waited for s in fastest) / len(fastest),
+        "sent_forward": max(s.sent[0] for s in fastest),
+        "sent_backward": max(s.sent[1] - s.sent[0] for s in fastest),
+        "sent_all_ranks": sum(s.sent[1] for s in fastest),
+        "calls_forward": max(s.calls[0] for s in fastest),
+        "calls_backward": max(s.calls[1] - s.calls[0] for s in fastest),
+        "peak_rank": max(s.peak for s in peaks),
+        "peak_sum": sum(s.peak for s in peaks),
+        "resident_sum": sum(s.resident for s in peaks),
+        "before_sum": sum(s.before for s in peaks),
+    }
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

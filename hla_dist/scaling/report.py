@@ -1,0 +1,80 @@
+"""The table, and the plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hla_dist.scaling.config import ScalingConfig
+
+Row = dict[str, Any]
+GIB = 1 << 30
+HEADER = [
+    "what", "ranks", "tokens", "s", "of it forward", "CPU s, all ranks", "tokens/s", "us/token", "KiB sent a rank, "
+    "forward + backward", "messages", "s blocked, mean of ranks (most)", "GiB peak, largest rank", "all ranks", "error"
+]  # fmt: skip
+LEGEND = (
+    "Time: the slowest rank's, between barriers. CPU seconds: user and system time of whole processes. Messages: "
+    "collectives and point-to-point messages a rank sends, forward + backward. Blocked: until an exchange comes "
+    "through; with more ranks than processors, other ranks' turns included. Peak: the kernel's high-water mark of "
+    "resident memory, inputs included, less what ranks share (PSS). Error: relative to float64, largest tensor."
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table."""
+    errors = row["errors"]
+    worst = max(errors, key=errors.get) if errors else ""
+    return [
+        row["what"], str(row["ranks"]), f"{row['tokens']:,}", f"{row['seconds']:.2f}", f"{row['forward_s']:.2f}",
+        f"{row['cpu_s']:.1f}", f"{row['tokens_per_s']:,.0f}", f"{row['us_per_token']:.1f}",
+        f"{row['sent_forward'] / 1024:.1f} + {row['sent_backward'] / 1024:.1f}",
+        f"{row['calls_forward']} + {row['calls_backward']}",
+        f"{row['waited_mean_s']:.2f} ({row['waited_s']:.2f})", f"{row['peak_rank'] / GIB:.2f}",
+        f"{row['peak_sum'] / GIB:.2f}", f"{errors[worst]:.0e} {worst}" if worst else "",
+    ]  # fmt: skip
+
+
+def text_table(rows: list[Row]) -> str:
+    """For a terminal: columns as wide as they need."""
+    lines = [[*HEADER[:2], "tokens", "s", "forward", "CPU s", "tokens/s", "us/token", "KiB fwd + bwd", "messages",
+              "s blocked", "GiB a rank", "GiB all", "error"], *map(cells, rows)]  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
+    """PNG: a row of panels for the operator and for the model; time over ranks, time a token and memory over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [what for what in config.what if any(row["what"] == what for row in rows)]
+    figure, panels = plt.subplots(len(kinds), 4, figsize=(18, 4.2 * len(kinds)), layout="constrained", squeeze=False)
+    for axes, what in zip(panels, kinds, strict=True):
+        mine = [row for row in rows if row["what"] == what]
+        of = {name: sorted((r for r in mine if name in r["series"]), key=lambda r: (r["ranks"], r["tokens"]))
+              for name in ("strong", "weak", "length")}  # fmt: skip
+        for name, x in (("strong", "ranks"), ("weak", "ranks")):
+            if of[name]:
+                axes[0].plot([r[x] for r in of[name]], [r["seconds"] for r in of[name]], "o-", label=f"{name}: wall")
+                cpu = [r["cpu_s"] / r["tokens"] * 1e6 for r in of[name]]
+                axes[1].plot([r[x] for r in of[name]], cpu, "o-", label=f"{name}: CPU us a token")
+        if of["length"]:
+            tokens = [r["tokens"] for r in of["length"]]
+            axes[2].plot(tokens, [r["us_per_token"] for r in of["length"]], "o-", label="wall us a token")
+            axes[2].plot(tokens, [r["cpu_s"] / r["tokens"] * 1e6 for r in of["length"]], "s--", label="CPU us a token")
+            axes[3].plot(tokens, [r["peak_sum"] / GIB for r in of["length"]], "o-", label="all ranks")
+            axes[3].plot(tokens, [r["before_sum"] / GIB for r in of["length"]], "s--", label="of it before the call")
+        for axis, x, y in zip(
+            axes, ("ranks", "ranks", "tokens", "tokens"), ("seconds", "us", "us", "GiB"), strict=True
+        ):
+            axis.set(xlabel=x, ylabel=y, title=f"{what} ({config.op})", ylim=(0, None))
+            if x == "tokens":
+                axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
