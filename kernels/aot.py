@@ -64,9 +64,7 @@ class _AbsentDevice:
 
 def compile_launch(arch: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Resources:
     """Compile exactly what a launch with these arguments would run on ``arch``."""
-    driver.set_active(_AbsentDevice(ARCHITECTURES[arch]))
-    kernel.device_caches.clear()
-    compiled = kernel.warmup(**arguments, **options, grid=(1,))
+    compiled = compile_only(arch, kernel, arguments, options)
     shared = compiled.metadata.shared
     if arch == "gfx942":
         text = compiled.asm["amdgcn"]
@@ -76,6 +74,25 @@ def compile_launch(arch: str, kernel: Any, arguments: dict[str, Any], options: d
         text = compiled.asm["ptx"]
         registers, spills = _cubin_usage(compiled.asm["cubin"])
     return Resources(registers, spills, shared, {name: text.count(name) for name in MATRIX[arch]})
+
+
+def compile_only(arch: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Any:
+    """The compiled kernel, from Triton's cache on disk or into it."""
+    _pretend(arch, kernel)
+    return kernel.warmup(**arguments, **options, grid=(1,))
+
+
+def compile_key(arch: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> str:
+    """What Triton tells one compiled kernel from another by: types, constants, divisibility, options."""
+    _pretend(arch, kernel)
+    *_, binder = kernel.device_caches[0]
+    _, specialization, parsed = binder(**arguments, **options, debug=False)
+    return f"{kernel.fn.__name__} {specialization} {parsed}"
+
+
+def _pretend(arch: str, kernel: Any) -> None:
+    driver.set_active(_AbsentDevice(ARCHITECTURES[arch]))
+    kernel.device_caches.clear()
 
 
 def _number(text: str, pattern: str) -> int:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hla_kernels.sequences import columns, document_of, matrix_pointers, rows, store_rows, token_gates
+from hla_kernels.sequences import columns, document_of, factor, matrix_pointers, rows, store_rows, token_gates
 
 
 @triton.jit
@@ -139,32 +139,32 @@ def first_order_kernel(
         i_c = first + (chunks - 1 - j if REVERSE else j)
         t0 = tl.cast(i_c * BT, tl.int32)
         if INNER:
-            b_b = columns(b, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BK, BT]
-            b_c = rows(c, i_b, i_h, t0, T, o_i, o_v, V, DTYPE)  # [BT, BV]
+            b_b = factor(columns(b, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
+            b_c = factor(rows(c, i_b, i_h, t0, T, o_i, o_v, V), DTYPE, PRECISION)  # [BT, BV]
         sums, marks, to_start, to_end, whole = chunk_gates(
             log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
         )
         if EMIT:
-            b_a = rows(a, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BT, BK]
+            b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
             if INNER:
                 b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
-                b_w = weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS).to(DTYPE)
-            b_o = tl.dot(b_a, state.to(DTYPE), input_precision=PRECISION)  # [BT, BV]
+                b_w = factor(weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS), DTYPE, PRECISION)
+            b_o = tl.dot(b_a, factor(state, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BV]
             if GATED or DOCUMENTS:
                 b_o *= (to_end if REVERSE else to_start)[:, None]
             if INNER:
                 b_o = tl.dot(b_w, b_c, b_o, input_precision=PRECISION)
             b_o *= alpha
             if PAIR:
-                b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V, tl.float32)  # [BT, BV]
+                b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32)  # [BT, BV]
                 row = i_v * (tl.num_programs(0) // tiles // segments) + i_bh
                 tl.store(x + row.to(tl.int64) * T + t0 + o_i, tl.sum(b_p * b_o, 1) * weight, mask=o_i < T - t0)
             if ADD:
-                b_o += beta * rows(add, i_b, i_h, t0, T, o_i, o_v, V, tl.float32)
+                b_o += beta * rows(add, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32)
             store_rows(out, b_o, i_b, i_h, t0, T, o_i, o_v, V)
         if GATED or DOCUMENTS:
             if INNER:
-                b_c = (b_c * (to_start if REVERSE else to_end)[:, None]).to(DTYPE)
+                b_c = factor(b_c * (to_start if REVERSE else to_end)[:, None], DTYPE, PRECISION)
             state *= whole
         if INNER:
             state = tl.dot(b_b, b_c, state, input_precision=PRECISION)

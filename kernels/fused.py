@@ -28,7 +28,7 @@ from hla_kernels.cascade import TRITON_DTYPES, Problem
 from hla_kernels.decode import READS
 from hla_kernels.device import launch
 from hla_kernels.first_order import chunk_gates, weigh
-from hla_kernels.sequences import base, columns, rows, sequence
+from hla_kernels.sequences import base, columns, factor, rows, sequence
 
 
 @triton.jit
@@ -91,57 +91,57 @@ def fused_forward_kernel(
         sums, marks, to_start, to_end, whole = chunk_gates(
             log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
         )
-        b_qt = columns(q, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BK, BT]
-        b_k = rows(k, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BT, BK]
-        b_c = columns(v, i_b, i_h, t0, T, o_i, o_v, V, DTYPE)  # [BV, BT]: c of the last pass, v or r
+        b_qt = factor(columns(q, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
+        b_k = factor(rows(k, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
+        b_c = factor(columns(v, i_b, i_h, t0, T, o_i, o_v, V), DTYPE, PRECISION)  # [BV, BT]: c of the last pass, v or r
         if HAS_P or PREFIX:
             # b_x[i, t] = Gamma(t, i) (k_i . q_t) on and above the diagonal
             b_x = tl.dot(b_k, b_qt, input_precision=PRECISION)  # [BT, BT]
-            b_x = weigh(b_x, sums, marks, t0, o_i, True, DECAYED).to(DTYPE)
+            b_x = factor(weigh(b_x, sums, marks, t0, o_i, True, DECAYED), DTYPE, PRECISION)
         if HAS_S:
-            b_q = rows(q, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BT, BK]
-            b_kt = columns(k, i_b, i_h, t0, T, o_i, o_k, K, DTYPE)  # [BK, BT]
+            b_q = factor(rows(q, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
+            b_kt = factor(columns(k, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
             b_ke = b_k
             if PREFIX:
-                b_u = tl.dot(s.to(DTYPE), b_qt, input_precision=PRECISION)  # [BK, BT]: u^T
+                b_u = tl.dot(factor(s, DTYPE, PRECISION), b_qt, input_precision=PRECISION)  # [BK, BT]: u^T
                 if DECAYED:
                     b_u *= to_start[None, :]
                 b_u = tl.dot(b_kt, b_x, b_u, input_precision=PRECISION) * scale
                 b_u += (scale * ridge) * b_qt.to(tl.float32)
             else:
                 b_w = tl.dot(b_q, b_kt, input_precision=PRECISION)  # [BT, BT]
-                b_w = weigh(b_w, sums, marks, t0, o_i, False, DECAYED).to(DTYPE)
-                b_u = tl.dot(b_q, s.to(DTYPE), input_precision=PRECISION)  # [BT, BK]
+                b_w = factor(weigh(b_w, sums, marks, t0, o_i, False, DECAYED), DTYPE, PRECISION)
+                b_u = tl.dot(b_q, factor(s, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BK]
                 if DECAYED:
                     b_u *= to_start[:, None]
                 b_u = tl.dot(b_w, b_k, b_u, input_precision=PRECISION) * scale
                 b_u += (scale * ridge) * b_q.to(tl.float32)
-            b_u = b_u.to(DTYPE)
+            b_u = factor(b_u, DTYPE, PRECISION)
             if DECAYED:
-                b_ke = (b_k * to_end[:, None]).to(DTYPE)
+                b_ke = factor(b_k * to_end[:, None], DTYPE, PRECISION)
                 s *= whole
             s = tl.dot(b_kt, b_ke, s, input_precision=PRECISION)
         if HAS_P:
-            b_r = tl.dot(p.to(DTYPE), b_qt, input_precision=PRECISION)  # [BV, BT]: r^T
+            b_r = tl.dot(factor(p, DTYPE, PRECISION), b_qt, input_precision=PRECISION)  # [BV, BT]: r^T
             if DECAYED:
                 b_r *= to_start[None, :]
             b_r = tl.dot(b_c, b_x, b_r, input_precision=PRECISION) * scale
             if DECAYED:
                 p *= whole
-                b_c = (b_c * to_end[None, :]).to(DTYPE)
+                b_c = factor(b_c * to_end[None, :], DTYPE, PRECISION)
             p = tl.dot(b_c, b_k, p, input_precision=PRECISION)
-            b_c = b_r.to(DTYPE)
+            b_c = factor(b_r, DTYPE, PRECISION)
         if PREFIX:
             b_y = tl.dot(b_q, b_u, input_precision=PRECISION) * scale  # [BT, BT]: q_i . u_t
-            b_y = weigh(b_y, sums, marks, t0, o_i, True, DECAYED).to(DTYPE)
-            b_o = tl.dot(f.to(DTYPE), b_u, input_precision=PRECISION)  # [BV, BT]
+            b_y = factor(weigh(b_y, sums, marks, t0, o_i, True, DECAYED), DTYPE, PRECISION)
+            b_o = tl.dot(factor(f, DTYPE, PRECISION), b_u, input_precision=PRECISION)  # [BV, BT]
         else:
             if HAS_S:
                 b_y = tl.dot(b_u, b_qt, input_precision=PRECISION)  # [BT, BT]: u_i . q_t
-                b_y = weigh(b_y, sums, marks, t0, o_i, True, DECAYED).to(DTYPE)
+                b_y = factor(weigh(b_y, sums, marks, t0, o_i, True, DECAYED), DTYPE, PRECISION)
             else:
                 b_y = b_x
-            b_o = tl.dot(f.to(DTYPE), b_qt, input_precision=PRECISION)
+            b_o = tl.dot(factor(f, DTYPE, PRECISION), b_qt, input_precision=PRECISION)
         if DECAYED:
             b_o *= to_start[None, :]
         b_o = tl.dot(b_c, b_y, b_o, input_precision=PRECISION)
@@ -151,7 +151,7 @@ def fused_forward_kernel(
         m_o = (o_i < T - t0)[None, :] & (o_v < V)[:, None]
         tl.store(p_o, b_o.to(out.p.dtype.element_ty), mask=m_o)
         if DECAYED:
-            b_c = (b_c * to_end[None, :]).to(DTYPE)
+            b_c = factor(b_c * to_end[None, :], DTYPE, PRECISION)
             f *= whole
         if PREFIX:
             f = tl.dot(b_c, b_q, f / scale, input_precision=PRECISION) * scale

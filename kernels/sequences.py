@@ -6,6 +6,7 @@ heads): head h reads head ``h // repeat``. The last axis is contiguous. Offsets 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +16,22 @@ from torch import Tensor
 
 from hla_kernels.device import INTERPRETED
 
+FARTHEST = 2**24  # elements between tokens: offsets inside a chunk, of at most 128 tokens, are 32-bit
+
 
 class Sequence(NamedTuple):
     """A tensor ``[B, T, heads, D]`` inside a kernel."""
 
     p: Any
-    batch: Any
+    batch: Any  # distances between batch elements and heads are in units, and disguised: see ``_disguised``
     token: Any
     head: Any
     repeat: Any
+    unit: Any
 
 
 class Gates(NamedTuple):
-    """``log_decay [B, T, H]`` inside a kernel; strides may be 0."""
+    """``log_decay [B, T, H]`` inside a kernel; strides may be 0, that between batch elements is disguised."""
 
     p: Any
     batch: Any
@@ -52,14 +56,28 @@ def sequence(x: Tensor, heads: int) -> Sequence:
     thread and immediate offsets, instead of some sixty registers that the state needs more.
     """
     assert x.stride(3) == 1 or x.shape[3] == 1 or x.numel() == 0, "a sequence's last axis is contiguous"
-    assert x.stride(1) * 128 < 2**31, "a chunk's offsets are 32-bit"
-    token = x.stride(1) if INTERPRETED else tl.constexpr(x.stride(1))
-    return Sequence(x, x.stride(0), token, x.stride(2), heads // x.shape[2])
+    assert x.stride(1) < FARTHEST, "a chunk's offsets are 32-bit"
+    batch, token, head, _ = x.stride()
+    unit = math.gcd(batch, token, head, 16) or 16
+    batch, head = _disguised(batch // unit), _disguised(head // unit)
+    if not INTERPRETED:
+        token, unit = tl.constexpr(token), tl.constexpr(unit)
+    return Sequence(x, batch, token, head, heads // x.shape[2], unit)
 
 
 def gates(log_decay: Tensor) -> Gates:
     """``log_decay [B, T, H]`` for a kernel."""
-    return Gates(log_decay, *log_decay.stride())
+    batch, token, head = log_decay.stride()
+    return Gates(log_decay, _disguised(batch), token, head)
+
+
+def _disguised(n: int) -> int:
+    """An odd number above 1 for n >= 0.
+
+    Triton compiles anew for integers that 16 divides, for 1, and for 64-bit ones. Distances between batch elements,
+    and between heads laid out before tokens, grow with T, which would so enter the compile key.
+    """
+    return 2 * n + 3
 
 
 def matrices(x: Tensor, swapped: bool = False) -> Matrices:
@@ -73,7 +91,8 @@ def matrices(x: Tensor, swapped: bool = False) -> Matrices:
 @triton.jit
 def base(x, i_b, i_h):
     """Pointer to token 0 of one batch element and head."""
-    return x.p + i_b.to(tl.int64) * x.batch + (i_h // x.repeat).to(tl.int64) * x.head
+    units = i_b.to(tl.int64) * ((x.batch - 3) >> 1) + (i_h // x.repeat).to(tl.int64) * ((x.head - 3) >> 1)
+    return x.p + units * x.unit
 
 
 @triton.jit
@@ -83,19 +102,32 @@ def _inside(m_t, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def rows(x, i_b, i_h, t0, T, o_i, o_d, D: tl.constexpr, dtype: tl.constexpr):
+def rows(x, i_b, i_h, t0, T, o_i, o_d, D: tl.constexpr):
     """Tokens t0 + o_i, columns o_d, zero outside. 64-bit to the chunk, 32-bit inside: registers.  # [BT, BD]"""
     p = base(x, i_b, i_h) + t0.to(tl.int64) * x.token + (o_i[:, None] * x.token + o_d[None, :])
     mask = _inside((o_i < T - t0)[:, None], o_d[None, :], D)
-    return tl.load(p, mask=mask, other=0.0).to(dtype)
+    return tl.load(p, mask=mask, other=0.0)
 
 
 @triton.jit
-def columns(x, i_b, i_h, t0, T, o_i, o_d, D: tl.constexpr, dtype: tl.constexpr):
+def columns(x, i_b, i_h, t0, T, o_i, o_d, D: tl.constexpr):
     """The same read transposed, so that no value is ever transposed in registers.  # [BD, BT]"""
     p = base(x, i_b, i_h) + t0.to(tl.int64) * x.token + (o_i[None, :] * x.token + o_d[:, None])
     mask = _inside((o_i < T - t0)[None, :], o_d[:, None], D)
-    return tl.load(p, mask=mask, other=0.0).to(dtype)
+    return tl.load(p, mask=mask, other=0.0)
+
+
+@triton.jit
+def factor(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``x`` as a factor of a matrix product.
+
+    tf32 units cut the last 13 bits of a float32 off, and Triton leaves it at that: rounded first, the error is half as
+    large and, above all, has no sign. What was loaded as float16 is exact.
+    """
+    y = x.to(DTYPE)
+    if PRECISION == "tf32" and y.dtype == tl.float32 and x.dtype == tl.float32:
+        y = ((y.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return y
 
 
 @triton.jit
@@ -120,7 +152,7 @@ def token_gates(log_decay, i_b, i_h, o_t, m_t):
     A gate below exp(-69) = 1e-30 lets nothing through that float32 could see beside anything else. It is counted,
     not added: added, it would take the precision of its neighbours' sums.
     """
-    p = log_decay.p + i_b.to(tl.int64) * log_decay.batch + i_h.to(tl.int64) * log_decay.head
+    p = log_decay.p + i_b.to(tl.int64) * ((log_decay.batch - 3) >> 1) + i_h.to(tl.int64) * log_decay.head
     log = tl.load(p + o_t.to(tl.int64) * log_decay.token, mask=m_t, other=0.0).to(tl.float32)
     cut = log < -69.0
     return tl.where(cut, 0.0, log), cut.to(tl.int32)
@@ -133,8 +165,8 @@ def document_of(documents, t, T):
 
 
 def last_axis_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied only where its last axis is strided."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """``x``, copied only where its last axis is strided, or its tokens lie too far apart for 32 bits."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(1) < FARTHEST else x.contiguous()
 
 
 INNER = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
