@@ -38,7 +38,7 @@ from hla_dist.training.config import TrainConfig, parse  # noqa: E402
 from hla_dist.training.continuation import Launch  # noqa: E402
 from hla_dist.training.failure import UserError, describe  # noqa: E402
 from hla_dist.training.faults import Faults  # noqa: E402
-from hla_dist.training.mesh import build_layout, connect, sequence_ranks  # noqa: E402
+from hla_dist.training.mesh import build_layout, connect, factorise  # noqa: E402
 from hla_dist.training.recorder import write_flight_record  # noqa: E402
 from hla_dist.training.run import Run  # noqa: E402
 from hla_dist.training.stop import StopSignal  # noqa: E402
@@ -53,7 +53,7 @@ def main() -> int:
         quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO())
         with quiet:  # --help is printed once
             config = parse()
-        sequence_ranks(world_size, config.sp)
+        degrees = factorise(world_size, config.sp, config.dp_shard, config.dp_replicate, config.tp)
         device = choose_device(config)
         launch = read_launch(rank)
     except UserError as exc:
@@ -62,7 +62,7 @@ def main() -> int:
     try:
         connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
         stop = StopSignal()  # from here on there is something to save
-        code = Run(config, build_layout(config.sp, device, config.save_timeout), stop, STARTED, launch).train()
+        code = Run(config, build_layout(degrees, device, config.save_timeout), stop, STARTED, launch).train()
         torch.distributed.destroy_process_group()
     except UserError as exc:
         leave(rank, str(exc), alike=True)

@@ -75,7 +75,15 @@ class TrainConfig:
         "ends the run"
     )  # fmt: skip
 
-    sp: int = option(0, "ranks", "ranks a sequence is sharded over; 0: all; the rest of the world are replicas")
+    sp: int = option(
+        0, "ranks", "ranks a sequence is sharded over, the cp axis of the mesh; 0: all that the data axes leave"
+    )
+    dp_shard: int = option(
+        0, "ranks", "FSDP2: data ranks that share parameters, sharded over dp-shard x sp ranks; 0: every rank has them "
+        "whole"
+    )  # fmt: skip
+    dp_replicate: int = option(0, "ranks", "data ranks that repeat parameters; 0: what --dp-shard and --sp leave")
+    tp: int = option(1, "ranks", "tensor-parallel ranks; there is no tensor parallelism: 1")
     device: str = option("auto", "ranks", "auto: a GPU a rank where there are GPUs", choices=["auto", "cpu", "cuda"])
     threads: int = option(0, "ranks", "CPU threads a rank; 0: the machine's cores over its ranks")
     timeout: float = option(120.0, "ranks", "seconds after which a collective that cannot finish is an error")
@@ -106,7 +114,8 @@ class TrainConfig:
         least = {"seq_len": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "keep": 1, "eval_every": 1, "timeout": 1,
                  "save_timeout": 1, "max_skips": 0, "check_every": 0,
                  "vocab_size": 0, "max_minutes": 0, "warmup": 0, "clip": 0, "lr": 0, "min_lr": 0, "weight_decay": 0,
-                 "save_every": 0, "sample": 0, "eval_tokens": 1, "threads": 0, "sp": 0, "hidden_size": 0, "layers": 0,
+                 "save_every": 0, "sample": 0, "eval_tokens": 1, "threads": 0, "sp": 0, "dp_shard": 0,
+                 "dp_replicate": 0, "tp": 1, "hidden_size": 0, "layers": 0,
                  "heads": 0, "kv_heads": 0, "head_dim": 0, "seed": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)

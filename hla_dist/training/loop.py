@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hla_dist import SequenceParallelHLA, shard_batch
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
+from hla_dist.training.fully_sharded import whole
 from hla_dist.training.mesh import Layout
 from hla_dist.training.watch import Watch
 
@@ -38,7 +39,8 @@ class Trainer:
     The loss is each shard's sum of cross-entropies over the number of labels in the whole step, and ``model`` sums
     gradients over all ranks (its ``gradient_group`` is the world): loss and gradients do not depend on how many ranks
     there are. Communication of a step: what the attention layers send, one all-reduce of the gradients, one of four
-    numbers.
+    numbers. With parameters that FSDP2 has sharded, in place of the all-reduce its gathers of parameters and its
+    reduction of gradients, both for every micro-batch: gradients are never kept whole.
     """
 
     def __init__(
@@ -118,15 +120,19 @@ class Trainer:
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
         mine = starts[self.layout.replica :: self.layout.replicas]
-        for begin in range(0, len(mine), self.batch_size):
+        # Replicas without a window in the last round take one that does not count: with FSDP2 a forward is everybody's.
+        windows = mine + starts[: -(-len(starts) // self.layout.replicas) - len(mine)]
+        for begin in range(0, len(windows), self.batch_size):
             cuts = [
                 cut(tokens, start, self.windows.seq_len, self.windows.vocab_size)
-                for start in mine[begin : begin + self.batch_size]
+                for start in windows[begin : begin + self.batch_size]
             ]
             batch = shard_batch(torch.stack(cuts).to(self.layout.device), self.layout.sequence)
+            labels = batch.labels.clone()
+            labels[max(len(mine) - begin, 0) :] = -100
             with autocast(self.layout.device, self.bf16):
-                losses = self.model(batch.inputs, labels=batch.labels)
-            total += torch.tensor([float(losses), batch.labels.numel()], dtype=torch.float64)
+                losses = self.model(batch.inputs, labels=labels)
+            total += torch.tensor([float(losses), float((labels != -100).sum())], dtype=torch.float64)
         total = total.to(self.layout.device)
         all_reduce_sum(total, self.layout.world)
         self.model.train()
@@ -149,9 +155,9 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def gradient_norm(parameters: Any) -> Tensor:
-    """Global 2-norm of all gradients; the same bits on every rank where the gradients are."""
+    """Global 2-norm of all gradients; the same bits on every rank where the gradients are, or their shards add up."""
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return whole(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def autocast(device: torch.device, bf16: bool) -> Any:

@@ -1,4 +1,10 @@
-"""Which rank does what: the mesh of data and sequence axes, and the process groups along them."""
+"""Which rank does what: the mesh of data and sequence axes, and the process groups along them.
+
+    world = dp_replicate x dp_shard x cp x tp           torchtitan's axes in torchtitan's order, tp being 1
+
+``cp`` shards sequences; ranks of one ``cp`` group read the same samples; both ``dp`` axes are data axes.
+Parameters are whole on every rank or, with FSDP2, sharded over ``dp_shard x cp`` and replicated over ``dp_replicate``.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +14,79 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
 from hla_dist.training.failure import UserError
 from hla_dist.training.rendezvous import fresh_store
 
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Ranks along each axis, and whether FSDP2 shards the parameters."""
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int = 1
+    fully_sharded: bool = False
+
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place: ``world = dp_replicate x cp``, the sequence axis ``cp`` innermost as in torchtitan."""
+    """This rank's place in the mesh."""
 
     world: dist.ProcessGroup
     sequence: dist.ProcessGroup  # ranks that share one sample, each with its shard
     rank: int
-    replica: int  # this rank's sequence group among the replicas
+    replica: int  # this rank's sequence group among those of both data axes
     replicas: int
     device: torch.device
     saving: dist.ProcessGroup | None = None  # the world again, for the thread that writes checkpoints; gloo
+    parameters: DeviceMesh | None = None  # what FSDP2 shards over; None: parameters are whole on every rank
+    degrees: Degrees | None = None
 
     @property
     def shards(self) -> int:
         return group_size(self.sequence)
 
     @property
+    def sharding(self) -> str:
+        """How parameters are held, for the first line of a run; nothing where every rank has them whole."""
+        if self.degrees is None or self.parameters is None:
+            return ""
+        return f"; parameters sharded over {self.degrees.dp_shard} x {self.degrees.cp} ranks"
+
+    @property
     def shard(self) -> int:
         return group_rank(self.sequence)
 
 
-def sequence_ranks(world_size: int, sp: int) -> int:
-    """Ranks a sequence is sharded over, ``sp`` 0 meaning all; UserError if that does not divide the world."""
-    if sp < 0 or (sp and world_size % sp):
-        raise UserError(f"--sp: expected a divisor of the world size {world_size} (or 0 for all ranks), got {sp}")
-    return sp or world_size
+def factorise(world_size: int, sp: int = 0, dp_shard: int = 0, dp_replicate: int = 0, tp: int = 1) -> Degrees:
+    """The degrees that the flags of those names ask for; UserError if their product is not the world.
+
+    ``sp`` is the degree of cp: 0 means all ranks that the data axes leave. ``dp_shard`` 0 means whole parameters on
+    every rank, any other number FSDP2. ``dp_replicate`` 0 means what the others leave.
+    """
+    if tp != 1:
+        raise UserError(f"--tp: expected 1 (there is no tensor parallelism; its axis keeps its place), got {tp}")
+    shard = dp_shard or 1
+    cp, replicate = sp, dp_replicate
+    if not cp:
+        replicate = replicate or 1
+        cp = world_size // (replicate * shard)
+    elif not replicate:
+        replicate = world_size // (cp * shard)
+    if min(sp, dp_shard, dp_replicate) < 0 or replicate * shard * cp != world_size:
+        if not dp_shard and not dp_replicate:
+            raise UserError(f"--sp: expected a divisor of the world size {world_size} (or 0 for all ranks), got {sp}")
+        raise UserError(
+            f"--dp-replicate, --dp-shard, --sp: expected a product of {world_size}, the world size (0: what the others "
+            f"leave), got {dp_replicate}, {dp_shard}, {sp}"
+        )
+    return Degrees(replicate, shard, cp, tp, fully_sharded=dp_shard > 0)
 
 
 def connect(rank: int, world_size: int, device: torch.device, timeout_s: float, from_env: bool) -> None:
@@ -55,18 +102,28 @@ def connect(rank: int, world_size: int, device: torch.device, timeout_s: float, 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
-def build_layout(sp: int, device: torch.device, save_timeout_s: float = 1800.0) -> Layout:
-    """The mesh ``(dp_replicate, cp)`` over the world; process groups must be initialised."""
-    world_size = dist.get_world_size()
-    shards = sequence_ranks(world_size, sp)
-    mesh = dist.init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("dp_replicate", "cp"))
-    replica, _ = mesh.get_coordinate() or (0, 0)
+def build_layout(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> Layout:
+    """One mesh over the world, whose process groups must be initialised."""
+    sizes = (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+    replicate, shard, _, _ = mesh.get_coordinate() or (0, 0, 0, 0)
+    parameters = None
+    if degrees.fully_sharded:
+        parameters = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+        if degrees.dp_replicate > 1:  # two axes make FSDP2 shard over the second and sum gradients over both
+            # slicing the mesh by a flattened axis is deprecated: the same groups, as a mesh of their own
+            groups = [mesh["dp_replicate"].get_group(), parameters.get_group()]
+            ranks = mesh.mesh.view(degrees.dp_replicate, -1)
+            names = ("dp_replicate", "dp_shard_cp")
+            parameters = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
     return Layout(
         world=resolve_group(dist.group.WORLD),
         sequence=mesh["cp"].get_group(),
         rank=dist.get_rank(),
-        replica=replica,
-        replicas=world_size // shards,
+        replica=replicate * degrees.dp_shard + shard,
+        replicas=degrees.dp_replicate * degrees.dp_shard,
         device=device,
         saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=save_timeout_s)),
+        parameters=parameters,
+        degrees=degrees,
     )

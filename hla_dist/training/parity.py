@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
 from hla_dist.training.data import Windows
+from hla_dist.training.fully_sharded import twin_in, whole
 from hla_dist.training.loop import gradient_norm, micro_batch_loss, wide
 from hla_dist.training.mesh import Layout
 
@@ -117,8 +119,8 @@ def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows
     tokens = [windows.batch(first + replica, 1).to(layout.device) for replica in range(layout.replicas)]
     sharded, single = [], []
     for dtype in (torch.float64, torch.float32):
-        with computing_in(dtype, model):
-            sharded.append(_gradients_of_all(model, tokens[layout.replica], windows.seq_len, layout))
+        with computing_in(dtype, model, layout) as model_in_dtype:
+            sharded.append(_gradients_of_all(model_in_dtype, tokens[layout.replica], windows.seq_len, layout))
         if alone is not None:
             with computing_in(dtype, alone):
                 single.append(_gradients_of_one(alone, tokens))
@@ -130,13 +132,19 @@ def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows
 
 
 @contextmanager
-def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
-    """The model's parameters in ``dtype`` inside; afterwards as they were, without gradients."""
+def computing_in(dtype: torch.dtype, model: nn.Module, layout: Layout | None = None) -> Iterator[nn.Module]:
+    """The model with parameters in ``dtype`` inside; afterwards as they were, without gradients.
+
+    Where FSDP2 has sharded them, a sharded copy.
+    """
     before = next(model.parameters()).dtype
     model.zero_grad(set_to_none=True)
+    if layout is not None and layout.parameters is not None and isinstance(model, SequenceParallelHLA):
+        yield twin_in(dtype, model, layout)
+        return
     model.to(dtype)
     try:
-        yield
+        yield model
     finally:
         model.zero_grad(set_to_none=True)
         model.to(before)
@@ -175,5 +183,5 @@ def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor]) -> Gradients:
 
 def _collected(model: nn.Module, loss: float) -> Gradients:
     norm = float(gradient_norm(model.parameters()))
-    zero = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    zero = {name: whole(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in model.named_parameters()}
     return Gradients(loss, norm, {name: grad.clone() for name, grad in zero.items()})

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
+from hla_dist.parallel.shard import default_lengths
 from hla_dist.training import checkpoint as checkpoints
 from hla_dist.training.bigram import bigram_bits
 from hla_dist.training.config import TrainConfig
@@ -23,6 +24,7 @@ from hla_dist.training.continuation import Launch, decide
 from hla_dist.training.data import Corpus, Windows, cut, held_out_windows, load_corpus
 from hla_dist.training.determinism import be_deterministic, check_equal_parameters
 from hla_dist.training.failure import UserError, together
+from hla_dist.training.fully_sharded import distributed, whole_state
 from hla_dist.training.generate import generate
 from hla_dist.training.loop import Trainer
 from hla_dist.training.mesh import Layout
@@ -58,8 +60,7 @@ class Run:
         model = together(layout.world, lambda: LanguageModel(self.model_config)).to(layout.device)
         model.activation_checkpointing = config.checkpoint_activations
         self.parameters = sum(p.numel() for p in model.parameters())
-        # sequences are sharded along one axis of the mesh, gradients summed over both
-        self.model = SequenceParallelHLA(model, layout.sequence, gradient_group=layout.world)
+        self.model = distributed(model, layout, shard_lengths=default_lengths(config.seq_len, layout.shards))
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
         windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed)
         self.trainer = Trainer(
@@ -132,6 +133,7 @@ class Run:
             "parameters": self.parameters,
             "ranks": group_size(self.layout.world),
             "shards": self.layout.shards,
+            "mesh": self.layout.degrees and asdict(self.layout.degrees),
             "device": self.layout.device.type,
             "data": self.corpus.description,
             "torch": torch.__version__,
@@ -146,7 +148,7 @@ class Run:
         """The whole run; returns the exit code. Raises UserError alike on every rank."""
         self.say(
             f"{self.parameters:,} parameters, {self.config.op}; {self.config.seq_len:,} tokens a sequence over "
-            f"{self.layout.shards} rank(s), {self.layout.replicas} replica(s)"
+            f"{self.layout.shards} rank(s), {self.layout.replicas} replica(s)" + self.layout.sharding
         )
         self.say(
             f"text: {self.corpus.description}; {len(self.corpus.train):,} tokens to train on, "
@@ -259,9 +261,11 @@ class Run:
     def _finish(self, first: float, last: float, speed: float) -> int:
         """What comes after the last step: parity, sample, plot, and the lines that sum the run up."""
         alone = None
+        parameters = whole_state(self.model)
         if self.main:
             alone = LanguageModel(self.model_config).to(self.layout.device)
-            alone.load_state_dict(self.model.state_dict())
+            alone.load_state_dict(parameters)
+        del parameters
         parity = None
         if self.config.parity:
             parity = check_parity(self.model, alone, self.trainer.windows, self.trainer.samples, self.layout)

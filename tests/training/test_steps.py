@@ -22,7 +22,7 @@ from hla_dist.training.config import TrainConfig
 from hla_dist.training.data import Windows
 from hla_dist.training.failure import UserError, together
 from hla_dist.training.loop import Trainer
-from hla_dist.training.mesh import Layout, build_layout, sequence_ranks
+from hla_dist.training.mesh import Degrees, Layout, build_layout, factorise
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.parity import check_parity
@@ -70,7 +70,7 @@ def gradients_of_four_samples(pg: dist.ProcessGroup, batch_size: int, accumulate
 
 
 def gradients_on_a_mesh() -> Any:
-    layout = build_layout(2, torch.device("cpu"))
+    layout = build_layout(factorise(4, sp=2), torch.device("cpu"))
     assert (layout.replicas, layout.shards) == (2, 2)
     assert (layout.replica, layout.shard) == divmod(layout.rank, 2)
     return gradients(trainer_on(layout, 1, 2))
@@ -305,8 +305,17 @@ def test_a_bug_on_one_rank_keeps_its_traceback_and_stops_the_others(pool: RankPo
     ]
 
 
-def test_sp_must_divide_the_world() -> None:
-    assert [sequence_ranks(6, sp) for sp in (0, 1, 2, 3, 6)] == [6, 1, 2, 3, 6]
+def test_degrees_must_make_up_the_world() -> None:
+    assert [factorise(6, sp).cp for sp in (0, 1, 2, 3, 6)] == [6, 1, 2, 3, 6]
+    assert factorise(8, sp=2, dp_shard=2) == Degrees(2, 2, 2, fully_sharded=True)
+    assert factorise(8, dp_shard=1) == Degrees(1, 1, 8, fully_sharded=True)
+    assert factorise(8, dp_replicate=2) == Degrees(2, 1, 4)
     for sp in (4, -1, 12):
         with pytest.raises(UserError, match=rf"--sp: expected a divisor of the world size 6 .*, got {sp}"):
-            sequence_ranks(6, sp)
+            factorise(6, sp)
+    for sp, shard, replicate in ((2, 3, 0), (0, 3, 0), (0, 0, 16), (2, 2, 1), (4, 0, 4)):
+        message = rf"expected a product of 8, the world size .*, got {replicate}, {shard}, {sp}"
+        with pytest.raises(UserError, match=message):
+            factorise(8, sp, shard, replicate)
+    with pytest.raises(UserError, match="--tp: expected 1 .*, got 2"):
+        factorise(8, tp=2)

@@ -1,0 +1,63 @@
+"""Parameters sharded by FSDP2 over the data and sequence ranks of a mesh, and whole tensors from and to shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hla_dist import SequenceParallelHLA
+from hla_dist.models import LanguageModel
+from hla_dist.nn.gradient_reduction import is_dtensor
+from hla_dist.training.mesh import Layout
+
+
+def distributed(
+    model: LanguageModel, layout: Layout, sync_parameters: bool = True, **options: Any
+) -> SequenceParallelHLA:
+    """``model`` over the mesh: sequences sharded over ``layout.sequence``, gradients summed over all ranks.
+
+    With ``layout.parameters`` every block, and what is around them, becomes a unit of FSDP2, sharded over that mesh:
+    before it runs its parameters are gathered, after its backward its gradients are summed and sharded. Losses are
+    shares of the whole (``token_loss``), so nothing is divided. Call it before the optimiser is made.
+    """
+    if layout.parameters is not None:
+        from torch.distributed.fsdp import fully_shard  # late: seconds of imports
+
+        for unit in (*model.blocks, model):
+            fully_shard(unit, mesh=layout.parameters)
+            unit.set_gradient_divide_factor(1.0)
+            # gloo has no sum with a factor: without a division there need not be one
+            unit.set_force_sum_reduction_for_comms(True)
+    return SequenceParallelHLA(
+        model, layout.sequence, gradient_group=layout.world, sync_parameters=sync_parameters, **options
+    )
+
+
+def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, layout: Layout) -> SequenceParallelHLA:
+    """A copy of a sharded model in another dtype: FSDP2 remembers the one in which a model first ran."""
+    original = model.module
+    assert isinstance(original, LanguageModel)
+    copy = LanguageModel(original.config).to(dtype).to(layout.device)
+    copy.activation_checkpointing = original.activation_checkpointing
+    twin = distributed(copy, layout, sync_parameters=False)
+    with torch.no_grad():
+        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            local(ours).copy_(local(theirs))
+    return twin
+
+
+def whole(x: Any) -> Tensor:
+    """All of a tensor that may be sharded; then every rank must ask, and it is gathered."""
+    return x.full_tensor() if is_dtensor(x) else x
+
+
+def local(x: Any) -> Tensor:
+    """What this rank has of a tensor that may be sharded."""
+    return x.to_local() if is_dtensor(x) else x
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` of whole tensors; every rank must ask."""
+    return {name: whole(x) for name, x in model.state_dict().items()}
