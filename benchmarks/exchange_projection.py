@@ -111,7 +111,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylim(0, 1.02)
     panels[0].set_ylabel("weak-scaling efficiency")
-    panels[0].legend(fontsize=8, title="dashed: behind the operator's local work", title_fontsize=7)
+    panels[1].legend(loc="lower left", fontsize=8, title="dashed: behind the operator's local work", title_fontsize=7)
     figure.suptitle(
         f"PROJECTION, simulated, not measured: hla2, H = {HEADS}, K = V = {K}, nodes of {NODE}, "
         f"{INSIDE.alpha * 1e6:g} us and 300 GB/s inside, {ACROSS.alpha * 1e6:g} us and 50 GB/s across",

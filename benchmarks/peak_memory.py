@@ -21,14 +21,16 @@ from benchmarks.contenders import COMPOSITION_CHUNK, CONTENDERS, MODES, Source
 from benchmarks.report import KEEP_MEMORY
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a field of this process's status: VmRSS now, VmHWM at most since the mark was reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _reset_mark() -> bool:
+def reset_mark() -> bool:
+    """Let VmHWM start again; False where the system does not."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -48,10 +50,10 @@ def _measure(name: str, tokens: int, heads: int, threads: int) -> dict[str, int]
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, which the next call would reuse
             ctypes.CDLL(None).malloc_trim(0)
-        reset = _reset_mark()
-        baseline = _resident("VmRSS:")
+        reset = reset_mark()
+        baseline = resident("VmRSS:")
         result = call(contender, leaves, dout)
-        peak = _resident("VmHWM:") if reset else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resident("VmHWM:") if reset else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peaks[mode] = peak - baseline
         del result
     return peaks

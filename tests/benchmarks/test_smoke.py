@@ -25,6 +25,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("family_cpu", 0),
         ("numerics", 1),
         ("exchange_simulator", 1),
+        ("sequence_parallel_peers", 1),
     ],
 )
 def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
@@ -43,7 +44,15 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "script", ["operators_cpu", "sequence_parallel_cpu", "family_cpu", "numerics", "exchange_simulator"]
+    "script",
+    [
+        "operators_cpu",
+        "sequence_parallel_cpu",
+        "family_cpu",
+        "numerics",
+        "exchange_simulator",
+        "sequence_parallel_peers",
+    ],
 )
 def test_bad_options_are_refused(script: str) -> None:
     done = run(script, "--heads", "0")

@@ -1,0 +1,209 @@
+"""This library beside LASP-1, LASP-2, Ring Attention, Ulysses and head all-to-all: one sequence over gloo ranks.
+
+    python benchmarks/sequence_parallel_peers.py            some minutes; report in benchmarks/results/
+    python benchmarks/sequence_parallel_peers.py --quick    a smoke run: 2 ranks, short; report in out/benchmarks/
+    python benchmarks/sequence_parallel_peers.py --check    exit code 1 if a target is missed
+
+Forward and backward, B = 1, float32, one thread a rank, equal shards. First every contender is compared with one
+process in float64; then all are timed in turns. Quadratic contenders run as long as their time, four times as much for
+twice the tokens, stays under --cap seconds; beyond, they are not run and their time is a projection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.peers.contenders import CONTENDERS, difference, measure, set_up
+from benchmarks.ranks import Ranks
+
+EXACT = 1e-12
+CHECKED = 33  # tokens a rank in the comparison
+LONG = 262144  # from here on one round, and no warm-up of its own
+OURS, PEER = "hla2, all_gather", "hla2 by heads (Megatron)"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="P", help="worlds (default: 2 4 8)")
+    add("--tokens", type=int, nargs="+", default=[8192, 16384, 65536, 262144, 1048576], metavar="T", help="in all")
+    add("--heads", type=int, default=8, metavar="H", help="heads, a multiple of every P (default: %(default)s)")
+    add("--dim", type=int, default=16, metavar="K", help="K = V (default: %(default)s)")
+    add(
+        "--rounds", type=int, default=3, metavar="N", help=f"measured rounds below {LONG} tokens (default: %(default)s)"
+    )
+    add("--cap", type=float, default=5.0, metavar="S", help="seconds a quadratic call may take (default: %(default)s)")
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add("--quick", action="store_true", help="a smoke run: 2 ranks, 512 and 1024 tokens, one round")
+    add(
+        "--out", type=Path, metavar="DIR", help="where the report goes (default: benchmarks/results, or out/benchmarks)"
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.ranks, args.tokens, args.rounds = [2], [512, 1024], 1
+    if min(*args.ranks, *args.tokens, args.heads, args.dim, args.rounds) < 1:
+        parser.error("--ranks, --tokens, --heads, --dim, --rounds: expected at least 1")
+    if any(n % p for p in args.ranks for n in (*args.tokens, args.heads)):
+        parser.error("--tokens, --heads: expected multiples of every number of ranks")
+    args.tokens.sort()
+    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    return args
+
+
+def one(ranks: Ranks, name: str, tokens: int, args: argparse.Namespace) -> dict[str, float]:
+    """A call: the last rank's time, CPU seconds of all, the most of a rank otherwise."""
+    replies = ranks.run(measure, name, tokens, args.heads, args.dim)
+    total = {key: max(x[key] for x in replies) for key in replies[0]}
+    return total | {"cpu": sum(x["cpu"] for x in replies)}
+
+
+def world(size: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows by length and contender, and each contender's largest difference to one process."""
+    rows: list[dict[str, Any]] = []
+    with Ranks(size) as ranks:
+        ranks.run(set_up)
+        differences = {
+            name: max(max(x) for x in ranks.run(difference, name, CHECKED, args.heads, args.dim)) for name in CONTENDERS
+        }
+        wrong = {name: x for name, x in differences.items() if not x <= EXACT}
+        if wrong:
+            raise RuntimeError(f"what is wrong is not worth timing: {wrong} above {EXACT:g} on {size} ranks")
+        projected: dict[str, float] = {}
+        for tokens in args.tokens:
+            names = list(CONTENDERS)
+            for name in list(projected):  # of the quadratic ones, those that have run
+                last, seconds = projected[name]
+                if seconds * (tokens / last) ** 2 > args.cap:
+                    names.remove(name)
+                    about = {"ranks": size, "tokens": tokens, "name": name, "projected": True}
+                    rows.append(about | {"wall": seconds * (tokens / last) ** 2})
+            samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+            rounds = 1 if tokens >= LONG else args.rounds
+            for i in tqdm(range(rounds + (tokens < LONG)), desc=f"{size} ranks, {tokens} tokens", leave=False):
+                for name in names:
+                    sample = one(ranks, name, tokens, args)
+                    if i > 0 or tokens >= LONG:
+                        samples[name].append(sample)
+            for name, several in samples.items():
+                row = {key: statistics.median(x[key] for x in several) for key in several[0]}
+                rows.append({"ranks": size, "tokens": tokens, "name": name, "projected": False} | row)
+                if CONTENDERS[name].family == "softmax":
+                    projected[name] = (tokens, row["wall"])
+    return rows, differences
+
+
+def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
+    """Time, bytes and memory over tokens, on the largest world."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.4))
+    for number, name in enumerate(CONTENDERS):
+        mine = [row for row in rows if row["name"] == name and row["ranks"] == size and not row["projected"]]
+        style = {"softmax": ":", "linear_attention": "--"}.get(CONTENDERS[name].family, "-")
+        for panel, key in zip(panels, ("wall", "bytes", "memory")):
+            values = [row[key] for row in mine]
+            panel.loglog([row["tokens"] for row in mine], values, f"o{style}", color=f"C{number}", label=name, ms=3)
+    for panel, label in zip(panels, ("seconds", "bytes a rank sends", "peak bytes above the inputs, a rank")):
+        panel.set_xlabel("tokens in all")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    figure.suptitle(f"forward and backward over {size} gloo ranks on {os.cpu_count()} CPUs", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    head = [str(row["ranks"]), str(row["tokens"]), row["name"]]
+    if row["projected"]:
+        return [*head, f"not run; projection {row['wall']:.0f}", "", "", "", ""]
+    sent = [f"{row['bytes']:.0f}", f"{row['messages']:.0f}"]
+    return [*head, f"{row['wall']:.3f}", f"{row['cpu']:.3f}", f"{row['memory'] / 2**20:.1f}", *sent]
+
+
+def targets_of(rows: list[dict[str, Any]], differences: dict[int, dict[str, float]]) -> list[report.Target]:
+    at = {(row["ranks"], row["tokens"], row["name"]): row for row in rows}
+    long, short = (pick(row["tokens"] for row in rows) for pick in (max, min))
+    targets = []
+    for size, by_name in differences.items():
+        worst = max(by_name.values())
+        targets.append(report.Target(f"{size} ranks: largest relative difference, float64", worst, EXACT, False))
+        mine, peer = at[size, long, OURS], at[size, long, PEER]
+        what = f"{size} ranks, {long} tokens: hla2 over by heads"
+        grown = mine["bytes"] / at[size, short, OURS]["bytes"]
+        targets.append(report.Target(f"{size} ranks: hla2's bytes at {long} over {short} tokens", grown, 1.0, False))
+        for key in ("bytes", "memory", "wall"):
+            targets.append(report.Target(f"{what}, {key}", mine[key] / peer[key], 1.0, False))
+        first = at[size, long, "first order, all_gather"]["wall"]
+        for name in ("LASP-1", "LASP-2"):
+            ratio = first / at[size, long, name]["wall"]
+            targets.append(
+                report.Target(f"{size} ranks, {long} tokens: first order over {name}, wall", ratio, 1.0, False)
+            )
+    return targets
+
+
+def main() -> int:
+    args = parse()
+    about = report.context("benchmarks/sequence_parallel_peers.py", 1)
+    rows, differences = [], {}
+    for size in args.ranks:
+        more, differences[size] = world(size, args)
+        rows += more
+    targets = targets_of(rows, differences)
+    if args.quick:  # nothing is asserted about time or memory
+        targets = [t for t in targets if not t.name.endswith(("wall", "memory"))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    image = args.out / f"sequence_parallel_peers_{report.hardware_slug()}_{about['started'][:10]}.png"
+    plot(rows, max(args.ranks), image)
+    order = list(CONTENDERS)
+    rows.sort(key=lambda row: (row["ranks"], row["tokens"], order.index(row["name"])))
+    header = [
+        "ranks",
+        "tokens",
+        "contender",
+        "seconds",
+        "CPU s, all",
+        "MiB a rank",
+        "bytes sent a rank",
+        "messages a rank",
+    ]
+    body = [
+        "## What was measured",
+        f"Forward and backward, B = 1, H = {args.heads}, K = V = {args.dim}, float32, over gloo processes of one "
+        f"thread on {os.cpu_count()} CPUs. Medians of {args.rounds} interleaved rounds after one that warms up; from "
+        f"{LONG} tokens on one round. Seconds: from a common start to the last rank's end. MiB: peak resident memory "
+        "above the inputs, the most of a rank. Bytes and messages: what leaves the rank that sends most, a collective "
+        f"as the messages it is made of. Softmax stops before {args.cap:g} s: what was not run is a projection, times "
+        "four for twice the tokens, of the longest that was. Hierarchical: two nodes of half the ranks. All contenders "
+        "compute locally with the same code: this library's operators, torch's fused softmax attention.",
+        f"![Seconds, bytes and memory over tokens]({image.name})",
+        report.table(header, [cells(row) for row in rows]),
+        "## Differences to one process, float64, the largest of out, dq, dk, dv",
+        report.table(
+            ["contender", *(f"{size} ranks" for size in differences)],
+            [[name, *(f"{by_name[name]:.1e}" for by_name in differences.values())] for name in CONTENDERS],
+        ),
+    ]
+    data = {"rows": rows, "differences": differences}
+    title = "Sequence parallelism: this library and its peers"
+    path = report.write("sequence_parallel_peers", args.out, title, about, targets, body, data)
+    return report.conclude(targets, path, args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
