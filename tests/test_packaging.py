@@ -99,6 +99,7 @@ def test_the_lock_holds_for_the_running_python():
         ("hla_dist/huggingface", ("hf",), False),
         ("hla_dist/scaling", ("train",), False),
         ("kernels", ("triton",), False),
+        ("hla_dist/parallel", ("mpi",), False),
         ("launch", ("train",), False),
         ("tests", ("test", "train", "hf"), False),
         ("benchmarks", ("train", "docs"), False),
@@ -117,7 +118,7 @@ def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: b
 
 def test_importing_needs_no_extra_gpu_or_process_group():
     """In a fresh interpreter from which every optional package is hidden."""
-    hidden = declared("triton", "train", "hf") - declared()
+    hidden = declared("triton", "train", "hf", "mpi") - declared()
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(hidden)}))\n"
         "import torch, hla_dist, hla_dist.models\n"

@@ -12,17 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
 from hla_dist.parallel import agreement, by_messages
-from hla_dist.parallel.collectives import group_rank, group_size
+from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size
 from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
 
 # dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
@@ -46,8 +44,8 @@ def _backward_names(operator: str) -> list[str]:
     return list(OPERATORS[operator].reverses)
 
 
-def _place(group_name: str) -> tuple[dist.ProcessGroup, int, int]:
-    pg = _resolve_process_group(group_name)  # type: ignore[arg-type]  # a NewType of str in torch 2.13
+def _place(group_name: str) -> tuple[Group, int, int]:
+    pg = group_by_name(group_name)
     return pg, group_rank(pg), group_size(pg)
 
 

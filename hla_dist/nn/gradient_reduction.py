@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
-from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank
+from hla_dist.parallel.collectives import Group, all_reduce_sum, broadcast, group_rank
 
 __all__ = ["GradientReduction", "broadcast_from_first"]
 
@@ -50,7 +49,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def broadcast_from_first(tensors: Iterable[Tensor], pg: dist.ProcessGroup) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor], pg: Group) -> None:
     """Overwrite ``tensors`` with those of the group's rank 0; DTensors are left alone. One broadcast a bucket."""
     with torch.no_grad():
         for bucket in _buckets(x.detach() for x in tensors if not is_dtensor(x)):
@@ -70,7 +69,7 @@ class GradientReduction:
     rank: it stays on the group's rank 0 when new gradients are added to it. Raises ValueError for sparse gradients.
     """
 
-    def __init__(self, module: nn.Module, pg: dist.ProcessGroup) -> None:
+    def __init__(self, module: nn.Module, pg: Group) -> None:
         self.enabled = True
         self._module, self._pg = module, pg
         # Ours are the plain parameters of now. FSDP2 puts plain ones in their place between a forward and its

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.gradient_reduction import GradientReduction, broadcast_from_first, is_dtensor
-from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import Group, all_gather_objects, group_rank, group_size, resolve_group
 
 __all__ = ["SequenceParallelHLA"]
 
@@ -206,7 +205,7 @@ def _length_problem(lengths: Sequence[int] | None, ranks: int) -> str:
     return ""
 
 
-def _problem(module: Any, pg: dist.ProcessGroup, lengths: Sequence[int] | None) -> str:
+def _problem(module: Any, pg: Group, lengths: Sequence[int] | None) -> str:
     """What keeps this rank from wrapping ``module``; empty if nothing does."""
     if not isinstance(module, nn.Module):
         return f"module: expected a torch.nn.Module, got {type(module).__name__}"
@@ -224,7 +223,7 @@ def _problem(module: Any, pg: dist.ProcessGroup, lengths: Sequence[int] | None) 
     return _length_problem(lengths, group_size(pg))
 
 
-def _agree(module: nn.Module, problem: str, pg: dist.ProcessGroup) -> None:
+def _agree(module: nn.Module, problem: str, pg: Group) -> None:
     """Raise the same ValueError on every rank if one has a ``problem``, or parameters that differ from the first's."""
     described = []
     if not problem:

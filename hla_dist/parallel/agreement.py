@@ -18,7 +18,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hla_dist.parallel import collectives, topology
@@ -42,7 +41,7 @@ class _Direction:
 class _Pending:
     """A frame under way."""
 
-    pg: dist.ProcessGroup
+    pg: collectives.Group
     direction: str
     work: Any
     gathered: Tensor
@@ -55,14 +54,14 @@ class _Pending:
 class _Agreements(WeakKeyDictionary):
     """Agreements by process group; they end with the group."""
 
-    def of(self, pg: dist.ProcessGroup) -> dict[str, _Direction]:
+    def of(self, pg: collectives.Group) -> dict[str, _Direction]:
         if pg not in self:
             self[pg] = {name: _Direction() for name in _DIRECTIONS}
         return self[pg]
 
 
 _agreements = _Agreements()
-_deferred: WeakKeyDictionary[dist.ProcessGroup, tuple[Tensor, Any, _Pending]] = WeakKeyDictionary()
+_deferred: WeakKeyDictionary[collectives.Group, tuple[Tensor, Any, _Pending]] = WeakKeyDictionary()
 
 
 def _hash(text: str) -> int:
@@ -108,7 +107,7 @@ class named:
 
 
 def start(
-    pg: dist.ProcessGroup,
+    pg: collectives.Group,
     direction: str,
     description: str,
     payload: Tensor | None,
@@ -190,7 +189,7 @@ def _headers(pending: _Pending) -> Tensor:
     return frames[:, :HEADER_BYTES].contiguous().cpu().view(torch.int64)
 
 
-def _check_deferred(pg: dist.ProcessGroup) -> None:
+def _check_deferred(pg: collectives.Group) -> None:
     if pg in _deferred:
         host, event, pending = _deferred.pop(pg)
         event.synchronize()

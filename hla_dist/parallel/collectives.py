@@ -1,7 +1,8 @@
 """Every collective of the library is issued in this file, and counted.
 
 The rest of the library says *what* travels; this file says how. Arrows: nothing here knows about operators.
-Groups are explicit everywhere: a ``ProcessGroup`` or a one-dimensional ``DeviceMesh``, never a global default.
+Groups are explicit everywhere: a ``ProcessGroup``, a one-dimensional ``DeviceMesh`` or an mpi4py communicator, never a
+global default. Over MPI the same functions are those of ``mpi.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from hla_dist.parallel import mpi
+from hla_dist.parallel.mpi import MPIGroup
+
+Group = dist.ProcessGroup | MPIGroup  # what a group is once it is resolved
 
 # torch 2.13 renames the flat all-gather; torch >= 2.11 is supported, so the choice is made once, here.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,12 +52,17 @@ class Counter:
 counter = Counter()
 
 
-def resolve_group(group: Any) -> dist.ProcessGroup:
-    """The process group behind ``group``.
+def resolve_group(group: Any) -> Group:
+    """What the other functions of this file take, behind ``group``.
 
-    Accepts a ``torch.distributed.ProcessGroup`` or a one-dimensional ``DeviceMesh``. Raises ValueError naming
-    what came if it is neither, if torch.distributed is not initialised, or if this rank is not a member.
+    Accepts a ``torch.distributed.ProcessGroup``, a one-dimensional ``DeviceMesh`` or an mpi4py intracommunicator.
+    Raises ValueError naming what came if it is none of them, if this rank is not a member, or if torch.distributed,
+    which the first two need, is not initialised.
     """
+    if isinstance(group, MPIGroup):
+        return group
+    if mpi.is_communicator(group):
+        return mpi.resolve(group)
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "group: expected an initialised torch.distributed (call torch.distributed.init_process_group first), "
@@ -71,51 +83,64 @@ def resolve_group(group: Any) -> dist.ProcessGroup:
         if group.get_coordinate() is None:
             raise ValueError("group: expected a DeviceMesh that contains this rank, got one that this rank is not in")
         return group.get_group()
-    if type(group).__module__.split(".")[0] == "mpi4py":
-        raise ValueError("group: mpi4py communicators are not supported yet; expected a ProcessGroup or DeviceMesh")
     raise ValueError(
-        f"group: expected a torch.distributed ProcessGroup or a one-dimensional DeviceMesh, got {type(group).__name__}"
+        "group: expected a torch.distributed ProcessGroup, a one-dimensional DeviceMesh or an mpi4py communicator, got "
+        f"{type(group).__name__}"
     )
 
 
-def group_rank(pg: dist.ProcessGroup) -> int:
+def group_by_name(name: str) -> Group:
+    """The resolved group whose ``group_name`` this is: custom ops carry names."""
+    return mpi.by_name(name) or _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in torch 2.13
+
+
+def group_rank(pg: Group) -> int:
     """This process's rank inside ``pg``."""
-    return dist.get_rank(pg)
+    return pg.rank if isinstance(pg, MPIGroup) else dist.get_rank(pg)
 
 
-def group_size(pg: dist.ProcessGroup) -> int:
+def group_size(pg: Group) -> int:
     """Number of ranks in ``pg``."""
-    return dist.get_world_size(pg)
+    return pg.size if isinstance(pg, MPIGroup) else dist.get_world_size(pg)
 
 
-def all_gather_flat(x: Tensor, pg: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tensor, Any]:
     """All-gather a one-dimensional tensor of the same length on every rank: ``[n] -> [P * n]``, rank-major.
 
     Returns the output and, with ``async_op``, the work to wait for. One collective.
     """
     out = x.new_empty(group_size(pg) * x.numel())
     counter.add(x)
+    if isinstance(pg, MPIGroup):
+        return out, _done(pg.all_gather(out, x), async_op)
     work = _all_gather_flat(out, x, group=pg, async_op=async_op)
     return out, work
 
 
-def all_reduce_sum(x: Tensor, pg: dist.ProcessGroup, async_op: bool = False) -> Any:
+def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
     """Sum ``x`` over the group, in place. One collective."""
     counter.add(x)
+    if isinstance(pg, MPIGroup):
+        return _done(pg.all_reduce_sum(x), async_op)
     return dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
 
 
-def all_gather_objects(obj: Any, pg: dist.ProcessGroup) -> list[Any]:
+def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
     """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
-    gathered: list[Any] = [None] * group_size(pg)
     counter.calls += 1
+    if isinstance(pg, MPIGroup):
+        return pg.all_gather_objects(obj)
+    gathered: list[Any] = [None] * group_size(pg)
     dist.all_gather_object(gathered, obj, group=pg)
     return gathered
 
 
-def broadcast(x: Tensor, pg: dist.ProcessGroup, source: int = 0) -> None:
+def broadcast(x: Tensor, pg: Group, source: int = 0) -> None:
     """Overwrite ``x`` with that of rank ``source`` of the group, in place. One collective."""
     counter.add(x)
+    if isinstance(pg, MPIGroup):
+        pg.broadcast(x, source).wait()
+        return
     dist.broadcast(x, group=pg, group_src=source)
 
 
@@ -126,18 +151,28 @@ def wait(work: Any) -> None:
     counter.waited += time.perf_counter() - began
 
 
-def post(pg: dist.ProcessGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:
+def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:
     """Start messages to and from ranks of the group, given as (rank, contiguous tensor); returns works to wait for.
 
     Messages from one rank to another arrive in the order they were sent. No collective. Callers give every rank as
     many messages, empty ones where there is nothing to say: gloo numbers them together with collectives, and with
     TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares those numbers. Elsewhere empty messages are not sent.
     """
-    if dist.get_backend(pg) != "gloo":
+    if isinstance(pg, MPIGroup) or dist.get_backend(pg) != "gloo":
         sends, receives = ([(rank, x) for rank, x in messages if x.numel()] for messages in (sends, receives))
     for _, x in sends:
         if x.numel():
             counter.add_message(x)
+    if isinstance(pg, MPIGroup):
+        return pg.post(sends, receives)
     operations = [dist.P2POp(dist.irecv, x, group=pg, group_peer=rank) for rank, x in receives]
     operations += [dist.P2POp(dist.isend, x, group=pg, group_peer=rank) for rank, x in sends]
     return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _done(work: mpi.Work, async_op: bool) -> mpi.Work | None:
+    """The work to wait for, or none once it is waited for: as torch.distributed does."""
+    if async_op:
+        return work
+    work.wait()
+    return None

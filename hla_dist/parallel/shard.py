@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hla_dist.parallel.collectives import all_gather_flat, all_reduce_sum, group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import Group, all_gather_flat, all_reduce_sum, group_rank, group_size, resolve_group
 
 __all__ = ["ShardedBatch", "default_lengths", "shard", "shard_batch", "token_loss", "unshard"]
 
@@ -49,7 +48,7 @@ def default_lengths(total: int, parts: int) -> list[int]:
     return [(r + 1) * total // parts - r * total // parts for r in range(parts)]
 
 
-def _members(group: Any) -> tuple[dist.ProcessGroup | None, int, int]:
+def _members(group: Any) -> tuple[Group | None, int, int]:
     """The process group (None: a single process), this rank in it, and its size."""
     if group is None:
         return None, 0, 1
@@ -118,7 +117,7 @@ def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: in
     return _Unshard.apply(x, pg, lengths, dim)
 
 
-def _agree_on_shapes(x: Tensor, dim: int, pg: dist.ProcessGroup) -> tuple[int, list[int]]:
+def _agree_on_shapes(x: Tensor, dim: int, pg: Group) -> tuple[int, list[int]]:
     """Every rank's length in ``dim``; raises the same ValueError on all ranks if their tensors do not fit."""
     good = -x.dim() <= dim < x.dim() <= _MAX_DIMS
     record = [int(good), x.dim(), dim % max(x.dim(), 1), zlib.crc32(str(x.dtype).encode())]
@@ -149,7 +148,7 @@ class _Unshard(torch.autograd.Function):
     """All-gather along ``dim`` forward; all-reduce and slice backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pg: dist.ProcessGroup, lengths: list[int], dim: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, pg: Group, lengths: list[int], dim: int) -> Tensor:
         ctx.pg, ctx.dim = pg, dim
         rank = group_rank(pg)
         ctx.start, ctx.length = sum(lengths[:rank]), lengths[rank]

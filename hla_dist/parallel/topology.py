@@ -14,17 +14,16 @@ import socket
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 
 from hla_dist.parallel import collectives
 
 EXCHANGES = ("auto", "all_gather", "scan", "ring", "hierarchical")
 _SMALL = 8  # ranks
 
-_ranks_per_node: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_ranks_per_node: WeakKeyDictionary[collectives.Group, int] = WeakKeyDictionary()
 
 
-def ranks_per_node(pg: dist.ProcessGroup) -> int:
+def ranks_per_node(pg: collectives.Group) -> int:
     """Ranks on each machine if every machine has as many, in rank order; else 1.
 
     Communication: one gather of host names at a group's first call, nothing after it.
@@ -54,7 +53,7 @@ def _equal_runs(hosts: list[str]) -> int:
 
 
 @torch._dynamo.assume_constant_result
-def resolve(exchange: str, pg: dist.ProcessGroup) -> str:
+def resolve(exchange: str, pg: collectives.Group) -> str:
     """The exchange that runs: ``all_gather``, ``scan``, ``ring`` or ``hierarchical:N`` with N ranks a machine."""
     size, node = collectives.group_size(pg), ranks_per_node(pg)
     if exchange == "auto":

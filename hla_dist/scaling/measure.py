@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hla_dist.parallel.collectives import all_gather_objects, counter
+from hla_dist.parallel.collectives import Group, all_gather_objects, counter
 from hla_dist.scaling.memory import PeakMemory
 
 
@@ -72,7 +72,7 @@ def measure(call: Callable[[Clock], Any], group: dist.ProcessGroup, device: torc
     return result, sample
 
 
-def row(samples: list[Sample], group: dist.ProcessGroup) -> dict[str, float]:
+def row(samples: list[Sample], group: Group) -> dict[str, float]:
     """A case's figures from every rank's samples, one a round: the fastest round, and the largest peaks."""
     rounds = list(zip(*all_gather_objects(samples, group)))  # [round][rank]
     fastest = min(rounds, key=lambda ranks: max(s.seconds for s in ranks))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import Group, group_rank, group_size, resolve_group
 from hla_dist.training.failure import UserError
 from hla_dist.training.rendezvous import fresh_store
 
@@ -38,8 +38,8 @@ class Degrees:
 class Layout:
     """This rank's place in the mesh."""
 
-    world: dist.ProcessGroup
-    sequence: dist.ProcessGroup  # ranks that share one sample, each with its shard
+    world: Group
+    sequence: Group  # ranks that share one sample, each with its shard
     rank: int
     replica: int  # this rank's sequence group among those of both data axes
     replicas: int

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import hla_dist
-from hla_dist.parallel.collectives import counter
+from hla_dist.parallel.collectives import counter, group_rank, resolve_group
 from hla_dist.parallel.topology import set_ranks_per_node
 from tests.harness import RankPool, assert_bitwise, assert_close
 from tests.problems import Problem, Tensors, Values, check, draw, run
@@ -39,7 +38,7 @@ def shard_of(t: Tensors, lengths: Sequence[int], rank: int, packed: bool = False
 
 def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) -> list[dict[str, Any]]:
     """On a rank: forward and backward of its shard, ``repeats`` times, with what was sent each way."""
-    rank = dist.get_rank(group) if isinstance(group, dist.ProcessGroup) else group.get_local_rank()
+    rank = group_rank(resolve_group(group))
     t = shard_of(draw(p), lengths, rank, p.documents is not None)
     if p.exchange == "hierarchical" and len(lengths) > 1:
         set_ranks_per_node(group, p.node)

@@ -1,0 +1,51 @@
+"""Groups that are mpi4py communicators. The checks themselves run on MPI's ranks, in ``mpi_ranks.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MPIRUN = Path(sysconfig.get_path("scripts")) / "mpirun"  # of the mpich wheel: no system MPI takes part
+SECONDS = 120
+CHECKS = (
+    "scans",
+    "operators",
+    "documents",
+    "model",
+    "mistakes",
+    "groups",
+    "the_programs_own_messages",
+    "nothing_is_pickled",
+    "one_rank_stays_away",
+)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What every rank said of every check: nothing, or a traceback."""
+    directory = tmp_path_factory.mktemp("mpi")
+    python = [sys.executable, "-m", "mpi4py", "-m", "tests.parallel.mpi_ranks"]
+    command = [str(MPIRUN), "-n", "8", *python, str(directory), *CHECKS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    files = [directory / f"{rank}.json" for rank in range(8)]
+    assert all(file.exists() for file in files), done.stdout[-2000:] + done.stderr[-4000:]
+    answers = [json.loads(file.read_text()) for file in files]
+    # a failure must show in a rank's words; with none of them the run ends well
+    assert done.returncode == 0 or any(text for answer in answers for text in answer.values()), done.stderr[-4000:]
+    return answers
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_ranks(said: list[dict[str, str]], name: str) -> None:
+    texts = {
+        rank: answer.get(name, "no answer: another rank or check failed first") for rank, answer in enumerate(said)
+    }
+    assert not any(texts.values()), "\n".join(f"rank {rank}: {text}" for rank, text in texts.items() if text)
