@@ -1,26 +1,32 @@
-"""Correctness of the kernels where they run: every operator, dtype, head size and gate against float64, all gradients.
+"""Correctness of the kernels where they run: every entry of the tile tables against float64, outputs and all gradients.
 
 The truth is the masked matrix form in float64. float32 must reach the tests' tolerances; bf16 and fp16 may have at most
-twice the error of the same matrix form computed by torch in that dtype. Inputs are drawn anew on every run.
+twice the error of the same matrix form computed by torch in that dtype. Inputs are drawn anew on every run, and every
+call is made twice: bitwise alike. Sequences too long for matrices are held against a call that starts near their end.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import hla_dist
+from benchmarks.gpu_compile import Work
 from hla_dist.reference import quadratic
+from hla_kernels import tiles
+from hla_kernels.device import Target
 from tests.harness import assert_bitwise, relative_error
 from tests.problems import Problem, Tensors, draw, oracle, run
-from tests.tolerances import LOW_PRECISION_FACTOR, tolerance
+from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR, tolerance
 
-SIZES = ((64, 64), (128, 128), (256, 256), (96, 80), (32, 128))
-OPERATORS = ("hla2", "linear_attention", "ahla", "hla3", "prefix")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LONG = (1, 1 << 20, 16, 128)  # 2^31 elements a sequence
+LONG_ERROR = 2e-2  # bf16, of two calls that cut the sequence elsewhere
 
 
 @dataclass
@@ -38,18 +44,48 @@ class Check:
         return not self.failure and self.error <= self.allowed
 
 
-def cases(dtypes: tuple[torch.dtype, ...], tokens: int, small: bool, seed: int) -> Iterator[Problem]:
-    """Every tile of the table: hla2 at every size with and without gates, the others at one."""
-    for dtype in dtypes:
-        for operator in OPERATORS:
-            sizes = SIZES if operator == "hla2" and dtype == torch.bfloat16 else ((64, 64), (128, 128), (256, 256))
-            sizes = ((16, 16),) if small else sizes if operator == "hla2" else ((64, 64),)
-            name, mask = ("hla2", "prefix") if operator == "prefix" else (operator, "causal")
-            for K, V in sizes:
-                base = Problem(name, mask, T=tokens, H=2, G=1, K=K, V=V, scale=0.3 / K, dtype=dtype, seed=seed)
-                yield replace(base, gates="none", G=2)
-                yield replace(base, gates="BTH", state=dtype == torch.float32)
-    yield replace(Problem(T=1, K=16, V=16, scale=0.1, seed=seed), dtype=dtypes[0])
+def _named(operator: str) -> dict[str, str]:
+    return {"name": "hla2", "mask": "prefix"} if operator == "hla2_prefix" else {"name": operator}
+
+
+def cases(target: Target, seed: int) -> Iterator[Problem]:
+    """Every entry of both tables on this architecture first, then shapes and options."""
+    if target.arch == "interpreter":
+        for operator in ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3"):
+            yield Problem(**_named(operator), T=70, K=16, V=16, scale=0.02, dtype=torch.float32, seed=seed)
+        return
+
+    def problem(operator: str, dtype: torch.dtype, K: int, V: int, gated: bool, **more: Any) -> Problem:
+        gates = {"gates": "BTH", "G": 1} if gated else {"gates": "none", "G": 2}
+        options = {"T": 700, "H": 2, "scale": 0.3 / K, "state": dtype == torch.float32, "seed": seed}
+        return Problem(**_named(operator), K=K, V=V, dtype=dtype, **(gates | options | more))
+
+    for dtype in DTYPES:
+        for rows in tiles.ROWS:
+            for gated in (False, True):
+                yield problem("hla2", dtype, rows, rows, gated)
+    for (arch, operator, rows), pair in tiles.FUSED.items():
+        for gated, tile in enumerate(pair):
+            if arch == target.arch and tile is not None:  # one segment: a short sequence
+                yield problem(operator, torch.bfloat16, rows, rows, bool(gated), T=200)
+    for operator in ("linear_attention", "hla2_prefix", "ahla", "hla3"):
+        for dtype in DTYPES:
+            yield problem(operator, dtype, 64, 64, True)
+        yield problem(operator, torch.bfloat16, 64, 64, False)
+    for operator in ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3"):
+        for gated in (False, True):
+            yield problem(operator, torch.bfloat16, 128, 128, gated, T=1, state=True)  # decoding
+    yield problem("hla2", torch.bfloat16, 96, 80, True)
+    yield problem("hla2", torch.bfloat16, 32, 128, False)
+    yield problem("ahla", torch.bfloat16, 20, 33, True)
+    yield problem("hla2", torch.bfloat16, 64, 64, False, normalize=True)
+    yield problem("hla2", torch.bfloat16, 64, 64, True, documents=(300, 0, 1, 399))
+
+
+def long_work() -> list[Work]:
+    """What is to be compiled for the long sequence."""
+    B, T, H, K = LONG
+    return [Work("hla2", torch.bfloat16, B, tokens, H, K, True) for tokens in (T, 1024)]
 
 
 def _moved(t: Tensors, device: torch.device) -> Tensors:
@@ -68,12 +104,17 @@ def _moved(t: Tensors, device: torch.device) -> Tensors:
     )
 
 
-def check(problem: Problem, device: torch.device) -> Check:
-    """Outputs, states and every gradient of one problem; run twice, bitwise alike."""
-    case = (
-        f"{problem.name} {problem.mask} {str(problem.dtype)[6:]} T {problem.T} K {problem.K} V {problem.V} "
-        f"gates {problem.gates}"
+def _case(p: Problem, target: Target) -> str:
+    tile = tiles.first_order(p.dtype, p.K, p.V + p.normalize, p.gates != "none", target)
+    return (
+        f"{p.name} {p.mask} {str(p.dtype)[6:]} T {p.T} K {p.K} V {p.V} gates {p.gates}"
+        f"{' normalised' * p.normalize}{' documents' * bool(p.documents)}, tile {tile.BT}x{tile.BV} w{tile.warps}"
     )
+
+
+def check(problem: Problem, device: torch.device, target: Target) -> Check:
+    """Outputs, states and every gradient of one problem; run twice, bitwise alike."""
+    case = _case(problem, target)
     tensors = _moved(draw(problem), device)
     try:
         got = run(problem, tensors, getattr(hla_dist, problem.name), backend="triton")
@@ -88,7 +129,7 @@ def check(problem: Problem, device: torch.device) -> Check:
             if problem.dtype == torch.float32:
                 allowed = tolerance(torch.float32, name)
             else:
-                allowed = LOW_PRECISION_FACTOR * relative_error(plain[name], truth)
+                allowed = max(LOW_PRECISION_FACTOR * relative_error(plain[name], truth), FLOAT32)
             if not error / allowed <= worst.error / worst.allowed:
                 worst = Check(case, name, error, allowed)
         return worst
@@ -96,13 +137,42 @@ def check(problem: Problem, device: torch.device) -> Check:
         return Check(case, "", float("inf"), 0.0, f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def check_all(device: torch.device, dtypes: tuple[torch.dtype, ...], small: bool, deadline: float) -> list[Check]:
+def check_long(device: torch.device, small: bool) -> Check:
+    """Offsets beyond 31 bits: the last tokens of a long call, and of one that starts from the state before them."""
+    B, T, H, K = (1, 300, 2, 16) if small else LONG
+    dtype, tail = (torch.float32, 64) if small else (torch.bfloat16, 1024)
+    case = f"hla2 {str(dtype)[6:]} T {T} H {H} K {K} gates BTH: its last {tail} tokens"
+    try:
+        q, k, v, dout = (torch.randn(B, T, H, K, dtype=dtype, device=device).mul_(K**-0.5) for _ in range(4))
+        log_decay = torch.rand(B, T, H, device=device).mul_(-0.02)
+
+        def call(start: int, state: Any) -> list[Tensor]:
+            leaves = [x[:, start:].detach().requires_grad_() for x in (q, k, v, log_decay)]
+            options = {"log_decay": leaves[3], "initial_state": state, "backend": "triton"}
+            out, _ = hla_dist.hla2(*leaves[:3], **options)
+            return [out.detach()[:, -tail:], *(x[:, -tail:] for x in torch.autograd.grad(out, leaves, dout[:, start:]))]
+
+        with torch.no_grad():
+            first = (x[:, :-tail] for x in (q, k, v))
+            options = {"log_decay": log_decay[:, :-tail], "output_final_state": True, "backend": "triton"}
+            state = hla_dist.hla2(*first, **options)[1]
+        whole, last = call(0, None), call(T - tail, state)
+        errors = {n: relative_error(a, b) for n, a, b in zip(("out", "dq", "dk", "dv", "dlog_decay"), whole, last)}
+        worst = max(errors, key=lambda n: errors[n])
+        return Check(case, worst, errors[worst], LONG_ERROR)
+    except Exception as error:
+        return Check(case, "", float("inf"), 0.0, f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def check_all(device: torch.device, target: Target, deadline: float) -> list[Check]:
     """Every case until the deadline; what was left out is a failed check that says so."""
-    seed = time.time_ns() % 2**31
-    found = []
-    for problem in cases(dtypes, 70 if small else 700, small, seed):
+    small = target.arch == "interpreter"
+    found = [check_long(device, small)]
+    problems = list(cases(target, time.time_ns() % 2**31))
+    for i, problem in enumerate(problems):
         if time.monotonic() > deadline:
-            found.append(Check(f"{problem.name} {problem.K} and what follows", "", 1.0, 0.0, "not run: out of time"))
+            left = f"{len(problems) - i} cases from {problem.name} K {problem.K} {problem.dtype} on"
+            found.append(Check(left, "", float("inf"), 0.0, "not run: out of time"))
             break
-        found.append(check(problem, device))
+        found.append(check(problem, device, target))
     return found

@@ -7,8 +7,8 @@ function, here as what one would use instead. Tensors are ``[B, T, H, K]`` for a
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -65,14 +65,13 @@ def ours(operator: str, backend: str = "triton") -> Callable[..., Tensor]:
 
 def peers(operator: str, gated: bool) -> Callable[..., Tensor]:
     """The same function as calls of flash-linear-attention, one a pass."""
-    # looked up by name: only this suite wants them, and only where there is a GPU
-    chunk_linear_attn = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
-    chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
 
     def first_order(a: Tensor, b: Tensor, c: Tensor, g: Tensor | None) -> Tensor:
+        # looked up when called: where it is not installed, this contender fails and no other
         if g is None:
-            return chunk_linear_attn(a, b, c, scale=1.0, normalize=False)[0]
-        return chunk_simple_gla(a, b, c, g=g, scale=1.0)[0]
+            call = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
+            return call(a, b, c, scale=1.0, normalize=False)[0]
+        return importlib.import_module("fla.ops.simple_gla").chunk_simple_gla(a, b, c, g=g, scale=1.0)[0]
 
     def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
         x = {"q": q, "k": k, "v": v}
@@ -85,27 +84,50 @@ def peers(operator: str, gated: bool) -> Callable[..., Tensor]:
     return call
 
 
+def call_peers_once(heads: int, columns: int, gated: bool) -> None:
+    """Forward and backward of a first-order call, which compiles it: its kernels do not depend on the length."""
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    leaves = inputs(Shape(1, 2048, heads, columns), torch.bfloat16, torch.device("cuda"), gated)
+    out = peers("linear_attention", gated)(*leaves)
+    torch.autograd.grad(out, leaves, torch.randn_like(out))
+
+
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention through torch."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A function to time, and what its inputs look like."""
+def inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, gated: bool = False, heads_first: bool = False
+) -> list[Tensor]:
+    """Leaves q, k, v and, if gated, log_decay."""
+    B, T, H, K = shape
+    size = (B, H, T, K) if heads_first else (B, T, H, K)
+    # small enough that third order stays finite in bf16 over a million tokens
+    leaves = [torch.randn(size, dtype=dtype, device=device).mul_(K**-0.5) for _ in range(3)]
+    if gated:
+        leaves.append(torch.rand(B, T, H, device=device).mul_(-0.1))
+    return [x.requires_grad_() for x in leaves]
+
+
+class Contender(NamedTuple):
+    """A function to time, what its inputs look like, and whose output its own should equal."""
 
     name: str
     call: Callable[..., Tensor]
     gated: bool = False
     heads_first: bool = False
+    same_as: str = ""
 
-    def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """Leaves q, k, v (and log_decay), and the output's gradient."""
-        B, T, H, K = shape
-        size = (B, H, T, K) if self.heads_first else (B, T, H, K)
-        # small enough that third order stays finite in bf16 over a million tokens
-        leaves = [torch.randn(size, dtype=dtype, device=device).mul_(K**-0.5) for _ in range(3)]
-        if self.gated:
-            leaves.append(torch.rand(B, T, H, device=device).mul_(-0.1))
-        dout = torch.randn(size, dtype=dtype, device=device)
-        return [x.requires_grad_() for x in leaves], dout
+
+def contenders(operator: str, smoke: bool) -> list[Contender]:
+    """This library and its peers for one operator."""
+    gated = f"{operator}, gated"
+    found = [Contender(operator, ours(operator)), Contender(gated, ours(operator), True)]
+    if not smoke:
+        calls = len(PASSES[operator])
+        found.append(Contender(f"fla, {calls} calls", peers(operator, False), same_as=operator))
+        found.append(Contender(f"fla gated, {calls} calls", peers(operator, True), True, same_as=gated))
+        if operator == "hla2":
+            found.append(Contender("fla, one first-order call", peers("linear_attention", False)))
+    return found

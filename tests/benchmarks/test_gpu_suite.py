@@ -1,4 +1,7 @@
-"""The GPU suite walks through all its steps in Triton's interpreter; without a GPU it measures nothing and says so."""
+"""The GPU suite walks through all its steps in Triton's interpreter; without a GPU it measures nothing and says so.
+
+Whatever fails on the way is named in a report that is written all the same.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels are interpreted where Triton is installed (Linux)")
+from benchmarks import gpu_checks, gpu_compile, gpu_contenders, gpu_report, gpu_suite, gpu_timing
+from hla_dist.functional import triton_stages
+from hla_kernels import aot, device, tiles
+from hla_kernels.device import Target
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +28,17 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
     )
+
+
+FOUND = {
+    "left_out": [],
+    "checks": [{"case": "a", "tensor": "dq", "error": 0.1, "allowed": 1.0, "good": True, "failure": ""}],
+    "rows": [],
+    "lengths": [{"T": T, "contender": "hla2", "ms": T / 7, "percent_of_bound": 40.0} for T in (64, 32768)],
+    "decoding": {"CUDA graph, % of copy bandwidth": 70.0},
+    "memory": {},
+    "one_head": float("nan"),
+}
 
 
 @pytest.mark.slow
@@ -38,3 +57,80 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = _run("--out", str(tmp_path))
     assert done.returncode == 2
     assert "no GPU here; nothing was measured" in done.stderr
+
+
+def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the suite compiles while it is timed, one kernel after the other. Launched: by a call as it is timed."""
+    target = Target("sm_90", 132)
+    shape = gpu_contenders.Shape(2, 700, 2, 64)
+    monkeypatch.setattr(triton_stages, "target_of", lambda _: target)
+    for operator in gpu_contenders.PASSES:
+        for contender in gpu_contenders.contenders(operator, smoke=True):
+            work = gpu_compile.Work(operator, torch.bfloat16, *shape, contender.gated)
+            ahead = {aot.compile_key("sm_90", *launch) for launch in gpu_compile.launches(work, target)}
+            launched: list[tuple] = []
+            device.replace_launcher(lambda kernel, grid, *rest: launched.append((kernel, *rest)))  # noqa: B023
+            leaves = gpu_contenders.inputs(shape, torch.bfloat16, torch.device("cpu"), contender.gated)
+            for call in gpu_timing.calls_of(contender, leaves):
+                call()
+            device.replace_launcher(None)
+            assert {aot.compile_key("sm_90", *launch) for launch in launched} == ahead
+            assert len(ahead) > 3
+
+
+def test_every_case_can_be_compiled_ahead() -> None:
+    target = Target("sm_90", 132)
+    found = [launch for p in gpu_checks.cases(target, 0) for launch in gpu_compile.launches(p, target)]
+    kernels = {kernel.fn.__name__ for kernel, *_ in found}
+    assert {"first_order_kernel", "fused_forward_kernel", "decode_kernel", "gate_gradient_kernel"} <= kernels
+
+
+def test_every_entry_of_the_tables_is_checked() -> None:
+    for arch in device.SUPPORTED:
+        problems = [p for p in gpu_checks.cases(Target(arch, 132), 0) if p.T > 1]
+        one_segment = {(p.mask, p.name, p.K, p.gates != "none") for p in problems if p.T <= 256}
+        for (of, operator, rows), pair in tiles.FUSED.items():
+            name, mask = ("hla2", "prefix") if operator == "hla2_prefix" else (operator, "causal")
+            for gated, tile in enumerate(pair):
+                assert of != arch or tile is None or (mask, name, rows, bool(gated)) in one_segment
+        several = {(p.dtype, p.K, p.gates != "none") for p in problems if p.T > 256 and p.name == "hla2"}
+        for (of, dtype), entries in tiles.TABLE.items():
+            assert of != arch or {(dtype, rows, gated) for rows in entries for gated in (False, True)} <= several
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    d = gpu_timing.Device(smoke=True)
+
+    def fail() -> None:
+        raise ImportError("No module named 'fla'")
+
+    times = d.interleaved({"ours": lambda: None, "fla, 2 calls": fail}, 3, "forward")
+    assert set(times) == {"ours"}
+    assert d.failed == ["fla, 2 calls, forward: ImportError: No module named 'fla'"]
+    assert "FAILED fla, 2 calls" in capsys.readouterr().out
+
+
+def test_the_report_of_what_there_is(tmp_path: Path) -> None:
+    """Nothing measured for most targets; a check that failed; JSON without NaN; plots."""
+    found = json.loads(json.dumps(FOUND))
+    found["rows"] = [
+        {"operator": "hla2", "shape": str(gpu_suite.SHAPES[0]), "T": 4096, "K": 128, "what": "forward"}
+        | {"contender": name, "ms": ms, "percent_of_bound": 10.0, "percent_of_matrix_rate": 55.0, "difference": far}
+        for name, ms, far in (("hla2", 1.0, 0.0), ("fla, 2 calls", 4.0, 0.2))
+    ]
+    goals = gpu_report.targets(found, gpu_suite.SHAPES)
+    assert {goal.name for goal in goals if goal.met} == {
+        f"hla2 against fla, 2 calls, forward, {gpu_suite.SHAPES[0]}: times as fast",
+        f"hla2 forward, {gpu_suite.SHAPES[0]}: % of the matrix rate",
+        "decoding: % of copy bandwidth",
+    }
+    (text,) = gpu_report.wrong(found)
+    assert "2.00e-01 from fla, 2 calls" in text
+    found["left_out"].append("fla gated, 2 calls: ImportError: no fla")
+    gpu_report.write(found, {"GPU": "a test"}, goals, tmp_path)
+    record = json.loads((tmp_path / "gpu_suite.json").read_text(), parse_constant=lambda x: pytest.fail(x))
+    assert record["one_head"] is None
+    page = (tmp_path / "gpu_suite.md").read_text()
+    assert "FAILED or left out: fla gated, 2 calls: ImportError: no fla" in page
+    assert all((tmp_path / f"gpu_suite_{key}.png").stat().st_size > 1000 for key in ("ms", "percent_of_bound"))
+    assert gpu_report.wrong({"checks": [], "rows": []}) == ["no check has run"]

@@ -1,0 +1,108 @@
+"""Compiling ahead and in parallel what the GPU suite will launch, into Triton's cache on disk.
+
+Compiled as they are first called, one after the other, the kernels of all checks and contenders would take longer than
+the whole suite may. Processes that do not use the GPU compile a share each; flash-linear-attention's kernels,
+which try some hundred configurations, are called once on the GPU, a process for each shape: what they find out about
+times while others are running is thrown away, and found out again alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+import hla_dist
+from hla_dist.functional import triton_stages
+from hla_dist.operators import OPERATORS
+from hla_kernels import aot, cascade, device, stages
+from hla_kernels.cascade import Pass
+from hla_kernels.device import Target
+from hla_kernels.slices import sliced_backward
+from tests.problems import Problem, draw, run
+
+Launch = tuple[Any, dict[str, Any], dict[str, int]]  # kernel, arguments, options
+
+
+class Work(NamedTuple):
+    """A large call of an operator, forward and backward."""
+
+    operator: str
+    dtype: torch.dtype
+    B: int
+    T: int
+    H: int
+    K: int
+    gated: bool
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[list[Launch]]:
+    found: list[Launch] = []
+    device.replace_launcher(lambda kernel, grid, arguments, options: found.append((kernel, arguments, options)))
+    try:
+        yield found
+    finally:
+        device.replace_launcher(None)
+
+
+def launches(work: Work | Problem, target: Target) -> list[Launch]:
+    """Every launch of a call, not run. A small problem is run, on the CPU; a large one has no contents."""
+    if isinstance(work, Problem):
+        with _collected() as found, mock.patch.object(triton_stages, "target_of", lambda _: target):
+            run(work, draw(work), getattr(hla_dist, work.name), backend="triton")
+        return found
+    op, (name, dtype, B, T, H, K, gated) = OPERATORS[work.operator], work
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    q, k, v, dout = (empty(B, T, H, K, of=dtype) for _ in range(4))
+    log_decay = empty(B, T, H) if gated else None
+    carry = [empty(B, H, K, K) for _ in op.states]
+    passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in op.passes)
+    calls = [cascade.Problem(passes, q, k, v, log_decay, None, 0.5, 0.0, target, operator=name) for _ in range(2)]
+    with _collected() as found:
+        stages.scan(calls[0], carry)
+        sliced_backward(calls[1], carry, dout, carry, gated)
+    return found
+
+
+def compile_share(work: Sequence[Work | Problem], target: Target, number: int, shares: int) -> None:
+    """Every ``shares``-th of the distinct kernels of all calls, from ``number`` on."""
+    distinct: dict[str, Launch] = {}
+    for one in work:
+        for launch in launches(one, target):
+            distinct.setdefault(aot.compile_key(target.arch, *launch), launch)
+    for launch in list(distinct.values())[number::shares]:
+        # one that does not compile fails again, and is named, where it is called
+        with contextlib.suppress(Exception):
+            aot.compile_only(target.arch, *launch)
+
+
+def ahead(work: Sequence[Work | Problem], target: Target, calls: Sequence[Callable[[], object]], seconds: float) -> str:
+    """Compile all of it, call each of ``calls`` in a process of its own; what happened, in words."""
+    start = time.monotonic()
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = max(1, processors - len(calls))
+    spawn = multiprocessing.get_context("spawn")
+    running = [spawn.Process(target=compile_share, args=(work, target, i, shares)) for i in range(shares)]
+    running += [spawn.Process(target=call) for call in calls]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(max(0.0, start + seconds - time.monotonic()))
+    late = [process for process in running if process.is_alive()]
+    for process in late:
+        process.terminate()
+        process.join()
+    failed = sum(process.exitcode != 0 for process in running) - len(late)
+    return (
+        f"{len(running)} processes in {time.monotonic() - start:.0f} s, {failed} failed, {len(late)} not done in time"
+    )

@@ -1,0 +1,149 @@
+"""What the GPU suite writes: targets met or missed, tables as Markdown, everything as JSON, plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_contenders import PASSES, Shape
+from benchmarks.gpu_timing import DIFFERENCE
+from benchmarks.report import Target, table
+
+NAN = float("nan")
+
+
+def _find(rows: list[dict], operator: str, what: str, contender: str, shape: Shape) -> float:
+    wanted = (operator, what, contender, str(shape))
+    for row in rows:
+        if (row["operator"], row["what"], row["contender"], row["shape"]) == wanted:
+            return row["ms"]
+    return NAN
+
+
+def targets(found: dict[str, Any], shapes: tuple[Shape, ...]) -> list[Target]:
+    """The figures this suite is run for; what was not measured is NaN and a miss."""
+    rows, out = found["rows"], []
+    for operator, shape in [(o, s) for o in PASSES for s in shapes]:
+        for gated in ("", "gated, "):
+            peer = f"fla {gated.rstrip(', ')}".rstrip() + f", {len(PASSES[operator])} calls"
+            own = f"{operator}, gated" if gated else operator
+            for what, bound in (("forward", 3.0), ("forward + backward", 2.5)):
+                ratio = _find(rows, operator, what, peer, shape) / _find(rows, operator, what, own, shape)
+                out.append(Target(f"{own} against {peer}, {what}, {shape}: times as fast", ratio, bound, True))
+    for shape in shapes:
+        for what, bound in (("forward", 50.0), ("forward + backward", 40.0)):
+            one = _find(rows, "hla2", what, "fla, one first-order call", shape)
+            ratio = _find(rows, "hla2", what, "hla2", shape) / one
+            out.append(Target(f"aim: hla2's time over one first-order call of fla, {what}, {shape}", ratio, 1.0, False))
+            if shape.K == 128:
+                own = [r for r in rows if r["contender"] == "hla2" and (r["what"], r["shape"]) == (what, str(shape))]
+                rate = own[0]["percent_of_matrix_rate"] if own else NAN
+                out.append(Target(f"hla2 {what}, {shape}: % of the matrix rate", rate, bound, True))
+    longest = {row["contender"]: row["ms"] for row in found["lengths"] if row["T"] == 32768}
+    ratio = longest.get("softmax (SDPA)", NAN) / longest.get("hla2", NAN)
+    out.append(Target("FlashAttention's time over hla2's at T = 32768, forward", ratio, 25.0, True))
+    out.append(Target("one head, 1M tokens: % of a full device's throughput", found["one_head"], 60.0, True))
+    for shape in shapes:
+        name = f"peak memory beyond inputs, outputs and gradients, over their sum, {shape}"
+        out.append(Target(name, found["memory"].get(str(shape), NAN), 0.25, False))
+    out.append(Target("decoding: % of copy bandwidth", max(found["decoding"].values(), default=NAN), 60.0, True))
+    return out
+
+
+def wrong(found: dict[str, Any]) -> list[str]:
+    """Checks that failed, none at all, and outputs that differ from a peer's."""
+    lines = [
+        f"{c['case']} {c['tensor']} {c['error']:.2e} > {c['allowed']:.2e} {c['failure']}"
+        for c in found["checks"]
+        if not c["good"]
+    ]
+    if not found["checks"]:
+        lines.append("no check has run")
+    for r in found["rows"]:
+        if not r.get("difference", 0.0) <= DIFFERENCE and r["what"] == "forward":
+            lines.append(f"{r['operator']}, {r['shape']}: {r['difference']:.2e} from {r['contender']}")
+    return lines
+
+
+def plot(found: dict[str, Any], out: Path) -> list[str]:
+    """Time and percent of the bound against T."""
+    import matplotlib  # only here: everything else is written without it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = []
+    for key, label in (("ms", "milliseconds, forward"), ("percent_of_bound", "percent of the bound, forward")):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        for name in dict.fromkeys(row["contender"] for row in found["lengths"]):
+            points = [(row["T"], row[key]) for row in found["lengths"] if row["contender"] == name]
+            axes.loglog(*zip(*points), marker="o", label=name)
+        axes.set(xlabel="tokens, 16 heads of 128", ylabel=label)
+        axes.grid(alpha=0.3)
+        if found["lengths"]:
+            axes.legend()
+        names.append(f"gpu_suite_{key}.png")
+        figure.savefig(out / names[-1], dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
+    return names
+
+
+def _strict(x: Any) -> Any:
+    """NaN and infinity have no place in JSON."""
+    if isinstance(x, dict):
+        return {key: _strict(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_strict(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out: Path) -> None:
+    """gpu_suite.json, gpu_suite_*.png and gpu_suite.md; what cannot be drawn is named."""
+    try:
+        images = plot(found, out)
+    except Exception as error:
+        images = []
+        found["left_out"].append(f"plots: {type(error).__name__}: {error}")
+    record = {"about": about, "targets": [asdict(t) | {"met": t.met} for t in goals], **found}
+    (out / "gpu_suite.json").write_text(json.dumps(_strict(record), indent=1) + "\n")
+    good = sum(c["good"] for c in found["checks"])
+    checks = [
+        [c["case"], c["tensor"], f"{c['error']:.2e}", f"{c['allowed']:.2e}"]
+        + ["" if c["good"] else f"FAIL {c['failure']}".replace("\n", " ").replace("|", "/")]
+        for c in found["checks"]
+    ]
+    rows = [
+        [r["operator"], r["shape"], r["what"], r["contender"], f"{r['ms']:.3f}", f"{r['percent_of_bound']:.0f}"]
+        + [f"{r['percent_of_matrix_rate']:.0f}", f"{r['difference']:.1e}" if "difference" in r else ""]
+        for r in found["rows"]
+    ]
+    lengths = [
+        [str(r["T"]), r["contender"], f"{r['ms']:.3f}", f"{r['percent_of_bound']:.0f}"] for r in found["lengths"]
+    ]
+    parts = [
+        "# The kernels on this GPU",
+        "\n".join(f"- {name}: {value}" for name, value in about.items()),
+        "\n".join(f"- FAILED or left out: {text}" for text in found["left_out"]) or "Nothing was left out.",
+        "## Targets",
+        table(["", "target", "measured", "bound"], [t.row for t in goals]),
+        f"## Correctness: {good} of {len(found['checks'])} cases within their bound",
+        table(["case", "tensor", "error", "allowed", ""], checks),
+        "## Times",
+        "The device's own, launches queued ahead. The bound: the larger of operations over the matrix rate and bytes "
+        "over the copy bandwidth, both as measured. Operations: 2 * 64 K + 4 K^2 a token, head and pass forward, three "
+        "times that backward, whatever is computed again. Difference: of a peer's output from this library's.",
+        table(
+            ["operator", "shape", "what", "contender", "ms", "% of bound", "% of matrix rate", "difference"],
+            rows,
+        ),
+        table(["T", "contender, forward", "ms", "% of bound"], lengths),
+        "\n".join(f"- decoding, {name}: {value:.1f}" for name, value in found["decoding"].items()),
+        "\n".join(
+            f"- peak memory beyond, over the sum, {name}: {value:.3f}" for name, value in found["memory"].items()
+        ),
+        "\n".join(f"![]({name})" for name in images),
+    ]
+    (out / "gpu_suite.md").write_text("\n\n".join(part for part in parts if part) + "\n")

@@ -1,0 +1,201 @@
+"""Measurements of the GPU suite: interleaved times, rates of the device, peak memory, decoding, lengths."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hla_dist
+from benchmarks.gpu_contenders import Contender, Shape, contenders, inputs, operations, ours, softmax, traffic
+
+AHEAD_CYCLES = 10_000_000  # the device waits some 5 ms while a call's launches are queued: its own time is what counts
+DIFFERENCE = 5e-2  # bf16: of the outputs of two implementations of one function
+Call = Callable[[], Any]
+
+
+class Device:
+    """How to time and to measure memory here; ``failed`` names what could not run."""
+
+    def __init__(self, smoke: bool):
+        self.smoke = smoke
+        self.device = torch.device("cpu" if smoke else "cuda")
+        self.dtype = torch.float32 if smoke else torch.bfloat16
+        self.failed: list[str] = []
+
+    def milliseconds(self, call: Call, ahead: bool) -> float:
+        """Of one call, by the device's own clock."""
+        if self.smoke:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(AHEAD_CYCLES)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def interleaved(self, calls: dict[str, Call], rounds: int, what: str, ahead: bool = True) -> dict[str, float]:
+        """Medians of calls made in turns, after one that compiles; one that fails is named and left out."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for i in range(rounds + 1):
+            for name in list(times):
+                try:
+                    ms = self.milliseconds(calls[name], ahead)
+                except Exception as error:
+                    self.fail(f"{name}, {what}", error)
+                    del times[name]
+                else:
+                    times[name] += [ms] * (i > 0)
+        return {name: statistics.median(found) for name, found in times.items()}
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Name what could not run."""
+        self.failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        print(f"  FAILED {self.failed[-1]}", flush=True)
+
+    def peak_bytes(self, call: Call) -> int:
+        """Most memory allocated during a call beyond what was there before it."""
+        if self.smoke:
+            call()
+            return 0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def rates(d: Device) -> tuple[float, float]:
+    """Bytes a second of a copy (read and write counted), and operations a second of a bf16 matrix product."""
+    size = 1 << (16 if d.smoke else 30)
+    source = torch.zeros(size, dtype=torch.uint8, device=d.device)
+    target = torch.empty_like(source)
+    n = 64 if d.smoke else 8192
+    a, b = (torch.randn(n, n, device=d.device, dtype=d.dtype) for _ in range(2))
+    found = d.interleaved({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, 11, "rate of the device")
+    return 2 * size / (found["copy"] * 1e-3), 2 * n**3 / (found["matrix"] * 1e-3)
+
+
+def calls_of(contender: Contender, leaves: list[Tensor]) -> tuple[Call, Call]:
+    """Forward, and forward + backward."""
+    dout = torch.randn_like(leaves[2])
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return contender.call(*leaves)
+
+    def both() -> Any:
+        return torch.autograd.grad(contender.call(*leaves), leaves, dout)
+
+    return forward, both
+
+
+def time_operator(d: Device, operator: str, shape: Shape, rate: tuple[float, float], rounds: int) -> list[dict]:
+    """One shape, forward and forward + backward: a row for every contender; and how far outputs differ."""
+    rows: list[dict] = []
+    found = contenders(operator, d.smoke)
+    leaves = {gated: inputs(shape, d.dtype, d.device, gated) for gated in (False, True)}
+    prepared = {c.name: calls_of(c, leaves[c.gated]) for c in found}
+    for backward in (False, True):
+        what = "forward + backward" if backward else "forward"
+        calls = {name: both[backward] for name, both in prepared.items()}
+        times = d.interleaved(calls, rounds, f"{operator}, {shape}, {what}")
+        work, moved = operations(operator, shape, backward), traffic(shape, d.dtype.itemsize, backward)
+        bound = 1e3 * max(work / rate[1], moved / rate[0])
+        for name, ms in times.items():
+            row = {"operator": operator, "shape": str(shape), "T": shape.T, "K": shape.K, "what": what}
+            percents = {
+                "percent_of_bound": 100 * bound / ms,
+                "percent_of_matrix_rate": 100 * work / rate[1] / (ms * 1e-3),
+            }
+            rows.append({**row, "contender": name, "ms": ms, **percents})
+    for c in found:
+        if c.same_as and any(row["contender"] == c.name for row in rows):
+            difference = _difference(prepared[c.name][0](), prepared[c.same_as][0]())
+            for row in rows:
+                if row["contender"] == c.name:
+                    row["difference"] = difference
+    return rows
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|, a slice of the tokens at a time: float32 copies of whole outputs are large."""
+    above = below = torch.zeros((), device=a.device)
+    for x, y in zip(a.split(65536, 1), b.split(65536, 1)):
+        above = above + (x.float() - y.float()).square().sum()
+        below = below + y.float().square().sum()
+    return (above / below).sqrt().item()
+
+
+def memory(d: Device, shape: Shape, gated: bool) -> float:
+    """Peak of forward + backward less inputs, outputs and gradients, over their sum."""
+    contender = Contender("hla2", ours("hla2"))
+    leaves = inputs(shape, d.dtype, d.device, gated)
+    _, both = calls_of(contender, leaves)
+    both()
+    sizes = [x.numel() * x.element_size() for x in leaves]  # their gradients are as large, and o is like v
+    made = sum(sizes) + sizes[2]
+    return (d.peak_bytes(both) - made) / (made + sum(sizes) + sizes[2])  # q, k, v, gates and do were there
+
+
+def decoding(d: Device, bandwidth: float) -> dict[str, float]:
+    """One token at batch 64, H = 16, K = V = 128: percent of copy bandwidth, states read and written once."""
+    B, H, K = (2, 1, 16) if d.smoke else (64, 16, 128)
+    q, k, v = (torch.randn(B, 1, H, K, device=d.device, dtype=d.dtype) for _ in range(3))
+    state = hla_dist.HLA2State(*(torch.zeros(B, H, K, K, device=d.device) for _ in range(2)))
+
+    def step() -> Any:
+        with torch.no_grad():
+            return hla_dist.hla2(q, k, v, initial_state=state, output_final_state=True, backend="triton")
+
+    found = d.interleaved({"eager": step}, 21, "decoding", ahead=False)
+    found |= d.interleaved({"queued ahead": step}, 21, "decoding")
+    if not d.smoke:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            found |= d.interleaved({"CUDA graph": graph.replay}, 51, "decoding", ahead=False)
+        except Exception as error:
+            d.fail("decoding in a CUDA graph", error)
+    moved = 2 * 2 * B * H * K * K * 4
+    return {f"{name}, % of copy bandwidth": 100 * moved / bandwidth / (ms * 1e-3) for name, ms in found.items()}
+
+
+def against_time(d: Device, rate: tuple[float, float], lengths: list[int]) -> list[dict]:
+    """Forward of hla2, FlashAttention and the torch backend as T grows, 16 heads of 128 (smoke: 16)."""
+    rows = []
+    for T in lengths:
+        shape = Shape(1, T, 1 if d.smoke else 16, 16 if d.smoke else 128)
+        found = [Contender("hla2", ours("hla2")), Contender("softmax (SDPA)", softmax, heads_first=True)]
+        if T <= 8192:
+            found.append(Contender("hla2, torch backend", ours("hla2", "torch")))
+        calls = {c.name: calls_of(c, inputs(shape, d.dtype, d.device, False, c.heads_first))[0] for c in found}
+        for name, ms in d.interleaved(calls, 5, f"forward, {shape}").items():
+            bound = 1e3 * max(
+                operations("hla2", shape, False) / rate[1], traffic(shape, d.dtype.itemsize, False) / rate[0]
+            )
+            rows.append({"T": T, "contender": name, "ms": ms, "percent_of_bound": 100 * bound / ms})
+    return rows
+
+
+ONE_HEAD = (Shape(1, 1 << 20, 1, 64), Shape(8, 1 << 14, 16, 64))  # and what fills a device
+
+
+def one_head(d: Device) -> float:
+    """Throughput of one head of a million tokens over that of a full device, forward, percent."""
+    contender = Contender("hla2", ours("hla2"))
+    speeds = []
+    for shape in (Shape(1, 512, 1, 16), Shape(1, 256, 4, 16)) if d.smoke else ONE_HEAD:
+        forward, _ = calls_of(contender, inputs(shape, d.dtype, d.device))
+        speeds.append(shape.tokens / d.interleaved({"hla2": forward}, 7, f"forward, {shape}")["hla2"])
+    return 100 * speeds[0] / speeds[1]
