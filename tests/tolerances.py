@@ -19,6 +19,9 @@ ROUND_OFF = 1e-13
 GRADCHECK_ABSOLUTE = 1e-6
 GRADCHECK_RELATIVE = 1e-5
 
+# parameters of a run that was resumed on another number of ranks, against one that was not
+ANOTHER_WORLD = 1e-6
+
 
 def tolerance(dtype: torch.dtype, tensor: str = "") -> float:
     """The tolerance for an operator's tensor (``"out"``, ``"dq"``, ``"dlog_decay"``, ...) computed in ``dtype``."""

@@ -21,22 +21,24 @@ from hla_dist.parallel.topology import EXCHANGES
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _check_cuda_contents = False
+_check_cpu_contents = True
 
 
 class validation(AbstractContextManager["validation"]):
     """Switch content checks of CUDA tensors on or off: ``hla_dist.validation(True)``, or as a context manager.
 
-    Costs a host synchronisation a call while on. CPU tensors are always checked.
+    Costs a host synchronisation a call while on. CPU tensors are checked unless ``cpu`` is False: for a training step
+    that looks for NaN at its end, on all ranks together.
     """
 
-    def __init__(self, enabled: bool):
-        global _check_cuda_contents
-        self.previous = _check_cuda_contents
-        _check_cuda_contents = bool(enabled)
+    def __init__(self, enabled: bool, cpu: bool = True):
+        global _check_cuda_contents, _check_cpu_contents
+        self.previous = _check_cuda_contents, _check_cpu_contents
+        _check_cuda_contents, _check_cpu_contents = bool(enabled), bool(cpu)
 
     def __exit__(self, *error: Any) -> None:
-        global _check_cuda_contents
-        _check_cuda_contents = self.previous
+        global _check_cuda_contents, _check_cpu_contents
+        _check_cuda_contents, _check_cpu_contents = self.previous
 
 
 def require(condition: bool, argument: str, expected: str, came: object) -> None:
@@ -101,7 +103,7 @@ def contents_visible(x: Tensor) -> bool:
     """Whether a tensor's contents may be read without surprising anyone."""
     if torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
         return False
-    return x.device.type == "cpu" or _check_cuda_contents
+    return _check_cpu_contents if x.device.type == "cpu" else _check_cuda_contents
 
 
 def check_number(name: str, value: Any, minimum: float | None = None) -> None:

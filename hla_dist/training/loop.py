@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hla_dist import SequenceParallelHLA, shard_batch
+from hla_dist import SequenceParallelHLA, shard_batch, validation
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
 from hla_dist.training.fully_sharded import whole
@@ -80,7 +80,8 @@ class Trainer:
             first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
             tokens = self.windows.batch(first, self.batch_size).to(self.layout.device)
             last = micro == self.accumulate - 1
-            with nullcontext() if last else self.model.no_sync():
+            # NaN passes to the end of the step, where every rank learns of it
+            with nullcontext() if last else self.model.no_sync(), validation(False, cpu=False):
                 share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16)
                 share.backward()
             shares.append(share.detach())

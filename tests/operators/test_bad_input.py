@@ -240,3 +240,8 @@ def test_validation_is_restored_by_its_context() -> None:
             assert validate._check_cuda_contents is False
         assert validate._check_cuda_contents is True
     assert validate._check_cuda_contents is False
+    gates = torch.full((H,), torch.nan)
+    with hla_dist.validation(False, cpu=False):
+        assert bool(_call(hla_dist.hla2, log_decay=gates)[0].isnan().any())
+    with raises_value_error("log_decay: expected finite values <= 0"):
+        _call(hla_dist.hla2, log_decay=gates)

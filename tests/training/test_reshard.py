@@ -1,0 +1,149 @@
+"""A checkpoint goes on on any number of ranks, replicated or sharded, and in the background."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.training import checkpoint
+from hla_dist.training.failure import UserError
+from hla_dist.training.loop import Trainer
+from hla_dist.training.mesh import Layout, build_layout
+from hla_dist.training.optim import build_adamw
+from hla_dist.training.saver import Saver
+from hla_dist.training.stored_tensors import capture
+from tests.harness import RankPool, assert_close, run_ranks
+from tests.tolerances import ANOTHER_WORLD
+from tests.training.corpora import small_config, write_text
+from tests.training.test_steps import model_bytes, run_config, trainer_on
+
+
+def final(directory: Path) -> torch.Tensor:
+    """Parameters of a run's last checkpoint, in one vector."""
+    stored = model_bytes(directory)
+    names = sorted(name for name in stored if name.startswith("model."))
+    return torch.cat([torch.frombuffer(bytearray(stored[name]), dtype=torch.float32) for name in names])
+
+
+def test_eight_ranks_go_on_as_one_two_and_four(pool: RankPool, tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text.txt", 4000)
+    common = dict(parity=False, sample=0, eval_every=100, warmup=2)
+    whole = tmp_path / "whole"
+    assert pool.run_group(8, run_config, small_config(data, out=str(whole), save_every=3, **common)) == [0] * 8
+    for ranks in (1, 2, 4):
+        out = tmp_path / str(ranks)
+        config = small_config(data, out=str(out), resume=str(whole / "checkpoints" / "step-00000003"), **common)
+        assert pool.run_group(ranks, run_config, config) == [0] * ranks
+        assert_close(f"parameters on {ranks} ranks", final(out), final(whole), ANOTHER_WORLD)
+
+
+def steps(trainer: Trainer, number: int) -> None:
+    for _ in range(number):
+        assert trainer.step(trainer.compute_gradients(), 1e-2)
+
+
+def parameters(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def on_other_meshes(directory: str) -> list[float]:
+    """Five steps on 2 x 2; two there, and three on 1 x 4 and 4 x 1. Relative differences of the parameters."""
+    cpu = torch.device("cpu")
+    square, wide, tall = (build_layout(sp, cpu) for sp in (2, 4, 1))
+    reference = trainer_on(square, 1, 2)
+    steps(reference, 2)
+    tensors = capture(reference.model, reference.optimizer, torch.get_rng_state(), square.rank)
+    checkpoint.save(Path(directory), 2, tensors, {"samples": reference.samples}, square.world)
+    steps(reference, 3)
+    differences = []
+    for layout, accumulate in ((wide, 4), (tall, 1), (square, 2)):
+        trainer = trainer_on(layout, 1, accumulate)
+        opened = checkpoint.open_checkpoint(Path(directory), layout.world)
+        checkpoint.load(opened, trainer.model, trainer.optimizer)
+        trainer.samples = opened.state["samples"]
+        steps(trainer, 3)
+        pairs = zip(parameters(trainer.model), parameters(reference.model), strict=True)
+        differences.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+    return differences
+
+
+def language_model() -> LanguageModel:
+    torch.manual_seed(3)
+    return LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2))
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.arange(12)[None] % 30).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def full(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def between_sharded_and_replicated(directory: str) -> None:
+    """FSDP2 over four ranks, to FSDP2 x replicas, to plain parameters, to FSDP2; bit for bit with the moments."""
+    four = dist.init_device_mesh("cpu", (4,))
+    square = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(language_model(), mesh=four)
+    optimizer = build_adamw(model, 1e-2, 0.1)
+    one_step(model, optimizer)
+    path, world, rank = Path(directory), dist.group.WORLD, dist.get_rank()
+    for number, mesh in enumerate((square, None, four), 1):
+        checkpoint.save(path, number, capture(model, optimizer, torch.get_rng_state(), rank), {}, world)
+        other = language_model()
+        other = other if mesh is None else fully_shard(other, mesh=mesh)
+        other_optimizer = build_adamw(other, 1e-2, 0.1)
+        checkpoint.load(checkpoint.open_checkpoint(path, world), other, other_optimizer)
+        for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+            assert torch.equal(full(a), full(b)), name
+            for key, value in optimizer.state[a].items():
+                assert torch.equal(full(value), full(other_optimizer.state[b][key])), (name, key)
+        model, optimizer = other, other_optimizer
+
+
+def failing_in_the_background(layout: Layout, directory: str) -> str:
+    """One save that succeeds, and one that rank 2 cannot write."""
+
+    def at(moment: str, step: int) -> None:
+        if step == 2 and moment == "writing" and layout.rank == 2:
+            raise OSError(28, "No space left on device")
+
+    saver = Saver(Path(directory), 2, layout.saving, background=True, at=at)
+    tensors = {"model.x": torch.ones(3), f"random.{layout.rank}": torch.get_rng_state()}
+    saver.start(1, tensors, {})
+    saver.wait()
+    saver.start(2, tensors, {})
+    deadline = time.monotonic() + 30
+    while not saver.failed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        saver.start(3, tensors, {})
+    except UserError as exc:
+        return str(exc)
+    return "nothing was raised"
+
+
+def everything_on_four_ranks(directory: str) -> Any:
+    differences = on_other_meshes(directory + "/meshes")
+    between_sharded_and_replicated(directory + "/sharded")
+    said = failing_in_the_background(build_layout(4, torch.device("cpu")), directory + "/failing")
+    return differences, said
+
+
+def test_other_meshes_sharded_parameters_and_a_failure_in_the_background(tmp_path: Path) -> None:
+    results = run_ranks(everything_on_four_ranks, 4, str(tmp_path))
+    for (wide, tall, same), said in results:
+        assert same == 0.0
+        assert 0.0 <= wide <= ANOTHER_WORLD and 0.0 <= tall <= ANOTHER_WORLD
+        assert "checkpoint of step 2: cannot write" in said and "rank 2: No space left on device" in said
+        assert said.endswith("step-00000001") and said == results[0][1]
+    assert [p.name for p in (tmp_path / "failing").iterdir()] == ["step-00000001"]
