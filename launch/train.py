@@ -60,7 +60,10 @@ def main() -> int:
         leave(rank, str(exc), alike=True)
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
-        connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
+        try:
+            connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
+        except UserError as exc:
+            leave(rank, str(exc), alike=False)
         stop = StopSignal()  # from here on there is something to save
         code = Run(config, build_layout(degrees, device, config.save_timeout), stop, STARTED, launch).train()
         torch.distributed.destroy_process_group()

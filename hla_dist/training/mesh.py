@@ -96,7 +96,11 @@ def connect(rank: int, world_size: int, device: torch.device, timeout_s: float, 
         options["device_id"] = device
     store: dist.Store = dist.HashStore()
     if from_env:
-        common, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        try:
+            common, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        except dist.DistError as exc:  # a port in use, an address that nobody has
+            reason = " ".join(str(exc).split())
+            raise UserError(f"rendezvous: cannot meet the other ranks: {reason}") from exc
         store = fresh_store(common, rank, world_size, timeout_s)
     options |= {"store": store, "rank": rank, "world_size": world_size}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)

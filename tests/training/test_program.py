@@ -74,8 +74,12 @@ def test_torchrun_trains_and_leaves_everything(tmp_path: Path, text: str) -> Non
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert checkpoint.open_checkpoint(out).step == 6
 
+    shared = str(tmp_path / "model.safetensors")
+    export = [sys.executable, str(ROOT / "launch" / "export.py"), "--checkpoint", str(out), "--to", shared]
+    done = subprocess.run(export, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout) == (0, f"{shared}: the model of step 6\n")
     generate = [sys.executable, str(ROOT / "launch" / "generate.py"), "--tokens", "5", "--checkpoint"]
-    for directory, code in ((out, 0), (tmp_path / "none", 1)):
+    for directory, code in ((shared, 0), (tmp_path / "none", 1)):
         done = subprocess.run(
             [*generate, str(directory)], env=environment(), capture_output=True, text=True, timeout=SECONDS
         )
