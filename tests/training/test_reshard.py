@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,16 +14,27 @@ from torch.distributed.fsdp import fully_shard
 
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.training import checkpoint
+from hla_dist.training.data import Windows
 from hla_dist.training.failure import UserError
+from hla_dist.training.fully_sharded import distributed, whole
 from hla_dist.training.loop import Trainer
-from hla_dist.training.mesh import Layout, build_layout
+from hla_dist.training.mesh import Degrees, Layout, build_layout
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.saver import Saver
 from hla_dist.training.stored_tensors import capture
 from tests.harness import RankPool, assert_close, run_ranks
 from tests.tolerances import ANOTHER_WORLD
 from tests.training.corpora import small_config, write_text
-from tests.training.test_steps import model_bytes, run_config, trainer_on
+from tests.training.test_steps import model_bytes, run_config
+
+# dp_replicate, dp_shard, cp; and micro-batches, so that each has four samples a step
+OTHERS = [
+    (Degrees(2, 1, 2), 2),  # the same, to the bit
+    (Degrees(1, 1, 4), 4),
+    (Degrees(4, 1, 1), 1),
+    (Degrees(1, 2, 2, fully_sharded=True), 2),
+    (Degrees(2, 2, 1, fully_sharded=True), 1),
+]
 
 
 def final(directory: Path) -> torch.Tensor:
@@ -35,13 +47,24 @@ def final(directory: Path) -> torch.Tensor:
 def test_eight_ranks_go_on_as_one_two_and_four(pool: RankPool, tmp_path: Path) -> None:
     data = write_text(tmp_path / "text.txt", 4000)
     common = dict(parity=False, sample=0, eval_every=100, warmup=2)
-    whole = tmp_path / "whole"
-    assert pool.run_group(8, run_config, small_config(data, out=str(whole), save_every=3, **common)) == [0] * 8
+    whole_run = tmp_path / "whole"
+    assert pool.run_group(8, run_config, small_config(data, out=str(whole_run), save_every=3, **common)) == [0] * 8
     for ranks in (1, 2, 4):
         out = tmp_path / str(ranks)
-        config = small_config(data, out=str(out), resume=str(whole / "checkpoints" / "step-00000003"), **common)
+        config = small_config(data, out=str(out), resume=str(whole_run / "checkpoints" / "step-00000003"), **common)
         assert pool.run_group(ranks, run_config, config) == [0] * ranks
-        assert_close(f"parameters on {ranks} ranks", final(out), final(whole), ANOTHER_WORLD)
+        assert_close(f"parameters on {ranks} ranks", final(out), final(whole_run), ANOTHER_WORLD)
+
+
+def trainer_on_mesh(degrees: Degrees, accumulate: int) -> Trainer:
+    """Four samples a step in float64, one a micro-batch."""
+    layout = build_layout(degrees, torch.device("cpu"))
+    torch.manual_seed(5)
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
+    wrapped = distributed(model, layout)
+    windows = Windows(np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
+    optimizer = build_adamw(wrapped, 1e-2, 0.1)
+    return Trainer(wrapped, optimizer, windows, layout, batch_size=1, accumulate=accumulate, clip=1.0, bf16=False)
 
 
 def steps(trainer: Trainer, number: int) -> None:
@@ -49,28 +72,23 @@ def steps(trainer: Trainer, number: int) -> None:
         assert trainer.step(trainer.compute_gradients(), 1e-2)
 
 
-def parameters(model: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
 def on_other_meshes(directory: str) -> list[float]:
-    """Five steps on 2 x 2; two there, and three on 1 x 4 and 4 x 1. Relative differences of the parameters."""
-    cpu = torch.device("cpu")
-    square, wide, tall = (build_layout(sp, cpu) for sp in (2, 4, 1))
-    reference = trainer_on(square, 1, 2)
+    """Five steps on 2 x 2; two there, and three on other meshes. Relative differences of the parameters."""
+    reference = trainer_on_mesh(Degrees(2, 1, 2), 2)
     steps(reference, 2)
-    tensors = capture(reference.model, reference.optimizer, torch.get_rng_state(), square.rank)
-    checkpoint.save(Path(directory), 2, tensors, {"samples": reference.samples}, square.world)
+    rank, world = reference.layout.rank, reference.layout.world
+    tensors = capture(reference.model, reference.optimizer, torch.get_rng_state(), rank)
+    checkpoint.save(Path(directory), 2, tensors, {"samples": reference.samples}, world)
     steps(reference, 3)
     differences = []
-    for layout, accumulate in ((wide, 4), (tall, 1), (square, 2)):
-        trainer = trainer_on(layout, 1, accumulate)
-        opened = checkpoint.open_checkpoint(Path(directory), layout.world)
+    for degrees, accumulate in OTHERS:
+        trainer = trainer_on_mesh(degrees, accumulate)
+        opened = checkpoint.open_checkpoint(Path(directory), world)
         checkpoint.load(opened, trainer.model, trainer.optimizer)
         trainer.samples = opened.state["samples"]
         steps(trainer, 3)
-        pairs = zip(parameters(trainer.model), parameters(reference.model), strict=True)
-        differences.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+        pairs = zip(trainer.model.parameters(), reference.model.parameters(), strict=True)
+        differences.append(max(float((whole(a) - b).norm() / b.norm()) for a, b in pairs))
     return differences
 
 
@@ -83,10 +101,6 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model(torch.arange(12)[None] % 30).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def full(tensor: Any) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def between_sharded_and_replicated(directory: str) -> None:
@@ -104,9 +118,9 @@ def between_sharded_and_replicated(directory: str) -> None:
         other_optimizer = build_adamw(other, 1e-2, 0.1)
         checkpoint.load(checkpoint.open_checkpoint(path, world), other, other_optimizer)
         for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-            assert torch.equal(full(a), full(b)), name
+            assert torch.equal(whole(a), whole(b)), name
             for key, value in optimizer.state[a].items():
-                assert torch.equal(full(value), full(other_optimizer.state[b][key])), (name, key)
+                assert torch.equal(whole(value), whole(other_optimizer.state[b][key])), (name, key)
         model, optimizer = other, other_optimizer
 
 
@@ -135,15 +149,15 @@ def failing_in_the_background(layout: Layout, directory: str) -> str:
 def everything_on_four_ranks(directory: str) -> Any:
     differences = on_other_meshes(directory + "/meshes")
     between_sharded_and_replicated(directory + "/sharded")
-    said = failing_in_the_background(build_layout(4, torch.device("cpu")), directory + "/failing")
+    said = failing_in_the_background(build_layout(Degrees(1, 1, 4), torch.device("cpu")), directory + "/failing")
     return differences, said
 
 
 def test_other_meshes_sharded_parameters_and_a_failure_in_the_background(tmp_path: Path) -> None:
     results = run_ranks(everything_on_four_ranks, 4, str(tmp_path))
-    for (wide, tall, same), said in results:
+    for (same, *others), said in results:
         assert same == 0.0
-        assert 0.0 <= wide <= ANOTHER_WORLD and 0.0 <= tall <= ANOTHER_WORLD
+        assert len(others) == 4 and all(0.0 < other <= ANOTHER_WORLD for other in others), others
         assert "checkpoint of step 2: cannot write" in said and "rank 2: No space left on device" in said
         assert said.endswith("step-00000001") and said == results[0][1]
     assert [p.name for p in (tmp_path / "failing").iterdir()] == ["step-00000001"]
