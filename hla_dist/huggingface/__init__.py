@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hla_dist.huggingface.cache import HLACache
 from hla_dist.huggingface.configuration import HLAConfig
-from hla_dist.huggingface.convert import from_huggingface, to_huggingface
 from hla_dist.huggingface.modeling import HLAForCausalLM, HLAModel
+from hla_dist.huggingface.parameters import from_huggingface, to_huggingface
 from hla_dist.huggingface.tokenizer import byte_tokenizer
 
 __all__ = [

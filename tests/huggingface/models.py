@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
-
-pytest.importorskip("transformers", reason="the extra hf needs Python 3.11")
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM
 

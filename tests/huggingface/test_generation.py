@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from hla_dist.huggingface import HLACache
 from tests.harness import assert_close, raises_value_error
 from tests.huggingface.models import left_padded, model, tokens
 from tests.tolerances import FLOAT64
-
-from hla_dist.huggingface import HLACache  # isort: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hla2": {},

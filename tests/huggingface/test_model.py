@@ -15,17 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from hla_dist.huggingface import HLAConfig, HLAForCausalLM, HLAModel, from_huggingface, to_huggingface
+from hla_dist.models import LanguageModel, ModelConfig
 from tests.harness import assert_bitwise, assert_close, raises_value_error
 from tests.huggingface.models import SIZES, VOCABULARY, model, tokens
 from tests.tolerances import FLOAT64
-
-from hla_dist.huggingface import HLAConfig, HLAForCausalLM, HLAModel, from_huggingface, to_huggingface  # isort: skip
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from hla_dist.models import LanguageModel, ModelConfig
 
 
 def test_importing_the_library_does_not_import_transformers_and_a_missing_one_is_named():

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-
-from tests.harness import assert_bitwise, assert_close
-from tests.huggingface.models import VOCABULARY, model, tokens
-from tests.tolerances import FLOAT64
-
-from peft import LoraConfig, PeftModel, get_peft_model  # isort: skip
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM
+from tests.harness import assert_bitwise, assert_close
+from tests.huggingface.models import VOCABULARY, model, tokens
+from tests.tolerances import FLOAT64
 
 
 class Counting(Dataset):

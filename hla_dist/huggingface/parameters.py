@@ -1,0 +1,42 @@
+"""Between the library's models and transformers' folders; the tensors are the same, their names gain a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hla_dist.huggingface.configuration import HLAConfig
+from hla_dist.huggingface.modeling import HLAForCausalLM
+from hla_dist.models import ModelConfig
+
+PREFIX = "model.network."
+
+
+def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLAForCausalLM:
+    """A transformers model that holds copies of a :class:`hla_dist.models.LanguageModel`'s parameters.
+
+    Raises ValueError if names or shapes are not those of ``config``.
+    """
+    with torch.device("meta"):
+        model = HLAForCausalLM(HLAConfig.from_model_config(config))
+    tensors = {PREFIX + name: tensor.detach().clone() for name, tensor in state_dict.items()}
+    output = {"lm_head.weight": tensors.get(PREFIX + "embedding.weight", torch.empty(0))}
+    try:
+        model.load_state_dict({**tensors, **output}, assign=True)
+    except RuntimeError as exc:
+        first = " ".join(str(exc).split(",")[0].split())  # torch names every parameter, on lines of their own
+        raise ValueError(f"state_dict: expected the parameters of {config}, got others: {first} ...") from exc
+    model.tie_weights()
+    return model.eval()
+
+
+def from_huggingface(model: HLAForCausalLM) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Copies of the parameters as LanguageModel names them, and the configuration; undoes :func:`to_huggingface`."""
+    tensors = {
+        name.removeprefix(PREFIX): tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(PREFIX)
+    }
+    return tensors, model.config.to_model_config()

@@ -1,0 +1,91 @@
+"""Training's files to a folder of transformers and back, with the tokenizer: the same text comes out everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hla_dist.huggingface import byte_tokenizer
+from hla_dist.huggingface.convert import main
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.training.generate import generate
+from hla_dist.training.share import Trained, export, load_trained
+from tests.harness import assert_bitwise
+
+
+def trained(tokenizer: str | None = None, known_text: bool = True, **changes: object) -> Trained:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=256, hidden_size=16, num_layers=2, num_heads=2, attention={"decay_range": (2.0, 64.0)})
+    model = LanguageModel(ModelConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    return Trained(model, tokenizer, known_text, 17, [])
+
+
+def convert(*arguments: Path | str) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_there_and_back_with_bytes(tmp_path: Path):
+    own, prompt = trained(), "A café\n\t\0."
+    export(own, tmp_path / "a.safetensors")
+    assert convert("to-hf", tmp_path / "a.safetensors", tmp_path / "folder") == 0
+    hla = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    ids = tokenizer(prompt).input_ids
+    assert ids == list(prompt.encode()) and tokenizer.decode(ids) == prompt and len(tokenizer) == 256
+    want = generate(own.model, ids, 12, temperature=0)
+    got = hla.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    assert got == want and len(set(want)) > 2
+    writer = pipeline("text-generation", model=hla, tokenizer=tokenizer, device="cpu")
+    text = writer(prompt, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert text == bytes(want).decode(errors="replace")
+    assert convert("from-hf", tmp_path / "folder", tmp_path / "b.safetensors") == 0
+    again = load_trained(tmp_path / "b.safetensors")
+    assert (again.tokenizer, again.known_text, again.step) == (None, True, 17)
+    assert again.model.config.op == own.model.config.op
+    for name, tensor in own.model.state_dict().items():
+        assert_bitwise(name, again.model.state_dict()[name], tensor)
+
+
+def test_a_tokenizer_goes_along_and_an_unknown_one_is_not_made_up(tmp_path: Path):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "state": 1, "of": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    export(trained(str(tmp_path / "words.json"), vocab_size=3), tmp_path / "a.safetensors")
+    assert convert("to-hf", tmp_path / "a.safetensors", tmp_path / "folder") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "folder")("state of things").input_ids == [1, 2, 0]
+    assert convert("from-hf", tmp_path / "folder", tmp_path / "b.safetensors") == 0
+    assert load_trained(tmp_path / "b.safetensors").tokenizer == str(tmp_path / "folder/tokenizer.json")
+    export(trained(known_text=False), tmp_path / "c.safetensors")
+    assert convert("to-hf", tmp_path / "c.safetensors", tmp_path / "plain") == 0
+    assert not (tmp_path / "plain/tokenizer.json").exists()
+    assert convert("from-hf", tmp_path / "plain", tmp_path / "d.safetensors") == 0
+    assert not load_trained(tmp_path / "d.safetensors").known_text
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')
+    export(trained(), tmp_path / "a.safetensors")
+    for arguments, part in (
+        (("to-hf", tmp_path / "nothing", tmp_path / "x"), "nothing"),
+        (("to-hf", tmp_path / "a.safetensors", tmp_path / "file"), "to-hf: expected a folder to write into"),
+        (("from-hf", tmp_path / "nothing", tmp_path / "x.safetensors"), "from-hf: expected a folder with"),
+        (("from-hf", tmp_path / "other", tmp_path / "x.safetensors"), "expected model_type 'hla'"),
+        (("from-hf", tmp_path / "other", tmp_path / "x.bin"), "expected a FILE ending in .safetensors"),
+    ):
+        assert convert(*arguments) == 1
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("convert: error: ") and part in lines[0], lines
+
+
+def test_every_byte_is_its_own_token():
+    tokenizer, text = byte_tokenizer(), bytes(range(128)).decode() + "é€𝄞"
+    assert tokenizer(text).input_ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
