@@ -1,6 +1,6 @@
 """CPU seconds of hla2 on 8 ranks, summed, against one process for the same tokens.
 
-    python benchmarks/sequence_parallel_cpu.py            about three minutes; report in benchmarks/results/
+    python benchmarks/sequence_parallel_cpu.py            about six minutes; report in benchmarks/results/
     python benchmarks/sequence_parallel_cpu.py --quick    a smoke run of seconds; report in out/benchmarks/
     python benchmarks/sequence_parallel_cpu.py --check    exit code 1 if a target is missed
 
@@ -44,9 +44,17 @@ from tqdm import tqdm
 import hla_dist
 from benchmarks import report
 from benchmarks.contenders import K, Source
-from hla_dist.parallel import agreement, collectives
+from hla_dist.parallel import collectives, topology
 
-VARIANTS = {"no gate": "", "gate a head": "head", "gate a token": "token"}
+# gates and exchange
+VARIANTS = {
+    "no gate": ("", "all_gather"),
+    "gate a head": ("head", "all_gather"),
+    "gate a token": ("token", "all_gather"),
+    "gate a token, scan": ("token", "scan"),
+    "gate a token, ring": ("token", "ring"),
+    "gate a token, hierarchical": ("token", "hierarchical"),
+}
 SIDES = ("one", "turns", "crowd")
 SAME = 1e-5  # relative difference of outputs and gradients, float32
 
@@ -96,15 +104,17 @@ class Shard:
         """q, k, v, and the gates if there are any."""
         return [x.detach().requires_grad_() for x in self.qkv + ([self.gates[gates]] if gates else [])]
 
-    def call(self, gates: str, group: Any) -> tuple[list[Tensor], list[int]]:
-        """Output and gradients; bytes and collectives of forward, and of backward."""
+    def call(self, gates: str, group: Any, exchange: str) -> tuple[list[Tensor], list[int]]:
+        """Output and gradients; bytes, collectives and messages of forward, and of backward."""
         leaves = self.leaves(gates)
         counter = collectives.counter
         counter.reset()
-        out = hla_dist.hla2(*leaves[:3], log_decay=leaves[3] if gates else None, group=group)[0]
-        sent = [counter.bytes, counter.calls]
+        log_decay = leaves[3] if gates else None
+        out = hla_dist.hla2(*leaves[:3], log_decay=log_decay, group=group, exchange=exchange)[0]
+        sent = [counter.bytes, counter.calls, counter.messages]
         grads = torch.autograd.grad(out, leaves, self.dout)
-        return [out.detach(), *grads], sent + [counter.bytes - sent[0], counter.calls - sent[1]]
+        both = [counter.bytes, counter.calls, counter.messages]
+        return [out.detach(), *grads], sent + [b - a for a, b in zip(sent, both)]
 
 
 def cpu_seconds() -> tuple[float, float]:
@@ -115,32 +125,32 @@ def cpu_seconds() -> tuple[float, float]:
 @contextmanager
 def turn_taking(turns: Any) -> Iterator[None]:
     """Hold one of the processors, except while waiting for other ranks."""
-    wait = agreement._wait
+    wait = collectives.wait
 
-    def wait_aside(pending: Any) -> None:
+    def wait_aside(work: Any) -> None:
         turns.release()
         try:
-            wait(pending)
+            wait(work)
         finally:
             turns.acquire()
 
-    agreement._wait = wait_aside
+    collectives.wait = wait_aside
     turns.acquire()
     try:
         yield
     finally:
         turns.release()
-        agreement._wait = wait
+        collectives.wait = wait
 
 
-def timed(shard: Shard, gates: str, group: Any, turns: Any) -> dict[str, float]:
+def timed(shard: Shard, gates: str, exchange: str, group: Any, turns: Any) -> dict[str, float]:
     """User, system and wall seconds of one call, between barriers."""
     if group is not None:
         dist.barrier(group)
     user, system = cpu_seconds()
     start = time.perf_counter()
     with turn_taking(turns) if turns is not None else nullcontext():
-        result = shard.call(gates, group)
+        result = shard.call(gates, group, exchange)
         del result
     if group is not None:
         dist.barrier(group)
@@ -155,16 +165,16 @@ def names_of(gates: str) -> list[str]:
 
 def write_results(shard: Shard, gates: str, folder: str) -> None:
     """One process's output and gradients, into files that the ranks map."""
-    for name, value in zip(names_of(gates), shard.call(gates, None)[0]):
+    for name, value in zip(names_of(gates), shard.call(gates, None, "auto")[0]):
         path = os.path.join(folder, name)
         torch.from_file(path, shared=True, size=value.numel()).view(value.shape).copy_(value)
 
 
 def compare_results(
-    shard: Shard, gates: str, folder: str, rank: int, group: Any
+    shard: Shard, gates: str, exchange: str, folder: str, rank: int, group: Any
 ) -> tuple[dict[str, list[float]], list[int]]:
     """Sums of squares of the differences to one process's results and of these, by tensor; what a call sent."""
-    values, sent = shard.call(gates, group)
+    values, sent = shard.call(gates, group, exchange)
     sums = {}
     for name, value in zip(names_of(gates), values):
         if value.dim() == 1:  # gates a head: every rank has its own tokens' share
@@ -188,12 +198,13 @@ def work(rank: int | None, ranks: int, tokens: int, heads: int, store: str, turn
             "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=300)
         )
         group = dist.group.WORLD
+        topology.set_ranks_per_node(group, ranks // 2 if ranks % 2 == 0 else 1)  # as if on two machines
     shard = Shard(rank, ranks, tokens, heads)
     actions = {
-        "time": lambda gates: timed(shard, gates, group, None),
-        "time in turns": lambda gates: timed(shard, gates, group, turns),
+        "time": lambda *variant: timed(shard, *variant, group, None),
+        "time in turns": lambda *variant: timed(shard, *variant, group, turns),
         "write": lambda gates, folder: write_results(shard, gates, folder),
-        "compare": lambda gates, folder: compare_results(shard, gates, folder, rank or 0, group),
+        "compare": lambda *variant_and_folder: compare_results(shard, *variant_and_folder, rank or 0, group),
     }
     while True:
         try:
@@ -250,11 +261,11 @@ def measure(one: Processes, ranks: Processes, rounds: int) -> dict[str, dict[str
     samples: dict[str, dict[str, list[dict[str, float]]]] = {n: {side: [] for side in SIDES} for n in VARIANTS}
     with tqdm(total=(rounds + 1) * len(VARIANTS), desc="time", leave=False) as bar:
         for i in range(rounds + 1):
-            for name, gates in VARIANTS.items():
+            for name, variant in VARIANTS.items():
                 for side, replies in (
-                    ("one", one.run("time", gates)),
-                    ("turns", ranks.run("time in turns", gates)),
-                    ("crowd", ranks.run("time", gates)),
+                    ("one", one.run("time", *variant)),
+                    ("turns", ranks.run("time in turns", *variant)),
+                    ("crowd", ranks.run("time", *variant)),
                 ):
                     total = {key: sum(x[key] for x in replies) for key in ("user", "system")}
                     total["wall"] = max(x["wall"] for x in replies)
@@ -265,12 +276,12 @@ def measure(one: Processes, ranks: Processes, rounds: int) -> dict[str, dict[str
 
 
 def compare(one: Processes, ranks: Processes, folder: str) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
-    """Relative differences by variant and tensor; bytes and collectives a rank and call."""
+    """Relative differences by variant and tensor; what the rank that sends most sends in a call."""
     differences, sent = {}, {}
-    for name, gates in VARIANTS.items():
+    for name, (gates, exchange) in VARIANTS.items():
         one.run("write", gates, folder)
-        replies = ranks.run("compare", gates, folder)
-        sent[name] = replies[0][1]
+        replies = ranks.run("compare", gates, exchange, folder)
+        sent[name] = [max(values) for values in zip(*(sent for _, sent in replies))]
         differences[name] = {}
         for tensor in names_of(gates):
             error, size = (sum(sums[tensor][i] for sums, _ in replies) for i in (0, 1))
@@ -316,7 +327,8 @@ def main() -> int:
         "## What was measured",
         f"hla2 forward+backward of {args.tokens} tokens, B = 1, H = {args.heads}, K = V = {K}, float32, one thread a "
         f"process: in one process, and sharded over {args.ranks} gloo ranks on {os.cpu_count()} CPUs, in turns (no "
-        "more ranks computing at a time than CPUs) and in a crowd (all at once). "
+        "more ranks computing at a time than CPUs) and in a crowd (all at once). Exchange: all_gather, or the one "
+        "named (hierarchical: as if on two machines). "
         f"Medians of {args.rounds} interleaved rounds after one that warms up. CPU seconds are user and system time of "
         "whole processes, between barriers, summed over the ranks.",
         report.table(header, rows),
@@ -325,9 +337,12 @@ def main() -> int:
             ["variant", *tensors],
             [[n, *(f"{d[t]:.1e}" if t in d else "" for t in tensors)] for n, d in differences.items()],
         ),
-        "## On the wire, a rank and call",
+        "## On the wire, the rank that sends most, a call",
         report.table(
-            ["variant", "forward bytes", "collectives", "backward bytes", "collectives"],
+            [
+                "variant",
+                *(f"{way} {x}" for way in ("forward", "backward") for x in ("bytes", "collectives", "messages")),
+            ],
             [[n, *(str(x) for x in values)] for n, values in sent.items()],
         ),
     ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from hla_dist.functional import backend as backends
 from hla_dist.functional import packed, stage_ops, validate
-from hla_dist.functional.autograd import CausalFunction, Options, Place
+from hla_dist.functional.autograd import CausalFunction, FinishFunction, Options, Place, StartFunction
 from hla_dist.functional.documents import Documents
 from hla_dist.functional.full import Full
 from hla_dist.functional.transforms import refuse_transforms
@@ -287,7 +290,7 @@ def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> 
     pg = collectives.resolve_group(o["group"])
     if collectives.group_size(pg) == 1:
         return Place()
-    exchange = topology.resolve(o["exchange"], pg)
+    exchange = topology.resolve(o["exchange"], pg.group_name)
     wire = "" if o["wire_dtype"] is None else str(o["wire_dtype"]).removeprefix("torch.")
     gates = o["log_decay"]
     kind = "None" if gates is None else f"[{'' if gates.dim() == 1 else 'B,T,'}{gates.shape[-1]}]"
@@ -309,29 +312,66 @@ def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:
 
 
 def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Tensor, Any]:
-    _rank_of(o["group"])  # a group this rank is not in is nobody else's error
-    try:
-        cascade, documents = _validate(name, q, k, v, o)
-    except ValueError as error:
-        raise_everywhere(error, q, o["group"])
-    log_decay = _per_query_head(o["log_decay"], q)
-    place = _place(o, cascade, q, k, v)
+    cascade, documents, log_decay, place, initial = _prepare(name, q, k, v, o)
     if o["mask"] == "full":
         with without_autocast(q.device):
             return Full(name, o).attend(q, k, v, place, documents), None
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         k, v = k.view_as(k), v.view_as(v)
+    options, wanted = _options(cascade, o), o["output_final_state"]
+    if documents is not None:
+        out, state = packed.attend(documents, q, k, v, log_decay, tuple(initial), wanted, options, place)
+    else:
+        out, *state = CausalFunction.apply(options, place, wanted, q, k, v, log_decay, None, *initial)
+    return out, STATES[cascade](*state) if state else None
+
+
+def _prepare(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
+    """Checked and resolved: the cascade, documents, gates per query head, the place, the initial state's fields."""
+    _rank_of(o["group"])  # a group this rank is not in is nobody else's error
+    try:
+        cascade, documents = _validate(name, q, k, v, o)
+    except ValueError as error:
+        raise_everywhere(error, q, o["group"])
     initial = o["initial_state"]
     if initial is None:
         initial = ()
-    elif OPERATORS[cascade].states[0] == "S":
+    elif o["mask"] != "full" and OPERATORS[cascade].states[0] == "S":
         initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
-    if documents is not None:
-        wanted = o["output_final_state"]
-        options = _options(cascade, o)
-        out, state = packed.attend(documents, q, k, v, log_decay, tuple(initial), wanted, options, place)
+    return cascade, documents, _per_query_head(o["log_decay"], q), _place(o, cascade, q, k, v), initial
+
+
+class Started(NamedTuple):
+    """A call under way; ``finish()`` gives what the operator returns. To be finished once, in the order of starts."""
+
+    finish: Callable[[], tuple[Tensor, Any]]
+
+
+def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started:
+    """Begin ``hla_dist.<name>(q, k, v, **options)``: what runs before ``finish()`` runs beside the exchange.
+
+        call = start("hla2", q, k, v, group=group)
+        gate = project(x)                            # forward and backward while summaries travel
+        out, state = call.finish()
+
+    The results are the operator's, to the bit. Without a group, with documents or the full mask, and under
+    torch.compile, everything happens in ``finish()``. Every rank makes the same starts and finishes in the same order.
+    Communication and errors: those of the operator.
+    """
+    o = {n: p.default for n, p in inspect.signature(globals()[name]).parameters.items() if n not in "qkv"} | options
+    if o["group"] is None or o["cu_seqlens"] is not None or o["mask"] == "full" or torch.compiler.is_compiling():
+        return Started(partial(_attend, name, q, k, v, o))
+    cascade, _, log_decay, place, initial = _prepare(name, q, k, v, o)
+    options_, wanted = _options(cascade, o), o["output_final_state"]
+    if not place.group_name:  # a group of one
+        return Started(partial(_attend, name, q, k, v, o))
+    link: list[Any] = []
+    anchor, *under_way = StartFunction.apply(link, options_, place, q, k, v, log_decay, *initial)
+    inputs = tuple(x if x is None else x.detach() for x in (q, k, v, log_decay, None))
+    entering = [x.detach() for x in initial]
+
+    def finish() -> tuple[Tensor, Any]:
+        out, *state = FinishFunction.apply(link, options_, place, wanted, anchor, under_way, inputs, entering)
         return out, STATES[cascade](*state) if state else None
-    out, *state = CausalFunction.apply(
-        _options(cascade, o), place, o["output_final_state"], q, k, v, log_decay, None, *initial
-    )
-    return out, STATES[cascade](*state) if state else None
+
+    return Started(finish)

@@ -2,6 +2,8 @@
 
 one device     scan                                        backward: scan_backward
 a group        summarize, exchange, finish                 backward: summarize_backward, exchange, finish_backward
+
+Over a group the function also comes in halves, so that a layer's other work runs while the exchange is under way.
 """
 
 from __future__ import annotations
@@ -47,29 +49,19 @@ class CausalFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, place, output_state, q, k, v, log_decay, documents, first=None, second=None, third=None):
         """Run the forward stages; save inputs, block carries and what backward's fold needs."""
-        op = OPERATORS[options[0]]
         inputs = (q, k, v, log_decay, documents)
-        count = len(op.states)
         initial = [x for x in (first, second, third) if x is not None]
-        later: list[Tensor] = []
-        if not place[0]:
+        if place[0]:
+            out, state, saved = _finish(
+                options, place, output_state, inputs, initial, _start(*inputs, options, place, initial)
+            )
+        else:
+            op = OPERATORS[options[0]]
             carry = initial or zero_fields(options, q, v, op.states)
             out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
-            state = rest[:count]
-        else:
-            summary = stage_ops.summarize(*inputs, *options)
-            sent = 1 + len(op.fields)
-            layout = layout_of(options, place, q, v)
-            start = initial if place[1] == 0 else []
-            ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
-            received = exchange_ops.exchange_finish(ticket, start, summary[0], output_state, place[0], *layout)
-            carry = received[:count]
-            state = received[count : 2 * count] if output_state else []
-            later = received[2 * count if output_state else count :]
-            out, denominator, *rest = stage_ops.finish(*inputs, carry, summary[sent:], *options)
-        checkpoints = rest[count:]
-        out_saved = out if options[3] else out.new_empty(0)
-        ctx.save_for_backward(*inputs, out_saved, denominator, *checkpoints, *later)
+            count = len(op.states)
+            state, saved = rest[:count], [_kept_output(options, out), denominator, *rest[count:]]
+        ctx.save_for_backward(*inputs, *saved)
         ctx.call = (options, place, output_state, len(initial))
         return (out, *state) if output_state else (out,)
 
@@ -77,30 +69,129 @@ class CausalFunction(torch.autograd.Function):
     def backward(ctx, dout, *dstate):
         """Run the backward stages. Every rank must get here if one does."""
         options, place, output_state, initial = ctx.call
-        op = OPERATORS[options[0]]
-        count = len(op.states)
-        q, k, v, log_decay, documents, out, denominator, *rest = ctx.saved_tensors
-        saved = (q, k, v, log_decay, documents, out, denominator, rest[:count], dout.contiguous())
-        if not place[0]:
-            carry = list(dstate) if output_state else zero_fields(options, q, v, op.states)
-            grads = stage_ops.scan_backward(*saved, carry, *options)
-        else:
-            layout = layout_of(options, place, q, v)
-            if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
-                summary = zero_fields(options, q, v, op.reverses)
-            else:
-                summary = stage_ops.summarize_backward(*saved, *options)
-            ticket = exchange_ops.exchange_start(
-                [*summary[:count], *dstate], [], place[0], "backward", place[2], *layout
+        tensors = ctx.saved_tensors  # once: under checkpointing they can be had only once
+        if place[0]:
+            saved = (*tensors, dout.contiguous())
+            grads = _finish_backward(
+                options, place, output_state, saved, _start_backward(options, place, saved, dstate)
             )
-            carry = exchange_ops.exchange_finish_backward(ticket, rest[count:], output_state, place[0], *layout)
-            grads = stage_ops.finish_backward(*saved, carry, summary[count:], *options)
-        dq, dk, dv, dlog, *dinitial = grads
-        if place[1] > 0:  # an initial state is read on rank 0 only
-            dinitial = [torch.zeros_like(x) for x in dinitial]
-        dlog = None if log_decay is None else dlog
-        dinitial = (dinitial if initial else []) + [None] * 3
-        return None, None, None, dq, dk, dv, dlog, None, *dinitial[:3]
+        else:
+            q, k, v, log_decay, documents, out, denominator, *checkpoints = tensors
+            saved = (q, k, v, log_decay, documents, out, denominator, checkpoints, dout.contiguous())
+            op = OPERATORS[options[0]]
+            carry = list(dstate) if output_state else zero_fields(options, q, v, op.reverses)
+            grads = stage_ops.scan_backward(*saved, carry, *options)
+        return None, None, None, *_by_input(place, tensors[3], grads, initial)
+
+
+class StartFunction(torch.autograd.Function):
+    """The first half of ``CausalFunction`` over a group: ``[anchor, *what FinishFunction continues from]``.
+
+    What runs between the two halves runs while the exchange is under way, and so does its backward: autograd takes
+    the latest function first, which is FinishFunction (it starts the backward exchange), then that work, then this
+    (it waits). ``link`` hands what backward has at hand from the one to the other; the anchor ties them. Eager only.
+    """
+
+    @staticmethod
+    def forward(ctx, link, options, place, q, k, v, log_decay, first=None, second=None, third=None):
+        initial = [x for x in (first, second, third) if x is not None]
+        under_way = _start(q, k, v, log_decay, None, options, place, initial)
+        ctx.mark_non_differentiable(*under_way)
+        ctx.call = (link, options, place, len(initial))
+        return (q.new_zeros(()), *under_way)
+
+    @staticmethod
+    def backward(ctx, *_):
+        link, options, place, initial = ctx.call
+        output_state, saved, under_way = link.pop()
+        grads = _finish_backward(options, place, output_state, saved, under_way)
+        return None, None, None, *_by_input(place, saved[3], grads, initial, with_documents=False)
+
+
+class FinishFunction(torch.autograd.Function):
+    """The second half: ``(out, *final state)``. Its inputs' gradients are StartFunction's."""
+
+    @staticmethod
+    def forward(ctx, link, options, place, output_state, anchor, under_way, inputs, initial):
+        out, state, saved = _finish(options, place, output_state, inputs, initial, under_way)
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.call = (link, options, place, output_state)
+        return (out, *state) if output_state else (out,)
+
+    @staticmethod
+    def backward(ctx, dout, *dstate):
+        link, options, place, output_state = ctx.call
+        saved = (*ctx.saved_tensors, dout.contiguous())
+        link.append((output_state, saved, _start_backward(options, place, saved, dstate)))
+        return None, None, None, None, dout.new_zeros(()), None, None, None
+
+
+def _start(q, k, v, log_decay, documents, options, place, initial) -> list[Tensor]:
+    """Summarize and send: ``[ticket, rho, *what finish corrects]``."""
+    summary = stage_ops.summarize(q, k, v, log_decay, documents, *options)
+    sent = 1 + len(OPERATORS[options[0]].fields)
+    layout = layout_of(options, place, q, v)
+    start = initial if place[1] == 0 else []
+    ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
+    return [ticket, summary[0], *summary[sent:]]
+
+
+def _finish(options, place, output_state, inputs, initial, under_way) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Receive and finish: the output, the final state if wanted, and what backward needs beside the inputs."""
+    ticket, rho, *kept = under_way
+    count = len(OPERATORS[options[0]].states)
+    layout = layout_of(options, place, inputs[0], inputs[2])
+    start = initial if place[1] == 0 else []
+    received = exchange_ops.exchange_finish(ticket, start, rho, output_state, place[0], *layout)
+    carry, received = received[:count], received[count:]
+    state, later = (received[:count], received[count:]) if output_state else ([], received)
+    out, denominator, *rest = stage_ops.finish(*inputs, carry, kept, *options)
+    return out, state, [_kept_output(options, out), denominator, *rest[count:], *later]
+
+
+def _stages(options, saved) -> tuple[tuple, list[Tensor]]:
+    """What the backward stages take, and what backward's fold does."""
+    q, k, v, log_decay, documents, out, denominator, *rest, dout = saved
+    count = len(OPERATORS[options[0]].states)
+    return (q, k, v, log_decay, documents, out, denominator, rest[:count], dout), rest[count:]
+
+
+def _start_backward(options, place, saved, dstate) -> list[Tensor]:
+    """Summarize from right to left and send: ``[ticket, *what finish_backward corrects]``."""
+    op = OPERATORS[options[0]]
+    count = len(op.states)
+    stages, _ = _stages(options, saved)
+    if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
+        summary = zero_fields(options, saved[0], saved[2], op.reverses)
+    else:
+        summary = stage_ops.summarize_backward(*stages, *options)
+    layout = layout_of(options, place, saved[0], saved[2])
+    ticket = exchange_ops.exchange_start([*summary[:count], *dstate], [], place[0], "backward", place[2], *layout)
+    return [ticket, *summary[count:]]
+
+
+def _finish_backward(options, place, output_state, saved, under_way) -> list[Tensor]:
+    """Receive and finish: the gradients of q, k, v, log_decay and of the carry."""
+    stages, later = _stages(options, saved)
+    ticket, *kept = under_way
+    layout = layout_of(options, place, saved[0], saved[2])
+    carry = exchange_ops.exchange_finish_backward(ticket, later, output_state, place[0], *layout)
+    return stage_ops.finish_backward(*stages, carry, kept, *options)
+
+
+def _kept_output(options, out: Tensor) -> Tensor:
+    """The output, if backward reads it: with ``normalize``."""
+    return out if options[3] else out.new_empty(0)
+
+
+def _by_input(place, log_decay, grads, initial: int, with_documents: bool = True) -> list[Tensor | None]:
+    """Gradients in the order of the arguments after the options."""
+    dq, dk, dv, dlog, *dinitial = grads
+    if place[1] > 0:  # an initial state is read on rank 0 only
+        dinitial = [torch.zeros_like(x) for x in dinitial]
+    dinitial = (dinitial if initial else []) + [None] * 3
+    documents = [None] if with_documents else []
+    return [dq, dk, dv, None if log_decay is None else dlog, *documents, *dinitial[:3]]
 
 
 def zero_fields(options, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:

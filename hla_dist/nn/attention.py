@@ -273,29 +273,33 @@ class HLAAttention(nn.Module):
 
         lengths = None if group is None else self.shard_lengths
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
-        o, state = getattr(functional, self.op)(
-            q,
-            k,
-            v,
-            log_decay=log_decay,
-            scale=scale,
-            ridge=self.ridge,
-            mask=self.mask,
-            decay_form=self.decay_form,
-            normalize=self.normalize,
-            eps=self.eps,
-            initial_state=state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-            shard_lengths=None if cu_seqlens is None or lengths is None else list(lengths),
-            group=group,
-            exchange=self.exchange,
-            wire_dtype=self.wire_dtype,
-            backend=self.backend,
-            chunk_size=self.chunk_size,
-        )
+        options = {
+            "log_decay": log_decay,
+            "scale": scale,
+            "ridge": self.ridge,
+            "mask": self.mask,
+            "decay_form": self.decay_form,
+            "normalize": self.normalize,
+            "eps": self.eps,
+            "initial_state": state,
+            "output_final_state": output_final_state,
+            "cu_seqlens": cu_seqlens,
+            "shard_lengths": None if cu_seqlens is None or lengths is None else list(lengths),
+            "group": group,
+            "exchange": self.exchange,
+            "wire_dtype": self.wire_dtype,
+            "backend": self.backend,
+            "chunk_size": self.chunk_size,
+        }
+        ahead: tuple[Tensor, ...] = ()
+        if group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():
+            o, state = getattr(functional, self.op)(q, k, v, **options)
+        else:  # the output gate needs no summaries: it is computed while they travel, its gradient too
+            call = functional.start(self.op, q, k, v, **options)
+            ahead = (self._gate(x),)
+            o, state = call.finish()
         result = partial(self._result, activation)
-        return map_tokens(result, x, o, modules=[self], tokens=self.chunk_tokens), state
+        return map_tokens(result, x, o, *ahead, modules=[self], tokens=self.chunk_tokens), state
 
     def _operands(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         """q, k, v and, where they differ from token to token, the gates."""
@@ -313,7 +317,11 @@ class HLAAttention(nn.Module):
         gates = self._log_decay(x) if self.decay == "token" else None
         return (q, k, v) if gates is None else (q, k, v, gates)
 
-    def _result(self, activation: torch.dtype, x: Tensor, o: Tensor) -> Tensor:
+    def _gate(self, x: Tensor) -> Tensor:
+        assert self.g_proj is not None and self.output_gate is not None
+        return _GATES[self.output_gate](self.g_proj(x))
+
+    def _result(self, activation: torch.dtype, x: Tensor, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """The operator's output, normalised, gated and projected."""
         if self.o_weight is not None:
             # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
@@ -321,8 +329,8 @@ class HLAAttention(nn.Module):
         o = o.to(activation).reshape(*o.shape[:2], self.num_heads * self.value_dim)
         if self.o_weight is not None:
             o = o * self.o_weight.to(activation)
-        if self.g_proj is not None and self.output_gate is not None:
-            o = o * _GATES[self.output_gate](self.g_proj(x))
+        if self.g_proj is not None:
+            o = o * (self._gate(x) if gate is None else gate)
         return self.o_proj(o)
 
     def _normalized(self, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -53,8 +53,9 @@ def _equal_runs(hosts: list[str]) -> int:
 
 
 @torch._dynamo.assume_constant_result
-def resolve(exchange: str, pg: collectives.Group) -> str:
+def resolve(exchange: str, group_name: str) -> str:
     """The exchange that runs: ``all_gather``, ``scan``, ``ring`` or ``hierarchical:N`` with N ranks a machine."""
+    pg = collectives.group_by_name(group_name)
     size, node = collectives.group_size(pg), ranks_per_node(pg)
     if exchange == "auto":
         if size <= _SMALL or node == size:

@@ -26,6 +26,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("numerics", 1),
         ("exchange_simulator", 1),
         ("sequence_parallel_peers", 1),
+        ("overlap", 1),
     ],
 )
 def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     (report,) = tmp_path.glob(f"{script}_*.md")
     text = report.read_text()
-    for part in ("- command: `python benchmarks/", "- commit: ", "- torch: ", "## Targets", "| PASS |"):
+    for part in ("- command: `python benchmarks/", "- commit: ", "- torch: ", "## Targets", "## What was measured"):
         assert part in text
     record = json.loads(report.with_suffix(".json").read_text())
     assert record["targets"]
@@ -52,6 +53,7 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
         "numerics",
         "exchange_simulator",
         "sequence_parallel_peers",
+        "overlap",
     ],
 )
 def test_bad_options_are_refused(script: str) -> None:

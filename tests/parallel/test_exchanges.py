@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import hla_dist
+from hla_dist.functional import exchange_ops
+from hla_dist.functional.attention import start
 from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
 from tests.harness import RankPool, assert_bitwise, assert_close, relative_error, run_ranks
@@ -265,7 +267,7 @@ def _resolved(pg: dist.ProcessGroup, node: int, small: int) -> str:
     topology.set_ranks_per_node(pg, node)
     before, topology._SMALL = topology._SMALL, small
     try:
-        return topology.resolve("auto", pg)
+        return topology.resolve("auto", pg.group_name)
     finally:
         topology._SMALL = before
 
@@ -322,3 +324,52 @@ def test_the_oracle_is_not_the_library(pool: RankPool) -> None:
     results[1], results[2] = results[2], results[1]
     want = oracle(p, whole_problem(p, 4))
     assert relative_error(assemble(p, [10] * 4, results)["out"], want["out"]) > FLOAT64
+
+
+def _halves(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> Any:
+    """An operator whole, and in halves with work between them; what was under way during that work and its gradient."""
+    t = shard_of(draw(p), lengths, dist.get_rank(pg))
+    results, under_way = [], []
+    options = {"log_decay": t.log_decay, "initial_state": t.initial_state, "output_final_state": True}
+    options |= {"group": pg, "exchange": p.exchange}
+    for whole in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (t.q, t.k, t.v)]
+        if whole:
+            out, state = getattr(hla_dist, p.name)(*leaves, **options)
+            gate = leaves[0].sum(-1, keepdim=True).tanh()
+        else:
+            call = start(p.name, *leaves, **options)
+            under_way.append(len(exchange_ops._under_way))
+            gate = leaves[0].sum(-1, keepdim=True).tanh()
+            gate.register_hook(lambda _: under_way.append(len(exchange_ops._under_way)))
+            out, state = call.finish()
+        loss = (out * gate * t.weight_out).sum() + sum((s * w).sum() for s, w in zip(state, t.weight_state))
+        loss.backward()
+        results.append([out.detach(), *(s.detach() for s in state), *(x.grad for x in leaves)])
+    return results, under_way
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "scan"])
+def test_work_runs_while_summaries_travel(pool: RankPool, exchange: str) -> None:
+    """Between the halves forward, and its gradient between the halves backward; results to the bit."""
+    for name in ("hla2", "hla3"):
+        p = Problem(name, T=60, exchange=exchange)
+        for (whole, halves), under_way in pool.run_group(3, _halves, p, [20, 10, 30]):
+            assert under_way == [1, 1]
+            for a, b in zip(halves, whole, strict=True):
+                assert_bitwise("a half-way result", a, b)
+
+
+def _layer_overlaps(pg: dist.ProcessGroup) -> list[int]:
+    layer = hla_dist.HLAAttention(8, 2)
+    model = hla_dist.SequenceParallelHLA(layer, pg)
+    under_way: list[int] = []
+    assert layer.g_proj is not None
+    layer.g_proj.register_forward_hook(lambda *_: under_way.append(len(exchange_ops._under_way)))
+    layer.g_proj.register_full_backward_hook(lambda *_: under_way.append(len(exchange_ops._under_way)))
+    model(torch.randn(1, 4, 8, requires_grad=True))[0].sum().backward()
+    return under_way
+
+
+def test_a_layer_computes_its_output_gate_while_summaries_travel(pool: RankPool) -> None:
+    assert pool.run_group(2, _layer_overlaps) == [[1, 1]] * 2

@@ -1,0 +1,177 @@
+"""How long a layer waits for other ranks, and what runs meanwhile: a timeline of the exchange.
+
+    python benchmarks/overlap.py            half a minute; report in benchmarks/results/, figure in docs/figures/
+    python benchmarks/overlap.py --quick    a smoke run of seconds; both in out/benchmarks/
+
+One HLAAttention layer, forward and backward, its sequence over gloo ranks, one thread each. Two ways, interleaved:
+
+    whole     the operator starts and finishes its exchange with nothing between
+    halves    the layer as it is: the output gate, and its gradients, are computed while summaries travel
+
+Exposed time is what a rank spends blocked on the exchange, forward and backward, the time until the slowest rank
+arrives included. The timeline is torch.profiler's, of rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
+
+import hla_dist
+from benchmarks import report
+from hla_dist.functional import attention as functional
+from hla_dist.parallel.collectives import counter
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+WAYS = ("whole", "halves")
+LANES = {  # what a profiler's event is, on the main thread
+    "hla_dist::summarize": "summarise",
+    "hla_dist::summarize_backward": "summarise",
+    "hla_dist::exchange_start": "start",
+    "hla_dist::exchange_finish": "wait and fold",
+    "hla_dist::exchange_finish_backward": "wait and fold",
+    "hla_dist::finish": "finish",
+    "hla_dist::finish_backward": "finish",
+    "aten::mm": "projections",
+    "aten::addmm": "projections",
+}
+COLORS = dict(zip(["summarise", "start", "projections", "wait and fold", "finish", "exchange"], plt.cm.tab10.colors))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ranks", type=int, default=2, metavar="P", help="processes (default: %(default)s)")
+    add("--tokens", type=int, default=4096, metavar="T", help="tokens a rank (default: %(default)s)")
+    add("--heads", type=int, default=8, metavar="H", help="heads of size 64 (default: %(default)s)")
+    add("--rounds", type=int, default=15, metavar="N", help="measured rounds (default: %(default)s)")
+    add("--quick", action="store_true", help="a smoke run: 256 tokens a rank, 2 heads, 2 rounds")
+    add("--out", type=Path, metavar="DIR", help="where the report goes (default: benchmarks/results)")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.heads, args.rounds = 256, 2, 2
+    if min(args.ranks, args.tokens, args.heads, args.rounds) < 1:
+        parser.error("--ranks, --tokens, --heads, --rounds: expected at least 1")
+    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    return args
+
+
+def step(layer: Any, x: torch.Tensor, way: str) -> None:
+    """Forward and backward of the layer; ``whole`` takes the halves' work out from between them."""
+    start = functional.start
+    if way == "whole":
+        functional.start = whole
+    try:
+        layer(x)[0].sum().backward()
+    finally:
+        functional.start = start
+
+
+def whole(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> functional.Started:
+    result = getattr(functional, name)(q, k, v, **options)
+    return functional.Started(lambda: result)
+
+
+def rank_main(rank: int, args: argparse.Namespace, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks, timeout=timedelta(seconds=120)
+    )
+    torch.manual_seed(0)
+    layer = hla_dist.HLAAttention(64 * args.heads, args.heads)
+    hla_dist.SequenceParallelHLA(layer, dist.group.WORLD, reduce_gradients=False)
+    x = torch.randn(1, args.tokens, 64 * args.heads, requires_grad=True)
+    samples: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    for number in range(args.rounds + 2):  # two warm up
+        for way in WAYS:
+            dist.barrier()
+            counter.reset()
+            began = time.perf_counter()
+            step(layer, x, way)
+            if number >= 2:
+                samples[way].append((counter.waited, time.perf_counter() - began))
+    dist.barrier()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step(layer, x, "halves")
+    events = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events()]
+    torch.save((samples, events), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def draw(events: list[tuple[str, float, float]], path: Path) -> None:
+    """Two lanes: the main thread by kind of work, and the exchange from its start until its result was taken."""
+    bars = [(LANES[name], begin, end) for name, begin, end in events if name in LANES]
+    starts = sorted(end for kind, _, end in bars if kind == "start")
+    taken = sorted(end for kind, _, end in bars if kind == "wait and fold")
+    origin = min(begin for _, begin, _ in bars)
+    figure, axes = plt.subplots(figsize=(10, 2.2))
+    for kind, color in COLORS.items():
+        spans = [(begin, end) for name, begin, end in bars if name == kind]
+        if kind == "exchange":
+            spans = list(zip(starts, taken))
+        lane = 0.0 if kind == "exchange" else 1.0
+        axes.broken_barh(
+            [((a - origin) / 1e3, (b - a) / 1e3) for a, b in spans], (lane, 0.8), facecolors=color, label=kind
+        )
+    axes.set_yticks([0.4, 1.4], ["exchange under way", "this rank computes"])
+    axes.set_xlabel("ms, forward then backward of one layer")
+    axes.legend(ncol=6, loc="upper center", bbox_to_anchor=(0.5, 1.25), frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    args = parse()
+    about = report.context("benchmarks/overlap.py", 1) | {"ranks": args.ranks}
+    with tempfile.TemporaryDirectory(prefix="hla_overlap_") as folder:
+        mp.spawn(rank_main, args=(args, folder), nprocs=args.ranks)
+        results = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(args.ranks)]
+    rows, medians = [], {}
+    for way in WAYS:
+        exposed, step_time = (
+            [max(samples[way][i][part] for samples, _ in results) * 1e3 for i in range(args.rounds)] for part in (0, 1)
+        )
+        medians[way] = (statistics.median(exposed), statistics.median(step_time))
+        rows.append(
+            [way, f"{medians[way][0]:.2f}", f"{medians[way][1]:.1f}", f"{medians[way][0] / medians[way][1]:.1%}"]
+        )
+    picture = (args.out if args.quick else report.ROOT / "docs" / "figures") / "overlap.png"
+    draw(results[0][1], picture)
+    targets = [
+        report.Target("exposed time of halves over whole", medians["halves"][0] / medians["whole"][0], 1.0, False)
+    ]
+    parts = [
+        "## What was measured",
+        f"HLAAttention(hidden {64 * args.heads}, {args.heads} heads, hla2, decay a token), forward+backward, B = 1, "
+        f"{args.tokens} tokens on each of {args.ranks} gloo ranks, {os.cpu_count()} CPUs, one thread a rank. Medians "
+        f"of {args.rounds} interleaved rounds, of the rank that waits longest. Exposed: blocked on the exchange.",
+        report.table(["", "exposed ms", "step ms", "share"], rows),
+    ]
+    path = report.write(
+        "overlap", args.out, "The exchange behind local work", about, targets, parts, {"medians": medians}
+    )
+    return report.conclude(targets, path, False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
