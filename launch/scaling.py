@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import report
+from hla_dist.parallel import rendezvous
 from hla_dist.scaling.config import ScalingConfig, parse, plan
 from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, plot, text_table
 from hla_dist.scaling.run import run_cases
@@ -35,6 +36,10 @@ MILLION = 1 << 20
 
 
 def main() -> int:
+    try:
+        store = rendezvous.join(os.environ)
+    except ValueError as exc:
+        return mistake(0, str(exc))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
@@ -47,7 +52,7 @@ def main() -> int:
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local))
     about = report.context("launch/scaling.py", torch.get_num_threads())
     about |= {"command": command(world_size), "ranks": world_size, "device": device.type, "case": described(config)}
-    connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
+    connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
     try:
         rows = run_cases(config, cases, device)
     except ValueError as exc:  # the library's own checks: raised alike on every rank

@@ -1,6 +1,7 @@
-"""Trains a language model whose sequences are sharded over the ranks of torchrun; see --help.
+"""Trains a language model whose sequences are sharded over the ranks of torchrun or mpirun; see --help.
 
     torchrun --standalone --nproc_per_node 8 launch/train.py --out out/train
+    mpirun -n 8 python -m mpi4py launch/train.py --out out/train               needs mpi4py
     python launch/train.py --data TEXT --seq-len 2048                          one process, without torchrun
 
     torchrun --standalone --nproc_per_node 8 --max-restarts 3 launch/train.py --save-every 100 --out out/train
@@ -34,6 +35,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by --deter
 
 import torch  # noqa: E402
 
+from hla_dist.parallel import rendezvous  # noqa: E402
 from hla_dist.training.config import TrainConfig, parse  # noqa: E402
 from hla_dist.training.continuation import Launch  # noqa: E402
 from hla_dist.training.failure import UserError, describe  # noqa: E402
@@ -48,6 +50,10 @@ PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "tim
 
 
 def main() -> int:
+    try:
+        store = rendezvous.join(os.environ)
+    except ValueError as exc:
+        leave(0, str(exc), alike=True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO())
@@ -61,12 +67,13 @@ def main() -> int:
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         try:
-            connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ)
+            connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
         except UserError as exc:
             leave(rank, str(exc), alike=False)
         stop = StopSignal()  # from here on there is something to save
         code = Run(config, build_layout(degrees, device, config.save_timeout), stop, STARTED, launch).train()
         torch.distributed.destroy_process_group()
+        rendezvous.meet()
     except UserError as exc:
         leave(rank, str(exc), alike=True)
     except ValueError as exc:  # the library's own checks: raised alike on every rank of a group
@@ -103,8 +110,8 @@ def choose_device(config: TrainConfig) -> torch.device:
 def leave(rank: int, message: str, alike: bool) -> NoReturn:
     """Ends this process with one line and exit code 1; of a mistake all ranks share, rank 0 speaks.
 
-    The others give it a moment first: torchrun ends all ranks as soon as one has failed. os._exit, since tearing
-    down a process group whose peers may be gone can wait for them.
+    The others give it a moment first: torchrun and mpirun end all ranks as soon as one has failed. os._exit, since
+    tearing down a process group whose peers may be gone can wait for them.
     """
     if rank == 0 or not alike:
         who = "" if alike else f" (rank {rank})"
@@ -113,6 +120,7 @@ def leave(rank: int, message: str, alike: bool) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     sys.stdout.flush()
+    rendezvous.end(1)
     os._exit(1)
 
 

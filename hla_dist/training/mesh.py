@@ -89,20 +89,26 @@ def factorise(world_size: int, sp: int = 0, dp_shard: int = 0, dp_replicate: int
     return Degrees(replicate, shard, cp, tp, fully_sharded=dp_shard > 0)
 
 
-def connect(rank: int, world_size: int, device: torch.device, timeout_s: float, from_env: bool) -> None:
-    """Joins the process group: NCCL on GPUs, gloo elsewhere; a world of one needs no rendezvous."""
+def connect(
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    timeout_s: float,
+    from_env: bool,
+    store: dist.Store | None = None,
+) -> None:
+    """Joins the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none."""
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device
-    store: dist.Store = dist.HashStore()
-    if from_env:
+    if store is None and from_env:
         try:
             common, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
         except dist.DistError as exc:  # a port in use, an address that nobody has
             reason = " ".join(str(exc).split())
             raise UserError(f"rendezvous: cannot meet the other ranks: {reason}") from exc
         store = fresh_store(common, rank, world_size, timeout_s)
-    options |= {"store": store, "rank": rank, "world_size": world_size}
+    options |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 

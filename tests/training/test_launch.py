@@ -1,0 +1,111 @@
+"""The scripts of launch/, and train.py under mpirun."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from hla_dist.parallel import rendezvous
+from tests.harness import raises_value_error
+from tests.training.corpora import write_text
+from tests.training.test_program import FAILING, SECONDS, SMALL, environment, errors
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+MPIRUN = Path(sysconfig.get_path("scripts")) / "mpirun"  # of the mpich wheel
+SCRIPTS = ("mpirun.sh", "slurm.sh", "torchrun_multinode.sh")
+
+
+def run(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(x) for x in command], env=environment() | more, capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def test_the_scripts_listed_are_all_there_are() -> None:
+    assert sorted(path.name for path in LAUNCH.glob("*.sh")) == sorted(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_parse_and_say_how_they_are_used(script: str) -> None:
+    assert os.access(LAUNCH / script, os.X_OK)
+    assert run("bash", "-n", LAUNCH / script).returncode == 0
+    done = run(LAUNCH / script, "--help")
+    assert done.returncode == 2 and not done.stdout
+    assert re.match(rf"usage: .*launch/{script} .*\[options of launch/train.py\]\n", done.stderr)
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> str:
+    """A PATH whose launchers print what they were asked to do."""
+    for name in ("srun", "mpirun", "python"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "${0##*/}" "$@"\n')
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node07\\nnode08\\n'\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_what_the_scripts_start(stubs: str) -> None:
+    torchrun = "-m torch.distributed.run --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d"
+    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+    job |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT)}
+    more = {"PATH": stubs, "PYTHON": "python", "MAX_RESTARTS": "3"}
+    options = ("--out", "a folder", "--steps", "5")
+    train = f"{LAUNCH}/train.py --out a folder --steps 5\n"
+    for command, variables, want in (
+        (
+            ("slurm.sh",),
+            job,
+            f"srun --kill-on-bad-exit=1 python {torchrun} --rdzv-endpoint node07:23456 --rdzv-id 123456",
+        ),
+        (
+            ("torchrun_multinode.sh", 2, 4, "node07"),
+            {},
+            f"python {torchrun} --rdzv-endpoint node07:29400 --rdzv-id hla",
+        ),
+        (("mpirun.sh", 8), {"HOSTS": "a:4,b:4"}, "mpirun -n 8 -hosts a:4,b:4 python -m mpi4py"),
+    ):
+        done = run(LAUNCH / command[0], *command[1:], *options, **more, **variables)
+        assert (done.returncode, done.stdout) == (0, f"{want} {train}"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_text(tmp_path_factory.mktemp("data") / "text.txt", 6000))
+
+
+def test_training_over_mpirun_equals_one_process(text: str) -> None:
+    done = run(LAUNCH / "mpirun.sh", 4, *SMALL, "--sp", 2, "--data", text, MPIRUN=str(MPIRUN), PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "64 tokens a sequence over 2 rank(s), 2 replica(s)" in done.stdout
+    parity = [line for line in done.stdout.splitlines() if line.startswith("parity of 4 rank(s) with 1 process")]
+    assert len(parity) == 1 and parity[0].endswith(": ok")
+
+
+def test_one_rank_raising_ends_all_of_mpirun(tmp_path: Path, text: str) -> None:
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING.format(root=str(ROOT), launch=str(LAUNCH)))
+    began = time.monotonic()
+    done = run(MPIRUN, "-n", 3, sys.executable, "-m", "mpi4py", program, *SMALL, "--timeout", 120, "--data", text)
+    assert done.returncode != 0 and time.monotonic() - began < SECONDS / 2
+    assert any("(rank 1): KeyError: 'a bug on one rank'" in line for line in errors(done)), done.stderr
+
+
+def test_plain_python_under_mpirun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank would take itself for the only one, and all would write to the same folder."""
+    assert run(MPIRUN, "-n", 2, "printenv", "PMI_SIZE").stdout == "2\n2\n"
+    monkeypatch.delitem(sys.modules, "mpi4py", raising=False)
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        with raises_value_error("expected `python -m mpi4py PROGRAM` under mpirun", f"plain python with {name}=2"):
+            rendezvous.join({name: "2"})
+    for environ in ({}, {"PMI_SIZE": "1"}, {"RANK": "0", "PMI_SIZE": "2"}):
+        before = dict(environ)
+        assert rendezvous.join(environ) is None and environ == before
