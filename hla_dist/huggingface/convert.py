@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from hla_dist.huggingface import HLAForCausalLM, byte_tokenizer, from_huggingface, to_huggingface
+from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
 from hla_dist.training.failure import UserError, describe
 from hla_dist.training.share import Trained, export, load_trained
@@ -34,7 +34,7 @@ def to_folder(trained: Trained, folder: Path) -> None:
     model = to_huggingface(trained.model.state_dict(), trained.model.config)
     model.config.trained_steps = trained.step
     if trained.tokenizer is not None:
-        PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(trained.tokenizer)).save_pretrained(folder)
+        for_models(load_tokenizer(trained.tokenizer)).save_pretrained(folder)
     elif trained.known_text:
         byte_tokenizer().save_pretrained(folder)
     model.save_pretrained(folder)

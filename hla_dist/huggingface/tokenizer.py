@@ -8,7 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 tokens that ``save_pretrained`` can store beside a model; it has no special tokens."""
+    """A tokenizer of 256 tokens that ``save_pretrained`` can store beside a model; it has no special tokens.
+
+    For padded batches set ``pad_token_id = 0`` on the one in use, not on one that is saved: a loaded special token is
+    also looked for in the text, by its printable stand-in.
+    """
     # GPT-2's printable stand-ins: bytes that print stand for themselves, the others follow from 256 on
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
@@ -17,4 +21,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    return for_models(tokenizer)
+
+
+def for_models(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """With what transformers adds to a tokenizer: a model's inputs by name, and padding in front for generation."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+    )

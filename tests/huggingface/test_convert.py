@@ -37,6 +37,7 @@ def test_there_and_back_with_bytes(tmp_path: Path):
     hla = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
     ids = tokenizer(prompt).input_ids
+    assert set(tokenizer(prompt)) == {"input_ids", "attention_mask"} and tokenizer.padding_side == "left"
     assert ids == list(prompt.encode()) and tokenizer.decode(ids) == prompt and len(tokenizer) == 256
     want = generate(own.model, ids, 12, temperature=0)
     got = hla.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
