@@ -169,7 +169,7 @@ def closed_form(exchange: str, network: Network, wire: Wire) -> float:
     """Seconds until the last rank has its carry, if all start together and every message were of the larger kind.
 
         all_gather     (P - 1)(a + s b) + (P - 1) c                      a, b of the slowest link of the ring
-        ring           (P - 2 + K)(a + s' b / K) + (P - 2) c / K         c <= a + s' b
+        ring           (P - 2 + K)(a + s' b / K) + (P - 2) c / K         while c / K <= a + s' b / K
         scan           ceil(log2 P)(a + s b + c)
         hierarchical   (g - 1)(a + s b + c / g) + ceil(log2 N)(a2 + (s b2 + c) / g)        N = P / g nodes
                        + max((g - 1)(a + s' b / g), (g - 2) c) + c

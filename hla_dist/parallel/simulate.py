@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from typing import NamedTuple
 
@@ -93,17 +94,18 @@ def efficiency(outcomes: tuple[Outcome, Outcome], layer: Layer) -> float:
 
 
 def _seconds(text: str) -> float:
-    for unit, factor in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
-        if text.endswith(unit):
-            return float(text[: -len(unit)]) * factor
-    raise ValueError(text)
+    match = re.fullmatch(r"([\d.]+)(us|ms|s)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 8us or 0.2ms, got {text!r}")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
 
 
 def _link(text: str) -> Link:
     latency, _, rate = text.partition(",")
-    if not rate.endswith("GB"):
-        raise ValueError(text)
-    return Link(_seconds(latency), 1e-9 / float(rate[:-2]))
+    match = re.fullmatch(r"([\d.]+)GB", rate)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a latency and gigabytes a second such as 8us,50GB, got {text!r}")
+    return Link(_seconds(latency), 1e-9 / float(match[1]))
 
 
 def _layer(text: str) -> Layer:

@@ -177,7 +177,7 @@ def test_the_engine_notices_wrong_programs():
         run(network(2), [script(Send(1, 8)), script(Receive(0, 9))])
 
 
-def test_agreement_reaches_everybody(monkeypatch: pytest.MonkeyPatch):
+def test_agreement_reaches_everybody():
     """ceil(log2 P) rounds of headers in front, for every number of ranks."""
     for ranks in (1, 2, 3, 7, 8, 13):
         for slow in range(ranks):
@@ -211,7 +211,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
     assert simulate.main(["--ranks", "16", "--json", "--inside", "1us,100GB"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["exchange"] for row in rows] == list(EXCHANGES)
-    for wrong, part in (("--ranks=12", "a multiple of node"), ("--overlap=2", "--overlap: expected 0 to 1")):
+    for wrong, part in (
+        ("--ranks=12", "a multiple of node"),
+        ("--overlap=2", "--overlap: expected 0 to 1"),
+        ("--across=8us", "expected a latency and gigabytes a second such as 8us,50GB, got '8us'"),
+        ("--compute=1,2", "expected a time such as 8us or 0.2ms, got '1'"),
+    ):
         with pytest.raises(SystemExit):
             simulate.main([wrong])
         assert part in capsys.readouterr().err
