@@ -12,6 +12,7 @@ twice the tokens, stays under --cap seconds; beyond, they are not run and their 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
         "--rounds", type=int, default=3, metavar="N", help=f"measured rounds below {LONG} tokens (default: %(default)s)"
     )
     add("--cap", type=float, default=5.0, metavar="S", help="seconds a quadratic call may take (default: %(default)s)")
+    add("--join", type=Path, metavar="JSON", help="also report what an earlier run measured on other numbers of ranks")
     add("--check", action="store_true", help="exit code 1 if a target is missed")
     add("--quick", action="store_true", help="a smoke run: 2 ranks, 512 and 1024 tokens, one round")
     add(
@@ -157,10 +159,20 @@ def targets_of(rows: list[dict[str, Any]], differences: dict[int, dict[str, floa
     return targets
 
 
+def joined(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, dict[str, float]], list[dict[str, Any]]]:
+    """Rows and differences of an earlier run but for the worlds that are measured now, and how it was run."""
+    if args.join is None:
+        return [], {}, []
+    record = json.loads(args.join.read_text())
+    rows = [row for row in record["rows"] if row["ranks"] not in args.ranks]
+    differences = {int(p): x for p, x in record["differences"].items() if int(p) not in args.ranks}
+    return rows, differences, [*record["earlier"], record["about"]]
+
+
 def main() -> int:
     args = parse()
     about = report.context("benchmarks/sequence_parallel_peers.py", 1)
-    rows, differences = [], {}
+    rows, differences, earlier = joined(args)
     for size in args.ranks:
         more, differences[size] = world(size, args)
         rows += more
@@ -169,7 +181,7 @@ def main() -> int:
         targets = [t for t in targets if not t.name.endswith(("wall", "memory"))]
     args.out.mkdir(parents=True, exist_ok=True)
     image = args.out / f"sequence_parallel_peers_{report.hardware_slug()}_{about['started'][:10]}.png"
-    plot(rows, max(args.ranks), image)
+    plot(rows, max(differences), image)
     order = list(CONTENDERS)
     rows.sort(key=lambda row: (row["ranks"], row["tokens"], order.index(row["name"])))
     header = [
@@ -182,6 +194,7 @@ def main() -> int:
         "bytes sent a rank",
         "messages a rank",
     ]
+    runs = [f"`{x['command']}` at {x['commit']}, load average {x['load_average_at_start']}" for x in earlier]
     body = [
         "## What was measured",
         f"Forward and backward, B = 1, H = {args.heads}, K = V = {args.dim}, float32, over gloo processes of one "
@@ -191,6 +204,7 @@ def main() -> int:
         f"as the messages it is made of. Softmax stops before {args.cap:g} s: what was not run is a projection, times "
         "four for twice the tokens, of the longest that was. Hierarchical: two nodes of half the ranks. All contenders "
         "compute locally with the same code: this library's operators, torch's fused softmax attention.",
+        *(["The other numbers of ranks are of earlier runs: " + "; ".join(runs) + "."] if runs else []),
         f"![Seconds, bytes and memory over tokens]({image.name})",
         report.table(header, [cells(row) for row in rows]),
         "## Differences to one process, float64, the largest of out, dq, dk, dv",
@@ -199,7 +213,7 @@ def main() -> int:
             [[name, *(f"{by_name[name]:.1e}" for by_name in differences.values())] for name in CONTENDERS],
         ),
     ]
-    data = {"rows": rows, "differences": differences}
+    data = {"rows": rows, "differences": differences, "earlier": earlier}
     title = "Sequence parallelism: this library and its peers"
     path = report.write("sequence_parallel_peers", args.out, title, about, targets, body, data)
     return report.conclude(targets, path, args.check)
