@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from benchmarks import report
 from hla_dist.parallel import rendezvous
-from hla_dist.scaling.config import ScalingConfig, parse, plan
+from hla_dist.scaling.config import SERIES, ScalingConfig, parse, plan
 from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, plot, text_table
 from hla_dist.scaling.run import run_cases
 from hla_dist.training.failure import UserError, describe
@@ -122,6 +122,9 @@ def targets(rows: list[dict[str, Any]]) -> list[report.Target]:
             for other in (r for r in shorter if r["tokens"] * 8 == row["tokens"]):
                 ratio = row["us_per_token"] / other["us_per_token"]
                 found.append(report.Target(name + f"time a token over {other['tokens']:,} tokens'", ratio, 1.1, False))
+                ratio = row["cpu_s"] / other["cpu_s"] * other["tokens"] / row["tokens"]
+                name_of = f"CPU seconds a token over {other['tokens']:,} tokens'"
+                found.append(report.Target(name + name_of, ratio, 1.1, False))
         for tensor, error in row["errors"].items():
             bound = 3e-5 if tensor == "dlog_decay" else 1e-5
             found.append(report.Target(name + f"error of {tensor}", error, bound, False))
@@ -129,7 +132,8 @@ def targets(rows: list[dict[str, Any]]) -> list[report.Target]:
 
 
 def write(config: ScalingConfig, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    theme = "scaling_" + "_".join(config.what)
+    series = config.series if len(config.series) < len(SERIES) else []
+    theme = "_".join(["scaling", *config.what, *series])
     body = ["## Figures", LEGEND, report.table(HEADER, [cells(row) for row in rows])]
     data = {"config": config.to_dict(), "rows": rows}
     out = Path(config.out or "")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 4096  # tokens a chunk: products stay large, and a SwiGLU's [4096, 2 M] is small beside a long shard
+CHUNK_TOKENS = 1024  # measured on a CPU: as fast as 4096, and the allocator keeps a tenth less
 
 
 def map_tokens(fn: Callable[..., Any], *sequences: Tensor, modules: Sequence[nn.Module], tokens: int) -> Any:
