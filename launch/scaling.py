@@ -70,10 +70,9 @@ def choose_device(config: ScalingConfig, local: int) -> torch.device:
     """This rank's device; UserError if the GPUs do not suffice for one a rank."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if torch.cuda.device_count() < local:
-        raise UserError(
-            f"--device: expected a GPU for each of {local} rank(s) here (or --device cpu), got {torch.cuda.device_count()}"
-        )
+    gpus = torch.cuda.device_count()
+    if gpus < local:
+        raise UserError(f"--device: expected a GPU for each of {local} rank(s) here (or --device cpu), got {gpus}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
