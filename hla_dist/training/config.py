@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from hla_dist.models.config import SIZES, ModelConfig
+from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.training.failure import UserError
 
 Options = TypeVar("Options")
@@ -84,6 +85,10 @@ class TrainConfig:
     )  # fmt: skip
     dp_replicate: int = option(0, "ranks", "data ranks that repeat parameters; 0: what --dp-shard and --sp leave")
     tp: int = option(1, "ranks", "tensor-parallel ranks; there is no tensor parallelism: 1")
+    exchange: str = option(
+        "auto", "ranks", "how summaries travel between the ranks of a sequence", choices=list(EXCHANGES)
+    )
+    bf16_wire: bool = option(False, "ranks", "summaries travel rounded to bfloat16, in half the bytes")
     device: str = option("auto", "ranks", "auto: a GPU a rank where there are GPUs", choices=["auto", "cpu", "cuda"])
     threads: int = option(0, "ranks", "CPU threads a rank; 0: the machine's cores over its ranks")
     timeout: float = option(120.0, "ranks", "seconds after which a collective that cannot finish is an error")
@@ -123,6 +128,10 @@ class TrainConfig:
                 raise UserError(f"{flag(name)}: expected at least {minimum}, got {value}")
         if not 0 < self.held_out < 1:
             raise UserError(f"--held-out: expected a share between 0 and 1, got {self.held_out}")
+        if self.bf16_wire and self.parity:
+            raise UserError(
+                "--bf16-wire: expected --no-parity beside it (the ranks differ by its rounding), got --parity"
+            )
         if self.resume in ("", "auto") and self.out is None:
             raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hla_dist import SequenceParallelHLA
+from hla_dist import HLAAttention, SequenceParallelHLA
 from hla_dist.models import LanguageModel
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.training.mesh import Layout
@@ -41,6 +41,9 @@ def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, layout: Layout) -> S
     assert isinstance(original, LanguageModel)
     copy = LanguageModel(original.config).to(dtype).to(layout.device)
     copy.activation_checkpointing = original.activation_checkpointing
+    for layer, its in zip(copy.modules(), original.modules(), strict=True):
+        if isinstance(layer, HLAAttention) and isinstance(its, HLAAttention):
+            layer.exchange, layer.wire_dtype = its.exchange, its.wire_dtype
     twin = distributed(copy, layout, sync_parameters=False)
     with torch.no_grad():
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):

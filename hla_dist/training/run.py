@@ -60,7 +60,10 @@ class Run:
         model = together(layout.world, lambda: LanguageModel(self.model_config)).to(layout.device)
         model.activation_checkpointing = config.checkpoint_activations
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.model = distributed(model, layout, shard_lengths=default_lengths(config.seq_len, layout.shards))
+        self.model = distributed(
+            model, layout, shard_lengths=default_lengths(config.seq_len, layout.shards), exchange=config.exchange,
+            wire_dtype=torch.bfloat16 if config.bf16_wire else None,
+        )  # fmt: skip
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
         windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed)
         self.trainer = Trainer(

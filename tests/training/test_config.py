@@ -39,6 +39,8 @@ def test_values_are_typed() -> None:
         (["--lr", "nan"], "--lr: expected at least 0, got nan"),
         (["--size", "huge"], "--size: invalid choice: 'huge'"),
         (["--held-out", "1"], "--held-out: expected a share between 0 and 1, got 1.0"),
+        (["--exchange", "gossip"], "--exchange: invalid choice: 'gossip'"),
+        (["--bf16-wire"], "--bf16-wire: expected --no-parity beside it"),
         (["--resume"], "--resume: expected a directory, or --out"),
     ],
 )
