@@ -75,7 +75,7 @@ def test_packing_without_padding_and_checkpointing_train_the_same_task(tmp_path:
     for collator in (padded, DataCollatorWithFlattening(), DataCollatorWithFlattening(return_flash_attn_kwargs=True)):
         hla = small().double()
         one = trainer(hla, tmp_path, max_steps=3, logging_steps=1, collator=collator,
-                      gradient_checkpointing=collator is not padded)  # fmt: skip
+                      activation_checkpointing=collator is not padded)  # fmt: skip
         one.train()
         losses.append([entry["loss"] for entry in one.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
