@@ -43,6 +43,7 @@ class ModelCase:
         ).to(device)
         model.activation_checkpointing = config.checkpoint_activations
         self.start = copy.deepcopy(model)
+        self.first: float | None = None
         wrapped = SequenceParallelHLA(model, group)
         kind = np.uint8 if config.vocab_size <= 256 else np.uint32
         text = np.random.default_rng(config.seed).integers(config.vocab_size, size=tokens + 1, dtype=kind)
@@ -64,8 +65,10 @@ class ModelCase:
         return agreed.loss
 
     def run(self) -> tuple[float, Sample]:
-        """The loss, and this rank's figures."""
-        return measure(self.call, self.group, self.device)
+        """The loss of the first step, and this rank's figures of this one."""
+        loss, sample = measure(self.call, self.group, self.device)
+        self.first = loss if self.first is None else self.first
+        return self.first, sample
 
     @torch.no_grad()
     def errors(self, loss: float) -> dict[str, float]:

@@ -45,16 +45,15 @@ def measured(config: ScalingConfig, case: Case, group: Any, device: torch.device
     del warm
     problem = kind(config, pg, case.tokens, device)
     samples: list[Any] = []
-    first = None
-    for number in range(config.rounds):
+    result = None
+    for _ in range(config.rounds):
+        del result  # it would count in the next round's peak
         result, sample = problem.run()
         samples.append(sample)
-        first = result if number == 0 else first
-        del result
     gc.collect()
     figures: dict[str, Any] = {"what": case.what, "series": list(case.series), "ranks": case.ranks}
     figures |= {"tokens": case.tokens, **row(samples, pg)}
     figures["tokens_per_s"] = case.tokens / figures["seconds"]
     figures["us_per_token"] = figures["seconds"] / case.tokens * 1e6
-    figures["errors"] = problem.errors(first) if config.check else {}
+    figures["errors"] = problem.errors(result) if config.check else {}
     return figures
