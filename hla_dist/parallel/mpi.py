@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -36,6 +37,8 @@ _NUMBERS = {
     torch.complex64: "C_FLOAT_COMPLEX",
     torch.complex128: "C_DOUBLE_COMPLEX",
 }
+
+_COLLECTIVES = ("all-gather", "all-reduce", "broadcast")
 
 _groups: dict[str, MPIGroup] = {}  # custom ops know a group by its name
 _numbers = itertools.count()
@@ -104,6 +107,7 @@ class MPIGroup:
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """``out [P * n]`` from every rank's ``x [n]``, rank-major."""
+        self._compare("all-gather", x)
         theirs, ours = _host(out, copy=False), _host(x)
         request = self._comm().Iallgather([_bytes(ours), _MPI().BYTE], [_bytes(theirs), _MPI().BYTE])
         return Work(self, "all-gather", [request], (ours, theirs), _copy_back(out, theirs))
@@ -112,6 +116,7 @@ class MPIGroup:
         """Sum ``x`` over the ranks, in place. Raises ValueError for dtypes that MPI cannot add, bfloat16 among them."""
         if x.dtype not in _NUMBERS:
             raise ValueError(f"x: expected one of {[str(d) for d in _NUMBERS]} to add over MPI, got {x.dtype}")
+        self._compare("all-reduce", x)
         host = _host(x)
         number = getattr(_MPI(), _NUMBERS[x.dtype])
         request = self._comm().Iallreduce(_MPI().IN_PLACE, [_bytes(host), number])
@@ -119,6 +124,7 @@ class MPIGroup:
 
     def broadcast(self, x: Tensor, source: int) -> Work:
         """Overwrite ``x`` with that of rank ``source``."""
+        self._compare("broadcast", x)
         host = _host(x)
         request = self._comm().Ibcast([_bytes(host), _MPI().BYTE], root=source)
         return Work(self, "broadcast", [request], host, _copy_back(x, host))
@@ -155,6 +161,21 @@ class MPIGroup:
             self._own.Free()
         self._original = self._own = None
 
+    def _compare(self, what: str, x: Tensor) -> None:
+        """With TORCH_DISTRIBUTED_DEBUG=DETAIL, as torch does it: RuntimeError on all ranks if they want different things.
+
+        An MPI need not notice: it may leave a part unwritten, or wait.
+        """
+        if dist.get_debug_level() != dist.DebugLevel.DETAIL:
+            return
+        own = torch.tensor([_COLLECTIVES.index(what), x.nbytes])
+        every = torch.empty(self.size, 2, dtype=torch.int64)
+        request = self._comm().Iallgather([_bytes(own), _MPI().BYTE], [_bytes(every), _MPI().BYTE])
+        Work(self, what, [request], (own, every)).wait()
+        if (every != own).any():
+            wanted = [f"{_COLLECTIVES[c]} of {n} bytes on rank {r}" for r, (c, n) in enumerate(every.tolist())]
+            raise RuntimeError(f"{what} over {self}: expected the same on every rank, got " + ", ".join(wanted))
+
     def _comm(self) -> Any:
         """The duplicate."""
         if self.broken:
@@ -173,6 +194,7 @@ def is_communicator(group: Any) -> bool:
     return mpi is not None and isinstance(group, mpi.Comm)
 
 
+@torch._dynamo.assume_constant_result  # a communicator is nothing that compilers can look into; its group is
 def resolve(comm: Any) -> MPIGroup:
     """The group of a communicator, the same one every time. No communication.
 

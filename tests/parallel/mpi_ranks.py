@@ -249,6 +249,42 @@ def nothing_is_pickled() -> None:
             mpi.pickle = before
 
 
+def different_collectives() -> None:
+    """Under TORCH_DISTRIBUTED_DEBUG=DETAIL every rank hears of it; and of a forward that meets a backward always."""
+    group = collectives.resolve_group(WORLD)
+    calls = {
+        "all-gather of 8 bytes on rank 2": lambda n: collectives.all_gather_flat(torch.ones(n), group),
+        "all-reduce of 4 bytes on rank 2": lambda n: (
+            collectives.broadcast(torch.ones(1), group) if n == 1 else collectives.all_reduce_sum(torch.ones(1), group)
+        ),
+    }
+    for part, call in calls.items():
+        text = _outcome(lambda call=call: call(2 if WORLD.rank == 2 else 1))
+        assert text.startswith("RuntimeError: ") and "expected the same on every rank" in text and part in text, text
+    x = torch.ones(1, 3, 2, 4, requires_grad=True)
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    out = hla_dist.hla2(x, x, x, group=WORLD)[0].sum()
+    text = _outcome(out.backward if WORLD.rank == 2 else lambda: hla_dist.hla2(x, x, x, group=WORLD))
+    assert text.startswith("ValueError: group: expected every rank to make the same calls in the same order"), text
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+
+
+def compiled() -> None:
+    """Without graph breaks, over a communicator as it is; two of them are not taken for one another."""
+    pairs = _mine([[0, 1]])
+    if pairs == MPI.COMM_NULL:
+        return
+    whole = torch.compile(lambda x, comm: hla_dist.hla2(x, x, x, group=comm)[0], fullgraph=True, backend="aot_eager")
+    x = torch.ones(1, 3, 2, 4)
+    alone = pairs.Split(pairs.rank)
+    for comm in (pairs, alone, pairs):
+        assert_bitwise("out", whole(x, comm), hla_dist.hla2(x, x, x, group=comm)[0])
+    differ = bool((whole(x, pairs) != whole(x, alone)).any())
+    assert differ == (pairs.rank == 1)  # nothing enters rank 0
+    alone.Free()
+    pairs.Free()
+
+
 def one_rank_stays_away() -> None:
     """The others raise after the timeout, naming operation, group and rank; and again at once when asked to go on."""
     comm = WORLD.Dup()

@@ -23,6 +23,8 @@ CHECKS = (
     "groups",
     "the_programs_own_messages",
     "nothing_is_pickled",
+    "different_collectives",
+    "compiled",
     "one_rank_stays_away",
 )
 
@@ -33,7 +35,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     directory = tmp_path_factory.mktemp("mpi")
     python = [sys.executable, "-m", "mpi4py", "-m", "tests.parallel.mpi_ranks"]
     command = [str(MPIRUN), "-n", "8", *python, str(directory), *CHECKS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     files = [directory / f"{rank}.json" for rank in range(8)]
     assert all(file.exists() for file in files), done.stdout[-2000:] + done.stderr[-4000:]
