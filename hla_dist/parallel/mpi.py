@@ -162,9 +162,9 @@ class MPIGroup:
         self._original = self._own = None
 
     def _compare(self, what: str, x: Tensor) -> None:
-        """With TORCH_DISTRIBUTED_DEBUG=DETAIL, as torch does it: RuntimeError on all ranks if they want different things.
+        """With TORCH_DISTRIBUTED_DEBUG=DETAIL, as torch does it: RuntimeError on all ranks if their calls differ.
 
-        An MPI need not notice: it may leave a part unwritten, or wait.
+        MPI need not notice: it may leave a part unwritten, or wait.
         """
         if dist.get_debug_level() != dist.DebugLevel.DETAIL:
             return
