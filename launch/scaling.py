@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import report
-from hla_dist.parallel import rendezvous
 from hla_dist.scaling.config import SERIES, ScalingConfig, parse, plan
 from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, plot, text_table
 from hla_dist.scaling.run import run_cases
+from hla_dist.training import mpirun
 from hla_dist.training.failure import UserError, describe
 from hla_dist.training.mesh import connect
 
@@ -37,7 +37,7 @@ MILLION = 1 << 20
 
 def main() -> int:
     try:
-        store = rendezvous.join(os.environ)
+        store = mpirun.join(os.environ)
     except ValueError as exc:
         return mistake(0, str(exc))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -35,7 +35,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by --deter
 
 import torch  # noqa: E402
 
-from hla_dist.parallel import rendezvous  # noqa: E402
+from hla_dist.training import mpirun  # noqa: E402
 from hla_dist.training.config import TrainConfig, parse  # noqa: E402
 from hla_dist.training.continuation import Launch  # noqa: E402
 from hla_dist.training.failure import UserError, describe  # noqa: E402
@@ -51,7 +51,7 @@ PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "tim
 
 def main() -> int:
     try:
-        store = rendezvous.join(os.environ)
+        store = mpirun.join(os.environ)
     except ValueError as exc:
         leave(0, str(exc), alike=True)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -73,7 +73,7 @@ def main() -> int:
         stop = StopSignal()  # from here on there is something to save
         code = Run(config, build_layout(degrees, device, config.save_timeout), stop, STARTED, launch).train()
         torch.distributed.destroy_process_group()
-        rendezvous.meet()
+        mpirun.meet()
     except UserError as exc:
         leave(rank, str(exc), alike=True)
     except ValueError as exc:  # the library's own checks: raised alike on every rank of a group
@@ -120,7 +120,7 @@ def leave(rank: int, message: str, alike: bool) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     sys.stdout.flush()
-    rendezvous.end(1)
+    mpirun.end(1)
     os._exit(1)
 
 

@@ -95,7 +95,7 @@ def test_the_lock_holds_for_the_running_python():
     ("folder", "extras", "top_level"),
     [
         ("hla_dist", (), True),
-        ("hla_dist/training", ("train",), False),
+        ("hla_dist/training", ("train", "mpi"), False),
         ("hla_dist/huggingface", ("hf",), False),
         ("hla_dist/scaling", ("train",), False),
         ("kernels", ("triton",), False),

@@ -98,9 +98,9 @@ def hla2(
                         ``HLA2PaperState(S, C, G)``), float32
                         (float64 for float64 inputs), ``[B, H, K, K]`` and ``[B, H, K, V]`` (V + 1 with normalize)
     output_final_state  also return the carry after the last token; T = 1 with an initial state is a decode step
-    group               ProcessGroup or 1-D DeviceMesh over which the sequence is sharded, rank r's tokens before
-                        rank r + 1's; T is local, may differ, may be 0. initial_state is read on rank 0; the final
-                        state, the whole sequence's, comes back on every rank
+    group               ProcessGroup, 1-D DeviceMesh or mpi4py communicator over which the sequence is sharded, rank
+                        r's tokens before rank r + 1's; T is local, may differ, may be 0. initial_state is read on
+                        rank 0; the final state, the whole sequence's, comes back on every rank
     exchange            how summaries travel over the group: "all_gather"; "scan" (recursive doubling), "ring"
                         (a pipeline in blocks of heads), "hierarchical" (inside machines, then across); "auto":
                         all_gather up to 8 ranks or on one machine, else hierarchical on machines of equal ranks, else

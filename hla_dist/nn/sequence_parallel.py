@@ -35,7 +35,8 @@ class SequenceParallelHLA(nn.Module):
     (``hla_dist.token_loss``): gradients are *summed*. Names in ``state_dict``, ``named_parameters`` and
     ``named_modules`` are the module's own; attributes not found here are looked up in ``module``.
 
-    ``group``: ProcessGroup or one-dimensional DeviceMesh over which sequences are sharded, in rank order.
+    ``group``: ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator over which sequences are sharded, in
+        rank order.
     ``reduce_gradients``: sum the gradients of plain parameters over ``gradient_group`` once a backward (default
         True). DTensor parameters are left to FSDP2, whose mesh must then contain the sequence ranks and whose
         division must be off (``set_gradient_divide_factor(1.0)``).

@@ -2,7 +2,7 @@
 
 Forward, rank r receives ``X_0 o X_1 o ... o X_{r-1}``; backward, the mirror from the right. Both are a start (pack,
 issue the collective) and a finish (wait, unpack, fold), so that local work can go on in between. Another way for
-summaries to travel (scan, ring, MPI) replaces this pair and nothing else.
+summaries to travel (scan, ring) replaces this pair and nothing else.
 
 Wire, per direction and rank: a 64-byte header, rho, and the fields; symmetric ones as K (K + 1) / 2 numbers.
 Independent of T. Fields travel per query head even where K/V heads are grouped: an initial state, folded in on rank

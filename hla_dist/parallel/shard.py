@@ -8,7 +8,8 @@ The convention for gradients, everywhere in the library: *every rank's loss is i
 gradients are summed over the group*. ``token_loss`` computes such shares; ``unshard`` sums in its backward. A loss that
 every rank computes alike from unsharded tensors is counted P times under this convention: divide it by P.
 
-``group`` is a ProcessGroup, a one-dimensional DeviceMesh, or None for a sequence that is not sharded.
+``group`` is a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, or None for a sequence that is not
+sharded.
 
 Letters: B batch, T tokens, N vocabulary, P ranks.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hla_dist.parallel import rendezvous
+from hla_dist.training import mpirun
 from tests.harness import raises_value_error
 from tests.training.corpora import write_text
 from tests.training.test_program import FAILING, SECONDS, SMALL, environment, errors
@@ -105,7 +105,7 @@ def test_plain_python_under_mpirun_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(sys.modules, "mpi4py", raising=False)
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         with raises_value_error("expected `python -m mpi4py PROGRAM` under mpirun", f"plain python with {name}=2"):
-            rendezvous.join({name: "2"})
+            mpirun.join({name: "2"})
     for environ in ({}, {"PMI_SIZE": "1"}, {"RANK": "0", "PMI_SIZE": "2"}):
         before = dict(environ)
-        assert rendezvous.join(environ) is None and environ == before
+        assert mpirun.join(environ) is None and environ == before
