@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from collections.abc import MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -72,6 +73,8 @@ def meet() -> None:
 def end(code: int) -> None:
     """End all ranks of mpirun at once with this exit code; returns where there are none."""
     if "mpi4py.MPI" in sys.modules:
+        sys.stderr.flush()
+        time.sleep(1)  # mpirun drops what it has not yet passed on: the error itself, on a busy machine
         _mpi().COMM_WORLD.Abort(code)
 
 
