@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -56,10 +55,10 @@ def fit_link(points: Iterable[tuple[int, float]]) -> Link:
 
 def measure_links(ranks: Ranks, size: int, rounds: int) -> tuple[Link, dict[str, Any]]:
     """The link of one pair alone; the points it was fitted to, and how much all pairs at once slow one another."""
-    points = [(n, statistics.median(ranks.run(ping_pong, n, 1, rounds)[0])) for n in SIZES]
+    points = [(n, min(ranks.run(ping_pong, n, 1, rounds)[0])) for n in SIZES]
     pairs, largest = size // 2, SIZES[-3]
     together = [max(x) for x in zip(*ranks.run(ping_pong, largest, pairs, rounds)[: 2 * pairs])]
-    slower = statistics.median(together) / dict(points)[largest]
+    slower = min(together) / dict(points)[largest]
     return fit_link(points), {"points": points, "pairs": pairs, "bytes": largest, "pairs_slower": slower}
 
 
