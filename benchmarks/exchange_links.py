@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -50,15 +51,17 @@ def fit_link(points: Iterable[tuple[int, float]]) -> Link:
     )
     if alpha < 0:
         alpha, beta = 0.0, float((n / t).sum() / (n / t).square().sum())
+    elif beta < 0:
+        alpha, beta = float((1 / t).sum() / (1 / t).square().sum()), 0.0
     return Link(alpha, beta)
 
 
 def measure_links(ranks: Ranks, size: int, rounds: int) -> tuple[Link, dict[str, Any]]:
     """The link of one pair alone; the points it was fitted to, and how much all pairs at once slow one another."""
-    points = [(n, min(ranks.run(ping_pong, n, 1, rounds)[0])) for n in SIZES]
+    points = [(n, statistics.median(ranks.run(ping_pong, n, 1, rounds)[0])) for n in SIZES]
     pairs, largest = size // 2, SIZES[-3]
     together = [max(x) for x in zip(*ranks.run(ping_pong, largest, pairs, rounds)[: 2 * pairs])]
-    slower = min(together) / dict(points)[largest]
+    slower = statistics.median(together) / dict(points)[largest]
     return fit_link(points), {"points": points, "pairs": pairs, "bytes": largest, "pairs_slower": slower}
 
 

@@ -14,6 +14,8 @@ def test_a_link_is_found_in_its_times():
     assert fit_link(points) == pytest.approx((alpha, beta))
     falling = fit_link([(1000, 1e-6), (2000, 3e-6), (4000, 7e-6)])
     assert falling.alpha == 0.0 and falling.beta > 0.0
+    noise = fit_link([(1000, 3e-6), (2000, 2e-6), (4000, 1e-6)])
+    assert noise.alpha > 0.0 and noise.beta == 0.0
 
 
 def test_published_times_are_reproduced():
