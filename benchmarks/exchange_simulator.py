@@ -94,7 +94,7 @@ def measured_part(link: Link, points: dict[str, Any], rows: list[dict[str, Any]]
         cells[-1] += [ms[0], ms[1], ratio, ms[2]]
     header = ["K = V", "ranks", "exchange", "bytes a rank", "messages", "measured ms", "simulated ms", "ratio"]
     return [
-        "## Measured over gloo, and simulated",
+        "## What was measured",
         "hla2's forward summaries, float32, over gloo between processes of this machine; medians of "
         f"{rounds} rounds, from a common start to the last rank's end. The link, of two ranks while the others sleep: "
         f"alpha = {link.alpha * 1e6:.0f} us, beta = {link.beta * 1e9:.3f} ns a byte ({1e-9 / link.beta:.2f} GB/s); "
