@@ -14,6 +14,7 @@ gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one st
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -119,22 +120,25 @@ FUSED: dict[tuple[str, str, int], tuple[Tile | None, Tile | None]] = {
     ("gfx942", "hla3", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
 }
 
-# Entries that hardware proved wrong: (arch, dtype, rows, decayed, first Triton version it is right in). A call that
-# would use one is refused. None is known: no entry has met hardware yet.
-WRONG: tuple[tuple[str, torch.dtype, int, bool, str], ...] = ()
+# Entries that hardware proved wrong: (arch, dtype, rows, first Triton version it is right in). A call that would use
+# one is refused, in one launch or in several, with gates or without. None is known: no entry has met hardware yet.
+WRONG: tuple[tuple[str, torch.dtype, int, str], ...] = ()
 
 
 def require_right(dtype: torch.dtype, dims: tuple[int, ...], target: Target) -> None:
     """ValueError where a call would use an entry that hardware proved wrong for the running Triton."""
-    running = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
-    for arch, wrong, rows, _, right_from in WRONG:
-        needed = {next(r for r in ROWS if r >= dim) for dim in dims}
-        if (arch, wrong) == (target.arch, dtype) and rows in needed:
-            if running < tuple(int(part) for part in right_from.split(".")):
-                raise ValueError(
-                    f"backend: expected 'auto' or 'torch' with Triton {triton.__version__} on {arch}, whose kernels "
-                    f"for {dtype} and {rows} columns are wrong (right from {right_from} on), got 'triton'"
-                )
+    running = _version(triton.__version__)
+    needed = {next(r for r in ROWS if r >= dim) for dim in dims}
+    for arch, wrong, rows, right_from in WRONG:
+        if (arch, wrong) == (target.arch, dtype) and rows in needed and running < _version(right_from):
+            raise ValueError(
+                f"backend: expected 'auto' or 'torch' with Triton {triton.__version__} on {arch}, whose kernels "
+                f"for {dtype} and {rows} columns are wrong (right from {right_from} on), got 'triton'"
+            )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
 def power_of_two(n: int) -> int:

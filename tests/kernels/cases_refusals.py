@@ -50,11 +50,11 @@ def test_an_entry_proven_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the running version and architecture, and for no other."""
     q, k, v = _inputs()
     for entry, refused in (
-        (("interpreter", torch.float32, 64, True, "99.0.0"), True),
-        (("interpreter", torch.float32, 64, True, "3.6.0"), False),
-        (("interpreter", torch.float16, 64, True, "99.0.0"), False),
-        (("interpreter", torch.float32, 128, True, "99.0.0"), False),
-        (("sm_90", torch.float32, 64, True, "99.0.0"), False),
+        (("interpreter", torch.float32, 64, "99.0.0"), True),
+        (("interpreter", torch.float32, 64, "3.6.0"), False),
+        (("interpreter", torch.float16, 64, "99.0.0"), False),
+        (("interpreter", torch.float32, 128, "99.0.0"), False),
+        (("sm_90", torch.float32, 64, "99.0.0"), False),
     ):
         monkeypatch.setattr(tiles, "WRONG", (entry,))
         if refused:

@@ -28,12 +28,21 @@ def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(written.read_text())["kernels"]
-    compiled = {(row["arch"], row["dtype"], row["tile"]) for row in rows if row["kernel"] == "first_order"}
+    compiled = {
+        (row["arch"], row["dtype"], row["K"], row["tile"], "gated" in row["variant"])
+        for row in rows
+        if row["kernel"] == "first_order"
+    }
     for (arch, dtype), entries in tiles.TABLE.items():
-        for pair in entries.values():
-            for tile in pair:
+        for columns, pair in entries.items():
+            for gated, tile in enumerate(pair):
                 text = f"{tile.BT}x{tile.BV} w{tile.warps} s{tile.stages}"
-                assert (arch, str(dtype).removeprefix("torch."), text) in compiled
+                assert (arch, str(dtype).removeprefix("torch."), columns, text, bool(gated)) in compiled
+    fused = {(r["arch"], r["K"], r["tile"], "gated" in r["variant"]) for r in rows if r["kernel"] == "fused_forward"}
+    for (arch, _, columns), pair in tiles.FUSED.items():
+        for gated, tile in enumerate(pair):
+            text = tile and f"{tile.BT}x{columns} w{tile.warps} s{tile.stages}"
+            assert tile is None or (arch, columns, text, bool(gated)) in fused
     assert {row["arch"] for row in rows if row["kernel"] == "decode"} == set(SUPPORTED)
     assert "| sm_90 | bfloat16 | first_order |" in done.stdout
 
@@ -47,8 +56,10 @@ def test_what_breaks_a_rule() -> None:
     assert f"{limit + 1} bytes of shared memory" in text
     (text,) = report.broken_rules(good._replace(spills=8))
     assert "8 bytes spilled, allowed are 0" in text
-    (text,) = report.broken_rules(good._replace(matrix={"wgmma.mma_async": 0, "mma.sync": 8}))
-    assert "no wgmma" in text
+    for tile, variant in (("64x64 w4 s2", "emit"), ("32x32 w4 s2", "emit+inner")):
+        slow = good._replace(tile=tile, variant=variant, matrix={"wgmma.mma_async": 0, "mma.sync": 8})
+        (text,) = report.broken_rules(slow)
+        assert "no wgmma" in text
     none = good._replace(matrix=dict.fromkeys(wgmma, 0))
     assert any("no matrix instructions" in text for text in report.broken_rules(none))
     allowed = report.SPILLS["sm_90", "bfloat16", 256]
@@ -64,7 +75,7 @@ def test_tuning_wants_a_gpu_and_leaves_the_table_alone(monkeypatch: pytest.Monke
     if not torch.cuda.is_available():
         assert done.returncode == 2
         assert "no GPU here" in done.stderr
-    before = dict(tiles.TABLE["sm_90", torch.bfloat16])
+    before = dict(tiles.TABLE["sm_90", torch.bfloat16]), dict(tiles.FUSED)
     tried = []
 
     def results(dtype, rows, gated, target):
@@ -77,7 +88,10 @@ def test_tuning_wants_a_gpu_and_leaves_the_table_alone(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(tune, "_results", results)
     found = tune.tune(torch.bfloat16, 128, False, Target("sm_90", 132))
-    assert tiles.TABLE["sm_90", torch.bfloat16] == before
+    monkeypatch.setattr(tune, "_fused_results", lambda operator, rows, gated, target: (1.0, [torch.ones(2)]))
+    fused = tune.tune_fused("ahla", 64, True, Target("sm_90", 132))
+    assert {None, tiles.FUSED["sm_90", "ahla", 64][1]} < {tile for _, tile in fused}
+    assert (dict(tiles.TABLE["sm_90", torch.bfloat16]), dict(tiles.FUSED)) == before
     assert len(tried) == 1 + len(tune.candidates(128)) > 10
-    assert found == sorted(found) and found[0][1].BT == 16
+    assert [ms for ms, _ in found] == sorted(ms for ms, _ in found) and found[0][1].BT == 16
     assert all(tile.stages < 3 and not (tile.warps == 8 and tile.BT == 32) for _, tile in found)
