@@ -38,6 +38,7 @@ import torch  # noqa: E402
 from hla_dist.training import mpirun  # noqa: E402
 from hla_dist.training.config import TrainConfig, parse  # noqa: E402
 from hla_dist.training.continuation import Launch  # noqa: E402
+from hla_dist.training.estimate import estimate, planned  # noqa: E402
 from hla_dist.training.failure import UserError, describe  # noqa: E402
 from hla_dist.training.faults import Faults  # noqa: E402
 from hla_dist.training.mesh import build_layout, connect, factorise  # noqa: E402
@@ -59,6 +60,10 @@ def main() -> int:
         quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO())
         with quiet:  # --help is printed once
             config = parse()
+        if config.dry_run:
+            if rank == 0:
+                print("\n".join(estimate(planned(config, world_size)).lines()))
+            return 0
         degrees = factorise(world_size, config.sp, config.dp_shard, config.dp_replicate, config.tp)
         device = choose_device(config)
         launch = read_launch(rank)

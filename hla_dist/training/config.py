@@ -95,6 +95,10 @@ class TrainConfig:
     save_timeout: float = option(1800.0, "ranks", "the same for ranks that wait for each other to write a checkpoint")
     check_every: int = option(100, "ranks", "steps between checks that all ranks have the same parameters; 0: never")
 
+    dry_run: bool = option(
+        False, "output", "train nothing: print parameters, FLOPs, memory by kind and bytes on the wire of a step over "
+        "--sp ranks, without needing them"
+    )  # fmt: skip
     out: str | None = option(
         None, "output", "directory of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, "
         "parity.json, sample.txt; none: nothing is written", metavar="DIR"

@@ -1,0 +1,85 @@
+"""launch/train.py --dry-run: what it says a step will take, beside what a step took."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.parallel.collectives import counter
+from hla_dist.training.config import parse
+from hla_dist.training.estimate import Step, estimate, planned, wire_bytes
+from hla_dist.training.failure import UserError
+from tests.harness import RankPool
+from tests.training.test_steps import layout_of, trainer_on
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2)
+
+
+def allocated(model: LanguageModel, tokens: int) -> int:
+    """Most bytes that torch's allocator held at once in a forward and backward."""
+    text, labels = torch.randint(64, (2, 1, tokens))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(text, labels=labels).backward()
+    events = profiler.profiler.kineto_results.events()
+    live = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("policy", ["none", "layer", "sublayer"])
+def test_memory_is_what_the_allocator_counts(policy: str) -> None:
+    torch.manual_seed(0)
+    tokens = 20_000  # beyond what is traced: extrapolated
+    model = LanguageModel(MODEL)
+    model.activation_checkpointing = policy
+    got = estimate(Step(MODEL, tokens, checkpointing=policy))
+    assert got.parameters == sum(p.numel() for p in model.parameters())
+    assert got.memory["gradients"] == got.memory["parameters"] == 4 * got.parameters
+    peak = sum(got.memory[kind] for kind in ("activations", "gradients", "an operator's blocks"))
+    assert peak == pytest.approx(allocated(model, tokens), rel=0.15)
+
+
+def sent_in_a_step(pg: dist.ProcessGroup) -> tuple[int, int]:
+    trainer = trainer_on(layout_of(pg), 2, 3)
+    trainer.model.module.float()
+    trainer.compute_gradients()
+    counter.reset()
+    trainer.compute_gradients()
+    return counter.bytes, sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_bytes_on_the_wire_are_those_counted(pool: RankPool) -> None:
+    for sent, parameters in pool.run_group(2, sent_in_a_step):
+        model = ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)
+        step = Step(model, 45, shards=2, batch_size=2, accumulate=3)
+        assert sum(wire_bytes(step, parameters).values()) == sent
+
+
+def test_the_program_says_it_without_the_ranks() -> None:
+    flags = "--dry-run --seq-len 1048576 --sp 8 --checkpoint-activations sublayer --device cpu".split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *flags], capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    assert "parameters: 468,872" in done.stdout
+    (total,) = re.findall(r"memory a rank, tensors in all: ([0-9.,]+) MiB", done.stdout)
+    assert 600 < float(total.replace(",", "")) < 1000  # 861 MiB were measured
+    assert "sent a rank and step, summaries, forward: 82,592 bytes" in done.stdout
+
+
+def test_what_is_not_estimated_is_refused() -> None:
+    with pytest.raises(UserError, match="--dry-run: expected --dp-shard 0, got 2"):
+        planned(parse(["--dry-run", "--dp-shard", "2"]), 8)
+    with pytest.raises(UserError, match="--dry-run: expected --exchange all_gather, got scan"):
+        planned(parse(["--dry-run", "--exchange", "scan"]), 8)
