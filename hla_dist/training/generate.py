@@ -1,50 +1,159 @@
-"""Sampling text with a state of constant size: the prompt in one pass, then one token at a time."""
+"""Text from a model whose state has constant size: a prompt is read in pieces, then one token at a time follows.
+
+Letters: B texts, T tokens, N vocabulary.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hla_dist import SequenceParallelHLA, shard
 from hla_dist.models import LanguageModel
+from hla_dist.parallel.collectives import group_rank, group_size
+from hla_dist.parallel.shard import default_lengths
+
+PIECE = 8192  # tokens of a prompt that a rank reads at a time; bounds the memory of a long one
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Where a text stands: all but its last token has been read.
+
+    That token waits to be read: its logits decide the first new one. So nothing but a state and a number needs to be
+    kept of a text, whether it goes on with more prompt or with tokens of the model's own.
+    """
+
+    state: list[Any]  # one NamedTuple a layer, of one row
+    position: int  # tokens read, without ``last``
+    last: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 leave nothing out.
+
+    ``top_p``: only the likeliest tokens that together have this probability, at least one. Raises ValueError for
+    numbers out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
 
 
 @torch.no_grad()
+def read(
+    model: LanguageModel | SequenceParallelHLA, tokens: Sequence[int], before: Carry | None = None, piece: int = PIECE
+) -> Carry:
+    """The carry after ``tokens``, which follow the text of ``before`` if there is one.
+
+    With a SequenceParallelHLA every rank gives all tokens: pieces are cut into shards over its group, and the carry,
+    the whole text's, is returned on every rank. A rank has at most ``piece`` tokens at a time, however long the text.
+    No logits are computed. Communication: a piece's summaries, an exchange a layer. Raises ValueError if there is
+    neither a token nor a text before, for tokens that are not in the vocabulary, and for ``piece`` below 1.
+    """
+    if piece < 1:
+        raise ValueError(f"piece: expected at least 1 token, got {piece}")
+    group = model.group if isinstance(model, SequenceParallelHLA) else None
+    alone = model.module if isinstance(model, SequenceParallelHLA) else model
+    assert isinstance(alone, LanguageModel)
+    text = [*([] if before is None else [before.last]), *tokens]
+    if not text:
+        raise ValueError("prompt: expected at least one token, got none")
+    size = alone.config.vocab_size
+    if not 0 <= min(text) <= max(text) < size:
+        raise ValueError(f"prompt: expected tokens of the model's vocabulary of {size}, got {min(text)} to {max(text)}")
+    device = alone.embedding.weight.device
+    training = alone.training
+    alone.eval()
+    state = None if before is None else before.state
+    start = 0 if before is None else before.position
+    ranks = 1 if group is None else group_size(group)
+    rank = 0 if group is None else group_rank(group)
+    ids = torch.tensor(text[:-1], dtype=torch.int64)[None]
+    for begin in range(0, max(ids.shape[1], 1), piece * ranks):  # one empty piece gives the state before any token
+        part = ids[:, begin : begin + piece * ranks]
+        lengths = default_lengths(part.shape[1], ranks)
+        mine = part if group is None else shard(part, group, lengths=lengths)
+        first = start + begin + sum(lengths[:rank])
+        positions = torch.arange(first, first + mine.shape[1], device=device)
+        _, state = alone.features(alone.embedding(mine.to(device)), state, positions=positions, return_state=True)
+    alone.train(training)
+    assert state is not None
+    return Carry(state, start + len(text) - 1, text[-1])
+
+
+@torch.no_grad()
+def follow(
+    model: LanguageModel, carries: Sequence[Carry], new_tokens: int, sampling: Sampling, seed: int = 0
+) -> Iterator[list[int]]:
+    """``new_tokens`` times the next token of each of B texts, as they come; text b draws with seed + b.
+
+    The B texts, of any lengths, are one batch. Memory does not grow: each layer carries its state, nothing else is
+    kept. The model must not be sharded.
+    """
+    device = model.embedding.weight.device
+    draws = [torch.Generator().manual_seed(seed + row) for row in range(len(carries))]
+    layers = zip(*(carry.state for carry in carries), strict=True)
+    state = [type(rows[0])(*(torch.cat(fields) for fields in zip(*rows, strict=True))) for rows in layers]
+    positions = torch.tensor([[carry.position] for carry in carries], device=device)
+    following = [carry.last for carry in carries]
+    training = model.training
+    model.eval()
+    try:
+        for _ in range(new_tokens):
+            ids = torch.tensor(following, device=device)[:, None]
+            logits, state = model(ids, state, positions=positions, return_state=True)
+            rows = logits[:, -1].float().cpu()
+            following = [
+                pick(row, sampling.temperature, sampling.top_k, draw, sampling.top_p)
+                for row, draw in zip(rows, draws, strict=True)
+            ]
+            positions += 1
+            yield following
+    finally:
+        model.train(training)
+
+
 def generate(
     model: LanguageModel,
-    prompt: list[int],
+    prompt: Sequence[int],
     new_tokens: int,
     *,
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """``new_tokens`` tokens after ``prompt``; temperature 0 takes the likeliest, ``top_k`` 0 draws from all.
-
-    Memory does not grow with the length: each layer carries its state, nothing else is kept. The model must not be
-    sharded. Raises ValueError for an empty prompt.
-    """
-    if not prompt:
-        raise ValueError("prompt: expected at least one token, got none")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    tokens: list[int] = []
-    following, state, position = prompt, None, 0
-    while len(tokens) < new_tokens:
-        positions = torch.arange(position, position + len(following), device=device)
-        logits, state = model(torch.tensor([following], device=device), state, positions=positions, return_state=True)
-        tokens.append(pick(logits[0, -1].float().cpu(), temperature, top_k, generator))
-        position += len(following)
-        following = tokens[-1:]
-    model.train(was_training)
-    return tokens
+    """``new_tokens`` tokens after ``prompt``, by :func:`read` and :func:`follow`; ValueError for an empty prompt."""
+    sampling = Sampling(temperature, top_k, top_p)
+    return [row[0] for row in follow(model, [read(model, prompt)], new_tokens, sampling, seed)]
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator, top_p: float = 1.0) -> int:
     """One token drawn from logits [N]."""
     if temperature <= 0:
         return int(logits.argmax())
+    logits = logits / temperature
     if 0 < top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    return int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+    chances = torch.softmax(logits, -1)
+    if top_p < 1:
+        ranked, order = chances.sort(descending=True)
+        # what comes before a token decides: the one that reaches top_p stays
+        chances[order[ranked.cumsum(-1) - ranked >= top_p]] = 0
+    return int(torch.multinomial(chances, 1, generator=generator))

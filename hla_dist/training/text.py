@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,38 @@ def load_tokenizer(path: str) -> Any:
         return Tokenizer.from_file(path)
     except Exception as exc:  # the package raises plain Exception
         raise UserError(f"--tokenizer: expected the JSON of a tokenizer in {path}, got: {exc}") from exc
+
+
+class TextStream:
+    """Text of tokens as they come; a character is given out once all of its bytes are there.
+
+    A tokenizer decodes from the last place where a character was whole: what comes before it is never decoded again.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._tokens: list[int] = []  # with the tokens before them that decide about their spaces
+        self._given = 0  # tokens of these that have been given out
+
+    def add(self, token: int) -> str:
+        """What can be given out now, perhaps nothing."""
+        if not self._codec.known:
+            return f" {token}"
+        if self._codec.tokenizer is None:
+            if token > 255:  # a vocabulary wider than bytes has numbers that stand for none
+                return self._bytes.decode(b"", final=True) + "\N{REPLACEMENT CHARACTER}"
+            return self._bytes.decode(bytes([token]))
+        self._tokens.append(token)
+        before, text = (self._codec.decode(part) for part in (self._tokens[: self._given], self._tokens))
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
+            return ""
+        self._tokens, self._given = self._tokens[self._given :], len(self._tokens) - self._given
+        return text[len(before) :]
+
+    def end(self) -> str:
+        """What is left, incomplete characters replaced."""
+        if self._codec.tokenizer is None:
+            return self._bytes.decode(b"", final=True)
+        before, text = (self._codec.decode(part) for part in (self._tokens[: self._given], self._tokens))
+        return text[len(before) :]

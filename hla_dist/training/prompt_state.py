@@ -1,0 +1,88 @@
+"""A text's state as a safetensors file, so that a long prompt is read once; nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hla_dist import states
+from hla_dist.models import LanguageModel
+from hla_dist.training.failure import UserError, describe
+from hla_dist.training.generate import Carry
+
+KEY = "hla_dist_state"  # in the file's metadata: JSON of the fields below
+_FIELDS = {"model", "kinds", "position", "last"}
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """SHA-256 of a model's configuration and of every parameter's name and bits: the same on every device."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, parameter in model.state_dict().items():
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_state(carry: Carry, model: LanguageModel, path: Path) -> None:
+    """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
+    from safetensors.torch import save_file
+
+    about = {
+        "model": fingerprint(model), "kinds": [type(layer).__name__ for layer in carry.state],
+        "position": carry.position, "last": carry.last,
+    }  # fmt: skip
+    tensors = {
+        f"layers.{index}.{name}": field.detach().cpu().contiguous()
+        for index, layer in enumerate(carry.state)
+        for name, field in layer._asdict().items()
+    }
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata={KEY: json.dumps(about)})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except Exception as exc:  # the package reports a full disk with an error of its own
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--save-state: cannot write {path}: {describe(exc)}") from exc
+
+
+def load_state(path: Path, model: LanguageModel) -> Carry:
+    """The carry in a file of :func:`save_state`, on the model's device.
+
+    Raises UserError in one line for a file that is none, and for another model's: its state would be read as numbers
+    that mean something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise UserError(f"--state: cannot read {path}: {describe(exc)}") from exc
+    if not _FIELDS <= about.keys():
+        raise UserError(f"--state: expected a file that --save-state wrote, got {path} without its {KEY} entry")
+    own = fingerprint(model)
+    if about["model"] != own:
+        raise UserError(
+            f"--state: expected a state of this model ({own[:12]}), got {path}, which is of another "
+            f"({about['model'][:12]})"
+        )
+    device = model.embedding.weight.device
+    state = []
+    try:
+        for index, kind in enumerate(about["kinds"]):
+            if kind not in states.__all__:
+                raise KeyError(f"kind of state {kind}")
+            of = getattr(states, kind)
+            state.append(of(*(tensors[f"layers.{index}.{name}"].to(device) for name in of._fields)))
+    except KeyError as exc:
+        raise UserError(f"--state: expected {exc} to be in {path} and known, it is not") from exc
+    return Carry(state, int(about["position"]), int(about["last"]))
