@@ -9,13 +9,14 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint install clean
+.PHONY: help train test test-all lint docs install clean
 
 help:
 	@echo "make train      train the small byte-level model on 8 ranks; results in out/train"
 	@echo "make test       the test suite, without tests marked slow"
 	@echo "make test-all   every test"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site in out/site"
 	@echo "make install    only set up .venv"
 	@echo "make clean      remove .venv, out/ and caches"
 
@@ -35,6 +36,10 @@ lint: $(STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "out/site/index.html"
 
 install: $(STAMP)
 
