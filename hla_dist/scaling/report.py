@@ -44,37 +44,44 @@ def text_table(rows: list[Row]) -> str:
 
 
 def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
-    """PNG: a row of panels for the operator and for the model; time over ranks, time a token and memory over tokens."""
+    """PNG: a row of panels for the operator and for the model: over ranks, and over tokens, what there are rows for."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     kinds = [what for what in config.what if any(row["what"] == what for row in rows)]
-    figure, panels = plt.subplots(len(kinds), 4, figsize=(18, 4.2 * len(kinds)), layout="constrained", squeeze=False)
+    over_ranks = [name for name in ("strong", "weak") if name in config.series]
+    wanted = ["ranks: s", "ranks: us"] * bool(over_ranks) + ["tokens: us", "tokens: GiB"] * ("length" in config.series)
+    size = (4.5 * len(wanted), 4.2 * len(kinds))
+    figure, panels = plt.subplots(len(kinds), len(wanted), figsize=size, layout="constrained", squeeze=False)
     for axes, what in zip(panels, kinds, strict=True):
-        mine = [row for row in rows if row["what"] == what]
-        of = {name: sorted((r for r in mine if name in r["series"]), key=lambda r: (r["ranks"], r["tokens"]))
-              for name in ("strong", "weak", "length")}  # fmt: skip
-        for name, x in (("strong", "ranks"), ("weak", "ranks")):
-            if of[name]:
-                axes[0].plot([r[x] for r in of[name]], [r["seconds"] for r in of[name]], "o-", label=f"{name}: wall")
-                cpu = [r["cpu_s"] / r["tokens"] * 1e6 for r in of[name]]
-                axes[1].plot([r[x] for r in of[name]], cpu, "o-", label=f"{name}: CPU us a token")
-        if of["length"]:
-            tokens = [r["tokens"] for r in of["length"]]
-            axes[2].plot(tokens, [r["us_per_token"] for r in of["length"]], "o-", label="wall us a token")
-            axes[2].plot(tokens, [r["cpu_s"] / r["tokens"] * 1e6 for r in of["length"]], "s--", label="CPU us a token")
-            axes[3].plot(tokens, [r["peak_sum"] / GIB for r in of["length"]], "o-", label="all ranks")
-            axes[3].plot(tokens, [r["before_sum"] / GIB for r in of["length"]], "s--", label="of it before the call")
-        for axis, x, y in zip(
-            axes, ("ranks", "ranks", "tokens", "tokens"), ("seconds", "us", "us", "GiB"), strict=True
-        ):
-            axis.set(xlabel=x, ylabel=y, title=f"{what} ({config.op})", ylim=(0, None))
+        for axis, panel in zip(axes, wanted, strict=True):
+            x, unit = panel.split(": ")
+            for name in over_ranks if x == "ranks" else ["length"]:
+                mine = sorted((r for r in rows if r["what"] == what and name in r["series"]), key=lambda r: r[x])
+                for label, marks, values in _lines(panel, mine):
+                    label = f"{name}: {label}" if x == "ranks" else label
+                    axis.plot([r[x] for r in mine], values, marks, label=label)
+            axis.set(xlabel=x, ylabel=unit, title=f"{what} ({config.op})", ylim=(0, None))
             if x == "tokens":
                 axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend()
+            axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _lines(panel: str, rows: list[Row]) -> list[tuple[str, str, list[float]]]:
+    """Label, marks and values of a panel's lines."""
+    cpu = ("CPU us a token", "s--", [r["cpu_s"] / r["tokens"] * 1e6 for r in rows])
+    if panel == "ranks: s":
+        return [("wall", "o-", [r["seconds"] for r in rows])]
+    if panel == "ranks: us":
+        return [cpu]
+    if panel == "tokens: us":
+        return [("wall us a token", "o-", [r["us_per_token"] for r in rows]), cpu]
+    return [
+        ("peak, all ranks", "o-", [r["peak_sum"] / GIB for r in rows]),
+        ("of it before the call", "s--", [r["before_sum"] / GIB for r in rows]),
+    ]
