@@ -249,6 +249,26 @@ def nothing_is_pickled() -> None:
             mpi.pickle = before
 
 
+def staged() -> None:
+    """The way of tensors on a GPU, through copies, with tensors in host memory in their place."""
+    p = Problem("hla2", T=65, H=4, G=2, state=True)
+    group, host = collectives.resolve_group(WORLD), mpi._host
+    for exchange in ("all_gather", "scan"):
+        problem = replace(p, exchange=exchange)
+        want = run_shard(WORLD, problem, SPLITS[8])[0]["values"]
+        mpi._host = lambda x, copy=True: x.clone() if copy else torch.zeros_like(x)
+        try:
+            got = run_shard(WORLD, problem, SPLITS[8])[0]["values"]
+            total, first = torch.full((3,), 1.0 + WORLD.rank), torch.full((3,), 1.0 + WORLD.rank)
+            collectives.all_reduce_sum(total, group)
+            collectives.broadcast(first, group, source=5)
+        finally:
+            mpi._host = host
+        assert (total == 36).all() and (first == 6).all()
+        for key, x in want.items():
+            assert_bitwise(key, got[key], x)
+
+
 def different_collectives() -> None:
     """Under TORCH_DISTRIBUTED_DEBUG=DETAIL every rank hears of it; and of a forward that meets a backward always."""
     group = collectives.resolve_group(WORLD)

@@ -23,6 +23,7 @@ CHECKS = (
     "groups",
     "the_programs_own_messages",
     "nothing_is_pickled",
+    "staged",
     "different_collectives",
     "compiled",
     "one_rank_stays_away",
