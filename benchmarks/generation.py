@@ -1,0 +1,209 @@
+"""Tokens per second and memory of generation against the length of what was read: python benchmarks/generation.py.
+
+A prompt is read piece by piece, as launch/generate.py does, to each length in turn; new tokens are then drawn from the
+state at each length. Where reading on would take longer than --read-seconds, a longer context's state is synthetic: the
+last state that was read, with the position of the longer text; a state has the same size and a token the same
+work whatever it holds. The report says which. Beside it: softmax attention over a key/value cache of as many
+layers and heads, filled with random numbers, attention alone, without projections and all else a model does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import report
+from hla_dist.models import SIZES, LanguageModel, ModelConfig
+from hla_dist.scaling.memory import PeakMemory
+from hla_dist.training.generate import Carry, Sampling, follow, read
+
+PIECE = 8192
+LENGTHS = [1 << n for n in (10, 12, 14, 16, 18, 20)]
+ROUNDS = 9
+NEW = 16  # tokens a round
+MIB = 1 << 20
+HEADER = ["context", "state from", "read, tokens/s", "MiB peak reading", "ms a token", "tokens/s", "state, KiB",
+          "MiB peak generating", "cache: ms a token, attention alone", "cache, MiB"]  # fmt: skip
+
+
+def read_lengths(model: LanguageModel, lengths: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """A row for each length with its carry; ``how`` tells whether the text was read or its state is synthetic."""
+    random = torch.Generator().manual_seed(0)
+    peak, carry, rows, spent = PeakMemory(torch.device("cpu")), None, [], 0.0
+    read(model, [0] * 256)  # warm up
+    rate = 0.0
+    for length in lengths:
+        done = 0 if carry is None else carry.position + 1
+        row: dict[str, Any] = {"context": length, "how": "read", "read_tokens_per_s": None, "read_peak": None}
+        if carry is not None and rate and spent + (length - done) / rate > seconds:
+            carry = Carry(carry.state, length - 1, carry.last)
+            row["how"] = "synthetic"
+        else:
+            peak.start()
+            began = time.perf_counter()
+            for begin in range(done, length, PIECE):  # the text is made on the way: it is not part of the memory
+                part = torch.randint(model.config.vocab_size, (min(PIECE, length - begin),), generator=random)
+                carry = read(model, part.tolist(), carry, PIECE)
+            took = time.perf_counter() - began
+            spent += took
+            rate = (length - done) / took
+            row |= {"read_tokens_per_s": rate, "read_peak": peak.stop().proportional}
+        assert carry is not None and carry.position == length - 1
+        rows.append(row | {"carry": carry})
+    return rows
+
+
+def cache_of(config: ModelConfig, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [1, G, T, K] of every layer, as a preallocated cache for the longest context."""
+    heads = config.num_kv_heads or config.num_heads
+    size = config.head_dim or config.hidden_size // config.num_heads
+    shape = (1, heads, tokens, size)
+    return [(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_layers)]
+
+
+def attend(config: ModelConfig, cache: list[tuple[Tensor, Tensor]], tokens: int) -> None:
+    """One token's softmax attention in every layer, over the first ``tokens`` of the cache."""
+    for keys, values in cache:
+        q = torch.randn(1, config.num_heads, 1, keys.shape[-1])
+        F.scaled_dot_product_attention(q, keys[:, :, :tokens], values[:, :, :tokens], enable_gqa=True)
+
+
+def per_token(work: Callable[[], Any], tokens: int) -> float:
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) / tokens
+
+
+@torch.no_grad()
+def measure(model: LanguageModel, lengths: Sequence[int], seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """All rows. Lengths are timed in turn, round after round: what else the machine does falls on all alike."""
+    rows = read_lengths(model, lengths, seconds)
+    peak, greedy = PeakMemory(torch.device("cpu")), Sampling(0.0)
+
+    def write(row: dict[str, Any]) -> None:
+        for _ in follow(model, [row["carry"]], NEW, greedy):
+            pass
+
+    times: dict[int, list[float]] = {length: [] for length in lengths}
+    caches: dict[int, list[float]] = {length: [] for length in lengths}
+    for row in rows:  # before the cache is there
+        write(row)
+        peak.start()
+        write(row)
+        row["peak"] = peak.stop().proportional
+        state = row["carry"].state
+        row["state_bytes"] = sum(x.numel() * x.element_size() for layer in state for x in layer)
+    cache = cache_of(model.config, lengths[-1])
+    for _ in range(rounds):
+        for row in rows:
+            times[row["context"]].append(per_token(lambda row=row: write(row), NEW))
+            caches[row["context"]].append(per_token(lambda row=row: attend(model.config, cache, row["context"]), 1))
+    bytes_a_token = sum(x.numel() * x.element_size() for pair in cache for x in pair) // lengths[-1]
+    for row in rows:
+        del row["carry"]
+        row |= {
+            "s_a_token": median(times[row["context"]]), "tokens_per_s": 1 / median(times[row["context"]]),
+            "rounds_s": times[row["context"]], "cache_s_a_token": median(caches[row["context"]]),
+            "cache_bytes": bytes_a_token * row["context"],
+        }  # fmt: skip
+    return rows
+
+
+def targets(rows: list[dict[str, Any]]) -> list[report.Target]:
+    first, last = rows[0], rows[-1]
+    span = f"{last['context']:,} over {first['context']:,} tokens"
+    return [
+        report.Target(f"time of a new token, {span}", last["s_a_token"] / first["s_a_token"], 1.1, False),
+        report.Target(f"bytes of the state, {span}", last["state_bytes"] / first["state_bytes"], 1.0, False),
+        report.Target(f"peak memory generating, {span}", last["peak"] / first["peak"], 1.05, False),
+    ]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['context']:,}", row["how"], f"{row['read_tokens_per_s']:,.0f}" if row["read_tokens_per_s"] else "",
+        f"{row['read_peak'] / MIB:.0f}" if row["read_peak"] else "", f"{row['s_a_token'] * 1e3:.2f}",
+        f"{row['tokens_per_s']:,.0f}", f"{row['state_bytes'] / 1024:,.0f}", f"{row['peak'] / MIB:.0f}",
+        f"{row['cache_s_a_token'] * 1e3:.2f}", f"{row['cache_bytes'] / MIB:,.0f}",
+    ]  # fmt: skip
+
+
+def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
+    """PNG: time of a token and memory over the context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    contexts = [row["context"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    left.plot(contexts, [row["s_a_token"] * 1e3 for row in rows], "o-", label=f"{name}: whole model")
+    left.plot(contexts, [row["cache_s_a_token"] * 1e3 for row in rows], "s--", color="0.5",
+              label="softmax over a cache: attention alone")  # fmt: skip
+    left.set(ylabel="ms a new token", title="time")
+    right.plot(contexts, [row["state_bytes"] / MIB for row in rows], "o-", label=f"{name}: state")
+    right.plot(contexts, [row["cache_bytes"] / MIB for row in rows], "s--", color="0.5", label="key/value cache")
+    right.plot(contexts, [row["peak"] / MIB for row in rows], "^-", color="tab:green", label="peak of the process")
+    right.set(ylabel="MiB", title="memory")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("context, tokens")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", default="hla2", choices=["hla2", "ahla", "hla3", "linear_attention"])
+    parser.add_argument("--size", default="tiny", choices=list(SIZES))
+    parser.add_argument("--read-seconds", type=float, default=100.0, help="time for reading, over all lengths")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="two short contexts; written to out/benchmarks")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
+    args = parser.parse_args()
+    report.keep_memory(False)
+    torch.set_num_threads(args.threads)
+    about = report.context("benchmarks/generation.py", args.threads)
+    config = ModelConfig.named(args.size, op=args.op)
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    rounds = 3 if args.quick else ROUNDS
+    rows = measure(model, [256, 1024] if args.quick else LENGTHS, args.read_seconds, rounds)
+    parameters = sum(p.numel() for p in model.parameters())
+    about["case"] = (
+        f"{args.size}: {config.num_layers} layers of {args.op}, hidden size {config.hidden_size}, {config.num_heads} "
+        f"heads, {parameters:,} parameters, untrained, float32, one text; pieces of {PIECE} tokens"
+    )
+    read_to = max(row["context"] for row in rows if row["how"] == "read")
+    notes = (
+        f"Read piece by piece to {read_to:,} tokens; states of longer contexts, if any, are synthetic (the last one "
+        f"read, at their position). Times are medians of {rounds} rounds of {NEW} tokens, lengths in turn. Peaks are the "
+        "kernel's high-water mark of the whole process, less what processes share. The cache is read by torch's "
+        "scaled_dot_product_attention, without the projections, norms and feed-forward that are in the model's time."
+    )
+    out = report.QUICK_RESULTS if args.quick else report.RESULTS
+    passed = targets(rows)
+    body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows])]
+    path = report.write("generation", out, "Generation against context length", about, passed, body, {"rows": rows})
+    plot(path.with_suffix(".png"), rows, args.op)
+    body.append(f"![plot]({path.stem}.png)")
+    path = report.write("generation", out, "Generation against context length", about, passed, body, {"rows": rows})
+    return report.conclude(passed, path, args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
