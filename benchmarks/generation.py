@@ -191,7 +191,7 @@ def main() -> int:
     read_to = max(row["context"] for row in rows if row["how"] == "read")
     notes = (
         f"Read piece by piece to {read_to:,} tokens; states of longer contexts, if any, are synthetic (the last one "
-        f"read, at their position). Times are medians of {rounds} rounds of {NEW} tokens, lengths in turn. Peaks are the "
+        f"read, at their position). Times are medians of {rounds} rounds of {NEW} tokens, lengths in turn. Peaks: the "
         "kernel's high-water mark of the whole process, less what processes share. The cache is read by torch's "
         "scaled_dot_product_attention, without the projections, norms and feed-forward that are in the model's time."
     )
