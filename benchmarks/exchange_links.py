@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.ranks import Ranks, common_start
+from benchmarks.ranks import common_start
 from hla_dist.parallel.schedules import Wire, program
 from hla_dist.parallel.simulated_network import Link, Network, Receive, Send
 
@@ -21,25 +20,24 @@ def _buffer(size: int) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.uint8)
 
 
-def ping_pong(size: int, pairs: int, rounds: int) -> list[float]:
-    """On a rank: seconds one way, by round, of ``pairs`` (0, 1), (2, 3), ... at once; empty on the other ranks.
+def ping_pong(size: int, pairs: int) -> float:
+    """On a rank: seconds one way of ``pairs`` (0, 1), (2, 3), ... at once; 0 on the other ranks.
 
-    One ping and its answer a round, from ranks that are asleep: so is a rank that waits for a summary.
+    One ping and its answer, from ranks that are asleep: so is a rank that waits for a summary.
     """
-    rank, seconds = dist.get_rank(), []
+    rank, seconds = dist.get_rank(), 0.0
     group = _group(2 * pairs)
     if rank >= 2 * pairs:
-        return []
+        return 0.0
     x = _buffer(size)
-    for i in range(rounds + 1):
+    for _ in range(2):  # the first warms up
         start = common_start(group)
         for turn in (0, 1):
             if rank % 2 == turn:
                 dist.send(x, rank ^ 1, group=group)
             else:
                 dist.recv(x, rank ^ 1, group=group)
-        if i > 0:  # the first warms up
-            seconds.append((time.monotonic() - start) / 2)
+        seconds = (time.monotonic() - start) / 2
     return seconds
 
 
@@ -56,23 +54,14 @@ def fit_link(points: Iterable[tuple[int, float]]) -> Link:
     return Link(alpha, beta)
 
 
-def measure_links(ranks: Ranks, size: int, rounds: int) -> tuple[Link, dict[str, Any]]:
-    """The link of one pair alone; the points it was fitted to, and how much all pairs at once slow one another."""
-    points = [(n, statistics.median(ranks.run(ping_pong, n, 1, rounds)[0])) for n in SIZES]
-    pairs, largest = size // 2, SIZES[-3]
-    together = [max(x) for x in zip(*ranks.run(ping_pong, largest, pairs, rounds)[: 2 * pairs])]
-    slower = statistics.median(together) / dict(points)[largest]
-    return fit_link(points), {"points": points, "pairs": pairs, "bytes": largest, "pairs_slower": slower}
-
-
-def exchange(name: str, network: Network, wire: Wire, rounds: int) -> list[float]:
-    """On a rank: run its program; seconds from the common start to its end, by round."""
-    rank, seconds = dist.get_rank(), []
+def exchange(name: str, network: Network, wire: Wire) -> float:
+    """On a rank: run its program; seconds from the common start to its end, 0 on ranks outside of the network."""
+    rank, seconds = dist.get_rank(), 0.0
     group = _group(network.ranks)
     if rank >= network.ranks:
-        return []
+        return 0.0
     out, into = _buffer(wire.summary()), _buffer(wire.summary())
-    for i in range(rounds + 1):
+    for _ in range(2):  # the first warms up
         start = common_start(group)
         works = []
         for step in program(name, rank, network, wire):
@@ -82,8 +71,7 @@ def exchange(name: str, network: Network, wire: Wire, rounds: int) -> list[float
                 dist.recv(into[: step.bytes], step.source, group=group)
         for work in works:
             work.wait()
-        if i > 0:
-            seconds.append(time.monotonic() - start)
+        seconds = time.monotonic() - start
     return seconds
 
 

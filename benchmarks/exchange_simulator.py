@@ -1,13 +1,13 @@
 """The exchanges' simulator beside measured gloo runs, beside ZeCO's published times, and its projections.
 
-    python benchmarks/exchange_simulator.py            some five minutes; report in benchmarks/results/
+    python benchmarks/exchange_simulator.py            a minute or two; report in benchmarks/results/
     python benchmarks/exchange_simulator.py --quick    a smoke run: 2 ranks; report in out/benchmarks/
     python benchmarks/exchange_simulator.py --check    exit code 1 if a target is missed
 
 Measured: the simulator's own programs, message by message, over gloo on this machine, without combining. Its link is
 fitted to a ping and its answer between two ranks, the others asleep; its lanes are the machine's processors, since both
-ends of every message are copied by them. Nothing is fitted to the exchanges themselves. Link and exchanges are medians:
-the fastest ping finds its receiver awake, which a chain of messages never does.
+ends of every message are copied by them. Nothing is fitted to the exchanges themselves. Pings and exchanges take turns,
+so that both meet the same machine; a ping finds its receiver asleep, as a summary does.
 """
 
 from __future__ import annotations
@@ -61,23 +61,33 @@ def layout(exchange: str, ranks: int, link: Link) -> Network:
 
 
 def measure(args: argparse.Namespace) -> tuple[Link, dict[str, Any], list[dict[str, Any]]]:
-    """The link, its points, and every exchange measured and simulated."""
-    rows = []
+    """The link, its points, and every exchange measured and simulated. Pings and exchanges in turns, round by round."""
     worlds = [p for p in (2, 4, 8, 16, 32) if p <= args.ranks]
+    cases = [(key, size, exchange) for key in (64, 128) for size in worlds for exchange in EXCHANGES]
+    wires: dict[int, Wire] = {key: wire_of("hla2", args.heads, key, key)[0] for key in (64, 128)}
+    pairs, crowded, none = args.ranks // 2, exchange_links.SIZES[-3], Link(0.0, 0.0)
+    samples: dict[Any, list[float]] = {}
     with Ranks(args.ranks) as ranks:
-        link, points = exchange_links.measure_links(ranks, args.ranks, args.rounds)
-        cases = [(k, p, e) for k in (64, 128) for p in worlds for e in EXCHANGES]
-        for key, size, exchange in tqdm(cases, desc="gloo", leave=False):
-            wire: Wire = wire_of("hla2", args.heads, key, key)[0]
-            network = layout(exchange, size, link)
-            replies = ranks.run(exchange_links.exchange, exchange, network, wire, args.rounds)
-            measured = statistics.median(max(x) for x in zip(*replies[:size]))
-            outcome = simulate(exchange, wire, network)
-            free = Network(size, network.node, link, link)
-            row = {"K": key, "ranks": size, "exchange": exchange, "node": network.node, "measured_s": measured}
-            row |= {"simulated_s": outcome.seconds, "closed_form_s": closed_form(exchange, free, wire)}
-            rows.append(row | {"bytes": outcome.bytes, "messages": outcome.messages})
-    return link, points, rows
+        for _ in tqdm(range(args.rounds), desc="gloo", leave=False):
+            for n in exchange_links.SIZES:
+                samples.setdefault(n, []).append(max(ranks.run(exchange_links.ping_pong, n, 1)))
+            samples.setdefault("pairs", []).append(max(ranks.run(exchange_links.ping_pong, crowded, pairs)))
+            for key, size, exchange in cases:
+                replies = ranks.run(exchange_links.exchange, exchange, layout(exchange, size, none), wires[key])
+                samples.setdefault((key, size, exchange), []).append(max(replies))
+    measured = {name: statistics.median(several) for name, several in samples.items()}
+    points = [(n, measured[n]) for n in exchange_links.SIZES]
+    link = exchange_links.fit_link(points)
+    rows = []
+    for key, size, exchange in cases:
+        network, wire = layout(exchange, size, link), wires[key]
+        outcome = simulate(exchange, wire, network)
+        free = Network(size, network.node, link, link)
+        row = {"K": key, "ranks": size, "exchange": exchange, "node": network.node}
+        row |= {"measured_s": measured[key, size, exchange], "simulated_s": outcome.seconds}
+        row |= {"closed_form_s": closed_form(exchange, free, wire)}
+        rows.append(row | {"bytes": outcome.bytes, "messages": outcome.messages})
+    return link, {"points": points, "pairs": pairs, "pairs_slower": measured["pairs"] / measured[crowded]}, rows
 
 
 def typical_factor(rows: list[dict[str, Any]]) -> float:
@@ -95,8 +105,8 @@ def measured_part(link: Link, points: dict[str, Any], rows: list[dict[str, Any]]
     header = ["K = V", "ranks", "exchange", "bytes a rank", "messages", "measured ms", "simulated ms", "ratio"]
     return [
         "## What was measured",
-        "hla2's forward summaries, float32, over gloo between processes of this machine; medians of "
-        f"{rounds} rounds, from a common start to the last rank's end. The link, of two ranks while the others sleep: "
+        "hla2's forward summaries, float32, over gloo between processes of this machine, in turns with the pings; "
+        f"medians of {rounds} rounds, from a common start to the last rank's end. The link, others asleep: "
         f"alpha = {link.alpha * 1e6:.0f} us, beta = {link.beta * 1e9:.3f} ns a byte ({1e-9 / link.beta:.2f} GB/s); "
         f"{points['pairs']} pairs at once are {points['pairs_slower']:.1f} times slower than one. The simulator bounds "
         f"the messages under way to the {os.cpu_count()} processors; the closed form knows no such bound. "
