@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from hla_dist import SequenceParallelHLA
-from hla_dist.parallel import rendezvous
+from hla_dist.training import mpirun
 from hla_dist.training.config import option, parse_options
 from hla_dist.training.failure import UserError, describe, together
 from hla_dist.training.generate import Carry, Sampling, follow, read
@@ -92,7 +92,7 @@ class GenerateConfig:
 def main() -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
-        store = rendezvous.join(os.environ)
+        store = mpirun.join(os.environ)
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO()):  # --help once
@@ -102,7 +102,7 @@ def main() -> int:
         if world_size > 1:
             connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
         run(config, device, rank, world_size)
-        rendezvous.meet()
+        mpirun.meet()
     except (UserError, ValueError, OSError, RuntimeError) as exc:
         if isinstance(exc, BrokenPipeError):  # who reads has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -219,7 +219,7 @@ def mistake(rank: int, message: str, alike: bool) -> None:
         time.sleep(5)
     sys.stdout.flush()
     if ranks > 1:
-        rendezvous.end(1)
+        mpirun.end(1)
         os._exit(1)
 
 
