@@ -136,6 +136,8 @@ class TrainConfig:
             raise UserError(
                 "--bf16-wire: expected --no-parity beside it (the ranks differ by its rounding), got --parity"
             )
+        if self.save_every and self.out is None:
+            raise UserError(f"--save-every: expected --out to save checkpoints in, got {self.save_every} and no --out")
         if self.resume in ("", "auto") and self.out is None:
             raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
 

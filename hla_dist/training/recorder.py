@@ -6,17 +6,23 @@ It is on when the environment has TORCH_FR_BUFFER_SIZE before torch is imported;
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
+import torch
 
 
 def write_flight_record(directory: Path, rank: int) -> Path | None:
-    """This rank's collectives as JSON in ``directory/rank-N.json``; None if it cannot be had. Never raises."""
+    """This rank's collectives as JSON in ``directory/rank-N.json``; None if it cannot be had. Never raises.
+
+    NCCL keeps a record of its own, which goes to ``rank-N.nccl.json``.
+    """
     try:
-        record = _dump_fr_trace_json()
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"rank-{rank}.json"
-        path.write_bytes(record)
+        torch_distributed: Any = torch._C._distributed_c10d
+        path.write_bytes(torch_distributed._dump_fr_trace_json())
+        if hasattr(torch_distributed, "_dump_nccl_trace_json"):  # builds with NCCL
+            path.with_suffix(".nccl.json").write_bytes(torch_distributed._dump_nccl_trace_json())
         return path
     except Exception:  # this is said on the way out of another error, which must be heard
         return None

@@ -42,6 +42,7 @@ def test_values_are_typed() -> None:
         (["--exchange", "gossip"], "--exchange: invalid choice: 'gossip'"),
         (["--bf16-wire"], "--bf16-wire: expected --no-parity beside it"),
         (["--resume"], "--resume: expected a directory, or --out"),
+        (["--save-every", "5"], "--save-every: expected --out to save checkpoints in, got 5 and no --out"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:

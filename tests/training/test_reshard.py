@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.training import checkpoint
 from hla_dist.training.data import Windows
+from hla_dist.training.determinism import check_equal_parameters
 from hla_dist.training.failure import UserError
-from hla_dist.training.fully_sharded import distributed, whole
+from hla_dist.training.faults import Faults
+from hla_dist.training.fully_sharded import distributed, local, whole
 from hla_dist.training.loop import Trainer
 from hla_dist.training.mesh import Degrees, Layout, build_layout
 from hla_dist.training.optim import build_adamw
@@ -72,8 +75,8 @@ def steps(trainer: Trainer, number: int) -> None:
         assert trainer.step(trainer.compute_gradients(), 1e-2)
 
 
-def on_other_meshes(directory: str) -> list[float]:
-    """Five steps on 2 x 2; two there, and three on other meshes. Relative differences of the parameters."""
+def on_other_meshes(directory: str) -> list[Any]:
+    """Five steps on 2 x 2; two there, and three on other meshes. Relative differences of parameters; the last one."""
     reference = trainer_on_mesh(Degrees(2, 1, 2), 2)
     steps(reference, 2)
     rank, world = reference.layout.rank, reference.layout.world
@@ -89,7 +92,30 @@ def on_other_meshes(directory: str) -> list[float]:
         steps(trainer, 3)
         pairs = zip(trainer.model.parameters(), reference.model.parameters(), strict=True)
         differences.append(max(float((whole(a) - b).norm() / b.norm()) for a, b in pairs))
-    return differences
+        check_equal_parameters(trainer.model.module, world)
+    return [*differences, trainer]
+
+
+def poisoned(trainer: Trainer) -> tuple[bool, str]:
+    """Whether a step is taken with a NaN in a sharded model on one rank, and who is said to have it."""
+    faults = Faults("nan-output:rank=2,step=1,at=blocks.0.mlp", trainer.layout.rank)
+    faults.before(1, trainer.model.module)
+    agreed = trainer.compute_gradients()
+    stepped = trainer.step(agreed, 1e-2)
+    faults.before(2, trainer.model.module)
+    return stepped, agreed.blame
+
+
+def drifting(trainer: Trainer) -> str:
+    """What the check says of parameters sharded in two and held twice, when rank 3 has another bit."""
+    weight = local(trainer.model.get_parameter("blocks.1.mlp.down.weight")).detach()
+    if trainer.layout.rank == 3:
+        weight.view(-1).view(torch.int64)[5] ^= 1
+    try:
+        check_equal_parameters(trainer.model.module, trainer.layout.world)
+    except UserError as exc:
+        return str(exc)
+    return "nothing was raised"
 
 
 def language_model() -> LanguageModel:
@@ -147,17 +173,22 @@ def failing_in_the_background(layout: Layout, directory: str) -> str:
 
 
 def everything_on_four_ranks(directory: str) -> Any:
-    differences = on_other_meshes(directory + "/meshes")
+    *differences, last = on_other_meshes(directory + "/meshes")
+    stepped, blame = poisoned(last)
+    assert not stepped and blame.startswith("first on rank 2 in the output of blocks.0.mlp"), blame
+    drift = drifting(last)
     between_sharded_and_replicated(directory + "/sharded")
     said = failing_in_the_background(build_layout(Degrees(1, 1, 4), torch.device("cpu")), directory + "/failing")
-    return differences, said
+    return differences, drift, said
 
 
 def test_other_meshes_sharded_parameters_and_a_failure_in_the_background(tmp_path: Path) -> None:
     results = run_ranks(everything_on_four_ranks, 4, str(tmp_path))
-    for (same, *others), said in results:
+    for (same, *others), drift, said in results:
         assert same == 0.0
         assert len(others) == 4 and all(0.0 < other <= ANOTHER_WORLD for other in others), others
         assert "checkpoint of step 2: cannot write" in said and "rank 2: No space left on device" in said
-        assert said.endswith("step-00000001") and said == results[0][1]
+        assert said.endswith("step-00000001") and said == results[0][2]
+        assert drift == results[0][1] and "on every rank, got others on rank(s) " in drift
+        assert re.search(r"rank\(s\) [13] in blocks.1.mlp.down.weight", drift)  # the two that hold this slice
     assert [p.name for p in (tmp_path / "failing").iterdir()] == ["step-00000001"]
