@@ -25,6 +25,20 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def random_state(device: torch.device) -> Tensor:
+    """torch's random state on this rank as bytes, the GPU's after the CPU's."""
+    cpu = torch.get_rng_state()
+    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
+
+
+def set_random_state(state: Tensor) -> None:
+    """Inverse of :func:`random_state`; the GPU's part is set only where there is one."""
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:size].clone())  # a clone: torch reads it as a struct, which must be aligned
+    if state.numel() > size and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[size:].clone())
+
+
 def check_equal_parameters(model: nn.Module, group: Any) -> None:
     """Raises UserError, the same on every rank of ``group``, unless all hold the same bits of every parameter.
 

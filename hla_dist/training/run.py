@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from hla_dist.models import LanguageModel, ModelConfig
@@ -22,7 +21,7 @@ from hla_dist.training.bigram import bigram_bits
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.continuation import Launch, decide
 from hla_dist.training.data import Corpus, Windows, cut, held_out_windows, load_corpus
-from hla_dist.training.determinism import be_deterministic, check_equal_parameters
+from hla_dist.training.determinism import be_deterministic, check_equal_parameters, random_state, set_random_state
 from hla_dist.training.failure import UserError, together
 from hla_dist.training.fully_sharded import distributed, whole_state
 from hla_dist.training.generate import generate
@@ -329,20 +328,6 @@ def against(bigram: float | None, loss: float) -> str:
         return ""
     where = "below" if loss < bigram else "above"
     return f"; a bigram model on the same text {bigram:.3f}, so the model is {abs(bigram - loss):.3f} {where} it"
-
-
-def random_state(device: torch.device) -> Tensor:
-    """torch's random state on this rank as bytes, the GPU's after the CPU's."""
-    cpu = torch.get_rng_state()
-    return torch.cat([cpu, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else cpu
-
-
-def set_random_state(state: Tensor) -> None:
-    """Inverse of :func:`random_state`; the GPU's part is set only where there is one."""
-    size = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:size].clone())  # a clone: torch reads it as a struct, which must be aligned
-    if state.numel() > size and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[size:].clone())
 
 
 def move_aside(directory: Path) -> None:
