@@ -29,12 +29,14 @@ class Counter:
     """What this process has sent: collective calls, messages to single ranks, and the bytes of its own payloads.
 
     ``waited``: seconds its host was held up until an exchange that had been started came through.
+    ``reducing``: seconds it was held up in reductions that were not started ahead.
     """
 
     calls: int = 0
     messages: int = 0
     bytes: int = 0
     waited: float = 0.0
+    reducing: float = 0.0
 
     def add(self, tensor: Tensor) -> None:
         self.calls += 1
@@ -46,7 +48,7 @@ class Counter:
 
     def reset(self) -> None:
         self.calls = self.messages = self.bytes = 0
-        self.waited = 0.0
+        self.waited = self.reducing = 0.0
 
 
 counter = Counter()
@@ -120,9 +122,14 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
 def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
     """Sum ``x`` over the group, in place. One collective."""
     counter.add(x)
+    began = time.perf_counter()
     if isinstance(pg, MPIGroup):
-        return _done(pg.all_reduce_sum(x), async_op)
-    return dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
+        work = _done(pg.all_reduce_sum(x), async_op)
+    else:
+        work = dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
+    if not async_op:
+        counter.reducing += time.perf_counter() - began
+    return work
 
 
 def all_gather_objects(obj: Any, pg: Group) -> list[Any]:

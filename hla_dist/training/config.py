@@ -108,6 +108,10 @@ class TrainConfig:
         "that one if there is any, else start. A run that torchrun restarts goes on by itself",
         nargs="?", const="", metavar="DIR"
     )  # fmt: skip
+    wandb: str | None = option(
+        None, "output", "log to this project of Weights & Biases too, by the package 'wandb' (needs --out)",
+        metavar="PROJECT"
+    )  # fmt: skip
     eval_every: int = option(200, "output", "steps between evaluations on held-out text, besides first and last")
     eval_tokens: int = option(131072, "output", "held-out tokens of an evaluation")
     save_every: int = option(0, "output", "steps between checkpoints; 0: only the last")
@@ -140,6 +144,9 @@ class TrainConfig:
             raise UserError(f"--save-every: expected --out to save checkpoints in, got {self.save_every} and no --out")
         if self.resume in ("", "auto") and self.out is None:
             raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
+
+        if self.wandb is not None and self.out is None:
+            raise UserError("--wandb: expected --out too, which holds what is logged, got none")
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model these options describe; UserError if there is none such."""

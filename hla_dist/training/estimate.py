@@ -99,7 +99,7 @@ def estimate(step: Step) -> Estimate:
         "an operator's blocks": _blocks(step, local),
         "the batch's tokens": tokens,
     }
-    return Estimate(parameters, _flops(step), memory, wire_bytes(step, parameters))
+    return Estimate(parameters, step_flops(step), memory, wire_bytes(step, parameters))
 
 
 def _blocks(step: Step, local: int) -> int:
@@ -140,7 +140,7 @@ def _layers(model: nn.Module) -> list[HLAAttention]:
     return [layer for layer in model.modules() if isinstance(layer, HLAAttention)]
 
 
-def _flops(step: Step) -> dict[str, float]:
+def step_flops(step: Step) -> dict[str, float]:
     """Two per multiply-add; whole chunk squares counted, as they are computed."""
     model = _build(step.model)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the embedding counts as the output

@@ -6,6 +6,7 @@ Letters: B samples a micro-batch, T tokens of a shard, N vocabulary.
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ class Trainer:
         self.clip = clip
         self.bf16 = bf16
         self.watch = Watch(model.module)
+        self.data_seconds = 0.0  # spent on reading tokens so far
         self.samples = 0  # read so far by all replicas together: the position in the data
 
     @property
@@ -78,7 +80,9 @@ class Trainer:
         shares = []
         for micro in range(self.accumulate):
             first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
+            began = time.monotonic()
             tokens = self.windows.batch(first, self.batch_size).to(self.layout.device)
+            self.data_seconds += time.monotonic() - began
             last = micro == self.accumulate - 1
             # NaN passes to the end of the step, where every rank learns of it
             with nullcontext() if last else self.model.no_sync(), validation(False, cpu=False):

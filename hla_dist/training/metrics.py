@@ -9,17 +9,27 @@ from typing import Any
 
 from hla_dist.training.failure import UserError
 
+MARKED = {"loss", "grad_norm", "held_out"}  # TensorBoard shows where these were not finite
+
 
 class MetricsLog:
     """One JSON line and one set of TensorBoard scalars a step; use it on one rank.
 
     With ``resume_step`` lines of later steps, which the resumed run will write again, are dropped. Raises UserError
-    where the disk does not take a line.
+    where the disk does not take a line. ``wandb_project``: lines go to Weights & Biases too, with ``config``; UserError
+    if its package is not there.
     """
 
-    def __init__(self, directory: Path, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        resume_step: int | None = None,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: a second of imports that one rank needs
 
+        self._wandb = None if wandb_project is None else start_wandb(wandb_project, directory, config)
         self.path = directory / "metrics.jsonl"
         self.history: list[dict[str, Any]] = []
         if resume_step is not None and self.path.is_file():
@@ -43,15 +53,33 @@ class MetricsLog:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             for key, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and (key in MARKED or math.isfinite(value)):
                     self._board.add_scalar(key, value, step)
         except OSError as exc:
             raise UserError(f"metrics: cannot write {self.path}: {exc.strerror or exc}") from exc
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in line.items() if value is not None}, step=step)
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes all."""
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_wandb(project: str, directory: Path, config: dict[str, Any] | None) -> Any:
+    """A run of Weights & Biases named as the directory; offline and the like are up to its own variables."""
+    try:
+        import wandb
+    except ImportError as exc:
+        raise UserError("--wandb: expected the package 'wandb', got none; pip install wandb") from exc
+    return wandb.init(project=project, name=directory.name, dir=str(directory), config=config)
+
+
+def perplexity(loss: float) -> float:
+    """exp of nats a token; infinity beyond what a number holds."""
+    return math.exp(loss) if loss < 700 else loss * math.inf
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from hla_dist.training.fully_sharded import distributed, whole_state
 from hla_dist.training.generate import generate
 from hla_dist.training.loop import Trainer
 from hla_dist.training.mesh import Layout
-from hla_dist.training.metrics import MetricsLog, plot_loss
+from hla_dist.training.meter import Meter
+from hla_dist.training.metrics import MetricsLog, perplexity, plot_loss
 from hla_dist.training.optim import build_adamw, lr_factor
 from hla_dist.training.parity import Parity, check_parity
 from hla_dist.training.saver import Saver
@@ -73,6 +74,7 @@ class Run:
         # bits per byte, or per token where the text behind the tokens is not known
         self.unit = "bits per byte" if self.corpus.bytes_per_token else "bits per token"
         self.per_unit = 1 / (math.log(2) * (self.corpus.bytes_per_token or 1.0))
+        self.meter = Meter(self.model_config, config.seq_len, group_size(layout.world), layout.device)
         self.saver = None
         if self.out is not None:
             # without a group for it there is no second thread
@@ -144,7 +146,7 @@ class Run:
         partial = self.out / ".partial-config.json"
         partial.write_text(json.dumps(resolved, indent=2) + "\n")
         partial.replace(self.out / "config.json")
-        self.log = MetricsLog(self.out, self.step if own else None)
+        self.log = MetricsLog(self.out, self.step if own else None, self.config.wandb, resolved)
 
     def train(self) -> int:
         """The whole run; returns the exit code. Raises UserError alike on every rank."""
@@ -184,7 +186,7 @@ class Run:
         tokens = seconds = 0.0
         bad_steps = 0
         while True:
-            began = time.monotonic()
+            self.meter.start(self.trainer.data_seconds)
             self.launch.faults.before(self.step + 1, self.model.module)
             failed = self.saver is not None and self.saver.failed  # only all ranks together can find out why
             agreed = self.trainer.compute_gradients(bool(self.stop) or failed, self._clock())
@@ -192,8 +194,8 @@ class Run:
             lr = c.lr * lr_factor(self.step, c.warmup, progress, c.min_lr)
             bad_steps = 0 if self.trainer.step(agreed, lr) else bad_steps + 1
             self.step += 1
-            took = time.monotonic() - began
-            seconds += took
+            cost = self.meter.read(self.trainer.tokens_per_step, self.trainer.data_seconds)
+            seconds += cost["step_s"]
             tokens += self.trainer.tokens_per_step
             if bad_steps:
                 self._skipped(bad_steps, agreed.blame)
@@ -204,8 +206,9 @@ class Run:
             if not agreed.stop and (end or self.step % c.eval_every == 0):
                 held_out = loss = self.evaluate()
             self.write(
-                loss=agreed.loss, tokens=self.tokens, tokens_per_s=self.trainer.tokens_per_step / took,
-                grad_norm=agreed.grad_norm, lr=lr, held_out=held_out, skipped=bool(bad_steps) or None,
+                loss=agreed.loss, **{self.unit.replace(" ", "_"): agreed.loss * self.per_unit},
+                perplexity=perplexity(agreed.loss), tokens=self.tokens, grad_norm=agreed.grad_norm, lr=lr,
+                held_out=held_out, skipped=bool(bad_steps) or None, **cost,
             )  # fmt: skip
             bar.set_postfix_str(f"loss {agreed.loss:.3f}, held out {loss:.3f} {self.unit}", refresh=False)
             bar.update()

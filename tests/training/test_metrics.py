@@ -1,0 +1,167 @@
+"""What a run writes about itself, where it goes, and launch/plot.py, which draws it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hla_dist.parallel.collectives import counter
+from hla_dist.training import meter
+from hla_dist.training.compare import distinct, smoothed
+from hla_dist.training.config import TrainConfig
+from hla_dist.training.failure import UserError
+from hla_dist.training.mesh import build_layout, factorise
+from hla_dist.training.metrics import MetricsLog, perplexity, read_metrics
+from hla_dist.training.run import Run
+from tests.harness import run_ranks
+from tests.training.corpora import small_config, write_text
+from tests.training.test_steps import NoSignal
+
+ROOT = Path(__file__).resolve().parents[2]
+COST = {"step_s", "tokens_per_s", "tokens_per_s_device", "tflops_per_s_device", "mfu", "peak_memory_bytes",
+        "exposed_comm_s", "data_s"}  # fmt: skip
+
+
+def train(config: TrainConfig, ranks: int) -> None:
+    layout = build_layout(factorise(ranks), torch.device("cpu"))
+    Run(config, layout, NoSignal(), 0.0).train()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks."""
+    directory = tmp_path_factory.mktemp("run")
+    data = write_text(directory / "text.txt", 6000)
+    run_ranks(train, 2, small_config(data, out=str(directory / "out"), steps=4, sample=0, parity=False), 2)
+    return directory / "out"
+
+
+def test_every_step_says_what_it_cost(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == 4
+    tokens = lines[1]["tokens"] - lines[0]["tokens"]
+    assert tokens == config["run"]["seq_len"] * config["run"]["batch_size"]
+    for line in lines:
+        assert COST <= line.keys() and line["mfu"] is None  # what a CPU could do is not known
+        assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] / math.log(2))
+        assert line["tokens_per_s"] == pytest.approx(tokens / line["step_s"])
+        assert line["tokens_per_s_device"] == pytest.approx(line["tokens_per_s"] / 2)
+        assert 0 < line["exposed_comm_s"] < line["step_s"] and 0 < line["data_s"] < line["step_s"]
+        assert 2**27 < line["peak_memory_bytes"] < 2**33
+        # six times the matrices' parameters is most of a small model's work
+        flops = line["tflops_per_s_device"] * 1e12 / line["tokens_per_s_device"]
+        assert 6 * config["parameters"] < flops < 20 * config["parameters"]
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert COST - {"mfu"} <= set(board.Tags()["scalars"]) and "mfu" not in board.Tags()["scalars"]
+
+
+def test_waiting_and_reading_are_of_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(seq_len=64).model_config(256)
+    clock = iter([0.0, 10.0, 14.0])
+    monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
+    one = meter.Meter(config, 64, 4, torch.device("cpu"))
+    one.peak = 1e12
+    monkeypatch.setattr(counter, "waited", 5.0)
+    monkeypatch.setattr(counter, "reducing", 1.0)
+    one.start(data_seconds=3.0)
+    monkeypatch.setattr(counter, "waited", 5.5)
+    monkeypatch.setattr(counter, "reducing", 1.25)
+    got = one.read(800, data_seconds=3.5)
+    assert (got["step_s"], got["exposed_comm_s"], got["data_s"]) == (4.0, 0.75, 0.5)
+    assert (got["tokens_per_s"], got["tokens_per_s_device"]) == (200.0, 50.0)
+    assert got["mfu"] == pytest.approx(got["tflops_per_s_device"]) == pytest.approx(50 * one.flops_per_token / 1e12)
+
+
+def test_peaks_are_known_by_name_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert math.isnan(meter.peak_flops(torch.device("cpu")))
+    for name, want in (
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert meter.peak_flops(torch.device("cuda")) == want
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert math.isnan(meter.peak_flops(torch.device("cuda")))
+    assert perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
+
+
+def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UserError, match="--wandb: expected the package 'wandb', got none"):
+        MetricsLog(tmp_path, None, "project", {})
+    with pytest.raises(UserError, match="--wandb: expected --out too"):
+        TrainConfig(wandb="project")
+    told: list[Any] = []
+    fake = types.ModuleType("wandb")
+    run = types.SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    fake.init = lambda **options: told.append(options) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = MetricsLog(tmp_path, None, "project", {"seed": 1})
+    log.write(3, loss=2.0, mfu=math.nan)
+    log.close()
+    assert told[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1}}
+    assert told[1:] == [(3, {"step": 3, "loss": 2.0}), "end"]
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    spec = importlib.util.spec_from_file_location("plot_program", ROOT / "launch" / "plot.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plot_draws_one_run_and_compares_several(
+    tmp_path: Path, out: Path, program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "tokens": 64}\n{"step": 2, "loss": 2.25, "tokens"')
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plot.py", *arguments])
+        code = program.main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    both = tmp_path / "both.png"
+    code, said, _ = call(str(out), str(other), "--smooth", "2", "--x", "step", "--out", str(both))
+    first, second, last = said.splitlines()
+    assert code == 0 and last == f"plot: {both}" and both.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(second) | {"run": "other", "loss": 2.5, "steps": 1, "held_out": None} == json.loads(second)
+    assert json.loads(first)["loss"] == pytest.approx(read_metrics(out / "metrics.jsonl")[-1]["loss"], abs=1e-6)
+    assert json.loads(first)["seconds"] > 0 and json.loads(first)["unit"] == "bits per byte"
+    assert call(str(out), "--metrics", "loss")[0] == 0 and (out / "metrics.png").is_file()
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for arguments, message in (
+        ((str(tmp_path / "none"),), "runs: expected a run's --out directory or its metrics.jsonl, got "),
+        ((str(empty),), "runs: expected lines of training steps in "),
+        ((str(out), "--metrics", "colour"), "--metrics: expected some of bits_per_byte, data_s, "),
+        ((str(out), "--smooth", "0"), "--smooth: expected at least 1, got 0"),
+        ((str(out), "--out", "/proc/x/y.png"), "--out: cannot write /proc/x/y.png"),
+        ((), "the following arguments are required: --runs"),
+    ):
+        code, said, error = call(*arguments)
+        assert (code, said) == (1, "") and len(error.splitlines()) == 1
+        assert error.startswith(f"plot.py: error: {message}")
+
+
+def test_smoothing_and_names() -> None:
+    assert smoothed([4.0, 2.0, 0.0, 6.0], 2) == [4.0, 3.0, 1.0, 3.0]
+    assert distinct([Path("/a/x/run"), Path("/a/y/run/metrics.jsonl")]) == ["x/run", "y/run"]
+    assert distinct([Path("/a/one"), Path("/a/two")]) == ["one", "two"]
