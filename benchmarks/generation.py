@@ -33,8 +33,9 @@ LENGTHS = [1 << n for n in (10, 12, 14, 16, 18, 20)]
 ROUNDS = 15
 NEW = 16  # tokens a round
 MIB = 1 << 20
-HEADER = ["context", "state from", "read, tokens/s", "MiB peak reading", "ms a token", "CPU ms a token", "tokens a CPU second",
-          "state, KiB", "MiB peak generating", "cache: CPU ms a token, attention alone", "cache, MiB"]  # fmt: skip
+HEADER = ["context", "state from", "read, tokens/s", "MiB peak reading", "ms a token", "CPU ms a token",
+          "tokens a CPU second", "state, KiB", "MiB peak generating",
+          "cache: CPU ms a token, attention alone", "cache, MiB"]  # fmt: skip
 
 
 def read_lengths(model: LanguageModel, lengths: Sequence[int], seconds: float) -> list[dict[str, Any]]:
@@ -137,7 +138,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['context']:,}", row["how"], f"{row['read_tokens_per_s']:,.0f}" if row["read_tokens_per_s"] else "",
         f"{row['read_peak'] / MIB:.0f}" if row["read_peak"] else "", f"{row['s_a_token'] * 1e3:.2f}",
-        f"{row['cpu_s_a_token'] * 1e3:.2f}", f"{1 / row['cpu_s_a_token']:,.0f}", f"{row['state_bytes'] / 1024:,.0f}", f"{row['peak'] / MIB:.0f}",
+        f"{row['cpu_s_a_token'] * 1e3:.2f}", f"{1 / row['cpu_s_a_token']:,.0f}",
+        f"{row['state_bytes'] / 1024:,.0f}", f"{row['peak'] / MIB:.0f}",
         f"{row['cache_cpu_s_a_token'] * 1e3:.2f}", f"{row['cache_bytes'] / MIB:,.0f}",
     ]  # fmt: skip
 
