@@ -12,10 +12,10 @@ from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, summarize
 from hla_dist.functional.exchange_ops import checkpoint_context
 from hla_dist.functional.validate import validation
-from hla_dist.nn import HLAAttention, SequenceParallelHLA
+from hla_dist.nn import HLAAttention, SequenceParallelHLA, SoftmaxAttention
 from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
 from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
-from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
+from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, KVState, LinearState, PrefixState
 
 __all__ = [
     "AHLAState",
@@ -27,10 +27,12 @@ __all__ = [
     "HLA2PaperState",
     "HLA2State",
     "HLAAttention",
+    "KVState",
     "LinearState",
     "PrefixState",
     "SequenceParallelHLA",
     "ShardedBatch",
+    "SoftmaxAttention",
     "Summary",
     "checkpoint_context",
     "combine",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["AHLAState", "HLA2PaperState", "HLA2State", "HLA3State", "LinearState", "PrefixState"]
+__all__ = ["AHLAState", "HLA2PaperState", "HLA2State", "HLA3State", "KVState", "LinearState", "PrefixState"]
 
 
 class LinearState(NamedTuple):
@@ -74,6 +74,18 @@ class HLA3State(NamedTuple):
     S: Tensor
     P: Tensor
     F: Tensor
+
+
+class KVState(NamedTuple):
+    """State of a softmax layer: the keys and values that later queries may see. It grows with the text up to a window.
+
+    k, v    [N, S, G, K], in the layer's dtype; row n has min(tokens[n], window - 1) of them, then zeros
+    tokens  [N] int64 on the host: how many tokens have gone into each row
+    """
+
+    k: Tensor
+    v: Tensor
+    tokens: Tensor
 
 
 class PrefixState(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+MIXERS = ("hla2", "ahla", "hla3", "linear_attention", "softmax")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -12,7 +14,11 @@ class ModelConfig:
 
     ``mlp_size`` 0 means 8/3 of ``hidden_size`` rounded up to a multiple of 32, so that a SwiGLU block has as many
     parameters as a two-matrix block four times as wide. ``attention`` holds further keyword options of
-    :class:`hla_dist.HLAAttention`. Raises ValueError for sizes that cannot be built.
+    :class:`hla_dist.HLAAttention`, ``softmax`` of :class:`hla_dist.SoftmaxAttention`.
+
+    ``pattern`` makes a hybrid: names of operators or ``softmax``, separated by commas, each perhaps with a count, from
+    the first layer on and over again until there are ``num_layers``: ``"hla2*3,softmax*1"``. Empty: ``op`` throughout.
+    Raises ValueError for sizes that cannot be built.
     """
 
     vocab_size: int = 256
@@ -25,11 +31,14 @@ class ModelConfig:
     op: str = "hla2"
     norm_eps: float = 1e-6
     attention: dict[str, Any] = field(default_factory=dict)
+    pattern: str = ""
+    softmax: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig: expected {name} >= 1, got {getattr(self, name)}")
+        read_pattern(self.pattern)
         if self.mlp_size < 0:
             raise ValueError(f"ModelConfig: expected mlp_size >= 0, got {self.mlp_size}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -41,6 +50,12 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: expected num_kv_heads dividing num_heads, got {self.num_kv_heads} and {self.num_heads}"
             )
+
+    @property
+    def mixers(self) -> list[str]:
+        """The operator of every layer, or ``softmax``."""
+        period = read_pattern(self.pattern) or [self.op]
+        return [period[layer % len(period)] for layer in range(self.num_layers)]
 
     @property
     def resolved_mlp_size(self) -> int:
@@ -65,6 +80,21 @@ class ModelConfig:
         if name not in SIZES:
             raise ValueError(f"model size: expected one of {', '.join(SIZES)}, got {name!r}")
         return cls(**{**SIZES[name], **changes})
+
+
+def read_pattern(pattern: str) -> list[str]:
+    """One period of a layer pattern: ``"hla2*3,softmax"`` is hla2, hla2, hla2, softmax; else ValueError."""
+    period: list[str] = []
+    for item in pattern.split(",") if pattern else []:
+        name, star, count = item.strip().partition("*")
+        name, count = name.strip(), count.strip() if star else "1"
+        if name not in MIXERS or not (count.isascii() and count.isdigit() and int(count) >= 1):
+            raise ValueError(
+                f"pattern: expected a comma-separated list of {', '.join(MIXERS)}, each alone or as in hla2*3, got "
+                f"{pattern!r}"
+            )
+        period += [name] * int(count)
+    return period
 
 
 # A block has 13 hidden_size^2 parameters. tiny and small are counted with a vocabulary of bytes, the others with one

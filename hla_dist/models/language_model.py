@@ -1,4 +1,4 @@
-"""A decoder language model whose token mixer is Higher-order Linear Attention.
+"""A decoder language model whose token mixer is Higher-order Linear Attention, in some layers perhaps softmax.
 
 Letters: B batch, T local tokens, D hidden_size, M SwiGLU width, N vocabulary.
 """
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hla_dist import checkpoint_context
 from hla_dist.models.config import ModelConfig
 from hla_dist.models.loss import summed_cross_entropy
-from hla_dist.nn import HLAAttention
+from hla_dist.nn import HLAAttention, SoftmaxAttention
 from hla_dist.nn.chunks import CHUNK_TOKENS, map_tokens
 
 CHECKPOINTING = ("none", "layer", "sublayer")
@@ -43,17 +43,18 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """``h = x + attention(norm(x)); y = h + SwiGLU(norm(h))``, x [B, T, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = HLAAttention(
-            config.hidden_size,
-            config.num_heads,
-            op=config.op,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            **{"residual_scale": residual_scale(config), "norm_eps": config.norm_eps, **config.attention},
-        )
+        sizes: dict[str, Any] = dict(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+        common = {"residual_scale": residual_scale(config), "norm_eps": config.norm_eps}
+        self.attention: HLAAttention | SoftmaxAttention
+        if mixer == "softmax":
+            options = {**common, **config.softmax}
+            self.attention = SoftmaxAttention(config.hidden_size, config.num_heads, **sizes, **options)
+        else:
+            options = {**common, **config.attention}
+            self.attention = HLAAttention(config.hidden_size, config.num_heads, op=mixer, **sizes, **options)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size)
         self.checkpointing = "none"  # LanguageModel.activation_checkpointing
@@ -130,7 +131,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self._checkpointing = "none"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.reset_parameters()
 
@@ -140,7 +141,8 @@ class LanguageModel(nn.Module):
 
         "none" (default, False too): nothing. "layer" (True): each block from its input. "sublayer", for the longest
         shards: each attention and each SwiGLU layer from its input, and all that treats tokens alone in chunks of
-        CHUNK_TOKENS, in evaluation too; projections are then computed three times. No policy sends anything twice.
+        CHUNK_TOKENS, in evaluation too; projections are then computed three times. No policy sends a summary
+        twice; a softmax layer gets its keys and values anew, since those of all ranks would be more than its input.
         """
         return self._checkpointing
 

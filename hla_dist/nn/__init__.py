@@ -1,6 +1,7 @@
-"""Modules: an attention layer, and the wrapper that runs a model on shards of a sequence."""
+"""Modules: attention layers, and the wrapper that runs a model on shards of a sequence."""
 
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.sequence_parallel import SequenceParallelHLA
+from hla_dist.nn.softmax_attention import SoftmaxAttention
 
-__all__ = ["HLAAttention", "SequenceParallelHLA"]
+__all__ = ["HLAAttention", "SequenceParallelHLA", "SoftmaxAttention"]

@@ -1,7 +1,7 @@
 """SequenceParallelHLA: to the sequence what DistributedDataParallel is to the batch.
 
-The wrapper itself computes nothing. It hands its group to every HLAAttention inside, so that each runs its operator
-over the group, and it leaves the gradient reduction to :class:`hla_dist.nn.gradient_reduction.GradientReduction`.
+The wrapper itself computes nothing. It hands its group to every HLAAttention and SoftmaxAttention inside, so that each
+runs over the group, and it leaves the gradient reduction to :class:`hla_dist.nn.gradient_reduction.GradientReduction`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import nn
 
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.gradient_reduction import GradientReduction, broadcast_from_first, is_dtensor
+from hla_dist.nn.softmax_attention import SoftmaxAttention
 from hla_dist.parallel.collectives import Group, all_gather_objects, group_rank, group_size, resolve_group
 
 __all__ = ["SequenceParallelHLA"]
 
+_LAYERS = (HLAAttention, SoftmaxAttention)  # what runs over a group
 _LOAD_HOOKS = "_load_state_dict_pre_hooks"
 
 
 class SequenceParallelHLA(nn.Module):
-    """Runs ``module``, any module that holds HLAAttention layers, on this rank's shard of every sequence.
+    """Runs ``module``, which holds HLAAttention or SoftmaxAttention layers, on this rank's shard of every sequence.
 
         wrapped(x[:, shard]) = module(x)[:, shard]                  for every rank's shard, in rank order
         sum over ranks of d loss_r / d w  ->  w.grad                on every rank, at the end of each backward
@@ -50,7 +52,7 @@ class SequenceParallelHLA(nn.Module):
     Communication: that of the attention layers; at construction an all-gather of names and shapes and a broadcast of
     parameters; after a backward one all-reduce of all gradients a dtype (in buckets of 256 MiB), none under
     ``no_sync()``. Every rank runs backward if one does. Raises ValueError, the same on every rank of
-    ``gradient_group``, if a module holds no HLAAttention, one that has a group already (wrapped twice), parameters
+    ``gradient_group``, if a module holds no such layer, one that has a group already (wrapped twice), parameters
     on the meta device, or parameters that differ between ranks in name, shape, dtype or requires_grad.
     """
 
@@ -74,11 +76,12 @@ class SequenceParallelHLA(nn.Module):
         _agree(module, problem, everyone)
         self.module = module
         self.group, self.gradient_group = pg, everyone
-        self._layers = [layer for layer in module.modules() if isinstance(layer, HLAAttention)]
+        self._layers = [layer for layer in module.modules() if isinstance(layer, _LAYERS)]
         for layer in self._layers:
             layer.group = pg
-            layer.exchange = exchange or layer.exchange
-            layer.wire_dtype = wire_dtype or layer.wire_dtype
+            if isinstance(layer, HLAAttention):
+                layer.exchange = exchange or layer.exchange
+                layer.wire_dtype = wire_dtype or layer.wire_dtype
         self.shard_lengths = shard_lengths
         fsdp = sys.modules.get("torch.distributed.fsdp")
         for part in module.modules():
@@ -210,13 +213,14 @@ def _problem(module: Any, pg: Group, lengths: Sequence[int] | None) -> str:
     """What keeps this rank from wrapping ``module``; empty if nothing does."""
     if not isinstance(module, nn.Module):
         return f"module: expected a torch.nn.Module, got {type(module).__name__}"
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, HLAAttention)}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _LAYERS)}
     if not layers:
-        return f"module: expected at least one HLAAttention inside, got {type(module).__name__} with none"
+        kind = type(module).__name__
+        return f"module: expected at least one HLAAttention or SoftmaxAttention inside, got {kind} with none"
     for name, layer in layers.items():
         if layer.group is not None:
             return (
-                f"module: expected HLAAttention layers without a group, got {name or 'one'} that has one "
+                f"module: expected attention layers without a group, got {name or 'one'} that has one "
                 "(wrapped twice? unwrap() undoes it)"
             )
     if any(p.is_meta and not is_dtensor(p) for p in module.parameters()):

@@ -132,6 +132,24 @@ def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
     return work
 
 
+def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group) -> Tensor:
+    """The next ``sends[r]`` numbers of the flat ``x`` go to rank r; ``receives[r]`` from rank r, in rank order.
+
+    [sum(sends)] -> [sum(receives)]; counts may be 0 and differ from rank to rank. One collective.
+    """
+    out = x.new_empty(sum(receives))
+    counter.add(x)
+    if isinstance(pg, MPIGroup):
+        theirs, ours = list(enumerate(out.split(receives))), list(enumerate(x.split(sends)))
+        theirs[pg.rank][1].copy_(ours[pg.rank][1])
+        others = ([(r, part) for r, part in parts if r != pg.rank and part.numel()] for parts in (ours, theirs))
+        for work in pg.post(*others):
+            work.wait()
+        return out
+    dist.all_to_all_single(out, x, receives, sends, group=pg)
+    return out
+
+
 def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
     """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
     counter.calls += 1

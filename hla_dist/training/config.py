@@ -42,6 +42,11 @@ class TrainConfig:
     op: str = option(
         "hla2", "model", "operator of the attention layers", choices=["hla2", "ahla", "hla3", "linear_attention"]
     )
+    pattern: str = option(
+        "", "model", "a hybrid: operators and softmax by layer, over again to the last one, such as hla2*3,softmax; "
+        "none: --op throughout"
+    )  # fmt: skip
+    window: int = option(0, "model", "tokens that a softmax layer sees, itself included; 0: all")
     hidden_size: int = option(0, "model", "width; 0: the named size's")
     layers: int = option(0, "model", "blocks; 0: the named size's")
     heads: int = option(0, "model", "query heads; 0: the named size's")
@@ -128,7 +133,7 @@ class TrainConfig:
                  "save_timeout": 1, "max_skips": 0, "check_every": 0,
                  "vocab_size": 0, "max_minutes": 0, "warmup": 0, "clip": 0, "lr": 0, "min_lr": 0, "weight_decay": 0,
                  "save_every": 0, "sample": 0, "eval_tokens": 1, "threads": 0, "sp": 0, "dp_shard": 0,
-                 "dp_replicate": 0, "tp": 1, "hidden_size": 0, "layers": 0,
+                 "dp_replicate": 0, "tp": 1, "window": 0, "hidden_size": 0, "layers": 0,
                  "heads": 0, "kv_heads": 0, "head_dim": 0, "seed": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -152,9 +157,10 @@ class TrainConfig:
         """The model these options describe; UserError if there is none such."""
         names = {"hidden_size": "hidden_size", "layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads",
                  "head_dim": "head_dim"}  # fmt: skip
-        changes = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours)}
+        changes: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours)}
+        changes |= {"softmax": {"window": self.window}} if self.window else {}
         try:
-            return ModelConfig.named(self.size, vocab_size=vocab_size, op=self.op, **changes)
+            return ModelConfig.named(self.size, vocab_size=vocab_size, op=self.op, pattern=self.pattern, **changes)
         except ValueError as exc:
             raise UserError(str(exc)) from exc
 

@@ -1,4 +1,4 @@
-"""Text from a model whose state has constant size: a prompt is read in pieces, then one token at a time follows.
+"""Text from a model's states, of constant size but in softmax layers without a window: a prompt is read in pieces, then one token at a time follows.
 
 Letters: B texts, T tokens, N vocabulary.
 """
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hla_dist import SequenceParallelHLA, shard
+from hla_dist import KVState, SequenceParallelHLA, shard
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.collectives import group_rank, group_size
 from hla_dist.parallel.shard import default_lengths
@@ -109,7 +110,7 @@ def follow(
     device = model.embedding.weight.device
     draws = [torch.Generator().manual_seed(seed + row) for row in range(len(carries))]
     layers = zip(*(carry.state for carry in carries), strict=True)
-    state = [type(rows[0])(*(torch.cat(fields) for fields in zip(*rows, strict=True))) for rows in layers]
+    state = [as_rows(states) for states in layers]
     positions = torch.tensor([[carry.position] for carry in carries], device=device)
     following = [carry.last for carry in carries]
     training = model.training
@@ -127,6 +128,17 @@ def follow(
             yield following
     finally:
         model.train(training)
+
+
+def as_rows(states: Sequence[Any]) -> Any:
+    """States of texts as one state, a row each; keys and values of softmax layers are padded to the most there are."""
+    if isinstance(states[0], KVState):
+        most = max(state.k.shape[1] for state in states)
+        states = [
+            KVState(*(F.pad(x, (0, 0, 0, 0, 0, most - x.shape[1])) for x in state[:2]), state.tokens)
+            for state in states
+        ]
+    return type(states[0])(*(torch.cat(fields) for fields in zip(*states, strict=True)))
 
 
 def generate(

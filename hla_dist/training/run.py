@@ -150,8 +150,9 @@ class Run:
 
     def train(self) -> int:
         """The whole run; returns the exit code. Raises UserError alike on every rank."""
+        mixers = self.config.pattern or self.config.op
         self.say(
-            f"{self.parameters:,} parameters, {self.config.op}; {self.config.seq_len:,} tokens a sequence over "
+            f"{self.parameters:,} parameters, {mixers}; {self.config.seq_len:,} tokens a sequence over "
             f"{self.layout.shards} rank(s), {self.layout.replicas} replica(s)" + self.layout.sharding
         )
         self.say(

@@ -1,0 +1,209 @@
+"""Causal softmax attention of the queries here over the keys they see, wherever these are.
+
+    out[t] = sum_j p[t, j] v[j],   p[t, :] = softmax over j in first[t] .. last[t] of scale (q[t] . k[j])
+
+Letters: B batch, T local queries, S keys at hand, H query heads, G key/value heads, K head size. torch's
+``scaled_dot_product_attention`` does the arithmetic. Where it needs a mask, blocks of queries take turns and backward
+computes them again, so that a mask of T x S never exists.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hla_dist.functional import exchange_ops
+from hla_dist.functional.softmax_exchange import FetchKeys, HeadsForTokens, wide
+from hla_dist.parallel import collectives
+from hla_dist.parallel.key_spans import KeySpans
+from hla_dist.states import KVState
+
+_BLOCK_QUERIES = 512
+_MASK_NUMBERS = 1 << 24  # bounds the mask of a block: fewer queries where they see more keys
+
+
+class Place(NamedTuple):
+    """Where a call runs, agreed on by all ranks."""
+
+    spans: KeySpans
+    pg: collectives.Group | None
+    rank: int
+
+
+def agree(
+    tokens: int,
+    group: Any,
+    *,
+    cu: Tensor | None,
+    state: KVState | None,
+    window: int | None,
+    final: bool,
+    description: str,
+    device: torch.device,
+) -> Place:
+    """Every rank's number of tokens and of cached keys, and whether they want the same thing.
+
+    ``cu`` on the host. Communication with a group: one all-gather of 2 + N integers in the agreement's frame, N
+    documents. Raises ValueError, the same on every rank, where calls differ.
+    """
+    rows = 1 if cu is None else len(cu) - 1
+    before = torch.zeros(rows, dtype=torch.int64) if state is None else state.tokens[:rows].cpu()
+    pg = None if group is None else collectives.resolve_group(group)
+    if pg is None or collectives.group_size(pg) == 1:
+        lengths, rank = [tokens], 0
+        pg = None
+    else:
+        rank = collectives.group_rank(pg)
+        code = 0 if cu is None else zlib.crc32(cu.numpy().tobytes())
+        numbers = torch.cat([torch.tensor([tokens, code]), before]).to(device)
+        gathered = exchange_ops.exchange_gather([numbers], pg.group_name, "forward", f"{description} rows={rows}")
+        table = gathered[0].cpu()
+        others = (table[:, 1] != table[0, 1]).nonzero().flatten().tolist()
+        if others:
+            raise ValueError(f"cu_seqlens: expected the same on every rank, got others on rank {others[0]} than on 0")
+        lengths, before = table[:, 0].tolist(), table[:, 2:]
+    packed = cu is not None
+    bounds = torch.tensor([0, sum(lengths)]) if cu is None else cu
+    spans = KeySpans(bounds, lengths, torch.zeros(rows, dtype=torch.int64), window, packed, final)
+    if pg is not None:  # a document's state is read where it begins; who that is does not depend on the states
+        before = before[spans.owners, torch.arange(rows)]
+    return Place(KeySpans(bounds, lengths, before, window, packed, final), pg, rank)
+
+
+def attend(
+    place: Place, q: Tensor, k: Tensor, v: Tensor, state: KVState | None, exchange: str, scale: float
+) -> tuple[Tensor, KVState | None]:
+    """Outputs ``[B, T, H, K]`` for local q ``[B, T, H, K]``, k, v ``[B, T, G, K]``, and the state if it is wanted.
+
+    ``exchange`` ``"gather"``: keys and values that the queries here see come to this rank; ``"ulysses"``: each rank
+    attends for its part of the heads. See :class:`FetchKeys` and :class:`HeadsForTokens`.
+    """
+    spans, pg, rank = place
+    if exchange == "ulysses" and pg is not None:
+        return _by_heads(spans, pg, q, k, v, scale), None
+    own = _with_cached(spans, rank, torch.cat([k, v], -1), state).flatten(2)  # [B, E, G 2K]
+    keys = own if pg is None else FetchKeys.apply(own, spans, pg)
+    keys = keys.unflatten(2, (k.shape[2], 2 * k.shape[3]))
+    low = spans.held(rank)[0] if pg is None else spans.seen(rank)[0]
+    first, last = (x - low for x in spans.visible(rank))
+    seen_k, seen_v = keys.split(k.shape[3], -1)
+    return attend_here(q, seen_k, seen_v, first, last, scale), _final(spans, rank, keys, low)
+
+
+def _by_heads(spans: KeySpans, pg: collectives.Group, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    ranks = collectives.group_size(pg)
+    lengths, size = list(spans.lengths), q.shape[3]
+    parts = [x.unflatten(2, (ranks, -1)).flatten(3) for x in (q, k, v)]  # [B, T, P, heads of a rank * K]
+    mine = HeadsForTokens.apply(torch.cat(parts, -1), lengths, pg, False)
+    q, k, v = (x.unflatten(2, (-1, size)) for x in mine.split([x.shape[3] for x in parts], -1))
+    whole = KeySpans(spans.cu, [sum(lengths)], spans.before, spans.window, spans.packed, False)
+    out = attend_here(q, k, v, *whole.visible(0), scale)
+    return HeadsForTokens.apply(out.flatten(2), lengths, pg, True).flatten(2).unflatten(2, (-1, size))
+
+
+def _with_cached(spans: KeySpans, rank: int, keys: Tensor, state: KVState | None) -> Tensor:
+    """``[B, T, G, 2K]`` with the cached ones of the documents that begin here in their places, ``[B, E, G, 2K]``."""
+    here = ((spans.owners == rank) & (spans.cached > 0)).nonzero().flatten()
+    if state is None or not len(here):
+        return keys
+    cached = torch.cat([state.k, state.v], -1).to(keys.dtype)  # [N, S, G, 2K]
+    if not spans.packed:
+        return torch.cat([cached[:, : int(spans.cached[0])], keys], 1)
+    tokens, slots = keys.shape[1], cached.shape[1]
+    begin, end = spans.held(rank)
+    index = torch.empty(end - begin, dtype=torch.int64)
+    index[spans.visible(rank)[1] - begin] = torch.arange(tokens)
+    for n in here.tolist():
+        count, at = int(spans.cached[n]), int(spans.starts[n]) - begin
+        index[at : at + count] = tokens + n * slots + torch.arange(count)
+    return torch.cat([keys[0], cached.flatten(0, 1)]).index_select(0, index.to(keys.device))[None]
+
+
+def _final(spans: KeySpans, rank: int, keys: Tensor, low: int) -> KVState | None:
+    """The state after the last token, from the keys at hand, of which the first is ``low`` of the row."""
+    if not spans.final:
+        return None
+    after = spans.before + spans.cu[1:] - spans.cu[:-1]
+    if not spans.packed:
+        end, kept = spans.holdings[-1] - low, int(spans.kept[0])
+        new_k, new_v = keys[:, end - kept : end].chunk(2, -1)
+        return KVState(new_k, new_v, after.repeat(len(keys)))
+    slot = torch.arange(int(spans.kept.max()) if len(spans.kept) else 0)
+    there = (slot < spans.kept[:, None]) & (spans.ends_on == rank)[:, None]
+    index = torch.where(there, (spans.starts[1:] - spans.kept)[:, None] + slot - low, keys.shape[1])
+    padded = torch.cat([keys[0], keys.new_zeros(1, *keys.shape[2:])])
+    rows = padded.index_select(0, index.flatten().to(keys.device)).unflatten(0, tuple(index.shape))
+    new_k, new_v = rows.chunk(2, -1)
+    return KVState(new_k, new_v, after)
+
+
+def attend_here(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+    """``[B, T, H, K]`` where query t sees the keys ``first[t] .. last[t]``: on the host, never decreasing."""
+    tokens, keys = q.shape[1], k.shape[1]
+    if tokens == 0:  # still part of the graph: other ranks' gradients come back through here
+        return q + (k[:, :0].sum() + v[:, :0].sum())
+    if tokens == keys and int(first[-1]) == 0 and int(last[0]) == 0:
+        return _sdpa(q, k, v, None, True, scale)
+    if len(_blocks(first, last)) == 1:
+        return _block(q, k, v, first, last, scale)
+    return _Blocks.apply(q, k, v, first, last, scale)
+
+
+def _blocks(first: Tensor, last: Tensor) -> list[tuple[int, int]]:
+    """Runs of queries whose mask is small."""
+    blocks, begin, tokens = [], 0, len(first)
+    while begin < tokens:
+        end = min(begin + _BLOCK_QUERIES, tokens)
+        while end - begin > 1 and (end - begin) * int(last[end - 1] - first[begin] + 1) > _MASK_NUMBERS:
+            end = begin + (end - begin) // 2
+        blocks.append((begin, end))
+        begin = end
+    return blocks
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+    """One block of queries; of the keys, those between the first that any sees and the last are read."""
+    low, high = int(first[0]), int(last[-1]) + 1
+    at = torch.arange(low, high)
+    mask = (at >= first[:, None]) & (at <= last[:, None])
+    visible = None if bool(mask.all()) else mask.to(q.device)
+    return _sdpa(q, k[:, low:high], v[:, low:high], visible, False, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, K]
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+class _Blocks(torch.autograd.Function):
+    """Blocks of queries one after another; backward computes each again, and adds up dk and dv in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.call = (first, last, scale)
+        return torch.cat([_block(q[:, a:b], k, v, first[a:b], last[a:b], scale) for a, b in _blocks(first, last)], 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        first, last, scale = ctx.call
+        dk, dv = (torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device) for x in (k, v))
+        dq = []
+        for a, b in _blocks(first, last):
+            low, high = int(first[a]), int(last[b - 1]) + 1
+            with torch.enable_grad():
+                qs, ks, vs = (x.detach().requires_grad_() for x in (q[:, a:b], k[:, low:high], v[:, low:high]))
+                out = _block(qs, ks, vs, first[a:b] - low, last[a:b] - low, scale)
+            one, two, three = torch.autograd.grad(out, (qs, ks, vs), dout[:, a:b])
+            dq.append(one)
+            dk[:, low:high] += two
+            dv[:, low:high] += three
+        return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), None, None, None

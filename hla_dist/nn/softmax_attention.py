@@ -1,0 +1,253 @@
+"""SoftmaxAttention: the few exact-recall layers of a hybrid model, called as HLAAttention is.
+
+Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hla_dist.functional import softmax
+from hla_dist.functional.attention import raise_everywhere
+from hla_dist.functional.validate import check_documents, require
+from hla_dist.nn.attention import HLAAttention, Projection
+from hla_dist.nn.chunks import map_tokens
+from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
+from hla_dist.states import KVState
+
+__all__ = ["SoftmaxAttention"]
+
+EXCHANGES = ("auto", "gather", "ulysses")
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal multi-head softmax attention, on one device or over the ranks that share a sequence.
+
+        q = rotary(norm(x W_q)) [B, T, H, K],  k = rotary(norm(x W_k)) [B, T, G, K],  v = x W_v [B, T, G, K]
+        y = concat_h(softmax(scale q k^T) v) W_o                                            [B, T, D]
+
+    Arguments and names are those of :class:`hla_dist.HLAAttention`; y and every gradient are those of one device.
+
+    ``num_kv_heads``: G, dividing H (default H). ``head_dim``: K (default D / H). ``scale``: default 1/sqrt(K).
+    ``window``: a token sees itself and the ``window - 1`` before it (default None: everything before it).
+    ``qk_norm``: ``"rms"`` (default): length sqrt(K) times a learned weight a channel; None. ``norm_eps``: its epsilon.
+    ``rope_theta``: base of rotary positions, which count from a document's start, earlier calls included (default
+        10000); None: no positions; the causal mask alone tells order.
+    ``exchange``: what travels over a group. ``"gather"``: keys and values come to the ranks whose queries see them,
+        none to ranks before, and with a window only from its reach; any number of ranks. ``"ulysses"``: heads for
+        tokens, so that each rank attends over the whole sequence for H / P of the heads; P ranks must divide G, and
+        there are no states. ``"auto"`` (default): ulysses where it can be and there is no window, since its work is
+        the same for all ranks, while with gather later ranks see more keys; else gather.
+
+    Communication over a group: one all-gather of a few integers, then for gather one all-to-all forward and one
+    backward, for ulysses two and two. Activation checkpointing sends keys and values again: to keep those of all ranks
+    would be what it is there to avoid. Memory: the keys and values this rank sees; scores a block of queries at a time.
+    Raises ValueError naming the option, what was expected and what came; over a group, on every rank alike.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        qk_norm: str | None = "rms",
+        norm_eps: float = 1e-6,
+        rope_theta: float | None = 10000.0,
+        residual_scale: float = 1.0,
+        exchange: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+                 "window": window}  # fmt: skip
+        for name, size in sizes.items():
+            good = isinstance(size, int) and size >= 1
+            require(
+                good or (size is None and name not in ("hidden_size", "num_heads")), name, "a positive integer", size
+            )
+        require(
+            head_dim is not None or hidden_size % num_heads == 0,
+            "head_dim", "to be given unless num_heads divides hidden_size", f"{hidden_size} and {num_heads}",
+        )  # fmt: skip
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        require(num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of {num_heads}", self.num_kv_heads)
+        require(qk_norm in ("rms", None), "qk_norm", "'rms' or None", repr(qk_norm))
+        require(exchange in EXCHANGES, "exchange", f"one of {EXCHANGES}", repr(exchange))
+        require(
+            rope_theta is None or (rope_theta > 0 and self.head_dim % 2 == 0),
+            "rope_theta", "None, or > 0 and an even head_dim", f"{rope_theta} and {self.head_dim}",
+        )  # fmt: skip
+        self.window, self.qk_norm, self.norm_eps, self.rope_theta = window, qk_norm, norm_eps, rope_theta
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.exchange = exchange
+        self.chunk_tokens = 0  # as in HLAAttention: projections this many tokens at a time, 0 all at once
+        self.group: Any = None
+        self.shard_lengths: Sequence[int] | None = None
+
+        queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        std = hidden_size**-0.5
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = Projection(hidden_size, queries, std, **factory)
+        self.k_proj = Projection(hidden_size, keys, std, **factory)
+        self.v_proj = Projection(hidden_size, keys, std, **factory)
+        self.o_proj = Projection(queries, hidden_size, residual_scale * queries**-0.5, **factory)
+        normed = qk_norm == "rms"
+        self.q_weight = nn.Parameter(torch.ones(self.head_dim, **factory)) if normed else None
+        self.k_weight = nn.Parameter(torch.ones(self.head_dim, **factory)) if normed else None
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew; after ``to_empty`` on a module built on the meta device, for example."""
+        for child in self.children():
+            if isinstance(child, Projection):
+                child.reset_parameters()
+        for weight in (self.q_weight, self.k_weight):
+            if weight is not None:
+                nn.init.ones_(weight)
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        x: Tensor,
+        state: KVState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        group: Any = None,
+        output_final_state: bool | None = None,
+    ) -> tuple[Tensor, KVState | None]:
+        """``y [B, T, D]`` and the state after the last token, for ``x [B, T, D]``, this rank's shard with a group.
+
+        ``state``, ``cu_seqlens`` and where states are read and returned over a group: as for HLAAttention.
+        ``output_final_state`` None means: if a state came in or, without a group, gradients are off. Batch rows may
+        have states of unequal length on one device. ``positions`` [T] or [B, T] replace the layer's own.
+        ``attention_mask`` is refused: pack documents instead.
+        """
+        group = self.group if group is None else group
+        ranks, rank = (1, 0) if group is None else (group_size(resolve_group(group)), group_rank(resolve_group(group)))
+        try:
+            cu = self._check(x, state, cu_seqlens, positions, attention_mask, output_final_state, rank, ranks)
+        except ValueError as error:
+            raise_everywhere(error, x, group)
+        batch, tokens = x.shape[:2]
+        if output_final_state is None:
+            output_final_state = state is not None or (ranks == 1 and not torch.is_grad_enabled())
+        ragged = cu is None and state is not None and bool((state.tokens != state.tokens[:1]).any())
+        if ragged:  # each row a document
+            cu, x = torch.arange(batch + 1) * tokens, x.reshape(1, batch * tokens, -1)
+            positions = positions if positions is None else positions.expand(batch, tokens).reshape(1, -1)
+        place = softmax.agree(
+            x.shape[1], group, cu=cu, state=state, window=self.window, final=output_final_state, device=x.device,
+            description=self._description(x, cu is not None, output_final_state),
+        )  # fmt: skip
+        exchange = self._chosen(place, ranks)
+        if positions is None:
+            positions = place.spans.positions(rank).to(x.device)
+        rotary = (positions.expand(x.shape[:2]),)
+        q, k, v = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
+        o, after = softmax.attend(place, q, k, v, state, exchange, self.scale)
+        y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
+        return y.reshape(batch, tokens, self.hidden_size), after
+
+    def _operands(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            projection(x).unflatten(2, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        activation = v.dtype
+        if self.q_weight is not None and self.k_weight is not None:
+            q, k = (
+                F.rms_norm(one, (self.head_dim,), None, self.norm_eps) * weight.to(one.dtype)
+                for one, weight in ((q, self.q_weight), (k, self.k_weight))
+            )
+        if self.rope_theta is not None:
+            tables = rotary_tables(positions, self.head_dim, self.rope_theta)
+            q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+        return q.to(activation), k.to(activation), v
+
+    def _result(self, o: Tensor) -> Tensor:
+        return self.o_proj(o.flatten(2))
+
+    def _chosen(self, place: softmax.Place, ranks: int) -> str:
+        """The exchange of this call; the agreed facts decide, so that every rank chooses, or refuses, alike."""
+        spans, fits = place.spans, self.num_kv_heads % ranks == 0
+        states = spans.final or bool((spans.before > 0).any())
+        if self.exchange == "ulysses" and ranks > 1:
+            require(fits, "exchange", f"'gather', or num_kv_heads that {ranks} ranks divide", self.num_kv_heads)
+            require(not states, "exchange", "'gather' where there are states", "'ulysses'")
+        if self.exchange != "auto":
+            return self.exchange
+        return "ulysses" if fits and not states and self.window is None else "gather"
+
+    def _description(self, x: Tensor, packed: bool, final: bool) -> str:
+        return (
+            f"softmax B={x.shape[0]} H={self.num_heads} G={self.num_kv_heads} K={self.head_dim} dtype={x.dtype} "
+            f"device={x.device.type} window={self.window} output_final_state={final} packed={packed} "
+            f"exchange={self.exchange}"
+        )
+
+    def _check(
+        self,
+        x: Tensor,
+        state: Any,
+        cu_seqlens: Any,
+        positions: Tensor | None,
+        attention_mask: Any,
+        final: bool | None,
+        rank: int,
+        ranks: int,
+    ) -> Tensor | None:
+        """Raises ValueError for wrong arguments; returns ``cu_seqlens`` on the host if there are any."""
+        good = x.dim() == 3 and x.shape[-1] == self.hidden_size and x.is_floating_point()
+        require(good, "x", f"a floating-point tensor [B, T, {self.hidden_size}]", f"{x.dtype} {list(x.shape)}")
+        require(attention_mask is None, "attention_mask", "None (pack documents with cu_seqlens instead)", "a mask")
+        if positions is not None and positions.shape not in (x.shape[1:2], x.shape[:2]):
+            raise ValueError(f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}")
+        cu = None
+        if cu_seqlens is not None:
+            lengths = None if self.shard_lengths is None or ranks == 1 else list(self.shard_lengths)
+            options = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": None, "shard_lengths": lengths}
+            cu = check_documents(options, x, rank, ranks).cu
+        if state is not None:
+            self._check_state(x, state, len(x) if cu is None else len(cu) - 1, cu is None and ranks > 1)
+        return cu
+
+    def _check_state(self, x: Tensor, state: Any, rows: int, equal: bool) -> None:
+        require(isinstance(state, KVState), "state", "a KVState", type(state).__name__)
+        shape = (rows, self.num_kv_heads, self.head_dim)
+        for name, one in (("k", state.k), ("v", state.v)):
+            fits = one.dim() == 4 and (one.shape[0], *one.shape[2:]) == shape and one.shape == state.k.shape
+            require(fits, f"state.{name}", f"[{rows}, S, {shape[1]}, {shape[2]}]", list(one.shape))
+            require(one.device == x.device, f"state.{name}", f"x's device {x.device}", one.device)
+        counts = state.tokens
+        require(
+            counts.shape == (rows,) and counts.dtype == torch.int64, "state.tokens", f"int64 [{rows}]",
+            f"{counts.dtype} {list(counts.shape)}",
+        )  # fmt: skip
+        need = int(counts.max()) if rows else 0
+        need = need if self.window is None else min(need, self.window - 1)
+        require(state.k.shape[1] >= need, "state.k", f"at least {need} keys a row", state.k.shape[1])
+        alike = not equal or not bool((counts != counts[:1]).any())
+        require(alike, "state.tokens", "rows of equal length over a group (or documents, cu_seqlens)", counts.tolist())
+
+    # A group is a connection of this run: not pickled, shared by copies.
+    __getstate__ = HLAAttention.__getstate__
+    __deepcopy__ = HLAAttention.__deepcopy__
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}, "
+            f"exchange={self.exchange!r}"
+        )
