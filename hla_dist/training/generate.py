@@ -1,6 +1,7 @@
-"""Text from a model's states, of constant size but in softmax layers without a window: a prompt is read in pieces, then one token at a time follows.
+"""Text from a model's states: a prompt is read in pieces, then one token at a time follows.
 
-Letters: B texts, T tokens, N vocabulary.
+States have constant size, but for keys and values of softmax layers without a window. Letters: B texts, T tokens,
+N vocabulary.
 """
 
 from __future__ import annotations
@@ -134,11 +135,12 @@ def as_rows(states: Sequence[Any]) -> Any:
     """States of texts as one state, a row each; keys and values of softmax layers are padded to the most there are."""
     if isinstance(states[0], KVState):
         most = max(state.k.shape[1] for state in states)
-        states = [
-            KVState(*(F.pad(x, (0, 0, 0, 0, 0, most - x.shape[1])) for x in state[:2]), state.tokens)
-            for state in states
-        ]
+        states = [state._replace(k=_padded(state.k, most), v=_padded(state.v, most)) for state in states]
     return type(states[0])(*(torch.cat(fields) for fields in zip(*states, strict=True)))
+
+
+def _padded(x: Tensor, tokens: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, 0, tokens - x.shape[1]))
 
 
 def generate(
