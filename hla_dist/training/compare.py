@@ -54,8 +54,8 @@ def load_runs(paths: list[Path]) -> list[Recorded]:
         for line in lines:
             seconds += line.get("step_s") or 0.0
             line["seconds"] = seconds
-        per_byte = any("bits_per_byte" in line for line in lines)
-        runs.append(Recorded(name, lines, "bits per byte" if per_byte else "bits per token"))
+        units = [key for key in ("bits_per_byte", "bits_per_token") if any(key in line for line in lines)]
+        runs.append(Recorded(name, lines, units[0].replace("_", " ") if units else "unknown unit"))
     return runs
 
 
