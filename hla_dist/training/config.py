@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.training.failure import UserError
+from hla_dist.training.packing import PACKINGS
 
 Options = TypeVar("Options")
 DEMO_STEPS = 400
@@ -29,12 +30,24 @@ class TrainConfig:
     """Everything that decides a run. The defaults are the demonstration: minutes on two CPU cores."""
 
     data: list[str] = option(
-        [], "data", "files, folders, or one .npy/.bin memmap of tokens; none: the standard library sources of the "
-        "running Python", nargs="+", metavar="PATH"
+        [], "data", "text files, .jsonl, .parquet, folders of them, hf:NAME[@SPLIT] of the package datasets, or one "
+        ".npy/.bin memmap of tokens (launch/prepare.py); none: the standard library sources of the running Python",
+        nargs="+", metavar="PATH"
     )  # fmt: skip
-    tokenizer: str | None = option(None, "data", "JSON of the package 'tokenizers'; none: bytes", metavar="FILE")
-    vocab_size: int = option(0, "data", "vocabulary; 0: the tokenizer's, or 256 for bytes (a memmap needs it)")
-    token_dtype: str = option("uint16", "data", "type of the numbers in a .bin memmap", choices=["uint16", "uint32"])
+    text_field: str = option("text", "data", "field of JSONL and Parquet rows that holds the text", metavar="NAME")
+    tokenizer: str | None = option(
+        None, "data", "JSON of the package 'tokenizers', or bytes; none: bytes, or what a memmap was made with",
+        metavar="FILE"
+    )  # fmt: skip
+    packing: str = option(
+        "none", "data", "documents: a state for each document of a sequence, none sees another, and their first tokens "
+        "are not predicted; none: the text runs on", choices=list(PACKINGS)
+    )  # fmt: skip
+    verify_data: bool = option(True, "data", "compare a prepared memmap's SHA-256 at the start; reads it once")
+    vocab_size: int = option(0, "data", "vocabulary; 0: the data's (a memmap that is not prepared needs it)")
+    token_dtype: str = option(
+        "uint16", "data", "numbers of a .bin memmap that is not prepared", choices=["uint16", "uint32"]
+    )
     held_out: float = option(0.05, "data", "share of the text that is held out, by files or, if they are few, the tail")
     seq_len: int = option(8192, "data", "tokens of a sequence, over all ranks that share it")
 
@@ -141,6 +154,11 @@ class TrainConfig:
                 raise UserError(f"{flag(name)}: expected at least {minimum}, got {value}")
         if not 0 < self.held_out < 1:
             raise UserError(f"--held-out: expected a share between 0 and 1, got {self.held_out}")
+        if self.packing == "documents" and self.batch_size > 1:
+            raise UserError(
+                f"--batch-size: expected 1 with --packing documents (a sequence holds many documents; --accumulate "
+                f"takes more of them), got {self.batch_size}"
+            )
         if self.bf16_wire and self.parity:
             raise UserError(
                 "--bf16-wire: expected --no-parity beside it (the ranks differ by its rounding), got --parity"

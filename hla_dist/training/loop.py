@@ -19,6 +19,7 @@ from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
 from hla_dist.training.fully_sharded import whole
 from hla_dist.training.mesh import Layout
+from hla_dist.training.packing import cu_seqlens_of, cuts_between, inside_documents
 from hla_dist.training.watch import Watch
 
 
@@ -76,7 +77,8 @@ class Trainer:
         """Forward and backward of the next samples; afterwards ``.grad`` is the whole step's on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
         self.watch.clear()
-        labels = self.tokens_per_step  # of the whole step: every token of a window has one
+        # of the whole step, as every rank knows without a word
+        labels = self.windows.labels(self.samples, self.batch_size * self.accumulate * self.layout.replicas)
         shares = []
         for micro in range(self.accumulate):
             first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
@@ -86,7 +88,7 @@ class Trainer:
             last = micro == self.accumulate - 1
             # NaN passes to the end of the step, where every rank learns of it
             with nullcontext() if last else self.model.no_sync(), validation(False, cpu=False):
-                share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16)
+                share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16, self.windows.cuts(first))
                 share.backward()
             shares.append(share.detach())
         self.samples += self.batch_size * self.accumulate * self.layout.replicas
@@ -117,9 +119,10 @@ class Trainer:
         return True
 
     @torch.no_grad()
-    def evaluate(self, tokens: Any, starts: list[int]) -> float:
-        """Mean loss in nats a token over the windows at ``starts``, shared out among the replicas.
+    def evaluate(self, tokens: Any, starts: list[int], documents: Any = None) -> float:
+        """Mean loss in nats a label over the windows at ``starts``, shared out among the replicas.
 
+        With ``documents``, the first tokens of documents in ``tokens``, these are read apart, as in training.
         Communication: the attention layers', and one all-reduce of two numbers.
         """
         self.model.eval()
@@ -132,11 +135,14 @@ class Trainer:
                 cut(tokens, start, self.windows.seq_len, self.windows.vocab_size)
                 for start in windows[begin : begin + self.batch_size]
             ]
-            batch = shard_batch(torch.stack(cuts).to(self.layout.device), self.layout.sequence)
-            labels = batch.labels.clone()
+            inside = None
+            if documents is not None:
+                inside = cuts_between(documents, windows[begin], self.windows.seq_len)
+            inputs, labels, cu_seqlens = model_inputs(torch.stack(cuts), self.layout, inside)
+            labels = labels.clone()
             labels[max(len(mine) - begin, 0) :] = -100
             with autocast(self.layout.device, self.bf16):
-                losses = self.model(batch.inputs, labels=labels)
+                losses = self.model(inputs, None, cu_seqlens, labels=labels)
             total += torch.tensor([float(losses), float((labels != -100).sum())], dtype=torch.float64)
         total = total.to(self.layout.device)
         all_reduce_sum(total, self.layout.world)
@@ -144,14 +150,27 @@ class Trainer:
         return float(total[0] / total[1])
 
 
-def micro_batch_loss(model: nn.Module, tokens: Tensor, layout: Layout, labels: int, bf16: bool = False) -> Tensor:
+def micro_batch_loss(
+    model: nn.Module, tokens: Tensor, layout: Layout, labels: int, bf16: bool = False, cuts: Tensor | None = None
+) -> Tensor:
     """This rank's share of a mean loss: of ``tokens`` [B, seq_len + 1], the same on every rank of a sequence group.
 
-    ``labels`` is how many labels the mean is over: those of all shards, replicas and micro-batches.
+    ``labels`` is how many labels the mean is over: those of all shards, replicas and micro-batches. ``cuts``: where
+    documents begin inside the one sequence of ``tokens`` (``packing.py``).
     """
-    batch = shard_batch(tokens, layout.sequence)
+    inputs, wanted, cu_seqlens = model_inputs(tokens, layout, cuts)
     with autocast(layout.device, bf16):
-        return model(batch.inputs, labels=batch.labels) / labels
+        return model(inputs, None, cu_seqlens, labels=wanted) / max(labels, 1)
+
+
+def model_inputs(tokens: Tensor, layout: Layout, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This rank's inputs and labels of ``tokens`` [B, T + 1], and with cuts the whole sequence's ``cu_seqlens``."""
+    batch = shard_batch(tokens.to(layout.device), layout.sequence)
+    if cuts is None:
+        return batch.inputs, batch.labels, None
+    cuts = cuts.to(layout.device)
+    labels = inside_documents(batch.labels, batch.positions, cuts)
+    return batch.inputs, labels, cu_seqlens_of(cuts, tokens.shape[1] - 1)
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -116,14 +116,18 @@ def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows
     gradients are cleared, its parameters keep their bits. Communication: two training steps', and one gather of
     objects.
     """
-    tokens = [windows.batch(first + replica, 1).to(layout.device) for replica in range(layout.replicas)]
+    numbers = [first + replica for replica in range(layout.replicas)]
+    tokens = [windows.batch(number, 1).to(layout.device) for number in numbers]
+    cuts = [windows.cuts(number) for number in numbers]
+    labels = windows.labels(first, layout.replicas)
     sharded, single = [], []
     for dtype in (torch.float64, torch.float32):
         with computing_in(dtype, model, layout) as model_in_dtype:
-            sharded.append(_gradients_of_all(model_in_dtype, tokens[layout.replica], windows.seq_len, layout))
+            mine = (tokens[layout.replica], cuts[layout.replica])
+            sharded.append(_gradients_of_all(model_in_dtype, *mine, labels, layout))
         if alone is not None:
             with computing_in(dtype, alone):
-                single.append(_gradients_of_one(alone, tokens))
+                single.append(_gradients_of_one(alone, tokens, cuts, labels))
     report = None
     if alone is not None:
         float64, float32 = (compare(one, other) for one, other in zip(sharded, single, strict=True))
@@ -163,19 +167,23 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
     return 0.0 if float(difference) == 0.0 else float(difference / size) if float(size) > 0 else float("inf")
 
 
-def _gradients_of_all(model: nn.Module, sample: Tensor, seq_len: int, layout: Layout) -> Gradients:
-    share = micro_batch_loss(model, sample, layout, layout.replicas * seq_len)
+def _gradients_of_all(model: nn.Module, sample: Tensor, cuts: Tensor | None, labels: int, layout: Layout) -> Gradients:
+    share = micro_batch_loss(model, sample, layout, labels, cuts=cuts)
     share.backward()
     loss = share.detach().double()
     all_reduce_sum(loss, layout.world)
     return _collected(model, float(loss))
 
 
-def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor]) -> Gradients:
+def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor], cuts: list[Tensor | None], labels: int) -> Gradients:
+    """Documents are read one by one here, so packing is compared too."""
     loss = 0.0
-    for sample in tokens:
-        logits = wide(alone(sample[:, :-1]))
-        part = F.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten()) / len(tokens)
+    for sample, inside in zip(tokens, cuts, strict=True):
+        part = torch.zeros((), dtype=next(alone.parameters()).dtype, device=sample.device)
+        for document in sample[0].tensor_split(inside) if inside is not None else sample:
+            if len(document) > 1:
+                logits = wide(alone(document[None, :-1]))
+                part = part + F.cross_entropy(logits[0], document[1:], reduction="sum") / max(labels, 1)
         part.backward()
         loss += float(part.detach())
     return _collected(alone, loss)

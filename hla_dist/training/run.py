@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ from hla_dist.training.mesh import Layout
 from hla_dist.training.meter import Meter
 from hla_dist.training.metrics import MetricsLog, perplexity, plot_loss
 from hla_dist.training.optim import build_adamw, lr_factor
+from hla_dist.training.packing import cuts_between
 from hla_dist.training.parity import Parity, check_parity
 from hla_dist.training.saver import Saver
 from hla_dist.training.stop import StopSignal
@@ -65,7 +67,9 @@ class Run:
             wire_dtype=torch.bfloat16 if config.bf16_wire else None,
         )  # fmt: skip
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
-        windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed)
+        together(layout.world, self._check_packing)
+        documents = self.corpus.train_documents if self.packed else None
+        windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed, documents)
         self.trainer = Trainer(
             self.model, optimizer, windows, layout, batch_size=config.batch_size, accumulate=config.accumulate,
             clip=config.clip, bf16=config.bf16,
@@ -89,8 +93,19 @@ class Run:
         c = self.config
         return load_corpus(
             c.data, seq_len=c.seq_len, held_out=c.held_out, tokenizer=c.tokenizer, vocab_size=c.vocab_size,
-            token_dtype=c.token_dtype,
+            token_dtype=c.token_dtype, text_field=c.text_field, verify=c.verify_data and self.main,
         )  # fmt: skip
+
+    @property
+    def packed(self) -> bool:
+        return self.config.packing == "documents"
+
+    def _check_packing(self) -> None:
+        if self.packed and self.corpus.train_documents is None:
+            raise UserError(
+                f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
+                f"{self.corpus.description} without"
+            )
 
     def _vocabulary(self) -> int:
         return self.config.vocab_size or self.corpus.vocab_size
@@ -225,12 +240,17 @@ class Run:
 
     def evaluate(self) -> float:
         """Held-out loss in the run's unit, the same on every rank."""
-        return self.trainer.evaluate(self.corpus.held_out, self.starts) * self.per_unit
+        documents = self.corpus.held_out_documents if self.packed else None
+        return self.trainer.evaluate(self.corpus.held_out, self.starts, documents) * self.per_unit
 
     def bigram(self) -> float | None:
         """The bigram model's held-out loss in the run's unit, on the labels that :meth:`evaluate` scores."""
         size = self.model_config.vocab_size
         windows = [cut(self.corpus.held_out, start, self.config.seq_len, size).numpy() for start in self.starts]
+        if self.packed and (documents := self.corpus.held_out_documents) is not None:
+            cuts = [cuts_between(documents, start, self.config.seq_len).numpy() for start in self.starts]
+            pieces = [piece for window, inside in zip(windows, cuts, strict=True) for piece in np.split(window, inside)]
+            windows = [piece for piece in pieces if len(piece) > 1]
         bits = bigram_bits(self.corpus.train, windows, size)
         return None if bits is None else bits / (self.corpus.bytes_per_token or 1.0)
 

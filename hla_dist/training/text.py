@@ -11,11 +11,12 @@ import numpy as np
 
 from hla_dist.training.failure import UserError
 
+BYTES = "bytes"
 SEPARATOR = 0  # the NUL byte after each file of byte-level text: it occurs in no text file
 
 
 class Codec:
-    """Encodes and decodes text; ``tokenizer_file`` None means bytes.
+    """Encodes and decodes text; ``tokenizer_file`` None or "bytes" means bytes.
 
     ``known`` False is for tokens from a memmap, whose text nobody has told: they decode to their numbers, and encoding
     raises UserError. So does a tokenizer file that is missing or not one, or a missing package.
@@ -23,7 +24,11 @@ class Codec:
 
     def __init__(self, tokenizer_file: str | None = None, known: bool = True) -> None:
         self.known = known
-        self.tokenizer: Any = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+        self.tokenizer: Any = None if tokenizer_file in (None, BYTES) else load_tokenizer(tokenizer_file)
+
+    @property
+    def is_bytes(self) -> bool:
+        return self.tokenizer is None
 
     @property
     def vocab_size(self) -> int:
@@ -32,7 +37,7 @@ class Codec:
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt."""
         if not self.known:
-            raise UserError("--prompt: expected text data (or --sample 0), got tokens whose tokenizer is not known")
+            raise UserError("--prompt: expected the --tokenizer of the tokens (or --sample 0), got a memmap without")
         return list(text.encode()) if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
 
     def encode_file(self, text: bytes) -> np.ndarray:

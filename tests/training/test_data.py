@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hla_dist.training.data import Windows, cut, held_out_windows, list_files, load_corpus
+from hla_dist.training.data import Windows, cut, held_out_windows, load_corpus
 from hla_dist.training.failure import UserError
+from hla_dist.training.sources import list_files
 from tests.training.corpora import write_text
 
 
@@ -119,7 +120,7 @@ def test_missing_empty_and_short_data_are_refused(tmp_path: Path) -> None:
     cases = {
         str(tmp_path / "nothing"): "nothing, which does not exist",
         str(tmp_path / "empty"): "a folder without files",
-        str(tmp_path / "empty.txt"): r"expected text, got 1 empty or binary file\(s\)",
+        str(tmp_path / "empty.txt"): r"expected text, got none but empty or binary file\(s\)",
         str(short): r"expected at least 65 training tokens .*--seq-len 64.*, got 11 from 1 file",
     }
     for path, message in cases.items():

@@ -1,0 +1,195 @@
+"""Where documents come from: text files, JSONL, Parquet and Hugging Face datasets, one document after another.
+
+A text file is one document; of JSONL and Parquet each row is one, its text in the field ``text_field``. Nothing is
+kept: a reader that takes one document at a time needs the memory of one (of Parquet, of a batch of rows).
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hla_dist.training.failure import UserError, describe
+
+# Left out of the standard library: other people's packages and tests, which some systems install and others do not.
+NOT_STANDARD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "idlelib", "lib2to3"}
+HUB = "hf:"  # before what the package datasets loads
+JSONL = {".jsonl", ".ndjson"}
+PARQUET = {".parquet"}
+PARQUET_ROWS = 1024  # read at a time
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text, the source it is from and its name there; ``size``: how much of the source's bytes it stands for."""
+
+    name: str
+    source: str
+    text: bytes
+    size: int
+
+
+def standard_library() -> Path:
+    """Folder of the running Python's own sources."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def list_files(paths: Sequence[str]) -> list[tuple[str, Path]]:
+    """(name, file) of all files to read, in the order of reading; names do not depend on where a folder lies."""
+    if not paths:
+        root = standard_library()
+        found = (p for p in root.rglob("*.py") if not NOT_STANDARD & set(p.relative_to(root).parts))
+        return _named(root, found)
+    files: list[tuple[str, Path]] = []
+    for given in (Path(path) for path in paths if not path.startswith(HUB)):
+        if not given.exists():
+            raise UserError(f"--data: expected a file or a folder, got {given}, which does not exist")
+        if not given.is_dir():
+            files.append((given.name, given))
+            continue
+        visible = (p for p in given.rglob("*") if not any(part.startswith(".") for part in p.relative_to(given).parts))
+        inside = _named(given, (p for p in visible if p.is_file()))
+        if not inside:
+            raise UserError(f"--data: expected text in {given}, got a folder without files")
+        files += inside
+    return files
+
+
+def read_documents(paths: Sequence[str], text_field: str = "text") -> Iterator[Document]:
+    """Documents of ``paths`` (none: the running Python's standard library), the same in every run; empty ones not.
+
+    Folders are read recursively in sorted order, without hidden and binary files; ``hf:`` sources come after all
+    files. Raises UserError, naming file and line, for what is missing, unreadable or not of its form.
+    """
+    files = list_files(paths)
+    hub = [path for path in paths if path.startswith(HUB)]
+    alone = len(files) + len(hub) == 1
+    for name, path in files:
+        if path.suffix in JSONL:
+            yield from _from_jsonl(name, path, text_field)
+        elif path.suffix in PARQUET:
+            yield from _from_parquet(name, path, text_field)
+        else:
+            text = read_bytes(path)
+            if text and (alone or b"\0" not in text[:8192]):
+                yield Document(name, name, text, len(text))
+    for given in hub:
+        yield from _from_datasets(given, text_field)
+
+
+def total_size(paths: Sequence[str]) -> int | None:
+    """Bytes of all sources, the sum of their documents' sizes but for what is skipped; None if nobody knows."""
+    if any(path.startswith(HUB) for path in paths):
+        return None
+    return sum(path.stat().st_size for _, path in list_files(paths))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes; UserError with the system's reason if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
+
+
+def _named(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
+    return sorted((p.relative_to(root).as_posix(), p) for p in files)
+
+
+def _from_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
+    try:
+        file = open(path, "rb")
+    except OSError as exc:
+        raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as exc:
+                raise UserError(
+                    f"--data: expected a JSON object in {where}, got: {' '.join(str(exc).split())}"
+                ) from exc
+            if not isinstance(row, dict):
+                raise UserError(f"--data: expected a JSON object in {where}, got {type(row).__name__}")
+            if text := _text_of(row, text_field, where):
+                yield Document(f"{name}:{number}", name, text, len(line))
+
+
+def _from_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as exc:
+        raise UserError(f"--data: expected the package pyarrow for {path}, got none; pip install pyarrow") from exc
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_field(file.schema_arrow.names, text_field, str(path))
+            size = path.stat().st_size // max(file.metadata.num_rows, 1)
+            number = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[text_field]):
+                for row in batch.to_pylist():
+                    number += 1
+                    if text := _text_of(row, text_field, f"{path} row {number}"):
+                        yield Document(f"{name}:{number}", name, text, size)
+    except (OSError, pyarrow.ArrowException) as exc:
+        raise UserError(f"--data: cannot read {path}: {describe(exc)}") from exc
+
+
+def _from_datasets(given: str, text_field: str) -> Iterator[Document]:
+    """``hf:NAME[@SPLIT]``: a folder of ``save_to_disk``, or what ``load_dataset`` streams; the split train if none."""
+    name, _, split = given.removeprefix(HUB).partition("@")
+    try:
+        import datasets
+    except ImportError as exc:
+        raise UserError(f"--data: expected the package datasets for {given}, got none; pip install datasets") from exc
+    try:
+        rows = _open_dataset(datasets, name, split or "train")
+        columns = getattr(rows, "column_names", None)  # a stream may not know
+        if columns is not None:
+            _check_field(columns, text_field, given)
+        # the columns not asked for, images for example, are neither decoded nor copied
+        rows = rows.select_columns([text_field]) if columns is not None else rows
+        for number, row in enumerate(rows):
+            if text := _text_of(row, text_field, f"{given} row {number}"):
+                yield Document(f"{name}:{number}", given, text, len(text))
+    except UserError:
+        raise
+    except Exception as exc:  # the package raises errors of its own and of everything below it
+        raise UserError(f"--data: cannot read {given}: {describe(exc)}") from exc
+
+
+def _open_dataset(datasets: Any, name: str, split: str) -> Any:
+    folder = Path(name)
+    saved = [folder / file for file in ("dataset_dict.json", "state.json") if (folder / file).is_file()]
+    if not saved:
+        return datasets.load_dataset(name, split=split, streaming=True)
+    rows = datasets.load_from_disk(name)
+    if not isinstance(rows, dict):
+        return rows
+    if split not in rows:
+        raise UserError(f"--data: expected a split of {name}, one of {', '.join(rows)}, got {split!r}")
+    return rows[split]
+
+
+def _check_field(fields: Iterable[str], text_field: str, where: str) -> None:
+    if text_field not in fields:
+        raise UserError(f"--text-field: expected one of {', '.join(fields)} (the fields of {where}), got {text_field}")
+
+
+def _text_of(row: dict[str, Any], text_field: str, where: str) -> bytes:
+    """The row's text; a row without one (null) counts as empty."""
+    _check_field(row, text_field, where)
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"--text-field: expected text in field {text_field} of {where}, got {type(text).__name__}")
+    try:
+        return (text or "").encode()
+    except UnicodeEncodeError as exc:
+        raise UserError(f"--data: expected Unicode text in {where}, got half of a surrogate pair") from exc

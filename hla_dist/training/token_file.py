@@ -1,0 +1,157 @@
+"""A memmap of tokens, and the JSON beside it that says what they are.
+
+corpus.bin          raw unsigned integers, the documents one after another
+corpus.bin.json     their type and number, the vocabulary and tokenizer, where documents begin, the file's SHA-256
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hla_dist.training.failure import UserError, describe
+from hla_dist.training.sources import Document
+from hla_dist.training.text import BYTES, Codec
+
+VERSION = 1
+BLOCK = 1 << 22  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class About:
+    """What the JSON says."""
+
+    dtype: str
+    vocab_size: int
+    tokenizer: str  # "bytes", or the SHA-256 of the tokenizer's file
+    tokens: int
+    text_bytes: int  # of the text behind the tokens, with a separator for each document of bytes
+    documents: np.ndarray  # first token of each
+    sha256: str
+
+
+def about_path(path: Path) -> Path:
+    """The JSON beside ``path``."""
+    return path.with_name(path.name + ".json")
+
+
+def write_tokens(
+    path: Path,
+    documents: Iterable[Document],
+    tokenizer: str,
+    max_tokens: int = 0,
+    progress: Callable[[int, int], Any] = lambda size, tokens: None,
+) -> About:
+    """Writes the tokens of ``documents`` and what they are, whole or not at all; stops after ``max_tokens`` if not 0.
+
+    In memory is one document at a time, and eight bytes for each. ``progress`` is told the size of each document and
+    its tokens. Raises UserError for no text, and for a disk that does not take the files.
+    """
+    codec = Codec(tokenizer)
+    dtype = np.dtype(next(f"uint{bits}" for bits in (8, 16, 32) if codec.vocab_size <= 1 << bits))
+    digest, starts, total, text_bytes = hashlib.sha256(), array("q"), 0, 0
+    partial, partial_about = (p.with_name(f".partial-{p.name}") for p in (path, about_path(path)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            for document in documents:
+                tokens = codec.encode_file(document.text)
+                if len(tokens):
+                    raw = tokens.astype(dtype, copy=False).tobytes()
+                    digest.update(raw)
+                    file.write(raw)
+                    starts.append(total)
+                    total += len(tokens)
+                    text_bytes += len(document.text) + codec.is_bytes
+                progress(document.size, len(tokens))
+                if max_tokens and total >= max_tokens:
+                    break
+            if not total:
+                raise UserError("--data: expected text, got none but empty or binary file(s)")
+            _to_disk(file)
+        kind = _tokenizer_name(tokenizer)
+        about = About(dtype.name, codec.vocab_size, kind, total, text_bytes, np.array(starts), digest.hexdigest())
+        with open(partial_about, "w") as file:
+            json.dump({"version": VERSION} | vars(about) | {"documents": starts.tolist()}, file)
+            _to_disk(file)
+        # tokens without a description are refused, so at no moment does one describe another's
+        about_path(path).unlink(missing_ok=True)
+        partial.rename(path)
+        partial_about.rename(about_path(path))
+    except OSError as exc:
+        raise UserError(f"--out: cannot write {path}: {describe(exc)}") from exc
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_about.unlink(missing_ok=True)
+    return about
+
+
+def open_tokens(path: Path, verify: bool = True) -> About:
+    """What the JSON beside ``path`` says; UserError unless it is whole and fits the file, by length and SHA-256.
+
+    Without ``verify`` the SHA-256 is not compared: it needs the whole file read once.
+    """
+    beside = about_path(path)
+    try:
+        read = json.loads(beside.read_bytes())
+        if read.pop("version") != VERSION:
+            raise ValueError(f"expected version {VERSION}")
+        about = About(**read | {"documents": np.array(read["documents"], np.int64)})
+        item = np.dtype(about.dtype).itemsize
+        fits = about.tokens > 0 and bool((np.diff(about.documents, append=about.tokens) > 0).all())
+        if not fits or not len(about.documents) or about.documents[0] != 0:
+            raise ValueError("documents that do not make up the tokens")
+    except OSError as exc:
+        raise UserError(f"--data: cannot read {beside}: {exc.strerror or exc}") from exc
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise UserError(f"--data: expected what launch/prepare.py writes in {beside}, got: {describe(exc)}") from exc
+    try:
+        size = path.stat().st_size
+        if size != about.tokens * item:
+            raise UserError(f"--data: expected {about.tokens * item} bytes in {path} (see {beside}), got {size}")
+        if verify and (found := _sha256(path)) != about.sha256:
+            raise UserError(
+                f"--data: expected SHA-256 {about.sha256[:16]}.. of {path} (see {beside}), got {found[:16]}.."
+            )
+    except OSError as exc:
+        raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
+    return about
+
+
+def tokenizer_of(path: Path, about: About, tokenizer: str | None) -> str | None:
+    """The tokenizer to decode with; UserError if ``tokenizer`` is not the one that made the tokens."""
+    if tokenizer is not None and (name := _tokenizer_name(tokenizer)) != about.tokenizer:
+        of, got = (
+            kind if kind == BYTES else f"a tokenizer with SHA-256 {kind[:16]}.." for kind in (about.tokenizer, name)
+        )
+        raise UserError(f"--tokenizer: expected what {path} was made with, {of}, got {tokenizer}: {got}")
+    return tokenizer
+
+
+def _tokenizer_name(tokenizer: str) -> str:
+    if tokenizer == BYTES:
+        return BYTES
+    if not Path(tokenizer).is_file():
+        raise UserError(f"--tokenizer: expected a JSON file, got {tokenizer}, which is none")
+    return _sha256(Path(tokenizer))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

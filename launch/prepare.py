@@ -1,0 +1,85 @@
+"""Turns text into a memmap of tokens, once, for launch/train.py --data FILE.bin; see --help.
+
+python launch/prepare.py --data TEXT MORE.jsonl ROWS.parquet hf:NAME@SPLIT --tokenizer bytes --out out/corpus.bin
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+with contextlib.suppress(ImportError):  # an installed package needs no path
+    import hla_dist  # noqa: F401
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from hla_dist.training.failure import UserError, describe
+from hla_dist.training.sources import read_documents, total_size
+from hla_dist.training.token_file import about_path, write_tokens
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+def options() -> argparse.Namespace:
+    parser = Parser(
+        prog="launch/prepare.py",
+        description="Turn text into a memmap of tokens and a JSON that says what they are.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="text files, .jsonl, .parquet, folders of them, or hf:NAME[@SPLIT] of the package datasets, streamed",
+    )
+    parser.add_argument("--tokenizer", default="bytes", metavar="FILE", help="JSON of 'tokenizers', or bytes")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of JSONL and Parquet rows")
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="stop after so many; 0: read all")
+    parser.add_argument("--out", required=True, metavar="FILE.bin", help="what is written, beside it FILE.bin.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, no half a file is left behind
+    try:
+        given = options()
+        out = Path(given.out)
+        if out.suffix != ".bin":
+            raise UserError(f"--out: expected a file with the suffix .bin, got {out}")
+        if given.max_tokens < 0:
+            raise UserError(f"--max-tokens: expected at least 0, got {given.max_tokens}")
+        documents = read_documents(given.data, given.text_field)
+        with tqdm(total=total_size(given.data), unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+            counted = 0
+
+            def progress(size: int, tokens: int) -> None:
+                nonlocal counted
+                counted += tokens
+                bar.set_postfix_str(f"{counted:,} tokens", refresh=False)
+                bar.update(size)
+
+            about = write_tokens(out, documents, given.tokenizer, given.max_tokens, progress)
+    except (UserError, ValueError, OSError) as exc:
+        print(f"prepare.py: error: {describe(exc)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare.py: error: stopped by Ctrl-C, nothing is written", file=sys.stderr)
+        return 130
+    print(
+        f"{out}: {about.tokens:,} tokens ({about.dtype}, vocabulary {about.vocab_size:,}) of {len(about.documents):,} "
+        f"document(s), described in {about_path(out)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
