@@ -68,6 +68,8 @@ def main() -> int:
                 bar.update(size)
 
             about = write_tokens(out, documents, given.tokenizer, given.max_tokens, progress)
+            if bar.total and not given.max_tokens:
+                bar.update(bar.total - bar.n)  # empty rows and binary files are passed over
     except (UserError, ValueError, OSError) as exc:
         print(f"prepare.py: error: {describe(exc)}", file=sys.stderr)
         return 1

@@ -1,0 +1,232 @@
+"""Documents from JSONL, Parquet and Hugging Face datasets, prepared token files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hla_dist.training.data import Corpus, load_corpus
+from hla_dist.training.failure import UserError
+from hla_dist.training.sources import Document, read_documents
+from hla_dist.training.token_file import about_path, open_tokens, write_tokens
+from tests.harness import RankPool
+from tests.training.corpora import WORDS, small_config
+from tests.training.test_program import ROOT, SECONDS, SMALL, environment, errors, start
+from tests.training.test_steps import mistakes
+
+TEXTS = [f"document {n}: " + " ".join(WORDS[: n % 9]) + " ü" for n in range(40)]
+PREPARE = [sys.executable, str(ROOT / "launch" / "prepare.py")]
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    rows = [json.dumps({"id": n, field: text}) for n, text in enumerate(texts)]
+    path.write_text("\n\n".join(rows) + "\n")  # empty lines do not matter
+    return path
+
+
+def write_parquet(path: Path, texts: list[Any]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow", reason="the optional package pyarrow is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=7)
+    return path
+
+
+def texts_of(*paths: object, field: str = "text") -> list[str]:
+    return [document.text.decode() for document in read_documents([str(p) for p in paths], field)]
+
+
+def prepare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*PREPARE, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+
+
+def test_each_row_is_a_document(tmp_path: Path) -> None:
+    assert texts_of(write_jsonl(tmp_path / "a.jsonl", [*TEXTS, ""])) == TEXTS
+    assert texts_of(write_jsonl(tmp_path / "b.jsonl", TEXTS, "body"), field="body") == TEXTS
+    rows = write_parquet(tmp_path / "c.parquet", [*TEXTS, None, ""])
+    assert texts_of(rows) == TEXTS
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "d.txt").write_text("one file")
+    assert texts_of(tmp_path) == [*TEXTS, *TEXTS, "one file"]
+    corpus = load_corpus([str(tmp_path)], seq_len=8)
+    assert "81 documents in 3 file(s)" in corpus.description
+    for tokens, documents in documents_of(corpus):
+        assert documents[0] == 0 and all(tokens[documents[1:] - 1] == 0)  # the separator ends the document before
+        assert len(documents) == int((tokens == 0).sum())
+    assert sum(len(documents) for _, documents in documents_of(corpus)) == 81
+
+
+def documents_of(corpus: Corpus) -> list[tuple[np.ndarray, np.ndarray]]:
+    assert corpus.train_documents is not None and corpus.held_out_documents is not None
+    return [(corpus.train, corpus.train_documents), (corpus.held_out, corpus.held_out_documents)]
+
+
+def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = datasets.Dataset.from_dict({"id": list(range(40)), "text": TEXTS})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", TEXTS)
+    assert texts_of(f"hf:{tmp_path / 'one'}") == TEXTS
+    assert texts_of(f"hf:{tmp_path / 'splits'}") == TEXTS
+    assert texts_of(f"hf:{tmp_path / 'splits'}@test") == TEXTS[:3]
+    assert texts_of(f"hf:{tmp_path / 'folder'}") == TEXTS  # streamed
+    stream = read_documents([f"hf:{tmp_path / 'folder'}"])
+    assert next(stream).text.decode() == TEXTS[0]
+    for path, field, message in (
+        (f"hf:{tmp_path / 'splits'}@dev", "text", "--data: expected a split of .*, one of train, test, got 'dev'"),
+        (f"hf:{tmp_path / 'one'}", "body", "--text-field: expected one of id, text .* got body"),
+        (f"hf:{tmp_path / 'folder'}", "body", "--text-field: expected one of id, text .* got body"),
+        (f"hf:{tmp_path / 'none'}", "text", "--data: cannot read hf:.*none"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            texts_of(path, field=field)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_prepared_file_is_the_text(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", TEXTS)
+    out = tmp_path / "new" / "corpus.bin"
+    done = prepare("--data", rows, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "40 document(s)" in done.stdout and "100%" in done.stderr
+    about = json.loads(about_path(out).read_text())
+    assert (about["dtype"], about["vocab_size"], about["tokenizer"]) == ("uint8", 256, "bytes")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["corpus.bin", "corpus.bin.json"]
+    text = b"".join(text.encode() + b"\0" for text in TEXTS)
+    assert out.read_bytes() == text and about["text_bytes"] == about["tokens"] == len(text)
+    corpus = load_corpus([str(out)], seq_len=16)
+    assert isinstance(corpus.train, np.memmap) and corpus.codec.known and corpus.bytes_per_token == 1.0
+    assert corpus.train_documents is not None and corpus.train_documents[:2].tolist() == [0, len(TEXTS[0].encode()) + 1]
+
+
+def test_a_tokenizer_belongs_to_its_tokens(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
+    files = []
+    for size in (5, 300):
+        words = {"[UNK]": 0} | {f"word{n}": n for n in range(1, size)} | {"document": size}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        files.append(str(tmp_path / f"{size}.json"))
+        tokenizer.save(files[-1])
+    out = tmp_path / "corpus.bin"
+    about = write_tokens(out, [Document("a", "a", b"document word1 word299", 22)] * 30, files[1])
+    assert (about.dtype, about.vocab_size, about.tokens) == ("uint16", 301, 90)
+    corpus = load_corpus([str(out)], seq_len=8, tokenizer=files[1])
+    assert corpus.codec.known and corpus.bytes_per_token == pytest.approx(22 / 3)
+    assert corpus.train[:3].tolist() == [300, 1, 299]
+    assert not load_corpus([str(out)], seq_len=8).codec.known
+    for options, message in (
+        ({"tokenizer": files[0]}, r"--tokenizer: expected what .*corpus.bin was made with, .* got .*5.json"),
+        ({"tokenizer": "bytes"}, r"--tokenizer: expected what .*corpus.bin was made with, .* got bytes: bytes"),
+        ({"vocab_size": 300}, r"--vocab-size: expected at least the data's 301, got 300"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_corpus([str(out)], seq_len=8, **options)
+
+
+def test_damage_to_a_prepared_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.bin"
+    write_tokens(path, [Document("a", "a", text.encode(), len(text)) for text in TEXTS], "bytes")
+    whole, described = path.read_bytes(), about_path(path).read_text()
+    read = json.loads(described)
+    flipped = bytes([whole[0] ^ 1]) + whole[1:]
+    cases = [
+        (flipped, described, rf"--data: expected SHA-256 {read['sha256'][:16]}.. of .*corpus.bin .*, got"),
+        (whole[:-1], described, rf"--data: expected {len(whole)} bytes in .*, got {len(whole) - 1}"),
+        (whole, described[:-9], r"--data: expected what launch/prepare.py writes in .*corpus.bin.json, got"),
+        (whole, json.dumps(read | {"documents": [0, 5, 5]}), "documents that do not make up the tokens"),
+        (
+            whole,
+            json.dumps({key: read[key] for key in read if key != "dtype"}),
+            "expected what launch/prepare.py writes",
+        ),
+    ]
+    for data, about, message in cases:
+        path.write_bytes(data)
+        about_path(path).write_text(about)
+        with pytest.raises(UserError, match=message) as caught:
+            load_corpus([str(path)], seq_len=16)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(flipped)
+    about_path(path).write_text(described)
+    assert open_tokens(path, verify=False).tokens == len(whole)  # what a rank that is not the first looks at
+
+
+def fails_after(n: int) -> Any:
+    for text in TEXTS[:n]:
+        yield Document("a", "a", text.encode(), len(text))
+    raise UserError("--data: cannot read x: Input/output error")
+
+
+def test_a_prepared_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.bin"
+    with pytest.raises(UserError, match="Input/output error"):
+        write_tokens(path, fails_after(9), "bytes")
+    with pytest.raises(UserError, match="--data: expected text, got none"):
+        write_tokens(path, [], "bytes")
+    assert not list(tmp_path.iterdir())
+    assert write_tokens(path, fails_after(9), "bytes", max_tokens=30).tokens >= 30
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="Input/output error"):
+        write_tokens(path, fails_after(9), "bytes")
+    assert path.read_bytes() == before and open_tokens(path)
+
+
+BAD_LINES = {
+    '{"text": "good"}\n{"text": "cut o': "--data: expected a JSON object in {path} line 2, got: Unterminated string",
+    '{"text": "good"}\n\n[1, 2]\n': "--data: expected a JSON object in {path} line 3, got list",
+    '{"id": 1, "body": "x"}\n': "--text-field: expected one of id, body (the fields of {path} line 1), got text",
+    '{"text": 5}\n': "--text-field: expected text in field text of {path} line 1, got int",
+    '{"text": "\\ud800"}\n': "--data: expected Unicode text in {path} line 1, got half of a surrogate pair",
+}
+
+
+def test_every_rank_refuses_bad_rows_in_the_same_line(pool: RankPool, tmp_path: Path) -> None:
+    cases = []
+    for number, (lines, message) in enumerate(BAD_LINES.items()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(lines)
+        cases.append((small_config(path), message.format(path=path)))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    cases.append((small_config(tmp_path / "broken.parquet"), f"--data: cannot read {tmp_path / 'broken.parquet'}: "))
+    rows = write_parquet(tmp_path / "rows.parquet", TEXTS)
+    cases.append((small_config(rows, text_field="body"), f"(the fields of {rows}), got body"))
+    damaged = tmp_path / "damaged.bin"
+    write_tokens(damaged, [Document("a", "a", text.encode(), len(text)) for text in TEXTS], "bytes")
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    cases.append((small_config(damaged), "--data: expected SHA-256 "))  # the first rank alone compares it
+    short = write_jsonl(tmp_path / "short.jsonl", TEXTS[:2])
+    cases.append((small_config(short, seq_len=64), "--data: expected at least 65 training tokens"))
+    said = pool.run_group(3, mistakes, [config for config, _ in cases])
+    assert said[0] == said[1] == said[2]
+    for (_, want), got in zip(cases, said[0], strict=True):
+        assert isinstance(got, str) and want in got and "\n" not in got
+
+
+def test_programs_say_one_line_and_fail(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "good"}\n{"text": \n')
+    line = f"--data: expected a JSON object in {path} line 2, got: "
+    done = start(2, *SMALL, "--data", str(path))
+    assert done.returncode != 0 and not done.stdout
+    assert len(errors(done)) == 1 and line in errors(done)[0]
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "corpus.bin"
+    for arguments, message in (
+        (["--data", path, "--out", out], line),
+        (["--data", tmp_path / "empty", "--out", out], "a folder without files"),
+    ):
+        done = prepare(*arguments)
+        assert done.returncode == 1 and not done.stdout and not out.exists()
+        said = [text for text in done.stderr.splitlines() if text.startswith("prepare.py: error: ")]
+        assert len(said) == 1 and message in said[0] and "Traceback" not in done.stderr
