@@ -11,6 +11,7 @@ from typing import Any
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.training import checkpoint as checkpoints
 from hla_dist.training.failure import UserError, describe
+from hla_dist.training.text import BYTES
 
 KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
 
@@ -42,7 +43,8 @@ def load_trained(path: Path) -> Trained:
         raise UserError(f"checkpoint: expected {exc} in {saved.path / 'state.json'}, got none") from exc
     checkpoints.load(saved, model)
     memmap = len(data) == 1 and Path(data[0]).suffix in {".npy", ".bin"}
-    return Trained(model, tokenizer, not memmap, saved.step, saved.passed_over)
+    known = not memmap or tokenizer is not None
+    return Trained(model, None if tokenizer == BYTES else tokenizer, known, saved.step, saved.passed_over)
 
 
 def export(trained: Trained, path: Path) -> None:

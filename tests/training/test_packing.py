@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.parallel.shard import default_lengths
 from hla_dist.training.data import Windows, load_corpus
 from hla_dist.training.failure import UserError
 from hla_dist.training.loop import Trainer
@@ -51,7 +52,8 @@ def model() -> LanguageModel:
 
 def packed_step(layout: Layout) -> tuple[float, list[torch.Tensor], list[int], float]:
     """Loss and gradients of one step over SAMPLES samples, where this rank has read, and an evaluation."""
-    wrapped = SequenceParallelHLA(model(), layout.sequence, gradient_group=layout.world)
+    lengths = default_lengths(T, layout.shards)
+    wrapped = SequenceParallelHLA(model(), layout.sequence, gradient_group=layout.world, shard_lengths=lengths)
     tokens: Any = Counted()
     windows = Windows(tokens, T, VOCABULARY, SEED, DOCUMENTS)
     accumulate = SAMPLES // layout.replicas
