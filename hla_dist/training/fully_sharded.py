@@ -44,7 +44,7 @@ def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, layout: Layout) -> S
     for layer, its in zip(copy.modules(), original.modules(), strict=True):
         if isinstance(layer, HLAAttention) and isinstance(its, HLAAttention):
             layer.exchange, layer.wire_dtype = its.exchange, its.wire_dtype
-    twin = distributed(copy, layout, sync_parameters=False)
+    twin = distributed(copy, layout, sync_parameters=False, shard_lengths=model.shard_lengths)
     with torch.no_grad():
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             local(ours).copy_(local(theirs))

@@ -194,26 +194,6 @@ def test_initial_states() -> None:
             _call(operator, initial_state=state, **options)
 
 
-class _Intracomm:
-    """Stands for an mpi4py communicator: the library knows one by its module."""
-
-
-_Intracomm.__module__ = "mpi4py.MPI"
-
-
-def test_mpi_communicators_are_named(pool: Any) -> None:
-    for text in pool.run(_with_communicator):
-        assert text.startswith("group: mpi4py communicators are not supported yet"), text
-
-
-def _with_communicator() -> str:
-    try:
-        _call(hla_dist.hla2, group=_Intracomm())
-    except ValueError as error:
-        return str(error)
-    return "nothing raised"
-
-
 def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="ridges"):
         _call(hla_dist.hla2, ridges=1.0)
