@@ -7,6 +7,7 @@ global default. Over MPI the same functions are those of ``mpi.py``.
 
 from __future__ import annotations
 
+import atexit
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,15 @@ class Counter:
     bytes: int = 0
     waited: float = 0.0
     reducing: float = 0.0
+    used: bool = False  # anything, ever
 
     def add(self, tensor: Tensor) -> None:
+        self.used = True
         self.calls += 1
         self.bytes += tensor.numel() * tensor.element_size()
 
     def add_message(self, tensor: Tensor) -> None:
+        self.used = True
         self.messages += 1
         self.bytes += tensor.numel() * tensor.element_size()
 
@@ -52,6 +56,17 @@ class Counter:
 
 
 counter = Counter()
+
+
+@atexit.register
+def _let_workers_finish() -> None:
+    """Leaves gloo's worker threads the time to drop the tensors of the last collective before the interpreter closes.
+
+    They do so after they have reported it as done, and need Python's lock for it: a thread that asks for the lock of a
+    closing interpreter is ended by it, and takes the process along (measured with torch alone: one exit in 20 aborts).
+    """
+    if counter.used:
+        time.sleep(0.1)
 
 
 def resolve_group(group: Any) -> Group:
