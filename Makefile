@@ -1,12 +1,15 @@
 # make test and make train set everything up themselves, in .venv, and cost nothing to repeat.
 #   PYTHON=python3.12 make test   another interpreter for a new .venv
 #   make train ARGS="--steps 50"  further options for launch/train.py
+#   WORKERS=4 make test           more test processes at a time (0: none but pytest's own)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Two processes, each with eight ranks of its own: most tests of ranks leave half of two cores idle. A file is not split.
+PYTEST := $(PY) -m pytest --numprocesses $${WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint docs install clean
@@ -27,10 +30,10 @@ train: $(STAMP)
 	    launch/train.py --out out/train $(ARGS)
 
 test: $(STAMP)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
