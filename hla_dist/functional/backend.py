@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hla_dist.parallel.compiling import assume_constant_result
+
 
 def resolve(requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None) -> str:
     """``"torch"`` or ``"triton"``.
@@ -23,7 +25,7 @@ def resolve(requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, 
     raise ValueError(reason)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _obstacle(
     cascade: str,
     mask: str,

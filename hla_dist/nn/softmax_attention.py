@@ -117,7 +117,7 @@ class SoftmaxAttention(nn.Module):
             if weight is not None:
                 nn.init.ones_(weight)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports the compiler at once, this when first called
     def forward(
         self,
         x: Tensor,

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hla_dist.parallel.compiling import assume_constant_result
+
 DEFAULT_TIMEOUT_S = 600.0
 _LONGEST_SLEEP_S = 1e-3
 _PREFIX = "mpi:"
@@ -194,7 +196,7 @@ def is_communicator(group: Any) -> bool:
     return mpi is not None and isinstance(group, mpi.Comm)
 
 
-@torch._dynamo.assume_constant_result  # a communicator is nothing that compilers can look into; its group is
+@assume_constant_result  # a communicator is nothing that compilers can look into; its group is
 def resolve(comm: Any) -> MPIGroup:
     """The group of a communicator, the same one every time. No communication.
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 import socket
 from weakref import WeakKeyDictionary
 
-import torch
-
 from hla_dist.parallel import collectives
+from hla_dist.parallel.compiling import assume_constant_result
 
 EXCHANGES = ("auto", "all_gather", "scan", "ring", "hierarchical")
 _SMALL = 8  # ranks
@@ -52,7 +51,7 @@ def _equal_runs(hosts: list[str]) -> int:
     return count if len(runs) == len(set(hosts)) and all(len(set(run)) == 1 for run in runs) else 1
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def resolve(exchange: str, group_name: str) -> str:
     """The exchange that runs: ``all_gather``, ``scan``, ``ring`` or ``hierarchical:N`` with N ranks a machine."""
     pg = collectives.group_by_name(group_name)
