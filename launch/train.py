@@ -72,7 +72,10 @@ def main() -> int:
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         try:
-            connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
+            connect(
+                rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store,
+                on_host=config.offload_parameters,
+            )  # fmt: skip
         except UserError as exc:
             leave(rank, str(exc), alike=False)
         stop = StopSignal()  # from here on there is something to save
@@ -103,6 +106,8 @@ def read_launch(rank: int) -> Launch:
 def choose_device(config: TrainConfig) -> torch.device:
     """This rank's device; UserError if the GPUs do not suffice for one a rank."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        if config.offload_activations or config.offload_parameters:
+            raise UserError(config.offload_on_cpu())
         return torch.device("cpu")
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus < ranks:

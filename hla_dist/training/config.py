@@ -85,6 +85,13 @@ class TrainConfig:
         "value); sublayer, attention and SwiGLU each, a few thousand tokens at a time: for the longest sequences",
         nargs="?", const="layer", choices=["none", "layer", "sublayer"]
     )  # fmt: skip
+    offload_activations: bool = option(
+        False, "optimisation", "what backward needs waits in host memory, pinned, instead of the GPU's"
+    )
+    offload_parameters: bool = option(
+        False, "optimisation", "FSDP2 keeps parameters, gradients and moments in host memory, and AdamW runs there: a "
+        "GPU then holds a layer's parameters at a time (needs --dp-shard)"
+    )  # fmt: skip
     seed: int = option(0, "optimisation", "seed of initialisation and of the order of the data")
     deterministic: bool = option(
         False, "optimisation", "only operations that give the same bits every time; an error names one that does not"
@@ -163,6 +170,10 @@ class TrainConfig:
             raise UserError(
                 "--bf16-wire: expected --no-parity beside it (the ranks differ by its rounding), got --parity"
             )
+        if self.offload_parameters and not self.dp_shard:
+            raise UserError("--offload-parameters: expected --dp-shard beside it (FSDP2 offloads its shards), got none")
+        if self.device == "cpu" and (self.offload_activations or self.offload_parameters):
+            raise UserError(self.offload_on_cpu())
         if self.save_every and self.out is None:
             raise UserError(f"--save-every: expected --out to save checkpoints in, got {self.save_every} and no --out")
         if self.resume in ("", "auto") and self.out is None:
@@ -170,6 +181,11 @@ class TrainConfig:
 
         if self.wandb is not None and self.out is None:
             raise UserError("--wandb: expected --out too, which holds what is logged, got none")
+
+    def offload_on_cpu(self) -> str:
+        """Why there is no offloading without GPUs."""
+        name = "--offload-activations" if self.offload_activations else "--offload-parameters"
+        return f"{name}: expected a GPU whose memory to spare, got the device cpu, whose memory is the host's"
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model these options describe; UserError if there is none such."""

@@ -51,10 +51,13 @@ class Step:
 
 def planned(config: TrainConfig, world_size: int) -> Step:
     """The step that launch/train.py's options describe; UserError for what is not estimated."""
-    for name, wanted in (("dp_shard", (0,)), ("exchange", ("auto", "all_gather")), ("bf16_wire", (False,))):
+    for name, wanted in (("dp_shard", (0,)), ("exchange", ("auto", "all_gather")), ("bf16_wire", (False,)),
+                         ("offload_activations", (False,)), ("offload_parameters", (False,))):  # fmt: skip
         if getattr(config, name) not in wanted:
             raise UserError(f"--dry-run: expected {flag(name)} {wanted[-1]}, got {getattr(config, name)}")
     model = config.model_config(config.vocab_size or Codec(config.tokenizer).vocab_size)
+    if "softmax" in model.mixers:
+        raise UserError(f"--dry-run: expected a --pattern without softmax, got {config.pattern}")
     return Step(
         model, config.seq_len, config.sp or world_size, config.batch_size, config.accumulate,
         config.checkpoint_activations, config.bf16,

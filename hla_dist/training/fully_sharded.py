@@ -14,19 +14,21 @@ from hla_dist.training.mesh import Layout
 
 
 def distributed(
-    model: LanguageModel, layout: Layout, sync_parameters: bool = True, **options: Any
+    model: LanguageModel, layout: Layout, sync_parameters: bool = True, on_host: bool = False, **options: Any
 ) -> SequenceParallelHLA:
     """``model`` over the mesh: sequences sharded over ``layout.sequence``, gradients summed over all ranks.
 
     With ``layout.parameters`` every block, and what is around them, becomes a unit of FSDP2, sharded over that mesh:
     before it runs its parameters are gathered, after its backward its gradients are summed and sharded. Losses are
-    shares of the whole (``token_loss``), so nothing is divided. Call it before the optimiser is made.
+    shares of the whole (``token_loss``), so nothing is divided. ``on_host`` keeps the shards, their gradients and so
+    the optimiser's moments in host memory. Call it before the optimiser is made.
     """
     if layout.parameters is not None:
-        from torch.distributed.fsdp import fully_shard  # late: seconds of imports
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # late: seconds of imports
 
+        policy = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu") if on_host else OffloadPolicy()
         for unit in (*model.blocks, model):
-            fully_shard(unit, mesh=layout.parameters)
+            fully_shard(unit, mesh=layout.parameters, offload_policy=policy)
             unit.set_gradient_divide_factor(1.0)
             # gloo has no sum with a factor: without a division there need not be one
             unit.set_force_sum_reduction_for_comms(True)

@@ -19,6 +19,7 @@ from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.training.data import Windows, cut
 from hla_dist.training.fully_sharded import whole
 from hla_dist.training.mesh import Layout
+from hla_dist.training.offload import SavedOnHost
 from hla_dist.training.packing import cu_seqlens_of, cuts_between, inside_documents
 from hla_dist.training.watch import Watch
 
@@ -56,6 +57,7 @@ class Trainer:
         accumulate: int,
         clip: float,
         bf16: bool,
+        offload: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -65,6 +67,7 @@ class Trainer:
         self.accumulate = accumulate
         self.clip = clip
         self.bf16 = bf16
+        self.offload = offload  # what forward saves waits in host memory
         self.watch = Watch(model.module)
         self.data_seconds = 0.0  # spent on reading tokens so far
         self.samples = 0  # read so far by all replicas together: the position in the data
@@ -88,7 +91,9 @@ class Trainer:
             last = micro == self.accumulate - 1
             # NaN passes to the end of the step, where every rank learns of it
             with nullcontext() if last else self.model.no_sync(), validation(False, cpu=False):
-                share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16, self.windows.cuts(first))
+                with SavedOnHost() if self.offload else nullcontext():  # not backward, which may compute again
+                    cuts = self.windows.cuts(first)
+                    share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16, cuts)
                 share.backward()
             shares.append(share.detach())
         self.samples += self.batch_size * self.accumulate * self.layout.replicas

@@ -96,8 +96,12 @@ def connect(
     timeout_s: float,
     from_env: bool,
     store: dist.Store | None = None,
+    on_host: bool = False,
 ) -> None:
-    """Joins the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none."""
+    """Joins the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none.
+
+    ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo beside NCCL.
+    """
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device
@@ -109,7 +113,8 @@ def connect(
             raise UserError(f"rendezvous: cannot meet the other ranks: {reason}") from exc
         store = fresh_store(common, rank, world_size, timeout_s)
     options |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if on_host else "nccl"
+    dist.init_process_group(backend, **options)
 
 
 def build_layout(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> Layout:

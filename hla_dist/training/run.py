@@ -64,7 +64,7 @@ class Run:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = distributed(
             model, layout, shard_lengths=default_lengths(config.seq_len, layout.shards), exchange=config.exchange,
-            wire_dtype=torch.bfloat16 if config.bf16_wire else None,
+            wire_dtype=torch.bfloat16 if config.bf16_wire else None, on_host=config.offload_parameters,
         )  # fmt: skip
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
         together(layout.world, self._check_packing)
@@ -72,7 +72,7 @@ class Run:
         windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed, documents)
         self.trainer = Trainer(
             self.model, optimizer, windows, layout, batch_size=config.batch_size, accumulate=config.accumulate,
-            clip=config.clip, bf16=config.bf16,
+            clip=config.clip, bf16=config.bf16, offload=config.offload_activations,
         )  # fmt: skip
         self.starts = held_out_windows(self.corpus.held_out, config.seq_len, config.eval_tokens)
         # bits per byte, or per token where the text behind the tokens is not known

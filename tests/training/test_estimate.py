@@ -83,3 +83,5 @@ def test_what_is_not_estimated_is_refused() -> None:
         planned(parse(["--dry-run", "--dp-shard", "2"]), 8)
     with pytest.raises(UserError, match="--dry-run: expected --exchange all_gather, got scan"):
         planned(parse(["--dry-run", "--exchange", "scan"]), 8)
+    with pytest.raises(UserError, match="--dry-run: expected a --pattern without softmax, got hla2,softmax"):
+        planned(parse(["--dry-run", "--pattern", "hla2,softmax"]), 8)

@@ -12,7 +12,7 @@ import torch
 
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.gradient_reduction import is_dtensor
-from hla_dist.training import checkpoint
+from hla_dist.training import checkpoint, offload
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.data import Windows
 from hla_dist.training.fully_sharded import distributed, local, whole
@@ -32,20 +32,21 @@ ALL_THREE = Degrees(2, 2, 2, fully_sharded=True)  # with two steps, micro-batche
 FACTORS = [(r, s, 8 // (r * s)) for r in (1, 2, 4, 8) for s in (1, 2, 4, 8) if r * s <= 8]
 
 
-def trained(degrees: Degrees) -> dict[str, Any]:
+def trained(degrees: Degrees, on_host: bool = False) -> dict[str, Any]:
     """Loss and gradient norm of every step, and the first one's gradients."""
     layout = build_layout(degrees, torch.device("cpu"))
     torch.manual_seed(5)
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2)).double()
     model.activation_checkpointing = degrees == ALL_THREE
-    wrapped = distributed(model, layout)
+    wrapped = distributed(model, layout, on_host=on_host)
     windows = Windows(np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
     each = SAMPLES // layout.replicas
     batch = each // 2 if degrees == ALL_THREE else each
     optimizer = build_adamw(wrapped, 1e-2, 0.1)
     trainer = Trainer(
-        wrapped, optimizer, windows, layout, batch_size=batch, accumulate=each // batch, clip=1.0, bf16=False
-    )
+        wrapped, optimizer, windows, layout, batch_size=batch, accumulate=each // batch, clip=1.0, bf16=False,
+        offload=on_host,
+    )  # fmt: skip
     if degrees.fully_sharded:
         parameters = dict(wrapped.named_parameters())
         assert all(is_dtensor(p) for p in parameters.values())
@@ -65,14 +66,15 @@ def trained(degrees: Degrees) -> dict[str, Any]:
 
 
 def trained_in_every_way() -> list[dict[str, Any]]:
-    return [trained(Degrees(*factors, fully_sharded=True)) for factors in FACTORS]
+    offload.LEAST = 1  # all that is saved goes through the copies
+    return [trained(Degrees(*factors, fully_sharded=True)) for factors in FACTORS] + [trained(ALL_THREE, on_host=True)]
 
 
 def test_every_factorisation_of_eight_equals_one_process() -> None:
     assert len(FACTORS) == 10
     want = run_ranks(trained, 1, Degrees(1, 1, 1))[0]
     for rank, results in enumerate(run_ranks(trained_in_every_way, 8, timeout=120)):
-        for factors, got in zip(FACTORS, results, strict=True):
+        for factors, got in zip([*FACTORS, (2, 2, 2)], results, strict=True):
             assert len(got["steps"]) == 1 + (factors == (2, 2, 2))
             for (loss, norm), (loss_alone, norm_alone) in zip(got["steps"], want["steps"]):
                 assert loss == pytest.approx(loss_alone, rel=FLOAT64), (rank, factors)
