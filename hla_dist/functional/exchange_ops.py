@@ -182,20 +182,23 @@ def _(ticket, later, total, group_name, operator, dims, wide, exchange, wire) ->
 @torch.library.custom_op(
     "hla_dist::exchange_gather",
     mutates_args=(),
-    schema="(Tensor[] fields, str group_name, str direction, str description) -> Tensor[]",
+    schema="(Tensor[] fields, str group_name, str direction, str description, bool at_once=False) -> Tensor[]",
 )
-def exchange_gather(fields, group_name, direction, description) -> list[Tensor]:
-    """Every rank's fields, ``[P, ...]`` each: one all-gather. For the ``full`` mask, whose moments are additive."""
+def exchange_gather(fields, group_name, direction, description, at_once=False) -> list[Tensor]:
+    """Every rank's fields, ``[P, ...]`` each: one all-gather. For the ``full`` mask, whose moments are additive.
+
+    at_once: check that all ranks made this call before anything is returned, on CUDA too.
+    """
     pg, _, _ = _place(group_name)
     flat = torch.cat([x.reshape(-1) for x in fields])
     pending = agreement.start(pg, direction, description, flat.view(torch.uint8), flat.device)
-    payloads = agreement.finish(pending).contiguous().view(flat.dtype)
+    payloads = agreement.finish(pending, at_once=at_once).contiguous().view(flat.dtype)
     parts = payloads.split([x.numel() for x in fields], dim=1)
     return [part.reshape(-1, *x.shape).clone() for part, x in zip(parts, fields)]
 
 
 @exchange_gather.register_fake
-def _(fields, group_name, direction, description) -> list[Tensor]:
+def _(fields, group_name, direction, description, at_once=False) -> list[Tensor]:
     _, _, size = _place(group_name)
     return [x.new_empty(size, *x.shape) for x in fields]
 

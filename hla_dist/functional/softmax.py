@@ -60,7 +60,8 @@ def agree(
         rank = collectives.group_rank(pg)
         code = 0 if cu is None else zlib.crc32(cu.numpy().tobytes())
         numbers = torch.cat([torch.tensor([tokens, code]), before]).to(device)
-        gathered = exchange_ops.exchange_gather([numbers], pg.group_name, "forward", f"{description} rows={rows}")
+        call = (pg.group_name, "forward", f"{description} rows={rows}")
+        gathered = exchange_ops.exchange_gather([numbers], *call, at_once=True)  # messages of these lengths follow
         table = gathered[0].cpu()
         others = (table[:, 1] != table[0, 1]).nonzero().flatten().tolist()
         if others:

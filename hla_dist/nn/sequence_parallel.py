@@ -19,7 +19,7 @@ from torch import nn
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.gradient_reduction import GradientReduction, broadcast_from_first, is_dtensor
 from hla_dist.nn.softmax_attention import SoftmaxAttention
-from hla_dist.parallel.collectives import Group, all_gather_objects, group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import Group, all_gather_objects, group_size, resolve_group
 
 __all__ = ["SequenceParallelHLA"]
 
@@ -237,9 +237,11 @@ def _agree(module: nn.Module, problem: str, pg: Group) -> None:
         ]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
     answers = all_gather_objects((problem, digest), pg)
-    for rank, (other, _) in enumerate(answers):
-        if other:
-            raise ValueError(other if rank == group_rank(pg) else f"{other} (on rank {rank})")
+    problems = [other for other, _ in answers]
+    if any(problems):
+        alike = len(set(problems)) == 1
+        named = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(problems) if other)
+        raise ValueError(problem if alike else named)
     if len({d for _, d in answers}) > 1:
         everything = all_gather_objects(described, pg)
         rank = next(r for r, other in enumerate(everything) if other != everything[0])

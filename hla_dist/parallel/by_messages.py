@@ -22,6 +22,7 @@ class _Line:
     def __init__(self, pending: Any, backward: bool):
         self.pending, self.pg, self.backward = pending, pending.pg, backward
         self.size = collectives.group_size(self.pg)
+        self.in_order = collectives.in_order(self.pg)
         self.position = self._mirror(collectives.group_rank(self.pg))
 
     def _mirror(self, number: int) -> int:

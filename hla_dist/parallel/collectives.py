@@ -191,6 +191,11 @@ def wait(work: Any) -> None:
     counter.waited += time.perf_counter() - began
 
 
+def in_order(pg: Group) -> bool:
+    """Whether messages posted on ``pg`` run one after another: NCCL has one stream a group for all of them."""
+    return not isinstance(pg, MPIGroup) and dist.get_backend(pg) == "nccl"
+
+
 def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:
     """Start messages to and from ranks of the group, given as (rank, contiguous tensor); returns works to wait for.
 

@@ -56,6 +56,7 @@ class Line(Protocol):
 
     position: int
     size: int
+    in_order: bool  # messages run one after another as posted, as on NCCL: a receive holds up the sends posted after it
 
     def post(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:
         """Start messages by position, as many on every rank (empty ones are bookkeeping); works to wait for."""
@@ -127,12 +128,13 @@ def _ring(line: Line, way: Direction, own: Fields) -> Fields | None:
     first, last = line.position == 0, line.position == line.size - 1
     blocks = _heads(way, own, ring_blocks(way.layout.heads, line.size))
     incoming = [_empty(part, own, short=True, real=not first) for part, _ in blocks]
-    arriving = [line.post([], [((line.position - 1) % line.size, x)]) for x in incoming]
-    following = (line.position + 1) % line.size
+    following, previous = (line.position + 1) % line.size, (line.position - 1) % line.size
     leaving = [work for x in incoming if last for work in line.post([(following, x[:0])], [])]
     carries: list[Fields] = []
-    for (part, mine), room, work in zip(blocks, incoming, arriving):
-        line.wait(work)
+    # Ahead of time they arrive behind the arithmetic; in a queue they would hold up the sends behind them.
+    arriving = [] if line.in_order else [line.post([], [(previous, x)]) for x in incoming]
+    for i, ((part, mine), room) in enumerate(zip(blocks, incoming)):
+        line.wait(line.post([], [(previous, room)]) if line.in_order else arriving[i])
         if not first:
             carries.append(_unpack(part, room, short=True))
         if not last:

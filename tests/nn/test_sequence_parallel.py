@@ -401,7 +401,10 @@ def _bad(pg):
 
     cases = [
         (lambda: SequenceParallelHLA(nn.Linear(2, 2), pg), ("at least one HLAAttention", "Linear with none")),
-        (lambda: SequenceParallelHLA(nn.Linear(2, 2) if rank == 2 else _model(), pg), ("at least one HLAAttention",)),
+        (
+            lambda: SequenceParallelHLA(nn.Linear(2, 2) if rank == 2 else _model(), pg),
+            ("rank 2: module: expected at least one",),
+        ),
         (lambda: SequenceParallelHLA(wrapped, pg), ("without a group", "layers.0", "wrapped twice")),
         (lambda: SequenceParallelHLA(wrapped.module, pg), ("wrapped twice",)),
         (lambda: SequenceParallelHLA("model", pg), ("torch.nn.Module", "got str")),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from hla_dist import HLAAttention
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.gradient_reduction import is_dtensor
+from hla_dist.parallel.topology import set_ranks_per_node
 from hla_dist.training import checkpoint, offload
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.data import Windows
-from hla_dist.training.fully_sharded import distributed, local, whole
+from hla_dist.training.fully_sharded import distributed, local, twin_in, whole
 from hla_dist.training.loop import Trainer
 from hla_dist.training.mesh import AXES, Degrees, build_layout
 from hla_dist.training.metrics import read_metrics
@@ -32,13 +34,27 @@ ALL_THREE = Degrees(2, 2, 2, fully_sharded=True)  # with two steps, micro-batche
 FACTORS = [(r, s, 8 // (r * s)) for r in (1, 2, 4, 8) for s in (1, 2, 4, 8) if r * s <= 8]
 
 
-def trained(degrees: Degrees, on_host: bool = False) -> dict[str, Any]:
+MODELS: list[dict[str, Any]] = [
+    {},
+    {"pattern": "hla2,softmax"},  # over two sequence ranks by ulysses
+    {"pattern": "softmax,hla3", "softmax": {"window": 14, "exchange": "gather"}},  # longer than a shard of four
+]
+# factors, number of the model, options: all of the plain one; and hybrid models with other exchanges
+CASES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [(factors, 0, {}) for factors in FACTORS]
+CASES += [((2, 2, 2), 0, {"on_host": True})]
+CASES += [((1, 4, 2), 1, {"exchange": "scan"}), ((2, 1, 4), 2, {"exchange": "hierarchical"})]
+
+
+def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_host: bool = False) -> dict[str, Any]:
     """Loss and gradient norm of every step, and the first one's gradients."""
     layout = build_layout(degrees, torch.device("cpu"))
     torch.manual_seed(5)
-    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2)).double()
+    config = ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2, **MODELS[number])
+    model = LanguageModel(config).double()
     model.activation_checkpointing = degrees == ALL_THREE
-    wrapped = distributed(model, layout, on_host=on_host)
+    if exchange == "hierarchical":
+        set_ranks_per_node(layout.sequence, 2)
+    wrapped = distributed(model, layout, on_host=on_host, exchange=exchange)
     windows = Windows(np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
     each = SAMPLES // layout.replicas
     batch = each // 2 if degrees == ALL_THREE else each
@@ -62,25 +78,33 @@ def trained(degrees: Degrees, on_host: bool = False) -> dict[str, Any]:
         if step == 0:
             grads = {name: whole(p.grad).clone() for name, p in wrapped.named_parameters()}
         assert trainer.step(agreed, 1e-2)
+    if exchange is not None:  # a copy in another precision travels as the model does
+        twin = twin_in(torch.float32, wrapped, layout)
+        assert [m.exchange for m in twin.modules() if isinstance(m, HLAAttention)] == [exchange]
     return {"steps": steps, "grads": grads}
+
+
+def trained_alone() -> list[dict[str, Any]]:
+    return [trained(Degrees(1, 1, 1), number) for number in range(len(MODELS))]
 
 
 def trained_in_every_way() -> list[dict[str, Any]]:
     offload.LEAST = 1  # all that is saved goes through the copies
-    return [trained(Degrees(*factors, fully_sharded=True)) for factors in FACTORS] + [trained(ALL_THREE, on_host=True)]
+    return [trained(Degrees(*factors, fully_sharded=True), number, **options) for factors, number, options in CASES]
 
 
 def test_every_factorisation_of_eight_equals_one_process() -> None:
     assert len(FACTORS) == 10
-    want = run_ranks(trained, 1, Degrees(1, 1, 1))[0]
+    alone = run_ranks(trained_alone, 1)[0]
     for rank, results in enumerate(run_ranks(trained_in_every_way, 8, timeout=120)):
-        for factors, got in zip([*FACTORS, (2, 2, 2)], results, strict=True):
-            assert len(got["steps"]) == 1 + (factors == (2, 2, 2))
+        for case, got in zip(CASES, results, strict=True):
+            want = alone[case[1]]
+            assert len(got["steps"]) == 1 + (case[0] == (2, 2, 2))
             for (loss, norm), (loss_alone, norm_alone) in zip(got["steps"], want["steps"]):
-                assert loss == pytest.approx(loss_alone, rel=FLOAT64), (rank, factors)
-                assert norm == pytest.approx(norm_alone, rel=FLOAT64), (rank, factors)
+                assert loss == pytest.approx(loss_alone, rel=FLOAT64), (rank, case)
+                assert norm == pytest.approx(norm_alone, rel=FLOAT64), (rank, case)
             for name, grad in want["grads"].items():
-                assert_close(f"d {name} on rank {rank} of {factors}", got["grads"][name], grad, FLOAT64 * 10)
+                assert_close(f"d {name} on rank {rank} of {case}", got["grads"][name], grad, FLOAT64 * 10)
 
 
 def run_on(degrees: Degrees, config: TrainConfig, stop_after: int | None = None) -> int:
