@@ -293,6 +293,7 @@ class Problem:
             BT=tile.BT,
             BK=tiles.power_of_two(key_dim),
             BV=tile.BV,
+            BS=min(tile.BS, tiles.power_of_two(key_dim)),
             REVERSE=carry.reverse,
             CARRY=emit,
             EMIT=emit,

@@ -105,6 +105,7 @@ def first_order_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BS: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
     DOCUMENTS: tl.constexpr,
@@ -118,6 +119,7 @@ def first_order_kernel(
     PRECISION: tl.constexpr,
 ):
     """See the top of the file. The state in registers is the true one divided by ``into_state``, the scale of b c."""
+    SLICED: tl.constexpr = BS < BK  # scores sum slices of columns: a and b are whole only after them, one at a time
     tiles: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % tiles
     i_s = (tl.program_id(0) // tiles) % segments
@@ -139,16 +141,28 @@ def first_order_kernel(
         i_c = first + (chunks - 1 - j if REVERSE else j)
         t0 = tl.cast(i_c * BT, tl.int32)
         if INNER:
-            b_b = factor(columns(b, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
+            if not SLICED:
+                b_b = factor(columns(b, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
             b_c = factor(rows(c, i_b, i_h, t0, T, o_i, o_v, V), DTYPE, PRECISION)  # [BT, BV]
         sums, marks, to_start, to_end, whole = chunk_gates(
             log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
         )
         if EMIT:
-            b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
+            if not SLICED:
+                b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
             if INNER:
-                b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
+                if SLICED:
+                    b_w = tl.zeros([BT, BT], tl.float32)
+                    for s0 in tl.static_range(0, BK, BS):
+                        o_s = s0 + tl.arange(0, BS)
+                        b_as = factor(rows(a, i_b, i_h, t0, T, o_i, o_s, K), DTYPE, PRECISION)  # [BT, BS]
+                        b_bs = factor(columns(b, i_b, i_h, t0, T, o_i, o_s, K), DTYPE, PRECISION)  # [BS, BT]
+                        b_w = tl.dot(b_as, b_bs, b_w, input_precision=PRECISION)
+                else:
+                    b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
                 b_w = factor(weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS), DTYPE, PRECISION)
+            if SLICED:
+                b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)
             b_o = tl.dot(b_a, factor(state, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BV]
             if GATED or DOCUMENTS:
                 b_o *= (to_end if REVERSE else to_start)[:, None]
@@ -167,6 +181,8 @@ def first_order_kernel(
                 b_c = factor(b_c * (to_start if REVERSE else to_end)[:, None], DTYPE, PRECISION)
             state *= whole
         if INNER:
+            if SLICED:
+                b_b = factor(columns(b, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)
             state = tl.dot(b_b, b_c, state, input_precision=PRECISION)
     if LEAVE:
         i_out = i_s if REVERSE == EMIT else i_s + 1

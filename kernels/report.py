@@ -6,7 +6,7 @@ kernel breaks a rule:
 
     shared memory over the architecture's limit
     no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
-    spills on sm_90 or sm_100 at K, V <= 128 in bf16 or fp16; elsewhere more than ``SPILLS`` allows
+    spills on sm_90 or sm_100 at K, V <= 128; elsewhere more than ``SPILLS`` allows
 
 Results are kept by a hash of the kernels' sources, Triton's version and the case: unchanged kernels cost nothing.
 """
@@ -201,7 +201,7 @@ def broken_rules(row: Row) -> Iterator[str]:
         formed = "inner" in row.variant or row.kernel == "fused_forward"  # not a correction alone, of few tokens
         if row.arch == "sm_90" and (formed or row.tile.startswith("64x")) and not row.matrix["wgmma.mma_async"]:
             yield f"{label}: no wgmma"
-    forbidden = row.arch in ("sm_90", "sm_100") and max(row.K, row.V) <= 128 and row.dtype != "float32"
+    forbidden = row.arch in ("sm_90", "sm_100") and max(row.K, row.V) <= 128
     rows = next((r for r in tiles.ROWS if r >= row.K), 0)
     allowed = 0 if forbidden else SPILLS.get((row.arch, row.dtype, rows), 0)
     if row.spills > allowed:

@@ -9,6 +9,7 @@ bf16 on sm_90 and sm_100: 64 tokens are one matrix instruction's rows for 4 warp
 K = 128 64 columns fit without gates; with gates and the terms of their gradient only 32 do.
 fp16: operands are float32 in shared memory and registers, computed as tf32: 8 warps.
 fp32: tf32x3 holds every operand three times: 16 tokens. Exactness is its purpose, not speed.
+Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b are never whole beside each other.
 gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one stage; twice the registers.
 """
 
@@ -24,12 +25,13 @@ from hla_kernels.device import Target
 
 
 class Tile(NamedTuple):
-    """A chunk's tokens, a program's columns of the state, and Triton's warps and pipeline stages."""
+    """A chunk's tokens, a program's columns of the state, Triton's warps and pipeline stages, a slice's columns."""
 
     BT: int
     BV: int
     warps: int
     stages: int
+    BS: int = 256  # columns of a and b that a product of scores takes at a time; 256: all there are
 
 
 class Pair(NamedTuple):
@@ -50,17 +52,17 @@ _BF16_WGMMA = {
 _FP16_SM90 = {
     64: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     128: Pair(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
-    256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
 }
 _FP16_SM100 = {
     64: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     128: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
 }
 _FP32 = {
     64: Pair(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
-    128: Pair(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    256: Pair(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    128: Pair(Tile(16, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32)),
+    256: Pair(Tile(16, 16, 8, 1, 32), Tile(16, 16, 8, 1, 32)),
 }
 TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
     ("sm_80", BF16): {
@@ -70,8 +72,8 @@ TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
     },
     ("sm_80", FP16): {
         64: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        128: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        128: Pair(Tile(32, 32, 4, 1, 32), Tile(32, 32, 4, 1, 32)),
+        256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
     },
     ("sm_80", FP32): _FP32,
     ("sm_90", BF16): _BF16_WGMMA,
@@ -88,12 +90,12 @@ TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
     ("gfx942", FP16): {
         64: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         128: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
     },
     ("gfx942", FP32): {
         64: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         128: Pair(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        256: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
     },
 }
 

@@ -131,8 +131,8 @@ def test_what_the_ops_say_of_their_results(name, normalize) -> None:
 @pytest.mark.parametrize("gates", ["none", "BTH"])
 @pytest.mark.parametrize("short", [False, True])
 def test_columns_in_several_tiles(gates, short, monkeypatch, request) -> None:
-    """As on a GPU: programs with a part of the state's columns each; the last part is masked."""
-    monkeypatch.setattr(tiles, "first_order", lambda *args: tiles.Tile(16, 16, 4, 1))
+    """As on a GPU: programs with a part of the state's columns each, scores over slices; the last parts are masked."""
+    monkeypatch.setattr(tiles, "first_order", lambda *args: tiles.Tile(16, 16, 4, 1, 16))
     monkeypatch.setattr(tiles, "fused", lambda *args: None)
     if short:
         request.getfixturevalue("short_segments")

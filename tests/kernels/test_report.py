@@ -6,6 +6,7 @@ cache.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -54,8 +55,10 @@ def test_what_breaks_a_rule() -> None:
     limit = aot.SHARED_LIMIT["sm_90"]
     (text,) = report.broken_rules(good._replace(shared=limit + 1))
     assert f"{limit + 1} bytes of shared memory" in text
-    (text,) = report.broken_rules(good._replace(spills=8))
-    assert "8 bytes spilled, allowed are 0" in text
+    for dtype, arch in itertools.product(("bfloat16", "float16", "float32"), ("sm_90", "sm_100")):
+        spilling = good._replace(spills=8, dtype=dtype, arch=arch, matrix={**wgmma, "mma.sync": 1})
+        (text,) = report.broken_rules(spilling)
+        assert "8 bytes spilled, allowed are 0" in text
     for tile, variant in (("64x64 w4 s2", "emit"), ("32x32 w4 s2", "emit+inner")):
         slow = good._replace(tile=tile, variant=variant, matrix={"wgmma.mma_async": 0, "mma.sync": 8})
         (text,) = report.broken_rules(slow)
