@@ -5,7 +5,6 @@ python launch/export.py --checkpoint out/train --to model.safetensors
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -14,18 +13,19 @@ with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from hla_dist.training.config import Parser
 from hla_dist.training.failure import UserError, describe
 from hla_dist.training.share import export, load_trained
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/export.py", description="Write a trained model into one safetensors file.", allow_abbrev=False
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
     parser.add_argument("--to", required=True, metavar="FILE", help="the file to write, ending in .safetensors")
-    options = parser.parse_args()
     try:
+        options = parser.parse_args()
         if not options.to.endswith(".safetensors"):
             raise UserError(f"--to: expected a name ending in .safetensors, got {options.to}")
         trained = load_trained(Path(options.checkpoint))

@@ -17,14 +17,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from hla_dist.training.config import Parser
 from hla_dist.training.failure import UserError, describe
 from hla_dist.training.sources import read_documents, total_size
 from hla_dist.training.token_file import about_path, write_tokens
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help explains every flag)")
 
 
 def options() -> argparse.Namespace:

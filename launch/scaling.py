@@ -47,20 +47,27 @@ def main() -> int:
             config = parse()
         cases = plan(config, world_size)
         device = choose_device(config, local)
+        if config.out is not None and rank == 0:  # before the minutes that measuring takes
+            Path(config.out).mkdir(parents=True, exist_ok=True)
     except UserError as exc:
         return mistake(rank, str(exc))
+    except OSError as exc:
+        return mistake(rank, f"--out: cannot write {config.out}: {exc.strerror or exc}")
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local))
     about = report.context("launch/scaling.py", torch.get_num_threads())
     about |= {"command": command(world_size), "ranks": world_size, "device": device.type, "case": described(config)}
-    connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
     try:
+        connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
         rows = run_cases(config, cases, device)
-    except ValueError as exc:  # the library's own checks: raised alike on every rank
+    except (UserError, ValueError) as exc:  # the library's own checks: raised alike on every rank
         return mistake(rank, describe(exc))
     if rank == 0:
         print(text_table(rows), flush=True)
-        if config.out is not None:
-            write(config, about, rows)
+        try:
+            if config.out is not None:
+                write(config, about, rows)
+        except OSError as exc:
+            return mistake(rank, f"--out: cannot write {config.out}: {exc.strerror or exc}")
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -17,12 +17,16 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
 STARTED = time.monotonic()
+threading.excepthook = lambda failed: print(  # TensorBoard's writer on a full disk: a line, no traceback
+    f"train.py: warning: {failed.thread and failed.thread.name}: {failed.exc_value}", file=sys.stderr, flush=True
+)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # while importing, Ctrl-C ends the program without a traceback
 
 with contextlib.suppress(ImportError):  # an installed package needs no path

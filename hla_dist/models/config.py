@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -61,6 +62,21 @@ class ModelConfig:
     def resolved_mlp_size(self) -> int:
         """Width of the SwiGLU hidden layer."""
         return self.mlp_size or -(-8 * self.hidden_size // (3 * 32)) * 32
+
+    def differences(self, other: ModelConfig) -> list[str]:
+        """Fields in which ``other`` is another network, though its parameters may have the same names and shapes."""
+        one, two = ({f.name: getattr(c, f.name) for f in fields(c)} | c._resolved() for c in (self, other))
+        # by their JSON: a tuple comes back from a file as a list
+        return [name for name in one if json.dumps(one[name], sort_keys=True) != json.dumps(two[name], sort_keys=True)]
+
+    def _resolved(self) -> dict[str, Any]:
+        """Fields that can be written in more than one way, written in one; layer by layer, ``op`` says it all."""
+        return {
+            "op": self.mixers, "pattern": "", "mlp_size": self.resolved_mlp_size,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_dim": self.head_dim or self.hidden_size // self.num_heads,
+            "softmax": self.softmax if "softmax" in self.mixers else {},
+        }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hla_dist.training.failure import UserError
+from hla_dist.training.failure import UserError, describe
 from hla_dist.training.metrics import read_metrics
 
 PANELS = ("loss", "held_out", "grad_norm", "tokens_per_s_device", "peak_memory_bytes", "exposed_comm_s")
@@ -47,7 +47,10 @@ def load_runs(paths: list[Path]) -> list[Recorded]:
         file = path / "metrics.jsonl" if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"runs: expected a run's --out directory or its metrics.jsonl, got {path}")
-        lines = read_metrics(file)
+        try:
+            lines = read_metrics(file)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise UserError(f"runs: cannot read {file}: {describe(exc)}") from exc
         if not any("loss" in line for line in lines):
             raise UserError(f"runs: expected lines of training steps in {file}, got {len(lines)} without any")
         seconds = 0.0

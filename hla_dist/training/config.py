@@ -206,7 +206,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError in one line where argparse would print the usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help explains every flag)")
 
@@ -219,7 +221,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 def parse_options(kind: type[Options], program: str, about: str, arguments: Sequence[str] | None = None) -> Options:
     """A dataclass of :func:`option` fields from command-line arguments, all its flags in --help."""
-    parser = _Parser(
+    parser = Parser(
         prog=program, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     groups: dict[str, Any] = {}

@@ -67,7 +67,7 @@ class Run:
             wire_dtype=torch.bfloat16 if config.bf16_wire else None, on_host=config.offload_parameters,
         )  # fmt: skip
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
-        together(layout.world, self._check_packing)
+        together(layout.world, self._check_data)
         documents = self.corpus.train_documents if self.packed else None
         windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed, documents)
         self.trainer = Trainer(
@@ -100,7 +100,9 @@ class Run:
     def packed(self) -> bool:
         return self.config.packing == "documents"
 
-    def _check_packing(self) -> None:
+    def _check_data(self) -> None:
+        if self.config.sample and not self.corpus.codec.encode(self.config.prompt):  # not at the end of the run
+            raise UserError(f"--prompt: expected at least one token to continue, got {self.config.prompt!r}")
         if self.packed and self.corpus.train_documents is None:
             raise UserError(
                 f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
@@ -122,6 +124,10 @@ class Run:
 
         def load() -> None:
             checkpoints.load(saved, self.model, self.trainer.optimizer)
+            before = ModelConfig.from_dict(saved.state["model"])
+            for name in self.model_config.differences(before):  # parameters of the same shapes do not tell
+                theirs, ours = getattr(before, name), getattr(self.model_config, name)
+                raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {theirs}, got {ours}")
             self.step, self.trainer.samples = saved.step, int(saved.state["samples"])
             self.saved = self.step if self.start.in_place else -1
             if self.step >= self.config.steps and not self.start.by_itself:
@@ -137,15 +143,21 @@ class Run:
     def _open_output(self) -> None:
         if self.out is None or not self.main:
             return
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"--out: expected a directory, got the file {self.out}")
+        try:
+            self._open_directory(self.out)
+        except OSError as exc:
+            raise UserError(f"--out: cannot write {self.out}: {exc.strerror or exc}") from exc
+
+    def _open_directory(self, out: Path) -> None:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: expected a directory, got the file {out}")
         own = self.start.in_place
-        if not own and (self.out / "config.json").exists():
-            move_aside(self.out)
+        if not own and (out / "config.json").exists():
+            move_aside(out)
         if own:
-            for path in checkpoints.set_aside_later(self.out / "checkpoints", self.step):
+            for path in checkpoints.set_aside_later(out / "checkpoints", self.step):
                 self.warn(f"a later checkpoint is now {path}", all_ranks=False)
-        self.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         resolved = {
             "run": self.config.to_dict(),
             "model": self.model_config.to_dict(),
@@ -158,10 +170,10 @@ class Run:
             "torch": torch.__version__,
             "launch": self.launch.name,
         }
-        partial = self.out / ".partial-config.json"
+        partial = out / ".partial-config.json"
         partial.write_text(json.dumps(resolved, indent=2) + "\n")
-        partial.replace(self.out / "config.json")
-        self.log = MetricsLog(self.out, self.step if own else None, self.config.wandb, resolved)
+        partial.replace(out / "config.json")
+        self.log = MetricsLog(out, self.step if own else None, self.config.wandb, resolved)
 
     def train(self) -> int:
         """The whole run; returns the exit code. Raises UserError alike on every rank."""

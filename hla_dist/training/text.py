@@ -51,7 +51,7 @@ class Codec:
         if not self.known:
             return " ".join(map(str, tokens))
         if self.tokenizer is None:
-            return bytes(tokens).decode(errors="replace")
+            return bytes(min(token, 255) for token in tokens).decode(errors="replace")  # 255 occurs in no text
         return str(self.tokenizer.decode(list(tokens)))
 
 

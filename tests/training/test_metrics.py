@@ -148,9 +148,11 @@ def test_plot_draws_one_run_and_compares_several(
     assert call(str(out), "--metrics", "loss")[0] == 0 and (out / "metrics.png").is_file()
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
+    (tmp_path / "binary").write_bytes(b"\xc0\xff")
     for arguments, message in (
         ((str(tmp_path / "none"),), "runs: expected a run's --out directory or its metrics.jsonl, got "),
         ((str(empty),), "runs: expected lines of training steps in "),
+        ((str(tmp_path / "binary"),), f"runs: cannot read {tmp_path / 'binary'}: "),
         ((str(out), "--metrics", "colour"), "--metrics: expected some of bits_per_byte, data_s, "),
         ((str(out), "--smooth", "0"), "--smooth: expected at least 1, got 0"),
         ((str(out), "--out", "/proc/x/y.png"), "--out: cannot write /proc/x/y.png"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +39,18 @@ def test_configuration_survives_json_and_refuses_nonsense() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig(**changes)
+
+
+def test_what_makes_another_network_is_told_by_field() -> None:
+    config = ModelConfig(num_layers=2, op="hla2", attention={"decay_range": (0.5, 512.0)})
+    saved = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert config.differences(saved) == []
+    same = replace(config, pattern="hla2*2", num_kv_heads=4, head_dim=32, mlp_size=352, softmax={"window": 3})
+    assert same.differences(config) == []
+    assert replace(config, op="ahla").differences(config) == ["op"]
+    assert replace(config, pattern="hla2,softmax").differences(config) == ["op"]
+    other = replace(config, norm_eps=1e-5, attention={"decay_range": (0.5, 64.0)})
+    assert other.differences(config) == ["norm_eps", "attention"]
 
 
 @pytest.mark.parametrize("name", SIZES)
