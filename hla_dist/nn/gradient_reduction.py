@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
+from hla_dist.parallel.agreement import settle_all
 from hla_dist.parallel.collectives import Group, all_reduce_sum, broadcast, group_rank
 
 __all__ = ["GradientReduction", "broadcast_from_first"]
@@ -143,6 +144,7 @@ class GradientReduction:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"gradients: expected dense ones (nn.Embedding(sparse=False)), got {p.grad.layout}")
             self._keep_sum_on_first(p)
+        settle_all()
         for bucket in _buckets(parameters):
             self._reduce_bucket(bucket)
         self._summed = {id(p) for p in parameters if p.grad is not None}

@@ -7,7 +7,8 @@ NEW, see that everybody asks for the same thing, and send again with the new len
 enters with status FAILED, so nobody waits for it. Whenever headers differ, ranks exchange what they wanted to do
 and all raise the same ValueError.
 
-On CUDA the headers of a steady call are read one call later, so that nothing synchronises.
+On CUDA the headers of a steady call are read one call later, or before gradients or
+losses are summed, so that nothing synchronises.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def start(
     """
     topology.ranks_per_node(pg)  # first of all on every rank, whatever comes next
     agreed = _agreements.of(pg)[direction]
-    _check_deferred(pg)
+    settle(pg)
     agreed.calls += 1
     pending = _Pending(pg, direction, None, torch.empty(0), 0, agreed.calls, _hash(description), description)
     if failure is not None:
@@ -150,13 +151,8 @@ def finish(pending: _Pending, at_once: bool = False) -> Tensor:
     """
     _wait(pending)
     frames = pending.gathered.view(collectives.group_size(pending.pg), -1)
-    if pending.gathered.is_cuda and not at_once:
-        # Not run on hardware yet: the copy is read at the next call, after the event has passed.
-        host = torch.empty(frames.shape[0], HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
-        host.copy_(frames[:, :HEADER_BYTES], non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        _deferred[pending.pg] = (host, event, pending)
+    if _reads_later(pending) and not at_once:
+        _deferred[pending.pg] = (*_copy_to_host(frames[:, :HEADER_BYTES]), pending)
     else:
         _check(pending, _headers(pending), _OK)
     return frames[:, HEADER_BYTES : HEADER_BYTES + pending.payload_bytes]
@@ -189,7 +185,30 @@ def _headers(pending: _Pending) -> Tensor:
     return frames[:, :HEADER_BYTES].contiguous().cpu().view(torch.int64)
 
 
-def _check_deferred(pg: collectives.Group) -> None:
+def _reads_later(pending: _Pending) -> bool:
+    return pending.gathered.is_cuda
+
+
+def _copy_to_host(headers: Tensor) -> tuple[Tensor, Any]:
+    """A copy under way, and the event after which it may be read. Not run on hardware yet."""
+    host = torch.empty(headers.shape, dtype=torch.uint8, pin_memory=True)
+    host.copy_(headers, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def settle_all() -> None:
+    """Check what steady calls left for the next one; before another collective.
+
+    A rank that failed such a call waits in an exchange of its own, and would take the other collective for it.
+    """
+    for pg in list(_deferred):
+        settle(pg)
+
+
+def settle(pg: collectives.Group) -> None:
+    """The same for one group."""
     if pg in _deferred:
         host, event, pending = _deferred.pop(pg)
         event.synchronize()

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hla_dist.parallel.agreement import settle
 from hla_dist.parallel.collectives import Group, all_gather_flat, all_reduce_sum, group_rank, group_size, resolve_group
 
 __all__ = ["ShardedBatch", "default_lengths", "shard", "shard_batch", "token_loss", "unshard"]
@@ -108,6 +109,7 @@ def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: in
         if lengths is not None:
             _check_lengths(lengths, 1, x.shape[dim])
         return x
+    settle(pg)
     if lengths is None:
         dim, lengths = _agree_on_shapes(x, dim, pg)
     else:
@@ -224,6 +226,7 @@ def token_loss(
         valid = (labels != ignore_index).sum() if not problem else torch.zeros((), dtype=torch.int64)
         count = torch.stack([valid.to(logits.device), torch.full_like(valid, bool(problem), device=logits.device)])
         if pg is not None and parts > 1:
+            settle(pg)
             all_reduce_sum(count, pg)
             if not problem and count.device.type == "cpu" and count[1]:
                 problem = (

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttentio
 from hla_dist.functional import softmax
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import counter
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error
+from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, run_ranks
 from tests.tolerances import FLOAT64
 
 HIDDEN, TOKENS = 24, 41
@@ -211,6 +215,11 @@ def with_states(pg: dist.ProcessGroup, lengths: list[int], window: int | None) -
     with torch.no_grad():
         cu = torch.tensor([0, 2, 7, 7, 12, 13])
         _, states = packed(text(seed=1, tokens=13), None, cu)
+        # a document of no token begins where its next one would be; elsewhere states are not read
+        begins_here = [start <= token < start + lengths[rank] for token in CU[:-1].tolist()]
+        states = KVState(
+            *(x.where(torch.tensor(begins_here)[:, None, None, None], torch.nan) for x in states[:2]), states.tokens
+        )
         wrapped = SequenceParallelHLA(packed, pg, shard_lengths=lengths)
         y, after = wrapped(text()[:, here], states, CU, output_final_state=True)
     return plain, (y, *after)
@@ -329,3 +338,24 @@ def copies(pg: dist.ProcessGroup) -> None:
 
 def test_copies_keep_the_group_and_pickles_lose_it(pool: RankPool) -> None:
     pool.run_group(2, copies)
+
+
+def _dies_before_the_keys(directory: str) -> None:
+    """Rank 1 dies when all have agreed; rank 0 ends as a program does, leaving what it was told."""
+    pg = dist.group.WORLD
+    layer = layer_of(exchange="gather")
+    if dist.get_rank() == 1:
+        softmax.attend = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        layer(text(), group=pg)
+    except RuntimeError as error:
+        Path(directory, "0").write_text(str(error))
+    os._exit(1)
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run_ranks(_dies_before_the_keys, 2, str(tmp_path), may_exit=range(2), detail=False)
+    assert time.monotonic() - started < 20
+    said = (tmp_path / "0").read_text()
+    assert said.startswith("keys forward of softmax attention over group '") and "on rank 0 of 2" in said, said

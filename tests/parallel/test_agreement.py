@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import hla_dist
 from hla_dist import HLA2State
+from hla_dist.parallel import agreement
 from tests.harness import RankPool
 from tests.parallel.sharded import check_sharded
 from tests.problems import Problem
@@ -151,3 +152,40 @@ def test_forward_against_backward_is_an_error_on_every_rank(pool: RankPool) -> N
     for text, seconds in results:
         assert "Error" in text, results
         assert seconds < SECONDS
+
+
+class _Passed:
+    """An event that is over."""
+
+    def synchronize(self) -> None: ...
+
+
+def _read_later(pg: dist.ProcessGroup) -> list[str]:
+    """Headers read one call later, as on CUDA, while rank 1 fails a call: what this rank is told, and where."""
+    late, copied = agreement._reads_later, agreement._copy_to_host
+    agreement._reads_later = lambda pending: True
+    agreement._copy_to_host = lambda headers: (headers.clone(), _Passed())
+    said = []
+    try:
+        for layer in (hla_dist.HLAAttention(4, 1), hla_dist.SoftmaxAttention(4, 1)):
+            model = hla_dist.SequenceParallelHLA(layer, pg)
+            for fails in (False, True, False):
+                at = "forward"
+                try:
+                    out, _ = model(torch.ones(1, 3, 4 + (fails and dist.get_rank(pg) == 1)))
+                    at = "loss"
+                    hla_dist.token_loss(out, torch.zeros(1, 3, dtype=torch.int64), pg).backward()
+                    said.append("")
+                except ValueError as error:
+                    said.append(f"{at}: {error}")
+    finally:
+        agreement._reads_later, agreement._copy_to_host = late, copied
+    return said
+
+
+def test_headers_read_later_still_come_before_anything_else(pool: RankPool) -> None:
+    """The linear layer's before the loss is summed; the softmax layer's before its keys travel."""
+    for rank, (first, at_loss, second, third, at_forward, fourth) in enumerate(pool.run_group(3, _read_later)):
+        assert not any((first, second, third, fourth))
+        assert at_loss.startswith("forward: rank 1: x: " if rank == 1 else "loss: rank 1: x: "), at_loss
+        assert at_forward.startswith("forward: rank 1: x: "), at_forward

@@ -20,10 +20,9 @@ import hla_dist
 from hla_dist.functional import exchange_ops
 from hla_dist.functional.attention import start
 from hla_dist.operators import OPERATORS
-from hla_dist.parallel import topology
+from hla_dist.parallel import messages, topology
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.exchange import Layout
-from hla_dist.parallel.messages import Direction, prefix
 from tests.harness import RankPool, assert_bitwise, assert_close, relative_error, run_ranks
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of, whole_problem
 from tests.problems import STREAMING, Problem, check, draw, oracle
@@ -253,11 +252,13 @@ def test_a_rank_that_fails_its_checks(pool: RankPool, exchange: str) -> None:
         assert all(said[0] == said[2] for said in results)
 
 
-def _dies(exchange: str, directory: str) -> None:
-    """Rank 2 dies in front of a second call; the others end as programs do, leaving what they were told."""
+def _dies(exchange: str, directory: str, agreed: bool) -> None:
+    """Rank 2 dies before a second call, or in it once all have agreed; the others end, leaving what they were told."""
     x = torch.ones(1, 4, 2, 2)
     hla_dist.hla2(x, x, x, group=dist.group.WORLD, exchange=exchange)
-    if dist.get_rank() == 2:
+    if dist.get_rank() == 2 and agreed:
+        messages.prefix = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    elif dist.get_rank() == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         hla_dist.hla2(x, x, x, group=dist.group.WORLD, exchange=exchange)
@@ -266,12 +267,12 @@ def _dies(exchange: str, directory: str) -> None:
     os._exit(1)
 
 
-@pytest.mark.parametrize("exchange", BY_MESSAGES)
-def test_a_rank_that_dies_ends_the_others(tmp_path: Path, exchange: str) -> None:
+@pytest.mark.parametrize(("exchange", "agreed"), [("scan", False), *((exchange, True) for exchange in BY_MESSAGES)])
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path, exchange: str, agreed: bool) -> None:
     started = time.monotonic()
-    run_ranks(_dies, 4, exchange, str(tmp_path), may_exit=range(4), detail=False)
+    run_ranks(_dies, 4, exchange, str(tmp_path), agreed, may_exit=range(4), detail=False)
     assert time.monotonic() - started < 20
-    for rank in (0, 1, 3):
+    for rank in (3,) if agreed else (0, 1, 3):  # by messages, ranks before it need nothing of it
         text = (tmp_path / str(rank)).read_text()
         assert "forward exchange" in text and f"rank {rank} of 4" in text and f"exchange={exchange}" in text, text
 
@@ -315,8 +316,8 @@ def test_ranks_per_node_must_divide(pool: RankPool) -> None:
 
 
 def test_layers_travel_as_their_wrapper_says(pool: RankPool) -> None:
-    for messages, wrong in pool.run_group(2, _wrapped):
-        assert messages == 1
+    for sent, wrong in pool.run_group(2, _wrapped):
+        assert sent == 1
         assert "exchange: expected one of" in wrong
 
 
@@ -421,6 +422,6 @@ def test_a_ring_in_a_queue_passes_on_a_block_before_it_takes_the_next() -> None:
     results = []
     for in_order, order in ((True, "rsrsrs"), (False, "rrrsss")):
         line = _OneLine(in_order)
-        results.append(prefix(line, Direction(layout, backward=False), own, "ring"))
+        results.append(messages.prefix(line, messages.Direction(layout, backward=False), own, "ring"))
         assert line.posted == order
     assert results[0].keys() == results[1].keys() == set(OPERATORS["hla2"].states)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.parallel.collectives import counter
 from hla_dist.training import checkpoint
 from hla_dist.training import run as run_module
 from hla_dist.training.config import TrainConfig
@@ -103,6 +104,19 @@ def test_loss_and_gradients_do_not_depend_on_ranks_or_micro_batches(
 def test_a_mesh_of_data_and_sequence_axes_gives_the_same_gradients(alone: Any) -> None:
     for got in run_ranks(gradients_on_a_mesh, 4):
         assert_same(got, alone)
+
+
+def calls_of_a_step(pg: dist.ProcessGroup) -> int:
+    trainer = trainer_on(layout_of(pg), 2, 3)
+    for _ in range(2):  # the first step also agrees on signatures
+        counter.reset()
+        trainer.compute_gradients()
+    return counter.calls
+
+
+def test_gradients_are_summed_once_a_step(pool: RankPool) -> None:
+    """Three micro-batches of two layers, forward and backward; one sum of gradients, one of the step's numbers."""
+    assert pool.run_group(2, calls_of_a_step) == [3 * 2 * 2 + 2] * 2
 
 
 def poisoned_step(pg: dist.ProcessGroup) -> tuple[bool, bool, bool]:
