@@ -7,8 +7,8 @@ call is made twice: bitwise alike. Sequences too long for matrices are held agai
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +117,11 @@ def check(problem: Problem, device: torch.device, target: Target) -> Check:
     case = _case(problem, target)
     tensors = _moved(draw(problem), device)
     try:
-        got = run(problem, tensors, getattr(hla_dist, problem.name), backend="triton")
-        again = run(problem, tensors, getattr(hla_dist, problem.name), backend="triton")
+        options: dict[str, Any] = {"backend": "triton"}
+        if problem.cu_seqlens is not None:
+            options["cu_seqlens"] = problem.cu_seqlens.to(device)
+        got = run(problem, tensors, getattr(hla_dist, problem.name), **options)
+        again = run(problem, tensors, getattr(hla_dist, problem.name), **options)
         for name in got:
             assert_bitwise(name, again[name], got[name])
         want = oracle(problem, tensors, quadratic)
@@ -194,15 +197,12 @@ def check_graph(device: torch.device) -> Check:
         return Check(case, "", float("inf"), 0.0, f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def check_all(device: torch.device, target: Target, deadline: float) -> list[Check]:
-    """Every case until the deadline; what was left out is a failed check that says so."""
+def checks(device: torch.device, target: Target, seed: int) -> list[tuple[str, Callable[[], Check]]]:
+    """Every case by its name, not yet run."""
     small = target.arch == "interpreter"
-    found = [check_long(device, small)] + ([] if small else [check_graph(device)])
-    problems = list(cases(target, time.time_ns() % 2**31))
-    for i, problem in enumerate(problems):
-        if time.monotonic() > deadline:
-            left = f"{len(problems) - i} cases from {problem.name} K {problem.K} {problem.dtype} on"
-            found.append(Check(left, "", float("inf"), 0.0, "not run: out of time"))
-            break
-        found.append(check(problem, device, target))
-    return found
+    found: list[tuple[str, Callable[[], Check]]] = [("long", functools.partial(check_long, device, small))]
+    if not small:
+        found.append(("CUDA graph", functools.partial(check_graph, device)))
+    for problem in cases(target, seed):
+        found.append((_case(problem, target), functools.partial(check, problem, device, target)))
+    return [(f"check {i}: {name}", run_it) for i, (name, run_it) in enumerate(found)]

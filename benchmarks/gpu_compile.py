@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -40,6 +41,7 @@ class Work(NamedTuple):
     H: int
     K: int
     gated: bool
+    late: bool = False  # its carry comes late, forward
 
 
 @contextlib.contextmanager
@@ -58,7 +60,7 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
         with _collected() as found, mock.patch.object(triton_stages, "target_of", lambda _: target):
             run(work, draw(work), getattr(hla_dist, work.name), backend="triton")
         return found
-    op, (name, dtype, B, T, H, K, gated) = OPERATORS[work.operator], work
+    op, (name, dtype, B, T, H, K, gated, late) = OPERATORS[work.operator], work
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -71,6 +73,9 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
     with _collected() as found:
         stages.scan(calls[0], carry)
         sliced_backward(calls[1], carry, dout, carry, gated)
+        if late:
+            kept = stages.summarize(replace(calls[0], sequences={}), tuple(map(tuple, op.moments)))[3]
+            stages.finish(replace(calls[0], sequences={}), carry, kept, schedule="correct")
     return found
 
 

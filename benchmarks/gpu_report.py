@@ -62,6 +62,8 @@ def wrong(found: dict[str, Any]) -> list[str]:
     ]
     if not found["checks"]:
         lines.append("no check has run")
+    lines += [f"{name}: not run, out of time" for name in found["unchecked"]]
+    lines += [f"CRASHED {text}" for text in found["crashed"]]
     for r in found["rows"]:
         if not r.get("difference", 0.0) <= DIFFERENCE and r["what"] == "forward":
             lines.append(f"{r['operator']}, {r['shape']}: {r['difference']:.2e} from {r['contender']}")
@@ -126,7 +128,12 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
     parts = [
         "# The kernels on this GPU",
         "\n".join(f"- {name}: {value}" for name, value in about.items()),
-        "\n".join(f"- FAILED or left out: {text}" for text in found["left_out"]) or "Nothing was left out.",
+        "\n".join(
+            [f"- CRASHED {text}" for text in found["crashed"]]
+            + [f"- not checked, out of time: {name}" for name in found["unchecked"]]
+            + [f"- FAILED or left out: {text}" for text in found["left_out"]]
+        )
+        or "Nothing was left out.",
         "## Targets",
         table(["", "target", "measured", "bound"], [t.row for t in goals]),
         f"## Correctness: {good} of {len(found['checks'])} cases within their bound",
@@ -144,6 +151,7 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
         "\n".join(
             f"- peak memory beyond, over the sum, {name}: {value:.3f}" for name, value in found["memory"].items()
         ),
+        "\n".join(f"- a carry that comes late, {name}: {ms:.3f} ms" for name, ms in found["schedules"].items()),
         "\n".join(f"![]({name})" for name in images),
     ]
     (out / "gpu_suite.md").write_text("\n\n".join(part for part in parts if part) + "\n")

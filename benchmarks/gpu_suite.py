@@ -9,6 +9,9 @@
    torch backend; decoding; peak memory; one head with a million tokens against a full device (gpu_timing.py).
 5. DIR/gpu_suite.md, .json and .png (gpu_report.py), whatever failed: it is named. At the time limit, what there is.
 
+A worker process does this step by step, and what it found is in DIR/gpu_suite_progress.json after each: a kernel that
+breaks the device or never ends costs its own step, or its own row, and another worker goes on (gpu_steps.py).
+
 Exit status 1 if a check failed or time ran out; targets are reported, not enforced (--check). It needs torch, Triton,
 matplotlib for the plots, and flash-linear-attention (fla-core and einops) for the peers; no network.
 
@@ -21,9 +24,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import itertools
 import os
+import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -44,7 +48,7 @@ if importlib.util.find_spec("hla_kernels") is None:  # not installed: the folder
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_checks, gpu_compile, gpu_report, gpu_timing  # noqa: E402
+from benchmarks import gpu_checks, gpu_compile, gpu_report, gpu_steps, gpu_timing  # noqa: E402
 from benchmarks.gpu_contenders import PASSES, Shape, call_peers_once  # noqa: E402
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402
@@ -53,79 +57,84 @@ from hla_kernels.device import Target  # noqa: E402
 SHAPES = (Shape(8, 4096, 16, 128), Shape(1, 65536, 16, 128), Shape(1, 1048576, 8, 64))
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
 STOP_S = 480.0  # no step begins after this
-LIMIT_S = 505.0  # the report is written, whatever is still running; imports and writing take some seconds
+LIMIT_S = 505.0  # what is still running is ended and the report written: imports and writing take some seconds
 COMPILE_S = 170.0
-CHECKS_S = 180.0
+CHECKS_END_S = 340.0  # no check begins after this
+STEP_S = 60.0  # the longest of any other step
+COMPILING = "compiling"
 NAN = float("nan")
+
+
+def longest_step_s(name: str) -> float:
+    """After so many seconds a step is given up."""
+    return COMPILE_S + 20.0 if name == COMPILING else STEP_S
 
 
 def compiled_ahead(target: Target) -> str:
     """Compile for the checks and the timings; what happened, in words."""
-    work: list[Any] = [*gpu_checks.long_work(), *gpu_checks.cases(target, 0)]
+    to_compile: list[Any] = [*gpu_checks.long_work(), *gpu_checks.cases(target, 0)]
     timed = [(operator, shape) for operator in PASSES for shape in SHAPES]
     timed += [("hla2", Shape(1, T, 16, 128)) for T in LENGTHS] + [("hla2", s) for s in gpu_timing.ONE_HEAD]
     for operator, (B, T, H, K) in timed:
-        work += [gpu_compile.Work(operator, torch.bfloat16, B, T, H, K, gated) for gated in (False, True)]
-    work.append(gpu_compile.Work("hla2", torch.bfloat16, 64, 1, 16, 128, False))
+        to_compile += [gpu_compile.Work(operator, torch.bfloat16, B, T, H, K, gated) for gated in (False, True)]
+    to_compile.append(gpu_compile.Work("hla2", torch.bfloat16, 64, 1, 16, 128, False))
+    to_compile += [gpu_compile.Work("hla2", torch.bfloat16, *gpu_timing.LATE, gated, True) for gated in (False, True)]
     kinds = dict.fromkeys((s.H, s.K, gated) for s in SHAPES for gated in (False, True))
     peers = [functools.partial(call_peers_once, *kind) for kind in kinds]
-    return gpu_compile.ahead(work, target, peers, COMPILE_S)
+    return gpu_compile.ahead(to_compile, target, peers, COMPILE_S)
 
 
-def measure(d: gpu_timing.Device, target: Target, start: float, found: dict[str, Any]) -> None:
-    """Everything, into ``found``; steps that fail or no longer fit into the time are named."""
+def measure(steps: gpu_steps.Steps, target: Target) -> None:
+    """Everything, step by step."""
+    d, found = steps.device, steps.found
 
-    def step(name: str, work: Callable[[], Any], default: Any) -> Any:
-        if time.monotonic() - start > STOP_S:
-            found["left_out"].append(f"{name}: out of time")
-            return default
-        print(f"{time.monotonic() - start:6.0f} s  {name}", flush=True)
-        found["step"] = name
-        try:
-            return work()
-        except Exception as error:
-            d.fail(name, error)
-            return default
-        finally:
-            found["left_out"] += d.failed
-            d.failed.clear()
-            if not d.smoke:
-                torch.cuda.empty_cache()
+    def put(name: str) -> Callable[[Any], None]:
+        return functools.partial(found.__setitem__, name)
 
     if not d.smoke:
-        found["compiled"] = step("compiling", lambda: compiled_ahead(target), "not ahead")
-        print(f"         {found['compiled']}", flush=True)
-    deadline = time.monotonic() + CHECKS_S
-    checks = step("correctness", lambda: gpu_checks.check_all(d.device, target, deadline), [])
-    found["checks"] = [asdict(c) | {"good": c.good} for c in checks]
-    rate = step("copy bandwidth and matrix rate", lambda: gpu_timing.rates(d), (NAN, NAN))
-    found["copy_bytes_per_s"], found["matrix_operations_per_s"] = rate
+        steps.run(COMPILING, lambda: compiled_ahead(target), put("compiled"))
+    deadline = steps.start + CHECKS_END_S
+    for name, check in gpu_checks.checks(d.device, target, found["seed"]):
+        if time.monotonic() < deadline or d.smoke:
+            steps.run(name, check, lambda c: found["checks"].append(asdict(c) | {"good": c.good}))
+        elif name not in found["done"] and name not in found["unchecked"]:
+            found["unchecked"].append(name)
+    steps.run("copy bandwidth and matrix rate", lambda: gpu_timing.rates(d), put("rate"))
+    rate = tuple(found["rate"])
     shapes = (Shape(1, 96, 2, 16),) if d.smoke else SHAPES
 
     def time_operator(operator: str) -> None:
-        for shape in shapes:
+        for shape, backward in itertools.product(shapes, (False, True)):
             rounds = 1 if d.smoke else 7
-            work = functools.partial(gpu_timing.time_operator, d, operator, shape, rate, rounds)
-            found["rows"] += step(f"{operator}, {shape}", work, [])
+            work = functools.partial(gpu_timing.time_operator, d, operator, shape, backward, rate, rounds)
+            steps.run(
+                f"{operator}, {shape}, {'forward + backward' * backward or 'forward'}", work, found["rows"].extend
+            )
 
     time_operator("hla2")
-    lengths = [64, 128] if d.smoke else list(LENGTHS)
-    found["lengths"] = step("time against T", lambda: gpu_timing.against_time(d, rate, lengths), [])
-    found["decoding"] = step("decoding", lambda: gpu_timing.decoding(d, rate[0]), {})
-    for shape in shapes:
-        for gated in (False, True):
-            ratio = step("peak memory", functools.partial(gpu_timing.memory, d, shape, gated), NAN)
-            found["memory"][f"{shape}{', gated' * gated}"] = ratio
-    found["one_head"] = step("one head", lambda: gpu_timing.one_head(d), NAN)
+    for T in [64, 128] if d.smoke else LENGTHS:
+        work = functools.partial(gpu_timing.against_time, d, rate, T)
+        steps.run(f"forward against T = {T}", work, found["lengths"].extend)
+    steps.run("decoding", lambda: gpu_timing.decoding(d, rate[0]), found["decoding"].update)
+    for shape, gated in itertools.product(shapes, (False, True)):
+        name = f"{shape}{', gated' * gated}"
+        memory = functools.partial(gpu_timing.memory, d, shape, gated)
+        steps.run(f"peak memory, {name}", memory, functools.partial(found["memory"].__setitem__, name))
+    steps.run("one head", lambda: gpu_timing.one_head(d), put("one_head"))
+    for gated in (False, True):
+        schedules = functools.partial(gpu_timing.schedules, d, target, gated)
+        steps.run(f"schedules{', gated' * gated}", schedules, found["schedules"].update)
     for operator in ("linear_attention", "ahla", "hla3"):
         time_operator(operator)
 
 
-def conclude(found: dict[str, Any], about: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check: bool) -> int:
+def conclude(found: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check: bool) -> int:
     """Write the report of what was found; the exit status."""
-    about["compiled"] = found.get("compiled", "as called")
-    about["matrix rate, TFLOP/s"] = f"{found['matrix_operations_per_s'] / 1e12:.3g}"
-    about["copy bandwidth, GB/s"] = f"{found['copy_bytes_per_s'] / 1e9:.4g}"
+    about = found["about"]
+    about["compiled"] = found["compiled"]
+    found["copy_bytes_per_s"], found["matrix_operations_per_s"] = found["rate"]
+    about["copy bandwidth, GB/s"] = f"{found['rate'][0] / 1e9:.4g}"
+    about["matrix rate, TFLOP/s"] = f"{found['rate'][1] / 1e12:.3g}"
     goals = gpu_report.targets(found, shapes) if shapes else []
     gpu_report.write(found, about, goals, out)
     for goal in goals:
@@ -146,47 +155,69 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def nothing_yet(smoke: bool) -> dict[str, Any]:
+    """What is found before the first step."""
+    about = context("benchmarks/gpu_suite.py", torch.get_num_threads())
+    about |= {package: _version(package) for package in ("triton", "fla-core")}
+    about["GPU"] = "none: interpreted, nothing here is a measurement" if smoke else "not known"
+    lists: dict[str, Any] = {name: [] for name in ("done", "barred", "left_out", "crashed", "unchecked", "checks")}
+    lists |= {"rows": [], "lengths": [], "decoding": {}, "memory": {}, "schedules": {}, "about": about}
+    seed = time.time_ns() % 2**31
+    return lists | {
+        "step": "",
+        "since": 0.0,
+        "seed": seed,
+        "rate": (NAN, NAN),
+        "one_head": NAN,
+        "compiled": "as called",
+    }
+
+
+def work(smoke: bool, progress: Path, start: float) -> int:
+    """The worker's program."""
+    d = gpu_timing.Device(smoke)
+    try:
+        target = device.target_of(d.device if smoke else torch.device("cuda", torch.cuda.current_device()))
+    except ValueError as error:
+        print(f"error: {error}; nothing was measured", file=sys.stderr)
+        return 2
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # its tiles are chosen in this run, by this process, alone on the device
+    steps = gpu_steps.Steps(d, progress, nothing_yet(smoke), start, float("inf") if smoke else STOP_S)
+    if not smoke:
+        steps.found["about"]["GPU"] = torch.cuda.get_device_name()
+    measure(steps, target)
+    gpu_steps.save(progress, steps.found)
+    return 0
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU, under TRITON_INTERPRET=1")
+    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # when the run started, by the monotonic clock
     options = parser.parse_args()
+    progress = options.out / "gpu_suite_progress.json"
+    if options.worker is not None:
+        return work(options.smoke, progress, options.worker)
     start = time.monotonic()
     if not options.smoke and not torch.cuda.is_available():
         print("error: no GPU here; nothing was measured (--smoke walks through on the CPU)", file=sys.stderr)
         return 2
-    d = gpu_timing.Device(options.smoke)
-    try:
-        target = device.target_of(
-            torch.device("cuda", torch.cuda.current_device()) if d.device.type == "cuda" else d.device
-        )
-    except ValueError as error:
-        print(f"error: {error}; nothing was measured", file=sys.stderr)
-        return 2
-    os.environ["FLA_CACHE_RESULTS"] = "0"  # its tiles are chosen in this run, by this process, alone on the device
     options.out.mkdir(parents=True, exist_ok=True)
-    about = context("benchmarks/gpu_suite.py", torch.get_num_threads())
-    about |= {package: _version(package) for package in ("triton", "fla-core")}
-    about["GPU"] = "none: interpreted, nothing here is a measurement" if d.smoke else torch.cuda.get_device_name()
-    found: dict[str, Any] = {"left_out": [], "checks": [], "rows": [], "lengths": [], "decoding": {}, "memory": {}}
-    found |= {"one_head": NAN, "copy_bytes_per_s": NAN, "matrix_operations_per_s": NAN}
-    shapes = () if d.smoke else SHAPES
-
-    def stop() -> None:
-        found["left_out"] += [*d.failed, f"{found.get('step')}: stopped at the time limit, and what follows not begun"]
-        conclude(found, about, shapes, options.out, options.check)
-        os._exit(1)
-
-    watchdog = threading.Timer(LIMIT_S - (time.monotonic() - start), stop)
-    watchdog.daemon = True
-    if not d.smoke:
-        watchdog.start()
-    measure(d, target, start, found)
-    watchdog.cancel()
-    about["seconds"] = f"{time.monotonic() - start:.0f}"
-    return conclude(found, about, shapes, options.out, options.check)
+    found = nothing_yet(options.smoke)
+    gpu_steps.save(progress, found)
+    command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out), "--worker", str(start)]
+    end = float("inf") if options.smoke else start + LIMIT_S
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worker is ended too
+    try:
+        status = gpu_steps.supervise(command + ["--smoke"] * options.smoke, progress, found, end, longest_step_s)
+    finally:
+        found = gpu_steps.load(progress, found)
+        found["about"]["seconds"] = f"{time.monotonic() - start:.0f}"
+        concluded = conclude(found, () if options.smoke else SHAPES, options.out, options.check)
+    return status or concluded
 
 
 if __name__ == "__main__":

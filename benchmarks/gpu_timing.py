@@ -12,48 +12,92 @@ from torch import Tensor
 
 import hla_dist
 from benchmarks.gpu_contenders import Contender, Shape, contenders, inputs, operations, ours, softmax, traffic
+from hla_dist.operators import OPERATORS
+from hla_kernels import stages, tiles
+from hla_kernels.cascade import Pass, Problem
+from hla_kernels.device import Target
 
-AHEAD_CYCLES = 10_000_000  # the device waits some 5 ms while a call's launches are queued: its own time is what counts
+# the device waits while a call's launches are queued, since its own time is what counts: for half as long again as the
+# host took to queue them, within these bounds
+AHEAD_S = (5e-3, 0.2)
+CYCLES_A_SECOND = 2e9
 DIFFERENCE = 5e-2  # bf16: of the outputs of two implementations of one function
 Call = Callable[[], Any]
 
 
+class DeviceLost(Exception):
+    """The contender of this name broke the process's connection to the device."""
+
+
 class Device:
-    """How to time and to measure memory here; ``failed`` names what could not run."""
+    """How to time and to measure memory here; ``failed`` names what could not run, ``barred`` what is not tried."""
 
     def __init__(self, smoke: bool):
         self.smoke = smoke
         self.device = torch.device("cpu" if smoke else "cuda")
         self.dtype = torch.float32 if smoke else torch.bfloat16
         self.failed: list[str] = []
+        self.barred: set[str] = set()
 
-    def milliseconds(self, call: Call, ahead: bool) -> float:
-        """Of one call, by the device's own clock."""
+    def lost(self) -> bool:
+        """Whether an error has ended this process's use of the device."""
+        if self.smoke:
+            return False
+        try:
+            torch.cuda.synchronize()
+            torch.zeros(1, device=self.device).item()
+        except torch.OutOfMemoryError:
+            return False
+        except Exception:
+            return True
+        return False
+
+    def free(self) -> None:
+        """Give back what nothing holds: it may be another's room."""
+        if not self.smoke:
+            torch.cuda.empty_cache()
+
+    def milliseconds(self, call: Call, ahead_s: float) -> tuple[float, float]:
+        """Of one call, by the device's own clock; and the seconds the host took to queue it."""
         if self.smoke:
             start = time.perf_counter()
             call()
-            return 1e3 * (time.perf_counter() - start)
+            return 1e3 * (time.perf_counter() - start), 0.0
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if ahead:
-            torch.cuda._sleep(AHEAD_CYCLES)
+        torch.cuda.synchronize()
+        if ahead_s:
+            torch.cuda._sleep(int(ahead_s * CYCLES_A_SECOND))
         begin.record()
+        start = time.perf_counter()
         call()
+        host_s = time.perf_counter() - start
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end), host_s
 
     def interleaved(self, calls: dict[str, Call], rounds: int, what: str, ahead: bool = True) -> dict[str, float]:
-        """Medians of calls made in turns, after one that compiles; one that fails is named and left out."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for i in range(rounds + 1):
+        """Medians of calls made in turns; one that fails is named and left out.
+
+        The first call compiles, the second tells how long the host takes to queue it; neither counts.
+        """
+        times: dict[str, list[float]] = {name: [] for name in calls if name not in self.barred}
+        waits = dict.fromkeys(times, 0.0)
+        unmeasured = 1 if self.smoke else 2
+        for i in range(rounds + unmeasured):
             for name in list(times):
                 try:
-                    ms = self.milliseconds(calls[name], ahead)
+                    ms, host_s = self.milliseconds(calls[name], waits[name])
                 except Exception as error:
                     self.fail(f"{name}, {what}", error)
                     del times[name]
                 else:
-                    times[name] += [ms] * (i > 0)
+                    times[name] += [ms] * (i >= unmeasured)
+                    if ahead and i > 0:
+                        waits[name] = min(max(1.5 * host_s, AHEAD_S[0]), AHEAD_S[1])
+                    continue
+                if self.lost():
+                    raise DeviceLost(name)
+                self.free()
         return {name: statistics.median(found) for name, found in times.items()}
 
     def fail(self, name: str, error: Exception) -> None:
@@ -99,28 +143,32 @@ def calls_of(contender: Contender, leaves: list[Tensor]) -> tuple[Call, Call]:
     return forward, both
 
 
-def time_operator(d: Device, operator: str, shape: Shape, rate: tuple[float, float], rounds: int) -> list[dict]:
-    """One shape, forward and forward + backward: a row for every contender; and how far outputs differ."""
+def time_operator(
+    d: Device, operator: str, shape: Shape, backward: bool, rate: tuple[float, float], rounds: int
+) -> list[dict]:
+    """One shape, forward or forward + backward: a row for every contender; and how far outputs differ, forward."""
     rows: list[dict] = []
     found = contenders(operator, d.smoke)
     leaves = {gated: inputs(shape, d.dtype, d.device, gated) for gated in (False, True)}
-    prepared = {c.name: calls_of(c, leaves[c.gated]) for c in found}
-    for backward in (False, True):
-        what = "forward + backward" if backward else "forward"
-        calls = {name: both[backward] for name, both in prepared.items()}
-        times = d.interleaved(calls, rounds, f"{operator}, {shape}, {what}")
-        work, moved = operations(operator, shape, backward), traffic(shape, d.dtype.itemsize, backward)
-        bound = 1e3 * max(work / rate[1], moved / rate[0])
-        for name, ms in times.items():
-            row = {"operator": operator, "shape": str(shape), "T": shape.T, "K": shape.K, "what": what}
-            percents = {
-                "percent_of_bound": 100 * bound / ms,
-                "percent_of_matrix_rate": 100 * work / rate[1] / (ms * 1e-3),
-            }
-            rows.append({**row, "contender": name, "ms": ms, **percents})
+    what = "forward + backward" if backward else "forward"
+    calls = {c.name: calls_of(c, leaves[c.gated])[backward] for c in found}
+    times = d.interleaved(calls, rounds, f"{operator}, {shape}, {what}")
+    work, moved = operations(operator, shape, backward), traffic(shape, d.dtype.itemsize, backward)
+    bound = 1e3 * max(work / rate[1], moved / rate[0])
+    for name, ms in times.items():
+        row = {"operator": operator, "shape": str(shape), "T": shape.T, "K": shape.K, "what": what}
+        percents = {
+            "percent_of_bound": 100 * bound / ms,
+            "percent_of_matrix_rate": 100 * work / rate[1] / (ms * 1e-3),
+        }
+        rows.append({**row, "contender": name, "ms": ms, **percents})
     for c in found:
-        if c.same_as and any(row["contender"] == c.name for row in rows):
-            difference = _difference(prepared[c.name][0](), prepared[c.same_as][0]())
+        if not backward and c.same_as and {c.name, c.same_as} <= times.keys():
+            try:
+                difference = _difference(calls[c.name](), calls[c.same_as]())
+            except Exception as error:
+                d.fail(f"difference of {c.name}, {shape}", error)
+                continue
             for row in rows:
                 if row["contender"] == c.name:
                     row["difference"] = difference
@@ -171,20 +219,17 @@ def decoding(d: Device, bandwidth: float) -> dict[str, float]:
     return {f"{name}, % of copy bandwidth": 100 * moved / bandwidth / (ms * 1e-3) for name, ms in found.items()}
 
 
-def against_time(d: Device, rate: tuple[float, float], lengths: list[int]) -> list[dict]:
-    """Forward of hla2, FlashAttention and the torch backend as T grows, 16 heads of 128 (smoke: 16)."""
+def against_time(d: Device, rate: tuple[float, float], T: int) -> list[dict]:
+    """Forward of hla2, FlashAttention and the torch backend at one length, 16 heads of 128 (smoke: 16)."""
     rows = []
-    for T in lengths:
-        shape = Shape(1, T, 1 if d.smoke else 16, 16 if d.smoke else 128)
-        found = [Contender("hla2", ours("hla2")), Contender("softmax (SDPA)", softmax, heads_first=True)]
-        if T <= 8192:
-            found.append(Contender("hla2, torch backend", ours("hla2", "torch")))
-        calls = {c.name: calls_of(c, inputs(shape, d.dtype, d.device, False, c.heads_first))[0] for c in found}
-        for name, ms in d.interleaved(calls, 5, f"forward, {shape}").items():
-            bound = 1e3 * max(
-                operations("hla2", shape, False) / rate[1], traffic(shape, d.dtype.itemsize, False) / rate[0]
-            )
-            rows.append({"T": T, "contender": name, "ms": ms, "percent_of_bound": 100 * bound / ms})
+    shape = Shape(1, T, 1 if d.smoke else 16, 16 if d.smoke else 128)
+    found = [Contender("hla2", ours("hla2")), Contender("softmax (SDPA)", softmax, heads_first=True)]
+    if T <= 8192:
+        found.append(Contender("hla2, torch backend", ours("hla2", "torch")))
+    calls = {c.name: calls_of(c, inputs(shape, d.dtype, d.device, False, c.heads_first))[0] for c in found}
+    bound = 1e3 * max(operations("hla2", shape, False) / rate[1], traffic(shape, d.dtype.itemsize, False) / rate[0])
+    for name, ms in d.interleaved(calls, 5, f"forward, {shape}").items():
+        rows.append({"T": T, "contender": name, "ms": ms, "percent_of_bound": 100 * bound / ms})
     return rows
 
 
@@ -199,3 +244,31 @@ def one_head(d: Device) -> float:
         forward, _ = calls_of(contender, inputs(shape, d.dtype, d.device))
         speeds.append(shape.tokens / d.interleaved({"hla2": forward}, 7, f"forward, {shape}")["hla2"])
     return 100 * speeds[0] / speeds[1]
+
+
+LATE = Shape(1, 65536, 16, 128)
+
+
+def schedules(d: Device, target: Target, gated: bool) -> dict[str, float]:
+    """hla2 on a rank whose carry comes late, waiting left out: milliseconds of each of tiles.SCHEDULES."""
+    B, T, H, K = (1, 96, 2, 16) if d.smoke else LATE
+    q, k, v, *gates = (x.detach() for x in inputs(Shape(B, T, H, K), d.dtype, d.device, gated))
+    carry = [torch.randn(B, H, K, K, device=d.device) for _ in range(2)]
+    op = OPERATORS["hla2"]
+    passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in op.passes)
+    moments = tuple((m.left, m.right, m.from_start) for m in op.moments)
+
+    def call(schedule: str) -> Any:
+        def both() -> Any:
+            problems = [
+                Problem(passes, q, k, v, gates[0] if gates else None, None, 1.0, 0.0, target, operator="hla2")
+                for _ in range(2)
+            ]
+            kept = stages.summarize(problems[0], moments)[3]
+            return stages.finish(problems[1], carry, kept, schedule=schedule)
+
+        return both
+
+    calls = {name: call(name) for name in tiles.SCHEDULES}
+    found = d.interleaved(calls, 7, f"schedules{', gated' * gated}")
+    return {f"{name}{', gated' * gated}": ms for name, ms in found.items()}

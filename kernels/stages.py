@@ -89,13 +89,18 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
 
 
 def finish(
-    problem: Problem, carry: list[Tensor], kept: list[Tensor], out_dtype: torch.dtype | None = None
+    problem: Problem,
+    carry: list[Tensor],
+    kept: list[Tensor],
+    out_dtype: torch.dtype | None = None,
+    schedule: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``scan`` from a carry that came late: what ``summarize`` kept is corrected, not formed again.
+    """``scan`` from a carry that came late: what ``summarize`` kept is corrected, or formed again, as the table says.
 
     A cascade that fits into one walk runs so: it moves less than correcting does.
     """
-    if not kept or problem.T == 1 or fused.runs(problem):
+    schedule = schedule or tiles.LATE_CARRY[problem.target.arch]
+    if not kept or problem.T == 1 or fused.runs(problem) or schedule == "again":
         return scan(problem, carry, out_dtype)
     cut = problem.segments()
     decay = problem.decay(cut[1]).prod(0).view(problem.B, problem.H, 1, 1) if problem.gated else 1.0

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from hla_kernels.device import Target
+from hla_kernels.device import SUPPORTED, Target
 
 
 class Tile(NamedTuple):
@@ -121,6 +121,12 @@ FUSED: dict[tuple[str, str, int], tuple[Tile | None, Tile | None]] = {
     ("gfx942", "ahla", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
     ("gfx942", "hla3", 64): (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
 }
+
+# A carry that comes late, from another rank: "correct" adds what it brings to the u (or r) that the summary kept,
+# "again" forms them anew from it (docs/algebra.md, section 4: c and a). Every entry is by count, none by measurement:
+# correcting does the fewer operations. ``tune --schedules`` and the GPU suite time both.
+SCHEDULES = ("correct", "again")
+LATE_CARRY: dict[str, str] = dict.fromkeys((*SUPPORTED, "interpreter"), "correct")
 
 # Entries that hardware proved wrong: (arch, dtype, rows, first Triton version it is right in). A call that would use
 # one is refused, in one launch or in several, with gates or without. None is known: no entry has met hardware yet.

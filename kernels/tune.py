@@ -1,7 +1,8 @@
 """``python -m hla_kernels.tune``: time candidate tiles on this GPU and print the lines that belong into ``tiles.py``.
 
 For every entry of the table for this architecture, forward and backward of hla2 are timed with each candidate in its
-place; with ``--fused`` the forward of every cascade, in one walk with each candidate and pass by pass. A candidate that
+place; with ``--fused`` the forward of every cascade, in one walk with each candidate and pass by pass; with
+``--schedules`` both answers to a carry that comes late. A candidate that
 does not compile, does not fit, or differs from the committed entry's results by more than rounding is left out. Nothing
 is written: an entry changes by a commit, with ``python -m hla_kernels.report`` run on it. Every candidate is compiled:
 an entry takes minutes.
@@ -10,6 +11,7 @@ an entry takes minutes.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -148,6 +150,28 @@ def tune_fused(operator: str, rows: int, gated: bool, target: device.Target) -> 
     return _try(every, put, measure, DIFFERENCE[torch.bfloat16])
 
 
+def _schedules(target: device.Target) -> str:
+    """The line of tiles.LATE_CARRY: hla2 over the four thousand tokens of a rank, with and without gates."""
+    total = dict.fromkeys(tiles.SCHEDULES, 0.0)
+    for gated in (False, True):
+        problem, _, carry = _problem(PASSES["hla2"], "", torch.bfloat16, 128, gated, target, 4)
+
+        def run(schedule: str, problem: Problem = problem, carry: list[Tensor] = carry) -> list[Tensor]:
+            fresh = (dataclasses.replace(problem, sequences={}) for _ in range(2))
+            kept = stages.summarize(next(fresh), (("q", "v", False),))[3]
+            return [stages.finish(next(fresh), carry, kept, schedule=schedule)[0]]
+
+        results = []
+        for schedule in tiles.SCHEDULES:
+            ms, got = _timed(functools.partial(run, schedule))
+            print(f"  {ms:8.3f} ms  {schedule}, {'with' if gated else 'without'} gates", flush=True)
+            total[schedule] += ms
+            results.append(got)
+        if not _agree(results[1], results[0], DIFFERENCE[torch.bfloat16]):
+            print("  the two differ: neither is to be trusted", flush=True)
+    return f'    "{target.arch}": "{min(total, key=lambda name: total[name])}",'
+
+
 def _line(found: Found) -> str:
     for ms, tile in found[:5]:
         print(f"  {ms:8.3f} ms  {tile}", flush=True)
@@ -161,11 +185,15 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rows", type=int, choices=tiles.ROWS, action="append", help="repeatable; default all")
     parser.add_argument("--fused", action="store_true", help="cascades in one walk (bfloat16, 64 and 128 rows)")
+    parser.add_argument("--schedules", action="store_true", help="what a late carry does, instead of tiles")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no GPU here; tiles are timed on the GPU they are for", file=sys.stderr)
         return 2
     target = device.target_of(torch.device("cuda", torch.cuda.current_device()))
+    if options.schedules:
+        print(f"for tiles.LATE_CARRY:\n{_schedules(target)}")
+        return 0
     dtype, lines = getattr(torch, options.dtype), []
     for rows in options.rows or tiles.ROWS:
         for operator in [name for name in PASSES if rows <= 128] if options.fused else [""]:

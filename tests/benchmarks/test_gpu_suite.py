@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels are interpreted where Triton is installed (Linux)")
-from benchmarks import gpu_checks, gpu_compile, gpu_contenders, gpu_report, gpu_suite, gpu_timing
+from benchmarks import gpu_checks, gpu_compile, gpu_contenders, gpu_report, gpu_steps, gpu_suite, gpu_timing
 from hla_dist.functional import triton_stages
 from hla_kernels import aot, device, tiles
 from hla_kernels.device import Target
@@ -32,6 +33,9 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 FOUND = {
     "left_out": [],
+    "crashed": [],
+    "unchecked": [],
+    "schedules": {"correct": 1.0, "again": 2.0},
     "checks": [{"case": "a", "tensor": "dq", "error": 0.1, "allowed": 1.0, "good": True, "failure": ""}],
     "rows": [],
     "lengths": [{"T": T, "contender": "hla2", "ms": T / 7, "percent_of_bound": 40.0} for T in (64, 32768)],
@@ -110,6 +114,75 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(capsys: pytest.Cap
     assert "FAILED fla, 2 calls" in capsys.readouterr().out
 
 
+WORKER = """
+import json, os, pathlib, sys, time
+path = pathlib.Path(sys.argv[1])
+found = json.loads(path.read_text())
+def save():
+    part = path.with_suffix(".new")
+    part.write_text(json.dumps(found))
+    part.replace(path)
+for name in "abcde":
+    if name not in found["done"]:
+        found.update(step=name, since=time.monotonic())
+        save()
+        if name == "b":
+            os.abort()
+        if name == "c":
+            time.sleep(60)
+        if name == "d" and not found["barred"]:
+            found["barred"].append(["d", "a peer"])
+            found["step"] = ""
+            save()
+            os._exit(75)
+        found["done"].append(name)
+        found["step"] = ""
+        save()
+"""
+EMPTY = {"done": [], "crashed": [], "barred": [], "step": "", "since": 0.0}
+
+
+def test_a_step_that_crashes_or_never_ends_is_the_only_one_lost(tmp_path: Path) -> None:
+    """A worker aborts in b, hangs in c and loses its device in d; another one does d without the peer that broke it."""
+    path = tmp_path / "progress.json"
+    gpu_steps.save(path, EMPTY)
+    command = [sys.executable, "-c", WORKER, str(path)]
+    assert gpu_steps.supervise(command, path, EMPTY, time.monotonic() + 60, lambda name: 1.0) == 0
+    found = gpu_steps.load(path, EMPTY)
+    assert found["done"] == list("abcde") and found["barred"] == [["d", "a peer"]]
+    assert found["crashed"][0] == "b: its process ended with status -6" and "c: stopped after 1 s" in found["crashed"]
+    gpu_steps.save(path, EMPTY)
+    start = time.monotonic()
+    assert gpu_steps.supervise([*command[:2], "import time; time.sleep(60)"], path, EMPTY, start + 0.5, float) == 0
+    assert time.monotonic() - start < 10 and "time limit" in gpu_steps.load(path, EMPTY)["crashed"][0]
+    gpu_steps.save(path, EMPTY)
+    assert gpu_steps.supervise([*command[:2], "raise SystemExit(2)"], path, EMPTY, start + 60, float) == 2
+
+
+def test_a_step_that_loses_the_device_is_made_again_without_its_contender(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d, left = gpu_timing.Device(smoke=True), []
+    lists = {"done": [], "crashed": [], "barred": [], "left_out": [], "step": "", "since": 0.0}
+    monkeypatch.setattr(gpu_steps.os, "_exit", lambda status: left.append(status) or sys.exit(status))
+
+    def broken() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def step() -> dict[str, float]:
+        monkeypatch.setattr(d, "lost", lambda: "peer" not in d.barred)
+        return d.interleaved({"ours": lambda: None, "peer": broken}, 1, "forward")
+
+    kept: dict[str, float] = {}
+    steps = gpu_steps.Steps(d, tmp_path / "progress.json", lists, time.monotonic(), 60.0)
+    with pytest.raises(SystemExit):
+        steps.run("hla2", step, kept.update)
+    again = gpu_steps.Steps(d, tmp_path / "progress.json", lists, time.monotonic(), 60.0)
+    again.run("hla2", step, kept.update)
+    assert set(kept) == {"ours"} and left == [gpu_steps.LOST] and again.found["done"] == ["hla2"]
+    assert again.found["left_out"][0].startswith("peer, forward: RuntimeError: an illegal memory access")
+
+
 def test_the_report_of_what_there_is(tmp_path: Path) -> None:
     """Nothing measured for most targets; a check that failed; JSON without NaN; plots."""
     found = json.loads(json.dumps(FOUND))
@@ -133,4 +206,5 @@ def test_the_report_of_what_there_is(tmp_path: Path) -> None:
     page = (tmp_path / "gpu_suite.md").read_text()
     assert "FAILED or left out: fla gated, 2 calls: ImportError: no fla" in page
     assert all((tmp_path / f"gpu_suite_{key}.png").stat().st_size > 1000 for key in ("ms", "percent_of_bound"))
-    assert gpu_report.wrong({"checks": [], "rows": []}) == ["no check has run"]
+    found |= {"checks": [], "rows": [], "crashed": ["hla2: gone"], "unchecked": ["check 7: ahla"]}
+    assert gpu_report.wrong(found) == ["no check has run", "check 7: ahla: not run, out of time", "CRASHED hla2: gone"]

@@ -1,0 +1,122 @@
+"""Steps of a run that survive what they break: what each found is on disk when it ends, in a process that is replaced.
+
+A kernel that reads outside its memory takes its process's CUDA context along, one that never ends the process itself.
+So a worker does the steps one after the other, and ``supervise`` starts another one, which goes on after the step that
+broke it. Only that step is lost, or, where a step tries several contenders in turns, only that contender.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.gpu_timing import Device, DeviceLost
+
+LOST = 75  # exit status of a worker whose device no longer answers
+MOST_WORKERS = 12
+Found = dict[str, Any]
+
+
+def load(path: Path, default: Found) -> Found:
+    """What was found so far."""
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def save(path: Path, found: Found) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.replace(path)
+
+
+class Steps:
+    """The worker's side; ``found`` holds results, and ``done``, ``step``, ``since``, ``barred``, ``left_out``."""
+
+    def __init__(self, device: Device, path: Path, found: Found, start: float, stop_s: float):
+        self.device, self.path, self.start, self.stop_s = device, path, start, stop_s
+        self.found = load(path, found)
+
+    def run(self, name: str, work: Callable[[], Any], keep: Callable[[Any], None]) -> None:
+        """One step, unless it was done; one that fails or no longer fits into the time is named."""
+        found = self.found
+        if name in found["done"]:
+            return
+        seconds = time.monotonic() - self.start
+        if seconds > self.stop_s:
+            found["left_out"].append(f"{name}: out of time")
+            self._end(name)
+            return
+        print(f"{seconds:6.0f} s  {name}", flush=True)
+        found["step"], found["since"] = name, time.monotonic()
+        save(self.path, found)
+        self.device.barred = {contender for step, contender in found["barred"] if step == name}
+        try:
+            keep(work())
+        except DeviceLost as lost:
+            found["barred"].append([name, str(lost)])  # the step is made again without that contender
+            self._end(None)
+            self._leave()
+        except Exception as error:
+            self.device.fail(name, error)
+        self._end(name)
+        if self.device.lost():
+            self._leave()
+        self.device.free()
+
+    def _end(self, name: str | None) -> None:
+        if name is not None:
+            self.found["done"].append(name)
+        self.found["step"] = ""
+        self.found["left_out"] += self.device.failed
+        self.device.failed.clear()
+        save(self.path, self.found)
+
+    def _leave(self) -> NoReturn:
+        print("  the device no longer answers this process: another one goes on", flush=True)
+        sys.stdout.flush()
+        os._exit(LOST)  # no destructor may wait for the device
+
+
+def supervise(command: list[str], path: Path, found: Found, end: float, longest_step_s: Callable[[str], float]) -> int:
+    """Workers until one has gone through every step, or until ``end``; 0, or the status of one that did nothing."""
+    for _ in range(MOST_WORKERS):
+        before = len(load(path, found)["done"])
+        worker = subprocess.Popen(command, start_new_session=True)
+        why = ""
+        try:
+            while worker.poll() is None and not why:
+                time.sleep(0.2)
+                now, state = time.monotonic(), load(path, found)
+                if now > end:
+                    why = "stopped at the time limit, and what follows not begun"
+                elif state["step"] and now - state["since"] > longest_step_s(state["step"]):
+                    why = f"stopped after {now - state['since']:.0f} s"
+        finally:  # also where this process is told to end
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            status = worker.wait()
+        state = load(path, found)
+        if status == 0 and not why:
+            return 0
+        if state["step"]:
+            state["crashed"].append(f"{state['step']}: {why or f'its process ended with status {status}'}")
+            state["done"].append(state["step"])
+            state["step"] = ""
+        elif why:
+            state["crashed"].append(why)
+        save(path, state)
+        if time.monotonic() > end:
+            return 0
+        if status != LOST and len(state["done"]) == before:
+            return status
+    state["crashed"].append(f"{MOST_WORKERS} processes did not reach the end")
+    save(path, state)
+    return 0
