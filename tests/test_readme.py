@@ -82,6 +82,19 @@ def test_named_files_exist(page: Path):
     assert not missing, f"{page.name} names files that do not exist: {missing}"
 
 
+def test_promises_name_tests_that_exist():
+    """`test_x.py::test_y` in docs/reliability.md is a function of that file, marked slow where the page says so."""
+    page = prose(ROOT / "docs" / "reliability.md")
+    named = re.findall(r"(slow: )?`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 20
+    for slow, file, name in named:
+        found = re.search(
+            rf"((?:^@.*\n)*)^def {name}\(", (ROOT / "tests" / "training" / file).read_text(), re.MULTILINE
+        )
+        assert found, f"docs/reliability.md names {file}::{name}, which does not exist"
+        assert ("mark.slow" in found[1]) == bool(slow), f"{file}::{name}: the page and its mark disagree on slow"
+
+
 def test_the_readme_tree_exists():
     trees = [block for block in blocks(PAGES[0], "text") if "hla_dist/" in block]
     assert len(trees) == 1

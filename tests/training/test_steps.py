@@ -276,6 +276,8 @@ def test_bad_data_and_checkpoints_end_every_rank_alike(pool: RankPool, tmp_path:
         (small_config(data, out=str(tmp_path / "file")), "--out: expected a directory, got the file"),
         (small_config(data, heads=3), "expected hidden_size divisible by num_heads"),
     ]
+    # a sequence shorter than its ranks is no mistake: some have no tokens of it
+    assert pool.run_group(3, run_config, small_config(data, seq_len=2, eval_tokens=4, steps=1)) == [0] * 3
     said = pool.run_group(3, mistakes, [config for config, _ in cases])
     for rank in range(3):
         for (_, want), got in zip(cases, said[rank], strict=True):
