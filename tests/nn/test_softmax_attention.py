@@ -276,9 +276,11 @@ def test_what_is_sent(pool: RankPool) -> None:
             assert got == (2, up, 1, down), rank
         for rank, got in enumerate(pool.run_group(4, sent, dict(exchange="gather", window=6), tokens)):
             assert got == (2, 5 * row * (rank < 3), 1, 5 * row * (rank > 0)), rank  # whatever the length
-        for got in pool.run_group(4, sent, dict(exchange="ulysses"), tokens):
-            inputs, outputs = tokens * (8 * 6 * number + row), tokens * 8 * 6 * number
-            assert got == (3, inputs + outputs, 2, inputs + outputs)
+        inputs, outputs = tokens * (8 * 6 * number + row), tokens * 8 * 6 * number
+        for exchange in ("ulysses", "auto"):
+            for got in pool.run_group(4, sent, dict(exchange=exchange), tokens):
+                assert got == (3, inputs + outputs, 2, inputs + outputs)
+        assert pool.run_group(4, sent, dict(window=6), tokens)[0] == (2, 5 * row, 1, 0)  # auto: gather
 
 
 def bad(pg: dist.ProcessGroup) -> None:

@@ -167,14 +167,18 @@ def _read_later(pg: dist.ProcessGroup) -> list[str]:
     agreement._copy_to_host = lambda headers: (headers.clone(), _Passed())
     said = []
     try:
-        for layer in (hla_dist.HLAAttention(4, 1), hla_dist.SoftmaxAttention(4, 1)):
-            model = hla_dist.SequenceParallelHLA(layer, pg)
+        for kind, then in ((hla_dist.HLAAttention, "loss"), (hla_dist.HLAAttention, "gradients"),
+                           (hla_dist.SoftmaxAttention, "loss")):  # fmt: skip
+            model = hla_dist.SequenceParallelHLA(kind(4, 1), pg)
             for fails in (False, True, False):
                 at = "forward"
                 try:
                     out, _ = model(torch.ones(1, 3, 4 + (fails and dist.get_rank(pg) == 1)))
-                    at = "loss"
-                    hla_dist.token_loss(out, torch.zeros(1, 3, dtype=torch.int64), pg).backward()
+                    at = then
+                    if then == "loss":
+                        hla_dist.token_loss(out, torch.zeros(1, 3, dtype=torch.int64), pg).backward()
+                    else:
+                        model._reduction.reduce()
                     said.append("")
                 except ValueError as error:
                     said.append(f"{at}: {error}")
@@ -184,8 +188,8 @@ def _read_later(pg: dist.ProcessGroup) -> list[str]:
 
 
 def test_headers_read_later_still_come_before_anything_else(pool: RankPool) -> None:
-    """The linear layer's before the loss is summed; the softmax layer's before its keys travel."""
-    for rank, (first, at_loss, second, third, at_forward, fourth) in enumerate(pool.run_group(3, _read_later)):
-        assert not any((first, second, third, fourth))
-        assert at_loss.startswith("forward: rank 1: x: " if rank == 1 else "loss: rank 1: x: "), at_loss
-        assert at_forward.startswith("forward: rank 1: x: "), at_forward
+    """The linear layer's before the loss or gradients are summed; the softmax layer's before its keys travel."""
+    for rank, said in enumerate(pool.run_group(3, _read_later)):
+        assert not any(said[0::3]) and not any(said[2::3])
+        for text, at in zip(said[1::3], ("loss", "gradients", "forward"), strict=True):
+            assert text.startswith(f"{'forward' if rank == 1 else at}: rank 1: x: "), text

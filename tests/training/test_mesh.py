@@ -70,6 +70,8 @@ def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_h
         weight = parameters["blocks.0.mlp.down.weight"]
         assert local(weight).numel() * shared == weight.numel() == 16 * 64
         assert layout.parameters is not None
+        groups = layout.parameters.get_all_groups()
+        assert list(layout.parameters.get_coordinate() or ()) == [pg.rank() for pg in groups]
         assert layout.parameters.mesh_dim_names in (("dp_shard_cp",), (AXES[0], "dp_shard_cp"))
     steps, grads = [], {}
     for step in range(2 if degrees in (ALL_THREE, Degrees(1, 1, 1)) else 1):
