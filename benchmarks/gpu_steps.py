@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +39,10 @@ def save(path: Path, found: Found) -> None:
 
 
 class Steps:
-    """The worker's side; ``found`` holds results, and ``done``, ``step``, ``since``, ``barred``, ``left_out``."""
+    """The worker's side; ``found`` holds results, what is done, barred and left out, and what is tried since when.
+
+    A contender that broke a step, or two of them, is barred from that step, or from all.
+    """
 
     def __init__(self, device: Device, path: Path, found: Found, start: float, stop_s: float):
         self.device, self.path, self.start, self.stop_s = device, path, start, stop_s
@@ -57,7 +61,9 @@ class Steps:
         print(f"{seconds:6.0f} s  {name}", flush=True)
         found["step"], found["since"] = name, time.monotonic()
         save(self.path, found)
-        self.device.barred = {contender for step, contender in found["barred"] if step == name}
+        twice = Counter(contender for _, contender in found["barred"])
+        self.device.barred = {c for step, c in found["barred"] if step == name or twice[c] > 1}
+        self.device.trying = self._try
         try:
             keep(work())
         except DeviceLost as lost:
@@ -71,10 +77,14 @@ class Steps:
             self._leave()
         self.device.free()
 
+    def _try(self, contender: str) -> None:
+        self.found["contender"], self.found["since"] = contender, time.monotonic()
+        save(self.path, self.found)
+
     def _end(self, name: str | None) -> None:
         if name is not None:
             self.found["done"].append(name)
-        self.found["step"] = ""
+        self.found["step"] = self.found["contender"] = ""
         self.found["left_out"] += self.device.failed
         self.device.failed.clear()
         save(self.path, self.found)
@@ -85,10 +95,14 @@ class Steps:
         os._exit(LOST)  # no destructor may wait for the device
 
 
+def _progress(state: Found) -> int:
+    return len(state["done"]) + len(state["barred"])
+
+
 def supervise(command: list[str], path: Path, found: Found, end: float, longest_step_s: Callable[[str], float]) -> int:
     """Workers until one has gone through every step, or until ``end``; 0, or the status of one that did nothing."""
     for _ in range(MOST_WORKERS):
-        before = len(load(path, found)["done"])
+        before = _progress(load(path, found))
         worker = subprocess.Popen(command, start_new_session=True)
         why = ""
         try:
@@ -107,15 +121,19 @@ def supervise(command: list[str], path: Path, found: Found, end: float, longest_
         if status == 0 and not why:
             return 0
         if state["step"]:
-            state["crashed"].append(f"{state['step']}: {why or f'its process ended with status {status}'}")
-            state["done"].append(state["step"])
-            state["step"] = ""
+            what = f"{state['step']}{', ' * bool(state['contender'])}{state['contender']}"
+            state["crashed"].append(f"{what}: {why or f'its process ended with status {status}'}")
+            if state["contender"]:
+                state["barred"].append([state["step"], state["contender"]])
+            else:
+                state["done"].append(state["step"])
+            state["step"] = state["contender"] = ""
         elif why:
             state["crashed"].append(why)
         save(path, state)
         if time.monotonic() > end:
             return 0
-        if status != LOST and len(state["done"]) == before:
+        if status != LOST and _progress(state) == before:
             return status
     state["crashed"].append(f"{MOST_WORKERS} processes did not reach the end")
     save(path, state)

@@ -165,6 +165,7 @@ def nothing_yet(smoke: bool) -> dict[str, Any]:
     seed = time.time_ns() % 2**31
     return lists | {
         "step": "",
+        "contender": "",
         "since": 0.0,
         "seed": seed,
         "rate": (NAN, NAN),

@@ -38,6 +38,7 @@ class Device:
         self.dtype = torch.float32 if smoke else torch.bfloat16
         self.failed: list[str] = []
         self.barred: set[str] = set()
+        self.trying: Callable[[str], None] = lambda contender: None  # told before what is called for the first time
 
     def lost(self) -> bool:
         """Whether an error has ended this process's use of the device."""
@@ -84,7 +85,11 @@ class Device:
         waits = dict.fromkeys(times, 0.0)
         unmeasured = 1 if self.smoke else 2
         for i in range(rounds + unmeasured):
+            if i == 1:
+                self.trying("")
             for name in list(times):
+                if i == 0:
+                    self.trying(name)
                 try:
                     ms, host_s = self.milliseconds(calls[name], waits[name])
                 except Exception as error:

@@ -122,7 +122,7 @@ def save():
     part = path.with_suffix(".new")
     part.write_text(json.dumps(found))
     part.replace(path)
-for name in "abcde":
+for name in "abcdef":
     if name not in found["done"]:
         found.update(step=name, since=time.monotonic())
         save()
@@ -130,6 +130,10 @@ for name in "abcde":
             os.abort()
         if name == "c":
             time.sleep(60)
+        if name == "f" and len(found["barred"]) == 1:
+            found["contender"] = "another"
+            save()
+            os.abort()
         if name == "d" and not found["barred"]:
             found["barred"].append(["d", "a peer"])
             found["step"] = ""
@@ -139,7 +143,7 @@ for name in "abcde":
         found["step"] = ""
         save()
 """
-EMPTY = {"done": [], "crashed": [], "barred": [], "step": "", "since": 0.0}
+EMPTY = {"done": [], "crashed": [], "barred": [], "step": "", "contender": "", "since": 0.0}
 
 
 def test_a_step_that_crashes_or_never_ends_is_the_only_one_lost(tmp_path: Path) -> None:
@@ -149,8 +153,9 @@ def test_a_step_that_crashes_or_never_ends_is_the_only_one_lost(tmp_path: Path) 
     command = [sys.executable, "-c", WORKER, str(path)]
     assert gpu_steps.supervise(command, path, EMPTY, time.monotonic() + 60, lambda name: 1.0) == 0
     found = gpu_steps.load(path, EMPTY)
-    assert found["done"] == list("abcde") and found["barred"] == [["d", "a peer"]]
+    assert found["done"] == list("abcdef") and found["barred"] == [["d", "a peer"], ["f", "another"]]
     assert found["crashed"][0] == "b: its process ended with status -6" and "c: stopped after 1 s" in found["crashed"]
+    assert found["crashed"][-1] == "f, another: its process ended with status -6"
     gpu_steps.save(path, EMPTY)
     start = time.monotonic()
     assert gpu_steps.supervise([*command[:2], "import time; time.sleep(60)"], path, EMPTY, start + 0.5, float) == 0
@@ -163,7 +168,7 @@ def test_a_step_that_loses_the_device_is_made_again_without_its_contender(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     d, left = gpu_timing.Device(smoke=True), []
-    lists = {"done": [], "crashed": [], "barred": [], "left_out": [], "step": "", "since": 0.0}
+    lists = {**EMPTY, "done": [], "crashed": [], "barred": [], "left_out": []}
     monkeypatch.setattr(gpu_steps.os, "_exit", lambda status: left.append(status) or sys.exit(status))
 
     def broken() -> None:
