@@ -70,6 +70,7 @@ def main() -> int:
             return mistake(rank, f"--out: cannot write {config.out}: {exc.strerror or exc}")
     dist.barrier()
     dist.destroy_process_group()
+    mpirun.meet()
     return 0
 
 
@@ -91,6 +92,7 @@ def mistake(rank: int, message: str) -> int:
         print(f"scaling.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)
+    mpirun.end(1)
     os._exit(1)
 
 
