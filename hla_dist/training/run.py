@@ -101,13 +101,13 @@ class Run:
         return self.config.packing == "documents"
 
     def _check_data(self) -> None:
-        if self.config.sample and not self.corpus.codec.encode(self.config.prompt):  # not at the end of the run
-            raise UserError(f"--prompt: expected at least one token to continue, got {self.config.prompt!r}")
         if self.packed and self.corpus.train_documents is None:
             raise UserError(
                 f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
                 f"{self.corpus.description} without"
             )
+        if self.config.sample and not self.corpus.codec.encode(self.config.prompt):  # not at the end of the run
+            raise UserError(f"--prompt: expected at least one token to continue, got {self.config.prompt!r}")
 
     def _vocabulary(self) -> int:
         return self.config.vocab_size or self.corpus.vocab_size

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hla_dist.training import checkpoint
+from hla_dist.training.stop import StopSignal
 from tests.training.corpora import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +118,23 @@ def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, text: str) -> None
     done = start(0, *arguments[:-4], "--steps", str(step + 2), "--resume")
     assert done.returncode == 0, done.stderr
     assert checkpoint.open_checkpoint(out).step == step + 2
+
+
+def test_the_third_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    try:
+        stop = StopSignal()
+        assert not stop
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert stop and (stop.name, stop.exit_code) == ("SIGINT", 130) and not left
+        signal.raise_signal(signal.SIGTERM)
+        assert left == [128 + signal.SIGTERM] and stop.name == "SIGINT"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
