@@ -106,8 +106,13 @@ class Run:
                 f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
                 f"{self.corpus.description} without"
             )
-        if self.config.sample and not self.corpus.codec.encode(self.config.prompt):  # not at the end of the run
-            raise UserError(f"--prompt: expected at least one token to continue, got {self.config.prompt!r}")
+        if self.config.sample:  # not at the end of the run
+            tokens, size = self.corpus.codec.encode(self.config.prompt), self.model_config.vocab_size
+            if not tokens or max(tokens) >= size:
+                raise UserError(
+                    f"--prompt: expected at least one token to continue, all of the vocabulary of {size}, got "
+                    f"{self.config.prompt!r}: {tokens}"
+                )
 
     def _vocabulary(self) -> int:
         return self.config.vocab_size or self.corpus.vocab_size

@@ -269,7 +269,7 @@ def test_bad_data_and_checkpoints_end_every_rank_alike(pool: RankPool, tmp_path:
         (small_config(data, resume=out, layers=3), "checkpoint: expected parameter blocks.2."),
         (small_config(data, resume=out, op="ahla", steps=2), "checkpoint: expected the model of "),
         (small_config(data, resume=out, layers=1, pattern="hla3", steps=2), "checkpoint: expected the parameters of"),
-        (small_config(data, prompt=""), "--prompt: expected at least one token to continue, got ''"),
+        (small_config(data, prompt=""), "--prompt: expected at least one token to continue, all of the"),
         (small_config(data, out=str(tmp_path / "file" / "below")), "--out: cannot write "),
         (small_config(data, resume=str(tmp_path / "empty")), "checkpoint: expected a directory with manifest.json"),
         (small_config(data, resume=out, steps=1), "--steps: expected more than the 1 of"),
