@@ -20,8 +20,8 @@ from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttentio
 from hla_dist.functional import softmax
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import counter
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, run_ranks
-from tests.tolerances import FLOAT64
+from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks
+from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 HIDDEN, TOKENS = 24, 41
 CU = torch.tensor([0, 3, 3, 20, 21, 41])
@@ -361,3 +361,28 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
     said = (tmp_path / "0").read_text()
     assert said.startswith("keys forward of softmax attention over group '") and "on rank 0 of 2" in said, said
+
+
+def in_bf16(pg: dist.ProcessGroup | None, lengths: list[int], exchange: str) -> dict[str, Tensor]:
+    rank = 0 if pg is None else dist.get_rank(pg)
+    start = sum(lengths[:rank])
+    layer = layer_of(num_kv_heads=4, window=None if exchange == "ulysses" else 11, exchange=exchange).bfloat16()
+    x = text()[:, start : start + lengths[rank]].bfloat16().requires_grad_()
+    y, _ = layer(x, group=pg)
+    (y * weights_like(y, start)).sum().backward()
+    return {"y": y.detach(), "dx": x.grad, "d k_proj.weight": layer.k_proj.weight.grad}
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ulysses"])
+def test_low_precision_over_ranks_loses_no_more_than_on_one(pool: RankPool, exchange: str) -> None:
+    """Shards of four ranks, window over several: at most twice the error of one device in bf16."""
+    lengths = [12, 5, 0, 24]
+    ranks = pool.run_group(4, in_bf16, lengths, exchange)
+    plain = in_bf16(None, [TOKENS], exchange)
+    layer = layer_of(num_kv_heads=4, window=None if exchange == "ulysses" else 11).bfloat16().double()
+    want = truth(layer, text().bfloat16().double(), None)
+    got = {name: torch.cat([r[name] for r in ranks], 1) for name in ("y", "dx")}
+    got["d k_proj.weight"] = sum(r["d k_proj.weight"].double() for r in ranks)
+    for name, value in got.items():
+        error, allowed = (relative_error(x, want[name]) for x in (value, plain[name]))
+        assert 1e-4 < error <= LOW_PRECISION_FACTOR * allowed, (name, error, allowed)

@@ -186,6 +186,33 @@ def model() -> None:
         assert_close(f"gradient of {name}", q.grad, p.grad, FLOAT64)
 
 
+def softmax() -> None:
+    """SoftmaxAttention: keys to the ranks that see them, and heads for tokens; outputs and every gradient."""
+    lengths, start = SPLITS[8], sum(SPLITS[8][: WORLD.rank])
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(1, sum(lengths), 16, dtype=torch.float64, generator=generator) for _ in range(2))
+    here = slice(start, start + lengths[WORLD.rank])
+    for options in (
+        {"exchange": "gather", "num_kv_heads": 2},
+        {"exchange": "gather", "window": 11},
+        {"exchange": "ulysses"},
+    ):
+        torch.manual_seed(0)
+        layer = hla_dist.SoftmaxAttention(16, 8, **options).double()
+        whole, part = x.clone().requires_grad_(), x[:, here].clone().requires_grad_()
+        want, _ = layer(whole)
+        (want * weight).sum().backward()
+        gradients = {name: p.grad for name, p in layer.named_parameters()}
+        layer.zero_grad(set_to_none=True)
+        sharded = hla_dist.SequenceParallelHLA(layer, WORLD)
+        got, _ = sharded(part)
+        assert_close(f"y, {options}", hla_dist.unshard(got, WORLD, lengths), want, FLOAT64)
+        (got * weight[:, here]).sum().backward()
+        assert_close(f"dx, {options}", hla_dist.unshard(part.grad, WORLD, lengths), whole.grad, FLOAT64)
+        for name, p in layer.named_parameters():
+            assert_close(f"gradient of {name}, {options}", p.grad, gradients[name], FLOAT64)
+
+
 def mistakes() -> None:
     """A mistake on one rank is the same ValueError on all, and the group goes on working."""
     x = torch.ones(1, 3, 2, 4)

@@ -19,6 +19,7 @@ CHECKS = (
     "operators",
     "documents",
     "model",
+    "softmax",
     "mistakes",
     "groups",
     "the_programs_own_messages",
