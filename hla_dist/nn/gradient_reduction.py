@@ -95,20 +95,17 @@ class GradientReduction:
 
     def _hook_parameters(self) -> None:
         """Before every step, since a parameter without gradient takes no hook and may be unfrozen later."""
-        this = weakref.ref(self)  # a wrapper that is gone reduces nothing
         for p in self._parameters():
             if id(p) not in self._hooks:
-                self._hooks[id(p)] = p.register_hook(partial(_before_accumulation, this, self._ours[id(p)]))
+                # the hook keeps the reduction: gradients are summed even where nobody has kept the wrapper
+                self._hooks[id(p)] = p.register_hook(partial(_before_accumulation, self, self._ours[id(p)]))
 
     def prepare(self, output: Any) -> None:
         """After a forward: see to it that a backward through ``output`` ends in a reduction, whatever it reaches."""
         self._hook_parameters()
-        this = weakref.ref(self)
 
         def at_output(_: Tensor) -> None:
-            reduction = this()
-            if reduction is not None:
-                reduction._ask_for_reduction()
+            self._ask_for_reduction()
 
         for x in tree_leaves(output):
             if isinstance(x, Tensor) and x.grad_fn is not None:
@@ -165,11 +162,9 @@ class GradientReduction:
                 p.grad = total.view(p.shape).to(p.dtype, copy=True)
 
 
-def _before_accumulation(this: weakref.ref, parameter: weakref.ref, _: Tensor) -> None:
-    reduction = this()
-    if reduction is not None:
-        reduction._keep_sum_on_first(parameter())
-        reduction._ask_for_reduction()
+def _before_accumulation(reduction: GradientReduction, parameter: weakref.ref, _: Tensor) -> None:
+    reduction._keep_sum_on_first(parameter())
+    reduction._ask_for_reduction()
 
 
 class _AtEnd:

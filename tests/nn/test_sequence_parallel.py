@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 
@@ -129,6 +130,19 @@ def test_wrapped_on_shards_equals_unwrapped_on_the_whole(pool, size):
             for name, grad in got.items():
                 if grad is not None:
                     assert_bitwise(f"d {name} on rank {rank}", grad, results[0][1][name])
+
+
+def _not_kept(pg):
+    model = _model(dist.get_rank(pg))
+    SequenceParallelHLA(model, pg)
+    gc.collect()
+    _step(model, pg, None)
+    return _grads(model)
+
+
+def test_gradients_are_summed_where_nobody_kept_the_wrapper(pool):
+    for grads in pool.run_group(2, _not_kept):
+        _assert_same_gradients(grads, _truth()[1])
 
 
 def _accumulated(pg):
