@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 STARTED = time.monotonic()
-threading.excepthook = lambda failed: print(  # TensorBoard's writer on a full disk: a line, no traceback
-    f"train.py: warning: {failed.thread and failed.thread.name}: {failed.exc_value}", file=sys.stderr, flush=True
+threading.excepthook = lambda failed: say(  # TensorBoard's writer on a full disk: a line, no traceback
+    f"train.py: warning: {failed.thread and failed.thread.name}: {failed.exc_value}"
 )
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # while importing, Ctrl-C ends the program without a traceback
 
@@ -129,13 +129,19 @@ def leave(rank: int, message: str, alike: bool) -> NoReturn:
     """
     if rank == 0 or not alike:
         who = "" if alike else f" (rank {rank})"
-        print(f"train.py: error{who}: {message}", file=sys.stderr, flush=True)
+        say(f"train.py: error{who}: {message}")
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     sys.stdout.flush()
     mpirun.end(1)
     os._exit(1)
+
+
+def say(line: str) -> None:
+    """On standard error, in one piece: another thread's line does not come between it and its end."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

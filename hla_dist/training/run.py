@@ -213,9 +213,12 @@ class Run:
 
     def _loop(self, loss: float) -> tuple[float | None, float]:
         """Steps until the end; returns the last held-out loss (None if stopped by a signal) and tokens per second."""
+        with tqdm(total=self.config.steps, initial=self.step, disable=not self.main, unit="step", dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:  # fmt: skip
+            return self._steps(bar, loss)  # closed after an error too, which then has a line of its own
+
+    def _steps(self, bar: Any, loss: float) -> tuple[float | None, float]:
         c = self.config
-        bar = tqdm(total=c.steps, initial=self.step, disable=not self.main, unit="step", dynamic_ncols=True,
-                   mininterval=0.5 if sys.stderr.isatty() else 10.0)  # fmt: skip
         tokens = seconds = 0.0
         bad_steps = 0
         while True:
@@ -246,7 +249,6 @@ class Run:
             bar.set_postfix_str(f"loss {agreed.loss:.3f}, held out {loss:.3f} {self.unit}", refresh=False)
             bar.update()
             if end or agreed.stop:
-                bar.close()
                 return (None if agreed.stop else loss), tokens / seconds
             if c.save_every and self.step % c.save_every == 0:
                 self.save()
