@@ -8,7 +8,8 @@ kernel breaks a rule:
     no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
     spills on sm_90 or sm_100 at K, V <= 128; elsewhere more than ``SPILLS`` allows
 
-Results are kept by a hash of the kernels' sources, Triton's version and the case: unchanged kernels cost nothing.
+Results are kept by a hash of the kernels' sources, Triton's version and the case: unchanged kernels cost nothing. They
+lie in ``--cache`` and, by ``--keep``, in ``compiled.json`` beside this file, which is committed; ``--fresh`` compiles.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("gfx942", "float16", 256): 772,
     ("gfx942", "float32", 256): 640,
 }
+COMMITTED = Path(__file__).with_name("compiled.json")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
@@ -159,10 +161,34 @@ def _source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _cached(case: Case, cache: Path) -> list[Row]:
-    path = cache / _source_hash() / ("_".join(map(str, case)) + ".json")
-    if path.exists():
-        return [Row(**row) for row in json.loads(path.read_text())]
+def case_name(case: Case) -> str:
+    """What files and reports call it."""
+    return "_".join(map(str, case))
+
+
+def committed() -> dict[str, list[Row]]:
+    """Rows by case as last kept; none if the sources or Triton have changed since."""
+    if not COMMITTED.exists():
+        return {}
+    kept = json.loads(COMMITTED.read_text())
+    if kept["sources"] != _source_hash():
+        return {}
+    return {name: [Row(*row) for row in rows] for name, rows in kept["cases"].items()}
+
+
+def _keep(found: dict[str, list[Row]]) -> None:
+    kept = {"triton": triton.__version__, "sources": _source_hash(), "cases": found}
+    lines = json.dumps(kept).replace("]], ", "]],\n").replace("]]}}", "]]}}\n")  # one case a line
+    COMMITTED.write_text(lines)
+
+
+def _cached(case: Case, cache: Path, fresh: bool) -> list[Row]:
+    path = cache / _source_hash() / (case_name(case) + ".json")
+    if not fresh:
+        if case_name(case) in (known := committed()):
+            return known[case_name(case)]
+        if path.exists():
+            return [Row(**row) for row in json.loads(path.read_text())]
     rows = compile_case(case)
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".part")
@@ -171,11 +197,15 @@ def _cached(case: Case, cache: Path) -> list[Row]:
     return rows
 
 
-def compile_all(archs: tuple[str, ...], cache: Path, processes: int = 2) -> list[Row]:
-    """All rows of some architectures, from the cache where the sources have not changed."""
+def compile_all(
+    archs: tuple[str, ...], cache: Path, processes: int = 2, fresh: bool = False
+) -> tuple[dict[str, list[Row]], list[Row]]:
+    """Rows by case of some architectures, kept ones where the sources have not changed; and each different row once."""
+    wanted = cases(archs)
     with ProcessPoolExecutor(processes) as pool:
-        rows = [row for found in pool.map(_cached, cases(archs), [cache] * len(cases(archs))) for row in found]
-    return list(dict.fromkeys(_hashable(row) for row in rows))
+        found = list(pool.map(_cached, wanted, [cache] * len(wanted), [fresh] * len(wanted)))
+    rows = list(dict.fromkeys(_hashable(row) for case in found for row in case))
+    return {case_name(case): rows for case, rows in zip(wanted, found, strict=True)}, rows
 
 
 def _hashable(row: Row) -> Row:
@@ -226,8 +256,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("out/kernels.json"), help="where the JSON goes")
     parser.add_argument("--cache", type=Path, default=Path("out/kernel_report"), help="where results are kept")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="compile everything, whatever is kept")
+    parser.add_argument("--keep", action="store_true", help=f"write {COMMITTED.name} anew, of all architectures")
     options = parser.parse_args()
-    rows = compile_all(tuple(options.arch or device.SUPPORTED), options.cache, options.processes)
+    if options.keep and options.arch:
+        parser.error("--keep: expected all architectures, got --arch")
+    found, rows = compile_all(
+        tuple(options.arch or device.SUPPORTED), options.cache, options.processes, options.fresh or options.keep
+    )
+    if options.keep:
+        _keep(found)
     print(table(rows))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(

@@ -1,7 +1,7 @@
 """Every entry of the tile table compiled ahead of time for every architecture, and what must hold of the code.
 
-Compiled in a process of its own, which has no use for a GPU even where there is one. Unchanged kernels come from a
-cache.
+Compiled in a process of its own, which has no use for a GPU even where there is one. Unchanged kernels come from what
+is committed, some of which is compiled again; all of it by the test that is marked slow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels are compiled where Triton is installed (Linux)")
-from hla_kernels import aot, report, tiles, tune  # not before Triton is known to be there
+from hla_kernels import aot, device, report, tiles, tune  # not before Triton is known to be there
 from hla_kernels.device import SUPPORTED, Target
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,38 @@ def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
             assert tile is None or (arch, columns, text, bool(gated)) in fused
     assert {row["arch"] for row in rows if row["kernel"] == "decode"} == set(SUPPORTED)
     assert "| sm_90 | bfloat16 | first_order |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        report.Case("sm_90", "float32", 128, 128, True),
+        report.Case("sm_100", "bfloat16", 64, 64, True),
+        report.Case("gfx942", "bfloat16", 64, 64, False),
+        report.Case("sm_80", "float16", 64, 64, True),
+    ],
+    ids=report.case_name,
+)
+def test_what_is_committed_is_what_compiles(case: report.Case) -> None:
+    kept = report.committed()
+    if not kept:
+        pytest.skip("the sources or Triton have changed: the test above has compiled everything")
+    program = (
+        "import json, sys; from hla_kernels import report; print(json.dumps(report.compile_case(report.Case(*{}))))"
+    )
+    command = [sys.executable, "-c", program.format(tuple(case))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [report.Row(*row) for row in json.loads(done.stdout)] == kept[report.case_name(case)]
+
+
+@pytest.mark.slow
+def test_everything_committed_is_what_compiles(tmp_path: Path) -> None:
+    kept = report.committed()
+    if not kept:
+        pytest.skip("the sources or Triton have changed: python -m hla_kernels.report --keep")
+    found, _ = report.compile_all(device.SUPPORTED, tmp_path, fresh=True)
+    assert found == kept
 
 
 def test_what_breaks_a_rule() -> None:
