@@ -1,6 +1,6 @@
 """The exchanges' simulator beside measured gloo runs, beside ZeCO's published times, and its projections.
 
-    python benchmarks/exchange_simulator.py            a minute or two; report in benchmarks/results/
+    python benchmarks/exchange_simulator.py            some minutes; report in benchmarks/results/
     python benchmarks/exchange_simulator.py --quick    a smoke run: 2 ranks; report in out/benchmarks/
     python benchmarks/exchange_simulator.py --check    exit code 1 if a target is missed
 
@@ -62,7 +62,7 @@ def layout(exchange: str, ranks: int, link: Link) -> Network:
 
 def measure(args: argparse.Namespace) -> tuple[Link, dict[str, Any], list[dict[str, Any]]]:
     """The link, its points, and every exchange measured and simulated. Pings and exchanges in turns, round by round."""
-    worlds = [p for p in (2, 4, 8, 16, 32) if p <= args.ranks]
+    worlds = [p for p in (*range(2, 9), 16, 32) if p <= args.ranks]
     cases = [(key, size, exchange) for key in (64, 128) for size in worlds for exchange in EXCHANGES]
     wires: dict[int, Wire] = {key: wire_of("hla2", args.heads, key, key)[0] for key in (64, 128)}
     pairs, crowded, none = args.ranks // 2, exchange_links.SIZES[-3], Link(0.0, 0.0)
@@ -110,7 +110,7 @@ def measured_part(link: Link, points: dict[str, Any], rows: list[dict[str, Any]]
         f"alpha = {link.alpha * 1e6:.0f} us, beta = {link.beta * 1e9:.3f} ns a byte ({1e-9 / link.beta:.2f} GB/s); "
         f"{points['pairs']} pairs at once are {points['pairs_slower']:.1f} times slower than one. The simulator bounds "
         f"the messages under way to the {os.cpu_count()} processors; the closed form knows no such bound. "
-        "Hierarchical: two nodes of half the ranks.",
+        "Hierarchical: two nodes of half the ranks; of an odd number, one node.",
         report.table([*header, "closed form ms"], cells),
     ]
 

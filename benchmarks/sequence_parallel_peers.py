@@ -6,7 +6,8 @@
 
 Forward and backward, B = 1, float32, one thread a rank, equal shards. First every contender is compared with one
 process in float64; then all are timed in turns. Quadratic contenders run as long as their time, four times as much for
-twice the tokens, stays under --cap seconds; beyond, they are not run and their time is a projection.
+twice the tokens, stays under --cap seconds; beyond, they are not run and their figures are a projection: bytes and
+memory grow with the tokens, messages do not.
 """
 
 from __future__ import annotations
@@ -80,15 +81,14 @@ def world(size: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], di
         wrong = {name: x for name, x in differences.items() if not x <= EXACT}
         if wrong:
             raise RuntimeError(f"what is wrong is not worth timing: {wrong} above {EXACT:g} on {size} ranks")
-        projected: dict[str, float] = {}
+        ran: dict[str, dict[str, Any]] = {}  # the longest row of each quadratic contender
         for tokens in args.tokens:
             names = list(CONTENDERS)
-            for name in list(projected):  # of the quadratic ones, those that have run
-                last, seconds = projected[name]
-                if seconds * (tokens / last) ** 2 > args.cap:
+            for name, last in ran.items():
+                beyond = projection(last, tokens)
+                if beyond["wall"] > args.cap:
                     names.remove(name)
-                    about = {"ranks": size, "tokens": tokens, "name": name, "projected": True}
-                    rows.append(about | {"wall": seconds * (tokens / last) ** 2})
+                    rows.append(beyond)
             samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             rounds = 1 if tokens >= LONG else args.rounds
             for i in tqdm(range(rounds + (tokens < LONG)), desc=f"{size} ranks, {tokens} tokens", leave=False):
@@ -100,8 +100,16 @@ def world(size: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], di
                 row = {key: statistics.median(x[key] for x in several) for key in several[0]}
                 rows.append({"ranks": size, "tokens": tokens, "name": name, "projected": False} | row)
                 if CONTENDERS[name].family == "softmax":
-                    projected[name] = (tokens, row["wall"])
+                    ran[name] = rows[-1]
     return rows, differences
+
+
+def projection(row: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A quadratic contender's row at ``tokens``: time grows with their square, bytes and memory as they do."""
+    times = tokens / row["tokens"]
+    grown = {name: row[name] * times**2 for name in ("wall", "cpu")}
+    grown |= {name: row[name] * times for name in ("bytes", "memory")}
+    return row | grown | {"tokens": tokens, "projected": True}
 
 
 def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
@@ -131,9 +139,10 @@ def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
 
 def cells(row: dict[str, Any]) -> list[str]:
     head = [str(row["ranks"]), str(row["tokens"]), row["name"]]
-    if row["projected"]:
-        return [*head, f"not run; projection {row['wall']:.0f}", "", "", "", ""]
     sent = [f"{row['bytes']:.0f}", f"{row['messages']:.0f}"]
+    if row["projected"]:
+        times = [f"not run; projection {row['wall']:.0f}", *(f"({row['cpu']:.0f})", f"({row['memory'] / 2**20:.0f})")]
+        return [*head, *times, *(f"({x})" for x in sent)]
     return [*head, f"{row['wall']:.3f}", f"{row['cpu']:.3f}", f"{row['memory'] / 2**20:.1f}", *sent]
 
 
@@ -203,7 +212,8 @@ def main() -> int:
         "share of the machine (load average above), so that the targets are of CPU seconds, summed over the ranks. "
         "MiB: peak resident memory above the inputs, the most of a rank. Bytes and messages: what leaves the rank that "
         "sends most, a collective as the messages it is made of. Softmax stops before "
-        f"{args.cap:g} s: what was not run is a projection, times four for twice the tokens, of the longest that was. "
+        f"{args.cap:g} s: what was not run is a projection of the longest that was, in brackets: for twice the tokens "
+        "four times the seconds, twice the memory and bytes (the latter as tests count them), as many messages. "
         "Hierarchical: two nodes of half the ranks. All contenders compute locally with the same code: this library's "
         "operators, torch's fused softmax attention.",
         *(["The other numbers of ranks are of earlier runs: " + "; ".join(runs) + "."] if runs else []),

@@ -19,7 +19,7 @@ shift
 mpirun=${MPIRUN:-mpirun}
 
 options=(-n "$ranks")
-if "$mpirun" --version 2>/dev/null | grep -q "Open MPI"; then
+if [[ $("$mpirun" --version 2>/dev/null) == *"Open MPI"* ]]; then
     options+=(--bind-to none)  # ranks have threads, and are not pinned to a core each
     [[ -n ${MASTER_ADDR:-} ]] && options+=(-x MASTER_ADDR)
     [[ -n ${HOSTS:-} ]] && options+=(--host "$HOSTS")

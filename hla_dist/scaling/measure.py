@@ -27,6 +27,7 @@ class Sample:
     seconds: float
     forward: float
     cpu: float
+    kernel: float  # seconds of cpu that the system took: pages handed out, messages moved
     waited: float
     sent: tuple[int, int]  # bytes of forward, and of all
     calls: tuple[int, int]  # collectives and messages of forward, and of all
@@ -59,16 +60,16 @@ def measure(call: Callable[[Clock], Any], group: dist.ProcessGroup, device: torc
     memory.start()
     dist.barrier(group)
     counter.reset()
-    cpu, clock.began = _cpu_seconds(), clock.now()
+    usage, clock.began = _cpu_seconds(), clock.now()
     result = call(clock)
     waited, sent, calls = counter.waited, counter.bytes, counter.calls + counter.messages
     clock.now()
     dist.barrier(group)
-    seconds, cpu = clock.now() - clock.began, _cpu_seconds() - cpu
+    seconds = clock.now() - clock.began
+    user, kernel = (after - before for before, after in zip(usage, _cpu_seconds(), strict=True))
     peak = memory.stop()
-    sample = Sample(
-        seconds, clock.ended - clock.began, cpu, waited, (clock.sent, sent), (clock.calls, calls), *peak
-    )  # fmt: skip
+    forward, cpu = clock.ended - clock.began, user + kernel
+    sample = Sample(seconds, forward, cpu, kernel, waited, (clock.sent, sent), (clock.calls, calls), *peak)
     return result, sample
 
 
@@ -81,6 +82,7 @@ def row(samples: list[Sample], group: Group) -> dict[str, float]:
         "seconds": max(s.seconds for s in fastest),
         "forward_s": max(s.forward for s in fastest),
         "cpu_s": sum(s.cpu for s in fastest),
+        "kernel_s": sum(s.kernel for s in fastest),
         "waited_s": max(s.waited for s in fastest),
         "waited_mean_s": sum(s.waited for s in fastest) / len(fastest),
         "sent_forward": max(s.sent[0] for s in fastest),
@@ -95,6 +97,7 @@ def row(samples: list[Sample], group: Group) -> dict[str, float]:
     }
 
 
-def _cpu_seconds() -> float:
+def _cpu_seconds() -> tuple[float, float]:
+    """The process's own, and those the system spent for it."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime, usage.ru_stime

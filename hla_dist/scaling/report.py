@@ -10,14 +10,16 @@ from hla_dist.scaling.config import ScalingConfig
 Row = dict[str, Any]
 GIB = 1 << 30
 HEADER = [
-    "what", "ranks", "tokens", "s", "of it forward", "CPU s, all ranks", "tokens/s", "us/token", "KiB sent a rank, "
-    "forward + backward", "messages", "s blocked, mean of ranks (most)", "GiB peak, largest rank", "all ranks", "error"
+    "what", "ranks", "tokens", "s", "of it forward", "CPU s, all ranks (in the kernel)", "tokens/s", "us/token",
+    "KiB sent a rank, forward + backward", "messages", "s blocked, mean of ranks (most)", "GiB peak, largest rank",
+    "all ranks", "error"
 ]  # fmt: skip
 LEGEND = (
-    "Time: the slowest rank's, between barriers. CPU seconds: user and system time of whole processes. Messages: "
-    "collectives and point-to-point messages a rank sends, forward + backward. Blocked: until an exchange comes "
-    "through; with more ranks than processors, other ranks' turns included. Peak: the kernel's high-water mark of "
-    "resident memory, inputs included, less what ranks share (PSS). Error: relative to float64, largest tensor."
+    "Time: the slowest rank's, between barriers. CPU seconds: user and system time of whole processes; the latter, in "
+    "the kernel, is mostly the price of fresh pages. Messages: collectives and point-to-point messages a rank sends, "
+    "forward + backward. Blocked: until an exchange comes through; with more ranks than processors, other ranks' turns "
+    "included. Peak: the kernel's high-water mark of resident memory, inputs included, less what ranks share (PSS). "
+    "Error: relative to float64, largest tensor."
 )
 
 
@@ -27,7 +29,7 @@ def cells(row: Row) -> list[str]:
     worst = max(errors, key=errors.get) if errors else ""
     return [
         row["what"], str(row["ranks"]), f"{row['tokens']:,}", f"{row['seconds']:.2f}", f"{row['forward_s']:.2f}",
-        f"{row['cpu_s']:.1f}", f"{row['tokens_per_s']:,.0f}", f"{row['us_per_token']:.1f}",
+        f"{row['cpu_s']:.1f} ({row['kernel_s']:.1f})", f"{row['tokens_per_s']:,.0f}", f"{row['us_per_token']:.1f}",
         f"{row['sent_forward'] / 1024:.1f} + {row['sent_backward'] / 1024:.1f}",
         f"{row['calls_forward']} + {row['calls_backward']}",
         f"{row['waited_mean_s']:.2f} ({row['waited_s']:.2f})", f"{row['peak_rank'] / GIB:.2f}",

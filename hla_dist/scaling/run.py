@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from hla_dist.parallel.collectives import resolve_group
+from hla_dist.parallel.collectives import all_gather_objects, resolve_group
 from hla_dist.scaling.config import Case, ScalingConfig
 from hla_dist.scaling.measure import row
 from hla_dist.scaling.model import ModelCase
@@ -22,18 +22,14 @@ WARM_UP_TOKENS = 2048  # a rank
 
 def run_cases(config: ScalingConfig, cases: list[Case], device: torch.device) -> list[dict[str, Any]]:
     """The rows of ``cases``, on every rank of the world; ranks outside a case's group wait for the others."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    rank = dist.get_rank()
     groups = {n: dist.new_group(list(range(n))) for n in sorted({case.ranks for case in cases})}
     rows: list[dict[str, Any]] = []
     bar = tqdm(cases, disable=rank != 0, unit="case", dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
     for case in bar:
         bar.set_postfix_str(f"{case.what}, {case.tokens:,} tokens over {case.ranks} rank(s)")
-        figures: list[Any] = [None]
-        if rank < case.ranks:
-            figures = [measured(config, case, groups[case.ranks], device)]
-        if case.ranks < world:
-            dist.broadcast_object_list(figures, src=0)
-        rows.append(figures[0])
+        figures = measured(config, case, groups[case.ranks], device) if rank < case.ranks else None
+        rows.append(all_gather_objects(figures, resolve_group(dist.group.WORLD))[0])
     return rows
 
 

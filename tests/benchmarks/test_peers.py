@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hla_dist
 from benchmarks.peers import head_all_to_all, lasp, ring_attention, wire
+from benchmarks.sequence_parallel_peers import cells, projection
 from tests.harness import assert_close, raises_value_error, run_ranks
 from tests.tolerances import FLOAT64
 
@@ -89,3 +90,15 @@ def test_exact_and_counted(size: int):
                     "hla2_by_heads": [4 * hops, 2 * hops * 4 * token // size],
                 }[name]
             ), (name, rank)
+
+
+def test_what_was_not_run_is_projected():
+    """From the quadratic contenders' longest row: bytes and messages are those that would be counted."""
+    size, tokens = 4, 16384
+    row = {"ranks": size, "name": "Ring Attention", "tokens": tokens, "wall": 2.0, "cpu": 3.0, "memory": 5}
+    row |= {"messages": 3 * size - 2, "bytes": (6 * size - 4) * 4 * HEADS * K * tokens // size, "projected": False}
+    far = projection(row, 4 * tokens)
+    assert (far["wall"], far["cpu"], far["memory"], far["tokens"]) == (32.0, 48.0, 20, 4 * tokens)
+    assert far["bytes"] == (6 * size - 4) * 4 * HEADS * K * far["tokens"] // size and far["messages"] == row["messages"]
+    assert far["projected"] and not row["projected"]
+    assert cells(far)[3:] == ["not run; projection 32", "(48)", "(0)", f"({far['bytes']:.0f})", "(10)"]

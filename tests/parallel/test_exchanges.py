@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def _compiled(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> Any:
 @pytest.mark.parametrize("function", [_checkpointed, _compiled])
 def test_nothing_is_sent_twice(pool: RankPool, function: Any) -> None:
     """Neither under activation checkpointing with ``checkpoint_context`` nor by a compiler."""
-    for exchange in ("scan", "hierarchical"):
+    for exchange in BY_MESSAGES:
         p = Problem("hla2", T=50, state=False, exchange=exchange)
         for plain, other in pool.run_group(3, function, p, [20, 10, 20]):
             assert plain[:3] == other[:3]
@@ -275,6 +276,34 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, exchange: str, agreed:
     for rank in (3,) if agreed else (0, 1, 3):  # by messages, ranks before it need nothing of it
         text = (tmp_path / str(rank)).read_text()
         assert "forward exchange" in text and f"rank {rank} of 4" in text and f"exchange={exchange}" in text, text
+
+
+def _partner_says_nothing() -> tuple[str, float]:
+    """Three pairs, each with its exchange: the first of a pair agrees, and then neither sends nor dies."""
+    pairs = [dist.new_group([2 * i, 2 * i + 1], timeout=timedelta(seconds=5)) for i in range(len(BY_MESSAGES))]
+    number, second = divmod(dist.get_rank(), 2)
+    x, pg, exchange = torch.ones(1, 4, 2, 2), pairs[number], BY_MESSAGES[number]
+    topology.set_ranks_per_node(pg, 2)
+    hla_dist.hla2(x, x, x, group=pg, exchange=exchange)
+    if not second:
+        messages.prefix = lambda *_: None
+    started = time.monotonic()
+    try:
+        hla_dist.hla2(x, x, x, group=pg, exchange=exchange)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - started
+    return "nothing raised", time.monotonic() - started
+
+
+def test_a_message_that_never_comes() -> None:
+    """The group's timeout ends the wait, with operation, group and rank."""
+    for rank, (text, seconds) in enumerate(run_ranks(_partner_says_nothing, 6, detail=False)):
+        if rank % 2 == 0:
+            assert text == "nothing raised"
+            continue
+        for part in ("forward exchange", "hla2", f"exchange={BY_MESSAGES[rank // 2]}", "rank 1 of 2", "group '"):
+            assert part in text, text
+        assert 4 < seconds < 40
 
 
 def test_which_ranks_share_a_machine() -> None:

@@ -46,7 +46,7 @@ def test_scripts_parse_and_say_how_they_are_used(script: str) -> None:
 def stubs(tmp_path: Path) -> str:
     """A PATH whose launchers print what they were asked to do."""
     for name in ("srun", "mpirun", "python"):
-        (tmp_path / name).write_text('#!/bin/sh\necho "${0##*/}" "$@"\n')
+        (tmp_path / name).write_text('#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT "${0##*/}" "$@"\n')
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node07\\nnode08\\n'\n")
     for path in tmp_path.iterdir():
         path.chmod(0o755)
@@ -56,7 +56,7 @@ def stubs(tmp_path: Path) -> str:
 def test_what_the_scripts_start(stubs: str) -> None:
     torchrun = "-m torch.distributed.run --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d"
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2"}
-    job |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT)}
+    job |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "64"}
     more = {"PATH": stubs, "PYTHON": "python", "MAX_RESTARTS": "3"}
     options = ("--out", "a folder", "--steps", "5")
     train = f"{LAUNCH}/train.py --out a folder --steps 5\n"
@@ -64,7 +64,8 @@ def test_what_the_scripts_start(stubs: str) -> None:
         (
             ("slurm.sh",),
             job,
-            f"srun --kill-on-bad-exit=1 python {torchrun} --rdzv-endpoint node07:23456 --rdzv-id 123456",
+            f"150 srun --kill-on-bad-exit=1 --cpus-per-task 64 python {torchrun} --rdzv-endpoint node07:23456 "
+            "--rdzv-id 123456",
         ),
         (
             ("torchrun_multinode.sh", 2, 4, "node07"),
