@@ -34,6 +34,7 @@ from hla_dist.training.failure import UserError, describe, together
 from hla_dist.training.generate import Carry, Sampling, follow, read
 from hla_dist.training.mesh import connect
 from hla_dist.training.prompt_state import load_state, save_state
+from hla_dist.training.rendezvous import NotMet, place
 from hla_dist.training.share import load_trained
 from hla_dist.training.text import Codec, TextStream
 
@@ -90,11 +91,10 @@ class GenerateConfig:
 
 
 def main() -> int:
-    rank = int(os.environ.get("RANK", 0))
+    rank, world_size = 0, 1
     try:
         store = mpirun.join(os.environ)
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rank, world_size, _, local = place(os.environ)
         with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO()):  # --help once
             config = parse_options(GenerateConfig, "launch/generate.py", ABOUT)
         device = choose_device(config.device, local)
@@ -107,7 +107,8 @@ def main() -> int:
         if isinstance(exc, BrokenPipeError):  # who reads has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        mistake(rank, describe(exc), alike=isinstance(exc, (UserError, ValueError)))
+        alike = isinstance(exc, (UserError, ValueError)) and not isinstance(exc, NotMet)
+        mistake(rank, world_size, describe(exc), alike)
         return 1
     except KeyboardInterrupt:
         print(flush=True)
@@ -199,7 +200,7 @@ def choose_device(name: str, local: int) -> torch.device:
         if gpus < max(local, (device.index or 0) + 1):
             raise UserError(f"--device: expected a GPU for each of {local} rank(s) here, got {name} and {gpus} GPU(s)")
         if local > 1:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", place(os.environ).local_rank)
         torch.cuda.set_device(device)
     return device
 
@@ -209,9 +210,8 @@ def everywhere(group: Any, work: Any) -> Any:
     return work() if group is None else together(group, work)
 
 
-def mistake(rank: int, message: str, alike: bool) -> None:
+def mistake(rank: int, ranks: int, message: str, alike: bool) -> None:
     """One line; of a mistake that all ranks share, rank 0's. The others give it a moment: one exit ends them all."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0 or not alike:
         who = "" if alike or ranks == 1 else f" (rank {rank})"
         print(f"generate.py: error{who}: {message}", file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ from hla_dist.scaling.run import run_cases
 from hla_dist.training import mpirun
 from hla_dist.training.failure import UserError, describe
 from hla_dist.training.mesh import connect
+from hla_dist.training.rendezvous import NotMet, place
 
 MILLION = 1 << 20
 
@@ -38,10 +39,9 @@ MILLION = 1 << 20
 def main() -> int:
     try:
         store = mpirun.join(os.environ)
-    except ValueError as exc:
+        rank, world_size, _, local = place(os.environ)
+    except (UserError, ValueError) as exc:
         return mistake(0, str(exc))
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO()):
             config = parse()
@@ -60,7 +60,7 @@ def main() -> int:
         connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
         rows = run_cases(config, cases, device)
     except (UserError, ValueError) as exc:  # the library's own checks: raised alike on every rank
-        return mistake(rank, describe(exc))
+        return mistake(0 if isinstance(exc, NotMet) else rank, describe(exc))
     if rank == 0:
         print(text_table(rows), flush=True)
         try:
@@ -81,7 +81,7 @@ def choose_device(config: ScalingConfig, local: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus < local:
         raise UserError(f"--device: expected a GPU for each of {local} rank(s) here (or --device cpu), got {gpus}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", place(os.environ).local_rank)
     torch.cuda.set_device(device)
     return device
 

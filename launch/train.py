@@ -47,6 +47,7 @@ from hla_dist.training.failure import UserError, describe  # noqa: E402
 from hla_dist.training.faults import Faults  # noqa: E402
 from hla_dist.training.mesh import build_layout, connect, factorise  # noqa: E402
 from hla_dist.training.recorder import write_flight_record  # noqa: E402
+from hla_dist.training.rendezvous import NotMet, number, place  # noqa: E402
 from hla_dist.training.run import Run  # noqa: E402
 from hla_dist.training.stop import StopSignal  # noqa: E402
 
@@ -57,9 +58,9 @@ PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "tim
 def main() -> int:
     try:
         store = mpirun.join(os.environ)
-    except ValueError as exc:
+        rank, world_size, _, local_size = place(os.environ)
+    except (UserError, ValueError) as exc:
         leave(0, str(exc), alike=True)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO())
         with quiet:  # --help is printed once
@@ -73,21 +74,18 @@ def main() -> int:
         launch = read_launch(rank)
     except UserError as exc:
         leave(rank, str(exc), alike=True)
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local_size))
     try:
-        try:
-            connect(
-                rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store,
-                on_host=config.offload_parameters,
-            )  # fmt: skip
-        except UserError as exc:
-            leave(rank, str(exc), alike=False)
+        connect(
+            rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store,
+            on_host=config.offload_parameters,
+        )  # fmt: skip
         stop = StopSignal()  # from here on there is something to save
         code = Run(config, build_layout(degrees, device, config.save_timeout), stop, STARTED, launch).train()
         torch.distributed.destroy_process_group()
         mpirun.meet()
     except UserError as exc:
-        leave(rank, str(exc), alike=True)
+        leave(rank, str(exc), alike=not isinstance(exc, NotMet))
     except ValueError as exc:  # the library's own checks: raised alike on every rank of a group
         leave(rank, describe(exc), alike=True)
     except Exception as exc:
@@ -102,7 +100,7 @@ def main() -> int:
 
 def read_launch(rank: int) -> Launch:
     """Which job this is and how often it was restarted, by torchrun's variables; HLA_FAULTS are faults for tests."""
-    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restart = number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # without --standalone or --rdzv-id it is "none" for all
     return Launch("" if name == "none" else name, restart, Faults(os.environ.get("HLA_FAULTS", ""), rank, restart))
 
@@ -113,10 +111,11 @@ def choose_device(config: TrainConfig) -> torch.device:
         if config.offload_activations or config.offload_parameters:
             raise UserError(config.offload_on_cpu())
         return torch.device("cpu")
-    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = place(os.environ)
+    gpus, ranks = torch.cuda.device_count(), here.local_size
     if gpus < ranks:
         raise UserError(f"--device: expected a GPU for each of {ranks} rank(s) here (or --device cpu), got {gpus}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)
     return device
 

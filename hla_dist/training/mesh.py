@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hla_dist.parallel.collectives import Group, group_rank, group_size, resolve_group
 from hla_dist.training.failure import UserError
-from hla_dist.training.rendezvous import fresh_store
+from hla_dist.training.rendezvous import fresh_store, meet
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -106,12 +106,7 @@ def connect(
     if device.type == "cuda":
         options["device_id"] = device
     if store is None and from_env:
-        try:
-            common, _, _ = next(dist.rendezvous("env://", timeout=options["timeout"]))
-        except dist.DistError as exc:  # a port in use, an address that nobody has
-            reason = " ".join(str(exc).split())
-            raise UserError(f"rendezvous: cannot meet the other ranks: {reason}") from exc
-        store = fresh_store(common, rank, world_size, timeout_s)
+        store = fresh_store(meet(timeout_s), rank, world_size, timeout_s)
     options |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if on_host else "nccl"
     dist.init_process_group(backend, **options)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hla_dist.training.failure import UserError
+from hla_dist.training.failure import UserError, describe
 
 MARKED = {"loss", "grad_norm", "held_out"}  # TensorBoard shows where these were not finite
 
@@ -74,7 +74,10 @@ def start_wandb(project: str, directory: Path, config: dict[str, Any] | None) ->
         import wandb
     except ImportError as exc:
         raise UserError("--wandb: expected the package 'wandb', got none; pip install wandb") from exc
-    return wandb.init(project=project, name=directory.name, dir=str(directory), config=config)
+    try:
+        return wandb.init(project=project, name=directory.name, dir=str(directory), config=config)
+    except Exception as exc:  # no key, no network, a setting it does not know: its errors share no class
+        raise UserError(f"--wandb: cannot start a run (WANDB_MODE=offline needs no account): {describe(exc)}") from exc
 
 
 def perplexity(loss: float) -> float:

@@ -1,4 +1,4 @@
-"""A store that nobody has written to: where the ranks of one life of a job find each other.
+"""Where the ranks of one life of a job find each other: who this process is, and a store that nobody has written to.
 
 torchrun keeps one store for all lives of a job, and torch 2.13 no longer tells their keys apart: after a restart a rank
 may find the address that a dead one left there, and wait for it. The restart count does not help, since on several
@@ -9,10 +9,71 @@ under that.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 import uuid
+from collections.abc import Mapping
+from concurrent.futures import Future, TimeoutError
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
+
+from hla_dist.training.failure import UserError
+
+
+class NotMet(UserError):
+    """This rank has not found the others, who may know nothing of it: each says so for itself."""
+
+
+class Place(NamedTuple):
+    """Which rank of how many this process is, in the job and on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+
+def place(environ: Mapping[str, str]) -> Place:
+    """This process by torchrun's variables, the only one where there are none. Raises UserError for a wrong one."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    found = Place(*(number(environ, name, default) for name, default in names.items()))
+    if found.rank >= found.world_size:
+        raise UserError(f"RANK: expected less than WORLD_SIZE {found.world_size}, got {found.rank}")
+    return found
+
+
+def number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """A variable that counts something; UserError if it is not a number."""
+    text = environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"environment variable {name}: expected a number, got {text!r}")
+    return int(text)
+
+
+def meet(timeout_s: float) -> dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT. Raises NotMet if it cannot be had, or something else answers there.
+
+    In a thread of its own: torch bounds how long it tries to connect, but not how long a client waits for the first
+    word of whatever listens there.
+    """
+    came: Future[dist.Store] = Future()
+
+    def connect() -> None:
+        try:
+            came.set_result(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0])
+        except Exception as exc:  # raised again where it is waited for
+            came.set_exception(exc)
+
+    threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+    try:
+        return came.result(2 * timeout_s + 2)  # torch tries again and again, up to about twice as long
+    except TimeoutError:
+        reason = f"no word from a store at MASTER_ADDR:MASTER_PORT in {timeout_s:g} s; is it another program's port?"
+    except (dist.DistError, ValueError) as exc:  # a port in use, an address that nobody has, a variable that is missing
+        reason = " ".join(str(exc).split())
+    raise NotMet(f"rendezvous: cannot meet the other ranks: {reason}")
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:

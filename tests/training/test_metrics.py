@@ -111,6 +111,13 @@ def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytes
     log = MetricsLog(tmp_path, None, "project", {"seed": 1})
     log.write(3, loss=2.0, mfu=math.nan)
     log.close()
+
+    def refuses(**options: Any) -> None:
+        raise RuntimeError("No API key\nconfigured.")
+
+    fake.init = refuses  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="--wandb: cannot start a run .*: RuntimeError: No API key configured"):
+        MetricsLog(tmp_path, None, "project", {})
     assert told[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1}}
     assert told[1:] == [(3, {"step": 3, "loss": 2.0}), "end"]
 

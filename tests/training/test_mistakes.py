@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hla_dist.training.rendezvous import NotMet, meet
 from hla_dist.training.share import Trained, export
 from tests.training.corpora import write_text
 from tests.training.test_model import small
@@ -34,6 +37,36 @@ def port() -> Iterator[dict[str, str]]:
             "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(taken.getsockname()[1]),
         }  # fmt: skip
+
+
+def test_variables_of_a_rank_that_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, arguments in (("train", []), ("generate", ["--checkpoint", tmp_path]), ("scaling", SCALING)):
+        for variables, message in (
+            ({"RANK": "first"}, "environment variable RANK: expected a number, got 'first'"),
+            ({"RANK": "0", "WORLD_SIZE": ""}, "environment variable WORLD_SIZE: expected a number, got ''"),
+            ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: expected less than WORLD_SIZE 2, got 2"),
+        ):
+            with monkeypatch.context() as patch:
+                for variable, value in variables.items():
+                    patch.setenv(variable, value)
+                assert said_by(name, arguments, patch, capfd) == message
+
+
+def test_a_rank_does_not_wait_for_a_program_that_is_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts, and says nothing: torch's client would wait for its first word as long as that takes."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        found = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for variable, value in found.items():
+            monkeypatch.setenv(variable, value)
+        with pytest.raises(NotMet, match="rendezvous: .* no word from a store at MASTER_ADDR:MASTER_PORT in 0.2 s"):
+            meet(0.2)
+    for thread in threading.enumerate():  # now that it is gone
+        if thread.name == "rendezvous":
+            thread.join(SECONDS)
 
 
 class Exit(Exception):
@@ -60,8 +93,9 @@ def said_by(name: str, arguments: list[Any], monkeypatch: pytest.MonkeyPatch, ca
     said = capfd.readouterr()
     assert code == 1 and not said.out
     (line,) = said.err.splitlines()
-    assert line.startswith(f"{name}.py: error: ")
-    return line.removeprefix(f"{name}.py: error: ")
+    found = re.match(rf"{name}\.py: error(?: \(rank 0\))?: (.*)", line)
+    assert found, line
+    return found[1]
 
 
 def test_export_and_scaling(
