@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,23 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in line.items() if value is not None}, step=step)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Flushes all."""
         self._file.close()
         self._board.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=exit_code)
+
+    def abandon(self, seconds: float = 10.0) -> None:
+        """Flushes what it can of a run that fails; a writer whose disk is full, or whose network is gone, may hang."""
+
+        def close() -> None:
+            with contextlib.suppress(Exception):  # the run has an error of its own to report
+                self.close(exit_code=1)
+
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(seconds)
 
 
 def start_wandb(project: str, directory: Path, config: dict[str, Any] | None) -> Any:

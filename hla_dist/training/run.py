@@ -182,6 +182,14 @@ class Run:
 
     def train(self) -> int:
         """The whole run; returns the exit code. Raises UserError alike on every rank."""
+        try:
+            return self._train()
+        except Exception:
+            if self.log is not None:
+                self.log.abandon()
+            raise
+
+    def _train(self) -> int:
         mixers = self.config.pattern or self.config.op
         self.say(
             f"{self.parameters:,} parameters, {mixers}; {self.config.seq_len:,} tokens a sequence over "

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytes
         TrainConfig(wandb="project")
     told: list[Any] = []
     fake = types.ModuleType("wandb")
-    run = types.SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: told.append((step, values)), finish=lambda exit_code: told.append(exit_code)
+    )
     fake.init = lambda **options: told.append(options) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = MetricsLog(tmp_path, None, "project", {"seed": 1})
@@ -119,7 +122,28 @@ def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="--wandb: cannot start a run .*: RuntimeError: No API key configured"):
         MetricsLog(tmp_path, None, "project", {})
     assert told[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1}}
-    assert told[1:] == [(3, {"step": 3, "loss": 2.0}), "end"]
+    assert told[1:] == [(3, {"step": 3, "loss": 2.0}), 0]
+
+
+def test_a_run_that_fails_keeps_what_it_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process then ends at once: TensorBoard's last half minute, and all of an offline W&B run, are in memory."""
+    codes: list[int] = []
+    log = MetricsLog(tmp_path)
+    log._wandb = types.SimpleNamespace(log=lambda values, step: None, finish=lambda exit_code: codes.append(exit_code))
+    log.write(1, loss=2.0)
+
+    def fails() -> int:
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="^no$"):
+        Run.train(types.SimpleNamespace(_train=fails, log=log))  # type: ignore[arg-type]
+    assert codes == [1]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("loss")] == [2.0]
+    release = threading.Event()
+    monkeypatch.setattr(log, "close", lambda exit_code: release.wait(60))
+    log.abandon(0.01)  # a writer that hangs is left behind
+    release.set()
 
 
 @pytest.fixture(scope="module")
