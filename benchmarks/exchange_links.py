@@ -54,6 +54,15 @@ def fit_link(points: Iterable[tuple[int, float]]) -> Link:
     return Link(alpha, beta)
 
 
+def crowded(link: Link, slower: float, pairs: int, lanes: int) -> Link:
+    """The link where ranks share processors: ``pairs`` pings at once take ``slower`` times as long as one.
+
+    What turns on the lanes explain is left to the simulator; the rest, switching between ranks that wait, to the link.
+    """
+    more = max(1.0, slower / max(1.0, pairs / lanes))
+    return Link(link.alpha * more, link.beta * more)
+
+
 def exchange(name: str, network: Network, wire: Wire) -> float:
     """On a rank: run its program; seconds from the common start to its end, 0 on ranks outside of the network."""
     rank, seconds = dist.get_rank(), 0.0

@@ -5,8 +5,9 @@
     python benchmarks/exchange_simulator.py --check    exit code 1 if a target is missed
 
 Measured: the simulator's own programs, message by message, over gloo on this machine, without combining. Its link is
-fitted to a ping and its answer between two ranks, the others asleep; its lanes are the machine's processors, since both
-ends of every message are copied by them. Nothing is fitted to the exchanges themselves. Pings and exchanges take turns,
+fitted to a ping and its answer between two ranks, the others asleep, and to as many pings at once as a world has pairs;
+its lanes are the machine's processors, since both ends of every message are copied by them. Nothing is fitted to the
+exchanges themselves. Pings and exchanges take turns,
 so that both meet the same machine; a ping finds its receiver asleep, as a summary does.
 """
 
@@ -65,29 +66,35 @@ def measure(args: argparse.Namespace) -> tuple[Link, dict[str, Any], list[dict[s
     worlds = [p for p in (*range(2, 9), 16, 32) if p <= args.ranks]
     cases = [(key, size, exchange) for key in (64, 128) for size in worlds for exchange in EXCHANGES]
     wires: dict[int, Wire] = {key: wire_of("hla2", args.heads, key, key)[0] for key in (64, 128)}
-    pairs, crowded, none = args.ranks // 2, exchange_links.SIZES[-3], Link(0.0, 0.0)
+    size_of_pings, none = exchange_links.SIZES[-3], Link(0.0, 0.0)
+    pairs, lanes = range(1, args.ranks // 2 + 1), os.cpu_count() or 1
     samples: dict[Any, list[float]] = {}
     with Ranks(args.ranks) as ranks:
         for _ in tqdm(range(args.rounds), desc="gloo", leave=False):
             for n in exchange_links.SIZES:
                 samples.setdefault(n, []).append(max(ranks.run(exchange_links.ping_pong, n, 1)))
-            samples.setdefault("pairs", []).append(max(ranks.run(exchange_links.ping_pong, crowded, pairs)))
+            for count in pairs:
+                replies = ranks.run(exchange_links.ping_pong, size_of_pings, count)
+                samples.setdefault(("pairs", count), []).append(max(replies))
             for key, size, exchange in cases:
                 replies = ranks.run(exchange_links.exchange, exchange, layout(exchange, size, none), wires[key])
                 samples.setdefault((key, size, exchange), []).append(max(replies))
     measured = {name: statistics.median(several) for name, several in samples.items()}
     points = [(n, measured[n]) for n in exchange_links.SIZES]
     link = exchange_links.fit_link(points)
+    slower = {count: measured["pairs", count] / measured["pairs", 1] for count in pairs}
     rows = []
     for key, size, exchange in cases:
-        network, wire = layout(exchange, size, link), wires[key]
+        count = min((size + 1) // 2, pairs[-1])
+        shared = exchange_links.crowded(link, slower[count], count, lanes)
+        network, wire = layout(exchange, size, shared), wires[key]
         outcome = simulate(exchange, wire, network)
         free = Network(size, network.node, link, link)
         row = {"K": key, "ranks": size, "exchange": exchange, "node": network.node}
         row |= {"measured_s": measured[key, size, exchange], "simulated_s": outcome.seconds}
         row |= {"closed_form_s": closed_form(exchange, free, wire)}
         rows.append(row | {"bytes": outcome.bytes, "messages": outcome.messages})
-    return link, {"points": points, "pairs": pairs, "pairs_slower": measured["pairs"] / measured[crowded]}, rows
+    return link, {"points": points, "pairs_slower": slower}, rows
 
 
 def typical_factor(rows: list[dict[str, Any]]) -> float:
@@ -108,8 +115,10 @@ def measured_part(link: Link, points: dict[str, Any], rows: list[dict[str, Any]]
         "hla2's forward summaries, float32, over gloo between processes of this machine, in turns with the pings; "
         f"medians of {rounds} rounds, from a common start to the last rank's end. The link, others asleep: "
         f"alpha = {link.alpha * 1e6:.0f} us, beta = {link.beta * 1e9:.3f} ns a byte ({1e-9 / link.beta:.2f} GB/s); "
-        f"{points['pairs']} pairs at once are {points['pairs_slower']:.1f} times slower than one. The simulator bounds "
-        f"the messages under way to the {os.cpu_count()} processors; the closed form knows no such bound. "
+        f"{', '.join(map(str, points['pairs_slower']))} pairs at once take "
+        f"{', '.join(f'{x:.2f}' for x in points['pairs_slower'].values())} times as long as one. The simulator bounds "
+        f"the messages under way to the {os.cpu_count()} processors, and charges to the link what that does not "
+        "explain of pings by as many pairs as the ranks form; the closed form knows of neither. "
         "Hierarchical: two nodes of half the ranks; of an odd number, one node.",
         report.table([*header, "closed form ms"], cells),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.exchange_links import fit_link
+from benchmarks.exchange_links import crowded, fit_link
 from benchmarks.exchange_projection import ZECO, fit_zeco
 
 
@@ -16,6 +16,13 @@ def test_a_link_is_found_in_its_times():
     assert falling.alpha == 0.0 and falling.beta > 0.0
     noise = fit_link([(1000, 3e-6), (2000, 2e-6), (4000, 1e-6)])
     assert noise.alpha > 0.0 and noise.beta == 0.0
+
+
+def test_a_crowded_link_is_slower_by_what_turns_do_not_explain():
+    link = fit_link([(1000, 3e-6), (2000, 4e-6)])
+    assert crowded(link, 3.0, 4, 2) == pytest.approx((1.5 * link.alpha, 1.5 * link.beta))
+    assert crowded(link, 1.4, 2, 2) == pytest.approx((1.4 * link.alpha, 1.4 * link.beta))
+    assert crowded(link, 1.0, 1, 2) == crowded(link, 1.9, 4, 2) == link  # never faster
 
 
 def test_published_times_are_reproduced():
