@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import hla_dist
 from tests.test_readme import ROOT, blocks
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -28,6 +30,17 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert algebra.count("<math") > 100 and "<code>\\" not in algebra  # a formula that is not one is shown as code
     reference = (tmp_path / "reference" / "index.html").read_text()
     assert 'id="hla_dist.hla2"' in reference and "shard_lengths" in reference
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    listed = set(re.findall(r"^::: hla_dist\.([\w.]+)$", page, re.MULTILINE))
+    hugging_face = (ROOT / "hla_dist" / "huggingface" / "__init__.py").read_text()  # importing it takes transformers
+    (exported,) = re.findall(r"__all__ = \[(.*?)\]", hugging_face, re.DOTALL)
+    public = {*hla_dist.__all__, *(f"huggingface.{name}" for name in re.findall(r'"(\w+)"', exported))}
+    public |= {f"models.{name}" for name in ("LanguageModel", "ModelConfig")}
+    public |= {f"reference.{name}" for name in hla_dist.reference.__all__}
+    assert public - {"reference"} == listed
 
 
 def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
