@@ -3,7 +3,8 @@
     python benchmarks/overlap.py            half a minute; report in benchmarks/results/, figure in docs/figures/
     python benchmarks/overlap.py --quick    a smoke run of seconds; both in out/benchmarks/
 
-One HLAAttention layer, forward and backward, its sequence over gloo ranks, one thread each. Two ways, interleaved:
+One HLAAttention layer, forward and backward, its sequence over gloo ranks, one thread each, by every exchange
+(hierarchical: as if every rank were a machine). Two ways, interleaved:
 
     whole     the operator starts and finishes its exchange with nothing between
     halves    the layer as it is: the output gate, and its gradients, are computed while summaries travel
@@ -35,12 +36,17 @@ from torch.profiler import ProfilerActivity, profile
 import hla_dist
 from benchmarks import report
 from hla_dist.functional import attention as functional
+from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+EXCHANGES = ("all_gather", "scan", "ring", "hierarchical")
+DRAWN = ("all_gather", "scan")
 WAYS = ("whole", "halves")
+Case = tuple[str, str]
+CASES: list[Case] = [(exchange, way) for exchange in EXCHANGES for way in WAYS]
 LANES = {  # what a profiler's event is, on the main thread
     "hla_dist::summarize": "summarise",
     "hla_dist::summarize_backward": "summarise",
@@ -96,34 +102,50 @@ def rank_main(rank: int, args: argparse.Namespace, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks, timeout=timedelta(seconds=120)
     )
     torch.manual_seed(0)
-    layer = hla_dist.HLAAttention(64 * args.heads, args.heads)
-    hla_dist.SequenceParallelHLA(layer, dist.group.WORLD, reduce_gradients=False)
+    topology.set_ranks_per_node(dist.group.WORLD, 1)
+    layers = {}
+    for exchange in EXCHANGES:
+        layers[exchange] = hla_dist.HLAAttention(64 * args.heads, args.heads)
+        hla_dist.SequenceParallelHLA(layers[exchange], dist.group.WORLD, exchange=exchange, reduce_gradients=False)
     x = torch.randn(1, args.tokens, 64 * args.heads, requires_grad=True)
-    samples: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    samples: dict[Case, list[tuple[float, float]]] = {case: [] for case in CASES}
     for number in range(args.rounds + 2):  # two warm up
-        for way in WAYS:
+        for case in CASES:
+            exchange, way = case
             dist.barrier()
             counter.reset()
             began = time.perf_counter()
-            step(layer, x, way)
+            step(layers[exchange], x, way)
             if number >= 2:
-                samples[way].append((counter.waited, time.perf_counter() - began))
-    dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        step(layer, x, "halves")
-    events = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events()]
+                samples[case].append((counter.waited, time.perf_counter() - began))
+    events = {}
+    for exchange in DRAWN:
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            step(layers[exchange], x, "halves")
+        events[exchange] = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events()]
     torch.save((samples, events), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def draw(events: list[tuple[str, float, float]], path: Path) -> None:
+def draw(traces: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
+    figure, axes = plt.subplots(len(traces), figsize=(10, 0.6 + 1.6 * len(traces)), squeeze=False)
+    for (exchange, events), lanes in zip(traces.items(), axes[:, 0]):
+        draw_one(events, exchange, lanes)
+    axes[-1, 0].set_xlabel("ms, forward then backward of one layer")
+    axes[0, 0].legend(ncol=6, loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_one(events: list[tuple[str, float, float]], exchange: str, axes: Any) -> None:
     """Two lanes: the main thread by kind of work, and the exchange from its start until its result was taken."""
     bars = [(LANES[name], begin, end) for name, begin, end in events if name in LANES]
     starts = sorted(end for kind, _, end in bars if kind == "start")
     taken = sorted(end for kind, _, end in bars if kind == "wait and fold")
     origin = min(begin for _, begin, _ in bars)
-    figure, axes = plt.subplots(figsize=(10, 2.2))
     for kind, color in COLORS.items():
         spans = [(begin, end) for name, begin, end in bars if name == kind]
         if kind == "exchange":
@@ -132,12 +154,7 @@ def draw(events: list[tuple[str, float, float]], path: Path) -> None:
         axes.broken_barh(
             [((a - origin) / 1e3, (b - a) / 1e3) for a, b in spans], (lane, 0.8), facecolors=color, label=kind
         )
-    axes.set_yticks([0.4, 1.4], ["exchange under way", "this rank computes"])
-    axes.set_xlabel("ms, forward then backward of one layer")
-    axes.legend(ncol=6, loc="upper center", bbox_to_anchor=(0.5, 1.25), frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    axes.set_yticks([0.4, 1.4], [f"{exchange} under way", "this rank computes"])
 
 
 def main() -> int:
@@ -147,25 +164,30 @@ def main() -> int:
         mp.spawn(rank_main, args=(args, folder), nprocs=args.ranks)
         results = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(args.ranks)]
     rows, medians = [], {}
-    for way in WAYS:
-        exposed, step_time = (
-            [max(samples[way][i][part] for samples, _ in results) * 1e3 for i in range(args.rounds)] for part in (0, 1)
+    for case in CASES:
+        exposed, whole_step = (
+            statistics.median(max(samples[case][i][part] for samples, _ in results) * 1e3 for i in range(args.rounds))
+            for part in (0, 1)
         )
-        medians[way] = (statistics.median(exposed), statistics.median(step_time))
-        rows.append(
-            [way, f"{medians[way][0]:.2f}", f"{medians[way][1]:.1f}", f"{medians[way][0] / medians[way][1]:.1%}"]
-        )
+        medians[", ".join(case)] = (exposed, whole_step)
+        rows.append([*case, f"{exposed:.2f}", f"{whole_step:.1f}", f"{exposed / whole_step:.1%}"])
     picture = (args.out if args.quick else report.ROOT / "docs" / "figures") / "overlap.png"
     draw(results[0][1], picture)
     targets = [
-        report.Target("exposed time of halves over whole", medians["halves"][0] / medians["whole"][0], 1.0, False)
+        report.Target(
+            f"{exchange}: exposed time of halves over whole",
+            medians[f"{exchange}, halves"][0] / medians[f"{exchange}, whole"][0],
+            1.0,
+            False,
+        )
+        for exchange in EXCHANGES
     ]
     parts = [
         "## What was measured",
         f"HLAAttention(hidden {64 * args.heads}, {args.heads} heads, hla2, decay a token), forward+backward, B = 1, "
         f"{args.tokens} tokens on each of {args.ranks} gloo ranks, {os.cpu_count()} CPUs, one thread a rank. Medians "
         f"of {args.rounds} interleaved rounds, of the rank that waits longest. Exposed: blocked on the exchange.",
-        report.table(["", "exposed ms", "step ms", "share"], rows),
+        report.table(["exchange", "way", "exposed ms", "step ms", "share"], rows),
     ]
     path = report.write(
         "overlap", args.out, "The exchange behind local work", about, targets, parts, {"medians": medians}

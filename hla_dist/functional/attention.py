@@ -354,7 +354,8 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started
         gate = project(x)                            # forward and backward while summaries travel
         out, state = call.finish()
 
-    The results are the operator's, to the bit. Without a group, with documents or the full mask, and under
+    The results are the operator's, to the bit. An exchange by messages that is to return the final state is made before
+    this returns. Without a group, with documents or the full mask, and under
     torch.compile, everything happens in ``finish()``. Every rank makes the same starts and finishes in the same order.
     Communication and errors: those of the operator.
     """
@@ -366,7 +367,7 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started
     if not place.group_name:  # a group of one
         return Started(partial(_attend, name, q, k, v, o))
     link: list[Any] = []
-    anchor, *under_way = StartFunction.apply(link, options_, place, q, k, v, log_decay, *initial)
+    anchor, *under_way = StartFunction.apply(link, options_, place, wanted, q, k, v, log_decay, *initial)
     inputs = tuple(x if x is None else x.detach() for x in (q, k, v, log_decay, None))
     entering = [x.detach() for x in initial]
 

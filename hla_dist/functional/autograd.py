@@ -53,7 +53,7 @@ class CausalFunction(torch.autograd.Function):
         initial = [x for x in (first, second, third) if x is not None]
         if place[0]:
             out, state, saved = _finish(
-                options, place, output_state, inputs, initial, _start(*inputs, options, place, initial)
+                options, place, output_state, inputs, initial, _start(*inputs, options, place, initial, output_state)
             )
         else:
             op = OPERATORS[options[0]]
@@ -93,19 +93,19 @@ class StartFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, link, options, place, q, k, v, log_decay, first=None, second=None, third=None):
+    def forward(ctx, link, options, place, output_state, q, k, v, log_decay, first=None, second=None, third=None):
         initial = [x for x in (first, second, third) if x is not None]
-        under_way = _start(q, k, v, log_decay, None, options, place, initial)
+        under_way = _start(q, k, v, log_decay, None, options, place, initial, output_state)
         ctx.mark_non_differentiable(*under_way)
-        ctx.call = (link, options, place, len(initial))
+        ctx.call = (link, options, place, output_state, len(initial))
         return (q.new_zeros(()), *under_way)
 
     @staticmethod
     def backward(ctx, *_):
-        link, options, place, initial = ctx.call
-        output_state, saved, under_way = link.pop()
+        link, options, place, output_state, initial = ctx.call
+        saved, under_way = link.pop()
         grads = _finish_backward(options, place, output_state, saved, under_way)
-        return None, None, None, *_by_input(place, saved[3], grads, initial, with_documents=False)
+        return None, None, None, None, *_by_input(place, saved[3], grads, initial, with_documents=False)
 
 
 class FinishFunction(torch.autograd.Function):
@@ -115,24 +115,24 @@ class FinishFunction(torch.autograd.Function):
     def forward(ctx, link, options, place, output_state, anchor, under_way, inputs, initial):
         out, state, saved = _finish(options, place, output_state, inputs, initial, under_way)
         ctx.save_for_backward(*inputs, *saved)
-        ctx.call = (link, options, place, output_state)
+        ctx.call = (link, options, place)
         return (out, *state) if output_state else (out,)
 
     @staticmethod
     def backward(ctx, dout, *dstate):
-        link, options, place, output_state = ctx.call
+        link, options, place = ctx.call
         saved = (*ctx.saved_tensors, dout.contiguous())
-        link.append((output_state, saved, _start_backward(options, place, saved, dstate)))
+        link.append((saved, _start_backward(options, place, saved, dstate)))
         return None, None, None, None, dout.new_zeros(()), None, None, None
 
 
-def _start(q, k, v, log_decay, documents, options, place, initial) -> list[Tensor]:
+def _start(q, k, v, log_decay, documents, options, place, initial, output_state) -> list[Tensor]:
     """Summarize and send: ``[ticket, rho, *what finish corrects]``."""
     summary = stage_ops.summarize(q, k, v, log_decay, documents, *options)
     sent = 1 + len(OPERATORS[options[0]].fields)
     layout = layout_of(options, place, q, v)
     start = initial if place[1] == 0 else []
-    ticket = exchange_ops.exchange_start(summary[:sent], start, place[0], "forward", place[2], *layout)
+    ticket = exchange_ops.exchange_start(summary[:sent], start, output_state, place[0], "forward", place[2], *layout)
     return [ticket, summary[0], *summary[sent:]]
 
 
@@ -160,13 +160,14 @@ def _start_backward(options, place, saved, dstate) -> list[Tensor]:
     """Summarize from right to left and send: ``[ticket, *what finish_backward corrects]``."""
     op = OPERATORS[options[0]]
     count = len(op.states)
-    stages, _ = _stages(options, saved)
+    stages, later = _stages(options, saved)
     if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
         summary = zero_fields(options, saved[0], saved[2], op.reverses)
     else:
         summary = stage_ops.summarize_backward(*stages, *options)
     layout = layout_of(options, place, saved[0], saved[2])
-    ticket = exchange_ops.exchange_start([*summary[:count], *dstate], [], place[0], "backward", place[2], *layout)
+    sent = [*summary[:count], *dstate]
+    ticket = exchange_ops.exchange_start(sent, later, bool(dstate), place[0], "backward", place[2], *layout)
     return [ticket, *summary[count:]]
 
 

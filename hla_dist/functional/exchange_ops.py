@@ -1,14 +1,16 @@
 """The exchange as ``torch.library`` custom ops: visible to compilers and to selective checkpointing.
 
 ``exchange_start`` packs and issues the collective and returns a ticket, eight bytes on the host; the frames under way
-are kept here until ``exchange_finish`` (or its mirror) waits for the ticket and returns what enters this rank. A
-checkpointing policy that saves both never sends again in recomputation (``checkpoint_context``).
+are kept here until ``exchange_finish`` (or its mirror) waits for the ticket and returns what enters this rank. An
+exchange of several rounds is a job from the start on, and goes on behind whatever runs in between. A checkpointing
+policy that saves both never sends again in recomputation (``checkpoint_context``).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
-from hla_dist.parallel import agreement, by_messages
-from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size
+from hla_dist.parallel import agreement, background, by_messages
+from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads, wait
 from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
 
 # dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
@@ -49,26 +51,37 @@ def _place(group_name: str) -> tuple[Group, int, int]:
     return pg, group_rank(pg), group_size(pg)
 
 
+def _result(job: background.Job) -> list[Tensor]:
+    wait(job)
+    return job.result()
+
+
 @torch.library.custom_op(
     "hla_dist::exchange_start",
     mutates_args=(),
-    schema=f"(Tensor[] fields, Tensor[] initial, str group_name, str direction, str description, {_LAYOUT}) -> Tensor",
+    schema="(Tensor[] fields, Tensor[] kept, bool total, str group_name, str direction, str description, "
+    f"{_LAYOUT}) -> Tensor",
 )
-def exchange_start(fields, initial, group_name, direction, description, operator, dims, wide, exchange, wire) -> Tensor:
+def exchange_start(
+    fields, kept, total, group_name, direction, description, operator, dims, wide, exchange, wire
+) -> Tensor:
     """Send this rank's fields; the ticket for what comes back.
 
-    direction ``"forward"``: rho and the fields of its summary; on rank 0 ``initial``, the carry before the first
-    token, enters the summary first. ``"backward"``: the reverse fields, then the gradients of the final state.
+    direction ``"forward"``: rho and the fields of its summary; on rank 0 ``kept``, the carry before the first token,
+    enters the summary first. ``"backward"``: the reverse fields, then (``total``) the gradients of the final state;
+    ``kept`` is what forward's finish returned for it. A finish takes what its start took, so that compilers do not
+    use that memory again while the job reads it.
     Communication: one all-gather (one more when the group meets a new signature): of everything, or, where the
-    exchange goes by messages, of the headers.
+    exchange goes by messages, of the headers; the messages follow behind the program's work (with ``total``, which
+    takes another collective, at once).
     """
     with without_autocast(fields[0].device):
         pg, rank, _ = _place(group_name)
         layout = _layout(operator, dims, wide, wire)
         if direction == "forward":
             names = _forward_names(operator)
-            if initial and rank == 0:
-                state = dict(zip(layout.operator.states, initial))
+            if kept and rank == 0:
+                state = dict(zip(layout.operator.states, kept))
                 summary = enter_state(layout.operator, dict(zip(names, fields)), state)
                 fields = [summary[name] for name in names]
             payload = layout.pack(names, fields)
@@ -76,17 +89,22 @@ def exchange_start(fields, initial, group_name, direction, description, operator
             count = len(_backward_names(operator))
             parts = [fields[i : i + count] for i in range(0, len(fields), count)]
             payload = torch.cat([layout.pack(_backward_names(operator), part) for part in parts])
-        kept = None
-        if exchange != "all_gather":  # headers first; the messages follow when every rank has agreed
-            kept, payload = payload, payload.new_empty(0)
-        pending = agreement.start(pg, direction, description, payload, fields[0].device)
+        device = fields[0].device
+        under_way: Any
+        if exchange == "all_gather":
+            under_way = agreement.start(pg, direction, description, payload, device)
+        else:
+            pending = agreement.start(pg, direction, description, payload.new_empty(0), device)
+            way = by_messages.forward if direction == "forward" else by_messages.backward
+            job = partial(way, pending, layout, payload, kept, total, exchange)
+            under_way = background.start(pg, job, device, thread=not total and may_use_threads(pg))
         ticket = next(_tickets)
-        _under_way[ticket] = (pending, kept)
+        _under_way[ticket] = under_way
         return torch.tensor([ticket])
 
 
 @exchange_start.register_fake
-def _(fields, initial, group_name, direction, description, operator, dims, wide, exchange, wire) -> Tensor:
+def _(fields, kept, total, group_name, direction, description, operator, dims, wide, exchange, wire) -> Tensor:
     return torch.empty(1, dtype=torch.int64)
 
 
@@ -105,10 +123,10 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
         _, rank, size = _place(group_name)
         layout = _layout(operator, dims, wide, wire)
         op = layout.operator
-        pending, kept = _under_way.pop(int(ticket))
+        under_way = _under_way.pop(int(ticket))
         if exchange != "all_gather":
-            return by_messages.finish(pending, layout, kept, initial, total, exchange)
-        gathered = layout.unpack(_forward_names(operator), agreement.finish(pending))
+            return _result(under_way)
+        gathered = layout.unpack(_forward_names(operator), agreement.finish(under_way))
         before = fold(op, gathered, range(rank)) if rank > 0 else None
         if before is not None:
             carry = [before[name].clone() for name in op.states]
@@ -154,10 +172,10 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
         layout = _layout(operator, dims, wide, wire)
         op = layout.operator
         names = _backward_names(operator)
-        pending, kept = _under_way.pop(int(ticket))
+        under_way = _under_way.pop(int(ticket))
         if exchange != "all_gather":
-            return by_messages.finish_backward(pending, layout, kept, later, total, exchange)
-        payloads = agreement.finish(pending)
+            return _result(under_way)
+        payloads = agreement.finish(under_way)
         split = layout.nbytes(names)
         gathered = layout.unpack(names, payloads[:, :split])
         if total:

@@ -57,7 +57,7 @@ class CrossingFunction(torch.autograd.Function):
         if left and not ends:
             rho, *fields = stage_ops.summarize(*a, *options)
             fields, kept = fields[: len(op.fields)], fields[len(op.fields) :]
-        ticket = exchange_ops.exchange_start([rho, *fields], [], place[0], "forward", place[2], *layout)
+        ticket = exchange_ops.exchange_start([rho, *fields], [], False, place[0], "forward", place[2], *layout)
         received = exchange_ops.exchange_finish(ticket, [], rho, False, place[0], *layout)
         carry, later = received[:count], received[count:]
         if left:
@@ -83,7 +83,7 @@ class CrossingFunction(torch.autograd.Function):
         tensors, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         a = (*tensors[:4], None, *_saved(rest[:a_count]), dout_a.contiguous())
         z = (*tensors[4:8], None, *_saved(rest[a_count : a_count + z_count]), dout_z.contiguous())
-        later = rest[a_count + z_count :]
+        later = list(rest[a_count + z_count :])
         layout = layout_of(options, place, a[0], a[2])
         fields = zero_fields(options, a[0], a[2], op.reverses)
         # zero gradients, not missing ones, where nothing crosses
@@ -95,8 +95,8 @@ class CrossingFunction(torch.autograd.Function):
         elif left:
             summary = stage_ops.summarize_backward(*a, *options)
             fields, kept = summary[:count], summary[count:]
-        ticket = exchange_ops.exchange_start(fields, [], place[0], "backward", place[2], *layout)
-        carry = exchange_ops.exchange_finish_backward(ticket, list(later), False, place[0], *layout)
+        ticket = exchange_ops.exchange_start(fields, later, False, place[0], "backward", place[2], *layout)
+        carry = exchange_ops.exchange_finish_backward(ticket, later, False, place[0], *layout)
         if left and not ends:
             *a_grads, _ = _split(stage_ops.finish_backward(*a, carry, kept, *options), a[3])
         if right:

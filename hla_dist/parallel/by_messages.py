@@ -1,6 +1,7 @@
 """Both directions of an exchange that goes by messages: what travels, and what the scan's result means.
 
-The headers were gathered by ``agreement``; nothing is sent before every rank's has been read. Shapes as in
+Its headers are under way when ``forward`` or ``backward`` is called; nothing else is sent before every rank's has been
+read. Neither needs anything of the program any more, so both run behind its work (``background.py``). Shapes as in
 ``exchange.py``.
 """
 
@@ -40,7 +41,7 @@ class _Line:
         agreement.wait_for(self.pending, works)
 
 
-def finish(
+def forward(
     pending: Any, layout: Layout, payload: Tensor, initial: list[Tensor], total: bool, exchange: str
 ) -> list[Tensor]:
     """``[*carry, *(state of the whole sequence), own rho, *own backward fields]``, the last as ``[1, ...]``.
@@ -71,7 +72,7 @@ def finish(
     ]
 
 
-def finish_backward(
+def backward(
     pending: Any, layout: Layout, payload: Tensor, kept: list[Tensor], total: bool, exchange: str
 ) -> list[Tensor]:
     """The reverse carry that enters this rank from its right.

@@ -8,21 +8,24 @@ global default. Over MPI the same functions are those of ``mpi.py``.
 from __future__ import annotations
 
 import atexit
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from hla_dist.parallel import mpi
+from hla_dist.parallel import background, mpi
 from hla_dist.parallel.mpi import MPIGroup
 
 Group = dist.ProcessGroup | MPIGroup  # what a group is once it is resolved
 
 # torch 2.13 renames the flat all-gather; torch >= 2.11 is supported, so the choice is made once, here.
 _all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_TAG = 0x484C41  # "HLA": on gloo our messages never meet those that a program sends of its own (NCCL knows no tags)
 
 
 @dataclass
@@ -39,16 +42,19 @@ class Counter:
     waited: float = 0.0
     reducing: float = 0.0
     used: bool = False  # anything, ever
+    lock: Any = field(default_factory=threading.Lock, repr=False)  # groups have threads of their own (background.py)
 
     def add(self, tensor: Tensor) -> None:
-        self.used = True
-        self.calls += 1
-        self.bytes += tensor.numel() * tensor.element_size()
+        with self.lock:
+            self.used = True
+            self.calls += 1
+            self.bytes += tensor.nbytes
 
     def add_message(self, tensor: Tensor) -> None:
-        self.used = True
-        self.messages += 1
-        self.bytes += tensor.numel() * tensor.element_size()
+        with self.lock:
+            self.used = True
+            self.messages += 1
+            self.bytes += tensor.nbytes
 
     def reset(self) -> None:
         self.calls = self.messages = self.bytes = 0
@@ -126,6 +132,7 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
 
     Returns the output and, with ``async_op``, the work to wait for. One collective.
     """
+    _in_turn(pg)
     out = x.new_empty(group_size(pg) * x.numel())
     counter.add(x)
     if isinstance(pg, MPIGroup):
@@ -136,13 +143,14 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
 
 def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
     """Sum ``x`` over the group, in place. One collective."""
+    _in_turn(pg)
     counter.add(x)
     began = time.perf_counter()
     if isinstance(pg, MPIGroup):
         work = _done(pg.all_reduce_sum(x), async_op)
     else:
         work = dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
-    if not async_op:
+    if not async_op and not background.on_thread():
         counter.reducing += time.perf_counter() - began
     return work
 
@@ -152,6 +160,7 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
 
     [sum(sends)] -> [sum(receives)]; counts may be 0 and differ from rank to rank. One collective.
     """
+    _in_turn(pg)
     out = x.new_empty(sum(receives))
     counter.add(x)
     if isinstance(pg, MPIGroup):
@@ -167,6 +176,7 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
 
 def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
     """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
+    _in_turn(pg)
     counter.calls += 1
     if isinstance(pg, MPIGroup):
         return pg.all_gather_objects(obj)
@@ -177,6 +187,7 @@ def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
 
 def broadcast(x: Tensor, pg: Group, source: int = 0) -> None:
     """Overwrite ``x`` with that of rank ``source`` of the group, in place. One collective."""
+    _in_turn(pg)
     counter.add(x)
     if isinstance(pg, MPIGroup):
         pg.broadcast(x, source).wait()
@@ -185,10 +196,23 @@ def broadcast(x: Tensor, pg: Group, source: int = 0) -> None:
 
 
 def wait(work: Any) -> None:
-    """Wait for a collective or message that was started, on the clock."""
+    """Wait for a collective, message or job that was started, on the clock if it holds up the program."""
     began = time.perf_counter()
     work.wait()
-    counter.waited += time.perf_counter() - began
+    if not background.on_thread():
+        counter.waited += time.perf_counter() - began
+
+
+def _in_turn(pg: Group) -> None:
+    """Nothing overtakes an exchange that is still under way on the group's own thread."""
+    job = background.in_front(pg)
+    if job is not None:
+        wait(job)
+
+
+def may_use_threads(pg: Group) -> bool:
+    """Whether messages over ``pg`` may be sent from another thread than the program's."""
+    return not isinstance(pg, MPIGroup) or pg.threads
 
 
 def in_order(pg: Group) -> bool:
@@ -203,6 +227,7 @@ def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, T
     many messages, empty ones where there is nothing to say: gloo numbers them together with collectives, and with
     TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares those numbers. Elsewhere empty messages are not sent.
     """
+    _in_turn(pg)
     if isinstance(pg, MPIGroup) or dist.get_backend(pg) != "gloo":
         sends, receives = ([(rank, x) for rank, x in messages if x.numel()] for messages in (sends, receives))
     for _, x in sends:
@@ -210,8 +235,8 @@ def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, T
             counter.add_message(x)
     if isinstance(pg, MPIGroup):
         return pg.post(sends, receives)
-    operations = [dist.P2POp(dist.irecv, x, group=pg, group_peer=rank) for rank, x in receives]
-    operations += [dist.P2POp(dist.isend, x, group=pg, group_peer=rank) for rank, x in sends]
+    operations = [dist.P2POp(dist.irecv, x, group=pg, group_peer=rank, tag=_TAG) for rank, x in receives]
+    operations += [dist.P2POp(dist.isend, x, group=pg, group_peer=rank, tag=_TAG) for rank, x in sends]
     return dist.batch_isend_irecv(operations) if operations else []
 
 

@@ -104,6 +104,11 @@ class MPIGroup:
         self._original, self._own = comm, None
         _groups[self.group_name] = self
 
+    @property
+    def threads(self) -> bool:
+        """Whether this MPI may be called from several threads at a time."""
+        return _MPI().Query_thread() == _MPI().THREAD_MULTIPLE
+
     def __str__(self) -> str:
         return f"group '{self.group_name}' on rank {self.rank} of {self.size}"
 

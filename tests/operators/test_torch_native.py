@@ -101,7 +101,7 @@ def _opcheck_exchange(pg: dist.ProcessGroup, causal: Problem, full: Problem) -> 
     rank = dist.get_rank(pg)
     start, finish = calls["exchange_start"], calls["exchange_finish"]
     # forward and backward start alike: the last one seen was backward's
-    assert start[1][3] == "backward" and exchange_ops._under_way == {}
+    assert start[1][4] == "backward" and exchange_ops._under_way == {}
     torch.library.opcheck(*calls["exchange_gather"])
     # A ticket is another one every time, and good once: only the checks that run an op once apply.
     once = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -115,17 +115,18 @@ def _opcheck_exchange(pg: dist.ProcessGroup, causal: Problem, full: Problem) -> 
         ticket = torch.ops.hla_dist.exchange_start(*forward)
         torch.library.opcheck(finish[0], (ticket, *finish[1][1:]), test_utils=test)
     for ticket in list(exchange_ops._under_way):
-        exchange_ops.agreement.finish(exchange_ops._under_way.pop(ticket)[0])
+        exchange_ops.agreement.finish(exchange_ops._under_way.pop(ticket))
     return set(calls)
 
 
 def _forward_start(start: Any, finish: Any, rank: int) -> tuple[Any, ...]:
     """Arguments of a forward ``exchange_start`` from those of a backward one: a summary of zeros."""
-    _, initial, like, _, _, operator, dims, *how = finish[1]
+    _, initial, like, total, _, operator, dims, *how = finish[1]
     B, H, K, V = dims
     op = OPERATORS[operator]
     fields = [like.new_zeros(B, H, *op.shape(name, K, V)) for name in op.fields]
-    return ([like, *fields], initial if rank == 0 else [], start[1][2], "forward", start[1][4], operator, dims, *how)
+    kept = initial if rank == 0 else []
+    return ([like, *fields], kept, total, start[1][3], "forward", start[1][5], operator, dims, *how)
 
 
 def test_opcheck_of_the_exchange(pool: RankPool) -> None:

@@ -102,7 +102,7 @@ def scans() -> None:
         for exchange in EXCHANGES:
             layout = (own.operator, [B, H, K, V], True, exchange, "")
             fields, what = [own.rho, *own.fields.values()], f"{exchange} of {own.operator}"
-            ticket = exchange_ops.exchange_start(fields, [], group, "forward", what, *layout)
+            ticket = exchange_ops.exchange_start(fields, [], False, group, "forward", what, *layout)
             carry = exchange_ops.exchange_finish(ticket, [], own.rho, False, group, *layout)
             for field, x in zip(OPERATORS[own.operator].states, carry, strict=False):
                 if WORLD.rank:

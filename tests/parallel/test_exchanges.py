@@ -21,8 +21,8 @@ import hla_dist
 from hla_dist.functional import exchange_ops
 from hla_dist.functional.attention import start
 from hla_dist.operators import OPERATORS
-from hla_dist.parallel import messages, topology
-from hla_dist.parallel.collectives import counter
+from hla_dist.parallel import background, messages, topology
+from hla_dist.parallel.collectives import all_reduce_sum, counter
 from hla_dist.parallel.exchange import Layout
 from tests.harness import RankPool, assert_bitwise, assert_close, relative_error, run_ranks
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of, whole_problem
@@ -378,12 +378,26 @@ def test_the_oracle_is_not_the_library(pool: RankPool) -> None:
     assert relative_error(assemble(p, [10] * 4, results)["out"], want["out"]) > FLOAT64
 
 
+def _arrived(pg: dist.ProcessGroup, exchange: str) -> bool:
+    """Whether an exchange is under way, and comes through although nobody asks for its result yet."""
+    deadline = time.monotonic() + 20
+    while background.in_front(pg) is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # over all ranks: nobody goes on before every rank has its messages, so none came because somebody finished
+    arrived = torch.tensor([float(background.in_front(pg) is None), len(exchange_ops._under_way)])
+    if exchange != "all_gather":
+        all_reduce_sum(arrived, pg)
+        arrived /= dist.get_world_size(pg)
+    return arrived.tolist() == [1, 1]
+
+
 def _halves(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> Any:
-    """An operator whole, and in halves with work between them; what was under way during that work and its gradient."""
+    """An operator whole, and in halves with work between them; what arrived during that work and its gradient."""
     t = shard_of(draw(p), lengths, dist.get_rank(pg))
-    results, under_way = [], []
-    options = {"log_decay": t.log_decay, "initial_state": t.initial_state, "output_final_state": True}
-    options |= {"group": pg, "exchange": p.exchange}
+    results, arrived = [], []
+    topology.set_ranks_per_node(pg, p.node)
+    options: dict[str, Any] = {"log_decay": t.log_decay, "group": pg, "exchange": p.exchange}
+    options |= {"initial_state": t.initial_state, "output_final_state": p.state}
     for whole in (True, False):
         leaves = [x.clone().requires_grad_() for x in (t.q, t.k, t.v)]
         if whole:
@@ -391,25 +405,101 @@ def _halves(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> Any:
             gate = leaves[0].sum(-1, keepdim=True).tanh()
         else:
             call = start(p.name, *leaves, **options)
-            under_way.append(len(exchange_ops._under_way))
+            arrived.append(_arrived(pg, p.exchange))
             gate = leaves[0].sum(-1, keepdim=True).tanh()
-            gate.register_hook(lambda _: under_way.append(len(exchange_ops._under_way)))
+            gate.register_hook(lambda _: arrived.append(_arrived(pg, p.exchange)))
             out, state = call.finish()
-        loss = (out * gate * t.weight_out).sum() + sum((s * w).sum() for s, w in zip(state, t.weight_state))
+        loss = (out * gate * t.weight_out).sum() + sum((s * w).sum() for s, w in zip(state or (), t.weight_state))
         loss.backward()
-        results.append([out.detach(), *(s.detach() for s in state), *(x.grad for x in leaves)])
-    return results, under_way
+        results.append([out.detach(), *(s.detach() for s in state or ()), *(x.grad for x in leaves)])
+    return results, arrived
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "scan"])
+@pytest.mark.parametrize("exchange", ["all_gather", *BY_MESSAGES])
 def test_work_runs_while_summaries_travel(pool: RankPool, exchange: str) -> None:
     """Between the halves forward, and its gradient between the halves backward; results to the bit."""
-    for name in ("hla2", "hla3"):
-        p = Problem(name, T=60, exchange=exchange)
-        for (whole, halves), under_way in pool.run_group(3, _halves, p, [20, 10, 30]):
-            assert under_way == [1, 1]
+    for name, state in (("hla2", False), ("hla3", True)):
+        p = Problem(name, T=60, state=state, exchange=exchange, node=2)
+        for (whole, halves), arrived in pool.run_group(4, _halves, p, [20, 10, 0, 30]):
+            assert arrived == [True, True]
             for a, b in zip(halves, whole, strict=True):
                 assert_bitwise("a half-way result", a, b)
+
+
+def _in_turn(pg: dist.ProcessGroup) -> list[bool]:
+    """What the program sends over a group while a job is under way there comes after it."""
+    order: list[str] = []
+
+    def slow() -> list[torch.Tensor]:
+        time.sleep(0.3)
+        x = torch.full((1,), float(dist.get_rank(pg)))
+        all_reduce_sum(x, pg)
+        order.append("job")
+        return [x]
+
+    counter.reset()
+    job = background.start(pg, slow, torch.device("cpu"), thread=True)
+    y = torch.tensor([10.0])
+    all_reduce_sum(y, pg)
+    order.append("program")
+    ranks = dist.get_world_size(pg)
+    return [
+        order == ["job", "program"],
+        job.result()[0].item() == sum(range(ranks)),
+        y.item() == 10.0 * ranks,
+        counter.reducing < 0.2 < counter.waited,
+    ]
+
+
+def test_nothing_overtakes_a_job(pool: RankPool) -> None:
+    assert pool.run_group(2, _in_turn) == [[True] * 4] * 2
+
+
+def _beside_foreign_messages(ranks: int) -> float | None:
+    """What an operator in halves is off by when the program sends messages and sums of its own in between."""
+    dist.set_debug_level(dist.DebugLevel.OFF)  # DETAIL takes messages beside collectives for a mistake
+    pg = dist.new_group(list(range(ranks)))
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    rank = dist.get_rank()
+    if rank >= ranks:
+        return None
+    p, lengths = Problem("hla2", T=10 * ranks, state=False), [10] * ranks
+    tensors = draw(p)
+    whole = hla_dist.hla2(tensors.q, tensors.k, tensors.v)[0][:, 10 * rank : 10 * rank + 10]
+    t = shard_of(tensors, lengths, rank)
+    off = 0.0
+    for _ in range(5):
+        time.sleep(0.02 if rank == 0 else 0)  # rank 1 waits for its note before the exchange's message is expected
+        call = start("hla2", t.q, t.k, t.v, group=pg, exchange="scan")
+        note = torch.full((3,), 7.0)
+        if rank == 0:
+            dist.send(note, group=pg, group_dst=1)
+        elif rank == 1:
+            dist.recv(note.zero_(), group=pg, group_src=0)
+        total = torch.ones(100)
+        dist.all_reduce(total, group=pg)
+        assert (total == ranks).all() and (note == 7).all()
+        off = max(off, relative_error(call.finish()[0], whole))
+    dist.destroy_process_group(pg)
+    return off
+
+
+def test_messages_of_the_programs_own_do_not_meet_the_exchange(pool: RankPool) -> None:
+    assert all(off <= FLOAT64 for off in pool.run(_beside_foreign_messages, 3) if off is not None)
+
+
+def test_a_job_raises_where_its_result_is_taken() -> None:
+    group: Any = type("Group", (), {})()
+
+    def fails() -> list[torch.Tensor]:
+        raise RuntimeError("a rank left")
+
+    job = background.start(group, fails, torch.device("cpu"), thread=True)
+    job.wait()
+    good = background.start(group, lambda: [torch.ones(1)], torch.device("cpu"), thread=True)
+    assert good.result() == [torch.ones(1)]
+    with pytest.raises(RuntimeError, match="a rank left"):
+        job.result()
 
 
 def _layer_overlaps(pg: dist.ProcessGroup) -> list[int]:
