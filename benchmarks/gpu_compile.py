@@ -69,7 +69,7 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
     log_decay = empty(B, T, H) if gated else None
     carry = [empty(B, H, K, K) for _ in op.states]
     passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in op.passes)
-    calls = [cascade.Problem(passes, q, k, v, log_decay, None, 0.5, 0.0, target, operator=name) for _ in range(2)]
+    calls = [cascade.Problem(passes, q, k, v, log_decay, 0.5, 0.0, target, operator=name) for _ in range(2)]
     with _collected() as found:
         stages.scan(calls[0], carry)
         sliced_backward(calls[1], carry, dout, carry, gated)

@@ -266,7 +266,7 @@ def schedules(d: Device, target: Target, gated: bool) -> dict[str, float]:
     def call(schedule: str) -> Any:
         def both() -> Any:
             problems = [
-                Problem(passes, q, k, v, gates[0] if gates else None, None, 1.0, 0.0, target, operator="hla2")
+                Problem(passes, q, k, v, gates[0] if gates else None, 1.0, 0.0, target, operator="hla2")
                 for _ in range(2)
             ]
             kept = stages.summarize(problems[0], moments)[3]

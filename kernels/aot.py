@@ -2,8 +2,10 @@
 
     registers   per thread            spills    bytes a thread keeps in local memory (stack) for want of registers
     shared      bytes a program       matrix    matrix-unit instructions by name, as often as they stand in the code
+    narrow      addresses whose 32-bit offset grows with the problem: from 2^31 elements on they would be wrong
 
-NVIDIA: the bundled ``cuobjdump`` and the PTX. AMD: the assembly's metadata. No GPU, no driver.
+NVIDIA: the bundled ``cuobjdump`` and the PTX. AMD: the assembly's metadata. Offsets: Triton's own intermediate form.
+No GPU, no driver.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Resources(NamedTuple):
     spills: int
     shared: int
     matrix: dict[str, int]
+    narrow: int
 
 
 class _AbsentDevice:
@@ -73,7 +76,8 @@ def compile_launch(arch: str, kernel: Any, arguments: dict[str, Any], options: d
     else:
         text = compiled.asm["ptx"]
         registers, spills = _cubin_usage(compiled.asm["cubin"])
-    return Resources(registers, spills, shared, {name: text.count(name) for name in MATRIX[arch]})
+    matrix = {name: text.count(name) for name in MATRIX[arch]}
+    return Resources(registers, spills, shared, matrix, len(growing_offsets(compiled.asm["ttir"])))
 
 
 def compile_only(arch: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Any:
@@ -93,6 +97,31 @@ def compile_key(arch: str, kernel: Any, arguments: dict[str, Any], options: dict
 def _pretend(arch: str, kernel: Any) -> None:
     driver.set_active(_AbsentDevice(ARCHITECTURES[arch]))
     kernel.device_caches.clear()
+
+
+_STATEMENT = re.compile(r"^ *(%\w+)(?::\d+)? = ([\w.]+) ?(.*?)(?: : .*)?$")
+_LOOP = re.compile(r"scf\.for (%\w+) = (%\w+) to (%\w+) step (%\w+)")
+_ADDRESS = re.compile(r"tt\.addptr %\w+, (%\w+) : .*[ x<]i32>?(?: loc.*)?$")
+_CONSTANT = ("arith.constant", "tt.make_range")
+_CARRIED = ("arith.addi", "arith.subi", "arith.muli", "arith.select", "tt.expand_dims", "tt.broadcast", "tt.splat")
+
+
+def growing_offsets(ttir: str) -> list[str]:
+    """The 32-bit offsets that are not made of constants, ranges, and remainders by constants alone."""
+    made: dict[str, tuple[str, list[str]]] = {}
+    for line in ttir.splitlines():
+        if loop := _LOOP.search(line):
+            made[loop[1]] = ("arith.addi", list(loop.groups()[1:]))
+        elif statement := _STATEMENT.match(line):
+            made[statement[1]] = (statement[2], re.findall(r"%\w+", statement[3]))
+
+    def bounded(name: str) -> bool:
+        operation, operands = made.get(name, ("an argument", []))
+        if operation == "arith.remsi":
+            return bounded(operands[1])
+        return operation in _CONSTANT or (operation in _CARRIED and all(map(bounded, operands)))
+
+    return [line.strip() for line in ttir.splitlines() if (at := _ADDRESS.search(line)) and not bounded(at[1])]
 
 
 def _number(text: str, pattern: str) -> int:

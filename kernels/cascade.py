@@ -11,7 +11,7 @@ A sequence in several places gets its gradient from several launches, each addin
 segments a pass is three launches: the segments' states in parallel, a scan over them, outputs in parallel from what
 enters each. No moments are needed for that: every pass knows its carries before it begins.
 
-Shapes: q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], log_decay [B, T, H] (any strides), documents [T], states
+Shapes: q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], log_decay [B, T, H] (any strides), states
 [B, H, rows, columns] float32. Inner sequences live in ``INNER[dtype]``: rounded like any bf16 activation.
 """
 
@@ -65,7 +65,6 @@ class Problem:
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
-    documents: Tensor | None
     scale: float
     ridge: float
     target: Target
@@ -114,35 +113,29 @@ class Problem:
     @property
     def gated(self) -> bool:
         """Whether carries decay at all."""
-        return self.log_decay is not None or self.documents is not None
+        return self.log_decay is not None
 
     def gate_arguments(self, decayed: bool = True) -> dict[str, object]:
-        """The gates' arguments of a kernel; q and k stand in for what is not there and is never read."""
+        """The gates' arguments of a kernel; q stands in for what is not there and is never read."""
         log = self.log_decay if self.log_decay is not None else self.q[..., 0]
-        return {
-            "log_decay": gates(log),
-            "documents": self.documents if self.documents is not None else self.q,
-            "GATED": decayed and self.log_decay is not None,
-            "DOCUMENTS": decayed and self.documents is not None,
-        }
+        return {"log_decay": gates(log), "GATED": decayed and self.gated}
 
     def decay(self, tokens: int) -> Tensor:
         """rho of every segment, ``[segments, B H]``."""
+        assert self.log_decay is not None
         if tokens not in self._rho:
             segments = max(1, -(-self.T // tokens))
             rho = torch.empty(segments, self.rows, dtype=torch.float32, device=self.q.device)
-            arguments = self.gate_arguments()
-            arguments["log_decay"] = gates(self.log_decay if self.log_decay is not None else self.q[..., 0])
             launch(
                 segment_decay_kernel,
                 segments * self.rows,
+                log_decay=gates(self.log_decay),
                 rho=rho,
                 T=self.T,
                 segment_tokens=tokens,
                 segments=segments,
                 H=self.H,
                 BT=256,
-                **arguments,
             )
             self._rho[tokens] = rho
         return self._rho[tokens]

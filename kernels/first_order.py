@@ -26,17 +26,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hla_kernels.sequences import columns, document_of, factor, matrix_pointers, rows, store_rows, token_gates
+from hla_kernels.sequences import columns, factor, matrix_pointers, rows, store_rows, token_gates
 
 
 @triton.jit
-def chunk_gates(
-    log_decay, documents, i_b, i_h, t0, T, o_i, BT: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr
-):
+def chunk_gates(log_decay, i_b, i_h, t0, T, o_i, BT: tl.constexpr, GATED: tl.constexpr):
     """What a chunk's products of gates are made of: (sums [BT], marks [BT], to_start [BT], to_end [BT], whole []).
 
     Gamma(t, i) = exp(sums[t] - sums[i]) where t >= i and marks[t] == marks[i], else 0: the sums start anew in every
-    chunk, and a cut or a document's start is counted in the marks, never added. ``to_start`` is Gamma(t, chunk start),
+    chunk, and a cut is counted in the marks, never added. ``to_start`` is Gamma(t, chunk start),
     the first token's own gate included, ``to_end`` is Gamma(chunk end, i), ``whole`` the product of all gates.
     """
     sums = tl.zeros([BT], tl.float32)
@@ -53,26 +51,18 @@ def chunk_gates(
         to_start = tl.where(marks == 0, tl.exp(sums), 0.0)
         to_end = tl.where(marks == cuts, tl.exp(tl.minimum(total - sums, 0.0)), 0.0)
         whole = tl.where(cuts == 0, tl.exp(total), 0.0)
-    if DOCUMENTS:
-        here = document_of(documents, t0 + o_i, T)  # [BT]
-        before = document_of(documents, t0 - 1, T)
-        last = document_of(documents, t0 + BT - 1, T)
-        marks += here - before  # both counts only grow: equal sums are equal counts
-        to_start = tl.where(here == before, to_start, 0.0)
-        to_end = tl.where(here == last, to_end, 0.0)
-        whole = tl.where(before == last, whole, 0.0)
     return sums, marks, to_start, to_end, whole
 
 
 @triton.jit
-def weigh(scores, sums, marks, t0, o_i, REVERSE: tl.constexpr, DECAYED: tl.constexpr):
+def weigh(scores, sums, marks, t0, o_i, REVERSE: tl.constexpr, GATED: tl.constexpr):
     """Scores times Gamma on the causal side of the diagonal, 0 on the other.  # [BT, BT]
 
     Positions carry t0 so that the mask is formed anew in every chunk: kept, it would hold registers all along.
     """
     o_t = t0 + o_i
     causal = (o_t[:, None] <= o_t[None, :]) if REVERSE else (o_t[:, None] >= o_t[None, :])
-    if DECAYED:
+    if GATED:
         between = sums[None, :] - sums[:, None] if REVERSE else sums[:, None] - sums[None, :]
         scores *= tl.exp(tl.minimum(between, 0.0))
         causal = causal & (marks[:, None] == marks[None, :])
@@ -88,7 +78,6 @@ def first_order_kernel(
     add,
     pair,
     log_decay,
-    documents,
     carry,
     leaving,
     x,
@@ -108,7 +97,6 @@ def first_order_kernel(
     BS: tl.constexpr,
     REVERSE: tl.constexpr,
     GATED: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
     CARRY: tl.constexpr,
     EMIT: tl.constexpr,
     INNER: tl.constexpr,
@@ -144,9 +132,7 @@ def first_order_kernel(
             if not SLICED:
                 b_b = factor(columns(b, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
             b_c = factor(rows(c, i_b, i_h, t0, T, o_i, o_v, V), DTYPE, PRECISION)  # [BT, BV]
-        sums, marks, to_start, to_end, whole = chunk_gates(
-            log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
-        )
+        sums, marks, to_start, to_end, whole = chunk_gates(log_decay, i_b, i_h, t0, T, o_i, BT, GATED)
         if EMIT:
             if not SLICED:
                 b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
@@ -160,11 +146,11 @@ def first_order_kernel(
                         b_w = tl.dot(b_as, b_bs, b_w, input_precision=PRECISION)
                 else:
                     b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
-                b_w = factor(weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED or DOCUMENTS), DTYPE, PRECISION)
+                b_w = factor(weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED), DTYPE, PRECISION)
             if SLICED:
                 b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)
             b_o = tl.dot(b_a, factor(state, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BV]
-            if GATED or DOCUMENTS:
+            if GATED:
                 b_o *= (to_end if REVERSE else to_start)[:, None]
             if INNER:
                 b_o = tl.dot(b_w, b_c, b_o, input_precision=PRECISION)
@@ -172,11 +158,11 @@ def first_order_kernel(
             if PAIR:
                 b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32)  # [BT, BV]
                 row = i_v * (tl.num_programs(0) // tiles // segments) + i_bh
-                tl.store(x + row.to(tl.int64) * T + t0 + o_i, tl.sum(b_p * b_o, 1) * weight, mask=o_i < T - t0)
+                tl.store(x + (row.to(tl.int64) * T + t0) + o_i, tl.sum(b_p * b_o, 1) * weight, mask=o_i < T - t0)
             if ADD:
                 b_o += beta * rows(add, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32)
             store_rows(out, b_o, i_b, i_h, t0, T, o_i, o_v, V)
-        if GATED or DOCUMENTS:
+        if GATED:
             if INNER:
                 b_c = factor(b_c * (to_start if REVERSE else to_end)[:, None], DTYPE, PRECISION)
             state *= whole

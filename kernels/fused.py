@@ -47,7 +47,6 @@ def fused_forward_kernel(
     v,
     out,
     log_decay,
-    documents,
     s_in,
     p_in,
     f_in,
@@ -64,7 +63,6 @@ def fused_forward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATED: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
     HAS_S: tl.constexpr,
     HAS_P: tl.constexpr,
     PREFIX: tl.constexpr,
@@ -72,7 +70,6 @@ def fused_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Inner results carry their scale: u and r are those of ``scale * q``, and C that of the prefix form."""
-    DECAYED: tl.constexpr = GATED or DOCUMENTS
     i_bh = tl.program_id(0)
     i_b = i_bh // H
     i_h = i_bh % H
@@ -88,61 +85,59 @@ def fused_forward_kernel(
         p = tl.load(_state_pointers(p_in, i_bh, o_v, o_k, K, V, True), mask=m_vk, other=0.0)  # [BV, BK]
     for j in range(tl.cdiv(T, BT)):
         t0 = tl.cast(j * BT, tl.int32)
-        sums, marks, to_start, to_end, whole = chunk_gates(
-            log_decay, documents, i_b, i_h, t0, T, o_i, BT, GATED, DOCUMENTS
-        )
+        sums, marks, to_start, to_end, whole = chunk_gates(log_decay, i_b, i_h, t0, T, o_i, BT, GATED)
         b_qt = factor(columns(q, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
         b_k = factor(rows(k, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
         b_c = factor(columns(v, i_b, i_h, t0, T, o_i, o_v, V), DTYPE, PRECISION)  # [BV, BT]: c of the last pass, v or r
         if HAS_P or PREFIX:
             # b_x[i, t] = Gamma(t, i) (k_i . q_t) on and above the diagonal
             b_x = tl.dot(b_k, b_qt, input_precision=PRECISION)  # [BT, BT]
-            b_x = factor(weigh(b_x, sums, marks, t0, o_i, True, DECAYED), DTYPE, PRECISION)
+            b_x = factor(weigh(b_x, sums, marks, t0, o_i, True, GATED), DTYPE, PRECISION)
         if HAS_S:
             b_q = factor(rows(q, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
             b_kt = factor(columns(k, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BK, BT]
             b_ke = b_k
             if PREFIX:
                 b_u = tl.dot(factor(s, DTYPE, PRECISION), b_qt, input_precision=PRECISION)  # [BK, BT]: u^T
-                if DECAYED:
+                if GATED:
                     b_u *= to_start[None, :]
                 b_u = tl.dot(b_kt, b_x, b_u, input_precision=PRECISION) * scale
                 b_u += (scale * ridge) * b_qt.to(tl.float32)
             else:
                 b_w = tl.dot(b_q, b_kt, input_precision=PRECISION)  # [BT, BT]
-                b_w = factor(weigh(b_w, sums, marks, t0, o_i, False, DECAYED), DTYPE, PRECISION)
+                b_w = factor(weigh(b_w, sums, marks, t0, o_i, False, GATED), DTYPE, PRECISION)
                 b_u = tl.dot(b_q, factor(s, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BK]
-                if DECAYED:
+                if GATED:
                     b_u *= to_start[:, None]
                 b_u = tl.dot(b_w, b_k, b_u, input_precision=PRECISION) * scale
                 b_u += (scale * ridge) * b_q.to(tl.float32)
             b_u = factor(b_u, DTYPE, PRECISION)
-            if DECAYED:
+            if GATED:
                 b_ke = factor(b_k * to_end[:, None], DTYPE, PRECISION)
                 s *= whole
             s = tl.dot(b_kt, b_ke, s, input_precision=PRECISION)
         if HAS_P:
             b_r = tl.dot(factor(p, DTYPE, PRECISION), b_qt, input_precision=PRECISION)  # [BV, BT]: r^T
-            if DECAYED:
+            if GATED:
                 b_r *= to_start[None, :]
             b_r = tl.dot(b_c, b_x, b_r, input_precision=PRECISION) * scale
-            if DECAYED:
+            if GATED:
                 p *= whole
                 b_c = factor(b_c * to_end[None, :], DTYPE, PRECISION)
             p = tl.dot(b_c, b_k, p, input_precision=PRECISION)
             b_c = factor(b_r, DTYPE, PRECISION)
         if PREFIX:
             b_y = tl.dot(b_q, b_u, input_precision=PRECISION) * scale  # [BT, BT]: q_i . u_t
-            b_y = factor(weigh(b_y, sums, marks, t0, o_i, True, DECAYED), DTYPE, PRECISION)
+            b_y = factor(weigh(b_y, sums, marks, t0, o_i, True, GATED), DTYPE, PRECISION)
             b_o = tl.dot(factor(f, DTYPE, PRECISION), b_u, input_precision=PRECISION)  # [BV, BT]
         else:
             if HAS_S:
                 b_y = tl.dot(b_u, b_qt, input_precision=PRECISION)  # [BT, BT]: u_i . q_t
-                b_y = factor(weigh(b_y, sums, marks, t0, o_i, True, DECAYED), DTYPE, PRECISION)
+                b_y = factor(weigh(b_y, sums, marks, t0, o_i, True, GATED), DTYPE, PRECISION)
             else:
                 b_y = b_x
             b_o = tl.dot(factor(f, DTYPE, PRECISION), b_qt, input_precision=PRECISION)
-        if DECAYED:
+        if GATED:
             b_o *= to_start[None, :]
         b_o = tl.dot(b_c, b_y, b_o, input_precision=PRECISION)
         if not PREFIX:
@@ -150,7 +145,7 @@ def fused_forward_kernel(
         p_o = base(out, i_b, i_h) + t0.to(tl.int64) * out.token + (o_i[None, :] * out.token + o_v[:, None])
         m_o = (o_i < T - t0)[None, :] & (o_v < V)[:, None]
         tl.store(p_o, b_o.to(out.p.dtype.element_ty), mask=m_o)
-        if DECAYED:
+        if GATED:
             b_c = factor(b_c * to_end[None, :], DTYPE, PRECISION)
             f *= whole
         if PREFIX:

@@ -7,6 +7,7 @@ kernel breaks a rule:
     shared memory over the architecture's limit
     no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
     spills on sm_90 or sm_100 at K, V <= 128; elsewhere more than ``SPILLS`` allows
+    a 32-bit offset that grows with the problem
 
 Results are kept by a hash of the kernels' sources, Triton's version and the case: unchanged kernels cost nothing. They
 lie in ``--cache`` and, by ``--keep``, in ``compiled.json`` beside this file, which is committed; ``--fresh`` compiles.
@@ -81,6 +82,7 @@ class Row(NamedTuple):
     spills: int
     shared: int
     matrix: dict[str, int]
+    narrow: int
 
 
 def cases(archs: tuple[str, ...]) -> list[Case]:
@@ -104,7 +106,7 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     q, k, v = (x[:, :tokens] for x in whole)
     log_decay = torch.zeros(1, tokens, heads) if case.gated else None
     target = Target(case.arch, PROCESSORS[case.arch])
-    problem = Problem(CASCADES["hla2"], q, k, v, log_decay, None, 0.5, 0.3, target, segment_tokens=256)
+    problem = Problem(CASCADES["hla2"], q, k, v, log_decay, 0.5, 0.3, target, segment_tokens=256)
     carry = [torch.zeros(1, heads, case.K, width) for width in (case.K, case.V)]
     dout = torch.empty(1, tokens, heads, case.V, dtype=dtype)
     stages.scan_backward(problem, carry, dout, carry, case.gated)
@@ -118,7 +120,7 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     if case.dtype == "bfloat16":
         for (arch, operator, rows), pair in tiles.FUSED.items():
             if (arch, rows) == (case.arch, case.K) == (case.arch, case.V) and pair[case.gated] is not None:
-                one = Problem((), q, k, v, log_decay, None, 0.5, 0.3, target._replace(processors=1), operator=operator)
+                one = Problem((), q, k, v, log_decay, 0.5, 0.3, target._replace(processors=1), operator=operator)
                 states = [torch.zeros(1, heads, case.K, case.V) for _ in READS[operator].states]
                 fused.scan(one, states, None)
     device.replace_launcher(None)
@@ -233,6 +235,8 @@ def broken_rules(row: Row) -> Iterator[str]:
     allowed = 0 if forbidden else SPILLS.get((row.arch, row.dtype, rows), 0)
     if row.spills > allowed:
         yield f"{label}: {row.spills} bytes spilled, allowed are {allowed}"
+    if row.narrow:
+        yield f"{label}: {row.narrow} offsets of 32 bits that grow with the problem"
 
 
 def table(rows: list[Row]) -> str:

@@ -14,41 +14,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hla_kernels.sequences import document_of, token_gates
+from hla_kernels.sequences import token_gates
 
 
 @triton.jit(do_not_specialize=["T", "segment_tokens", "segments"])
 def segment_decay_kernel(
     log_decay,
-    documents,
     rho,
     T,
     segment_tokens,
     segments,
     H,
     BT: tl.constexpr,
-    GATED: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
 ):
     """Grid: one program for each (segment, batch element and head)."""
     i_s = tl.program_id(0) % segments
     i_bh = tl.program_id(0) // segments
     start = i_s * segment_tokens
     end = tl.minimum(start + segment_tokens, T)
-    value = tl.full([], 1.0, tl.float32)
-    if GATED:
-        total = tl.zeros([BT], tl.float32)
-        cuts = tl.zeros([BT], tl.int32)
-        for t0 in range(start, end, BT):
-            o_t = t0 + tl.arange(0, BT)
-            log, cut = token_gates(log_decay, i_bh // H, i_bh % H, o_t, o_t < end)
-            total += log
-            cuts += cut
-        value = tl.where(tl.sum(cuts, 0) == 0, tl.exp(tl.sum(total, 0)), 0.0)
-    if DOCUMENTS:
-        before = document_of(documents, start - 1, T)
-        value = tl.where(before == document_of(documents, end - 1, T), value, 0.0)
-    tl.store(rho + i_s * (tl.num_programs(0) // segments) + i_bh, value)
+    total = tl.zeros([BT], tl.float32)
+    cuts = tl.zeros([BT], tl.int32)
+    for t0 in range(start, end, BT):
+        o_t = t0 + tl.arange(0, BT)
+        log, cut = token_gates(log_decay, i_bh // H, i_bh % H, o_t, o_t < end)
+        total += log
+        cuts += cut
+    value = tl.where(tl.sum(cuts, 0) == 0, tl.exp(tl.sum(total, 0)), 0.0)
+    tl.store(rho + (i_s.to(tl.int64) * (tl.num_programs(0) // segments) + i_bh), value)
 
 
 @triton.jit(do_not_specialize=["segments", "row_of_heads"])
@@ -80,7 +72,7 @@ def scan_states_kernel(
         own = tl.load(p, mask=m_e, other=0.0)
         tl.store(p, carry, mask=m_e)
         if DECAYED:
-            carry *= tl.load(rho + i_s * row_of_heads + i_bh)
+            carry *= tl.load(rho + (tl.cast(i_s, tl.int64) * row_of_heads + i_bh))
         carry += own
     tl.store(states + (0 if REVERSE else segments * stride) + here, carry, mask=m_e)
 
@@ -112,7 +104,7 @@ def gate_gradient_kernel(x, tails, out, T, segment_tokens, segments, slots, slot
     rows = tl.num_programs(0) // segments
     start = i_s * segment_tokens
     end = tl.minimum(start + segment_tokens, T)
-    after = tl.load(tails + i_s * rows + i_bh)
+    after = tl.load(tails + (i_s.to(tl.int64) * rows + i_bh))
     chunks = tl.cdiv(end - start, BT)
     for j in range(chunks):
         o_t = start + (chunks - 1 - j) * BT + tl.arange(0, BT)

@@ -1,4 +1,4 @@
-"""How kernels address tensors: sequences ``[B, T, heads, D]`` of any strides, gates, documents, and carries.
+"""How kernels address tensors: sequences ``[B, T, heads, D]`` of any strides, gates, and carries.
 
 Letters: B batch, T tokens, H heads of the call, D columns. A sequence may have fewer heads than the call (grouped
 heads): head h reads head ``h // repeat``. The last axis is contiguous. Offsets are 64-bit.
@@ -81,11 +81,17 @@ def _disguised(n: int) -> int:
 
 
 def matrices(x: Tensor, swapped: bool = False) -> Matrices:
-    """``x [segments + 1, B * H, rows, columns]`` for a kernel; ``swapped`` reads and writes its transposes."""
+    """``x [segments + 1, B * H, rows, columns]`` for a kernel; ``swapped`` reads and writes its transposes.
+
+    Distances inside a matrix are constants, as between tokens: pointers to a state, kept from the load before a walk to
+    the store after it, would take more registers than the state.
+    """
     segment, row_of_heads, row, column = x.stride()
-    return (
-        Matrices(x, segment, row_of_heads, column, row) if swapped else Matrices(x, segment, row_of_heads, row, column)
-    )
+    if swapped:
+        row, column = column, row
+    if not INTERPRETED:
+        row, column = tl.constexpr(row), tl.constexpr(column)
+    return Matrices(x, segment, row_of_heads, row, column)
 
 
 @triton.jit
@@ -141,8 +147,8 @@ def store_rows(x, value, i_b, i_h, t0, T, o_i, o_d, D: tl.constexpr):
 @triton.jit
 def matrix_pointers(x, i_s, i_bh, o_k, o_v):
     """Pointers into one segment's matrix of one batch element and head.  # [BK, BV]"""
-    start = x.p + i_s.to(tl.int64) * x.segment + i_bh.to(tl.int64) * x.row_of_heads
-    return start + o_k.to(tl.int64)[:, None] * x.row + o_v.to(tl.int64)[None, :] * x.column
+    start = x.p + (i_s.to(tl.int64) * x.segment + i_bh.to(tl.int64) * x.row_of_heads)
+    return start + (o_k[:, None] * x.row + o_v[None, :] * x.column)
 
 
 @triton.jit
@@ -156,12 +162,6 @@ def token_gates(log_decay, i_b, i_h, o_t, m_t):
     log = tl.load(p + o_t.to(tl.int64) * log_decay.token, mask=m_t, other=0.0).to(tl.float32)
     cut = log < -69.0
     return tl.where(cut, 0.0, log), cut.to(tl.int32)
-
-
-@triton.jit
-def document_of(documents, t, T):
-    """Document starts up to and including token t: 0 before the first token, the last token's past the end."""
-    return tl.load(documents + tl.minimum(t, T - 1), mask=t >= 0, other=0)
 
 
 def last_axis_contiguous(x: Tensor) -> Tensor:

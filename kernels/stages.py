@@ -74,7 +74,7 @@ def _edge(problem: Problem, carry: Carry) -> Tensor:
 
 def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
     """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``; ``out`` in q's dtype unless told."""
-    if problem.T == 1 and problem.documents is None and problem.operator in READS:
+    if problem.T == 1 and problem.operator in READS:
         inputs = (problem.q, problem.k, problem.v, problem.log_decay)
         return decode(problem.operator, *inputs, carry, problem.scale, problem.ridge, problem.target, out_dtype)
     if fused.runs(problem):

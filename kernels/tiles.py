@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Tiles of a pass without gates, and of one with gates or document boundaries."""
+    """Tiles of a pass without gates, and of one with gates."""
 
     plain: Tile
     decayed: Tile
@@ -182,7 +182,7 @@ def fused(
     """The tile of ``fused_forward_kernel``, or None where the cascade runs pass by pass."""
     rows = next(r for r in ROWS if r >= max(key_dim, value_dim))
     if target.arch == "interpreter":
-        return Tile(32, 64, 4, 1) if rows == 64 and operator != "linear_attention" else None
+        return Tile(32, 64, 4, 1) if rows == 64 and operator not in ("", "linear_attention") else None
     if dtype != BF16:
         return None
     return FUSED.get((target.arch, operator, rows), (None, None))[decayed]

@@ -32,6 +32,8 @@ PASSES = {
     "hla3": (Pass("u", "q", "k", "k"), Pass("r", "q", "k", "v"), Pass("o", "q", "u", "r")),
 }
 ROUNDS = 7
+BATCH, TOKENS, HEADS = 4, 4096, 16
+FUSED_DTYPE = torch.bfloat16  # of whole cascades in one walk, and of late carries
 DIFFERENCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
@@ -51,12 +53,13 @@ def _problem(
     passes: tuple[Pass, ...], operator: str, dtype: torch.dtype, rows: int, gated: bool, target: device.Target, B: int
 ) -> tuple[Problem, Tensor, list[Tensor]]:
     """Four thousand tokens of sixteen heads, drawn from a seed; the output's gradient; a carry."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    size = (B, 4096, 16, rows)
-    q, k, v, dout = (torch.randn(size, generator=generator, device="cuda").mul_(rows**-0.5).to(dtype) for _ in range(4))
-    gates = torch.full((1, 1, 1), -0.01, device="cuda").expand(*size[:3]) if gated else None
-    carry = [torch.zeros(B, 16, rows, rows, device="cuda") for _ in passes]
-    return Problem(passes, q, k, v, gates, None, 1.0, 0.0, target, operator=operator), dout, carry
+    where = torch.device("cpu" if target.arch == "interpreter" else "cuda")
+    generator = torch.Generator(where).manual_seed(0)
+    size = (B, TOKENS, HEADS, rows)
+    q, k, v, dout = (torch.randn(size, generator=generator, device=where).mul_(rows**-0.5).to(dtype) for _ in range(4))
+    gates = torch.full((1, 1, 1), -0.01, device=where).expand(*size[:3]) if gated else None
+    carry = [torch.zeros(B, HEADS, rows, rows, device=where) for _ in passes]
+    return Problem(passes, q, k, v, gates, 1.0, 0.0, target, operator=operator), dout, carry
 
 
 def _timed(run: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
@@ -75,7 +78,7 @@ def _timed(run: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
 
 def _results(dtype: torch.dtype, rows: int, gated: bool, target: device.Target) -> tuple[float, list[Tensor]]:
     """Forward and backward with the table as it is."""
-    problem, dout, carry = _problem(PASSES["hla2"], "", dtype, rows, gated, target, 4)
+    problem, dout, carry = _problem(PASSES["hla2"], "", dtype, rows, gated, target, BATCH)
 
     def run() -> list[Tensor]:
         out, _ = stages.scan(problem, carry)
@@ -87,8 +90,8 @@ def _results(dtype: torch.dtype, rows: int, gated: bool, target: device.Target) 
 
 def _fused_results(operator: str, rows: int, gated: bool, target: device.Target) -> tuple[float, list[Tensor]]:
     """Forward in bf16, of enough heads for one segment each to fill the device."""
-    B = -(-2 * target.processors // 16)
-    problem, _, carry = _problem(PASSES[operator], operator, torch.bfloat16, rows, gated, target, B)
+    B = -(-2 * target.processors // HEADS)
+    problem, _, carry = _problem(PASSES[operator], operator, FUSED_DTYPE, rows, gated, target, B)
     return _timed(lambda: [stages.scan(problem, carry)[0]])
 
 
@@ -147,14 +150,14 @@ def tune_fused(operator: str, rows: int, gated: bool, target: device.Target) -> 
 
     every = list(dict.fromkeys([committed[gated], None, *fused_candidates(rows)]))
     measure = functools.partial(_fused_results, operator, rows, gated, target)
-    return _try(every, put, measure, DIFFERENCE[torch.bfloat16])
+    return _try(every, put, measure, DIFFERENCE[FUSED_DTYPE])
 
 
 def _schedules(target: device.Target) -> str:
     """The line of tiles.LATE_CARRY: hla2 over the four thousand tokens of a rank, with and without gates."""
     total = dict.fromkeys(tiles.SCHEDULES, 0.0)
     for gated in (False, True):
-        problem, _, carry = _problem(PASSES["hla2"], "", torch.bfloat16, 128, gated, target, 4)
+        problem, _, carry = _problem(PASSES["hla2"], "", FUSED_DTYPE, 128, gated, target, BATCH)
 
         def run(schedule: str, problem: Problem = problem, carry: list[Tensor] = carry) -> list[Tensor]:
             fresh = (dataclasses.replace(problem, sequences={}) for _ in range(2))
@@ -167,7 +170,7 @@ def _schedules(target: device.Target) -> str:
             print(f"  {ms:8.3f} ms  {schedule}, {'with' if gated else 'without'} gates", flush=True)
             total[schedule] += ms
             results.append(got)
-        if not _agree(results[1], results[0], DIFFERENCE[torch.bfloat16]):
+        if not _agree(results[1], results[0], DIFFERENCE[FUSED_DTYPE]):
             print("  the two differ: neither is to be trusted", flush=True)
     return f'    "{target.arch}": "{min(total, key=lambda name: total[name])}",'
 

@@ -55,6 +55,11 @@ def _passes(operator: Operator) -> tuple[Pass, ...]:
 
 def _problem(segment: Segment) -> Problem:
     """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0)."""
+    if segment.documents is not None:
+        raise ValueError(
+            "documents: expected None with backend 'triton' (packed documents are rows of a batch, as "
+            f"cu_seqlens makes them), got {tuple(segment.documents.shape)}"
+        )
     q, k, v = (last_axis_contiguous(x) for x in (segment.q, segment.k, segment.v))
     if segment.settings.normalize:
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
@@ -70,7 +75,6 @@ def _problem(segment: Segment) -> Problem:
         k,
         v,
         log_decay,
-        segment.documents,
         settings.scale,
         settings.ridge,
         target,

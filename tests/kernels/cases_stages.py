@@ -1,4 +1,4 @@
-"""Stages, slices, ranks, documents and compilation on backend="triton", against the oracles. Interpreted."""
+"""Stages, slices, ranks, packed documents and compilation on backend="triton", against the oracles. Interpreted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 import hla_dist
 from hla_dist.functional import stage_ops
 from hla_dist.operators import OPERATORS
-from hla_kernels import slices, tiles
+from hla_kernels import slices, tiles, tune
+from hla_kernels.device import INTERPRETER
 from tests.harness import assert_close, run_ranks
 from tests.kernels.interpreted import WITH_KERNELS, compare, ridge_of
-from tests.problems import Problem, Tensors, check, draw, run
-from tests.tolerances import FLOAT32, tolerance
+from tests.parallel.sharded import assemble, run_shard, whole_problem
+from tests.problems import Problem, check, draw, run
+from tests.tolerances import FLOAT32
 
 
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
@@ -53,33 +55,30 @@ def test_compiled() -> None:
     check(problem, tensors, run(problem, tensors, compiled, backend="triton"))
 
 
-def _on_a_rank(problem: Problem, rank_lengths: list[int]) -> dict[str, torch.Tensor]:
-    tensors = draw(problem)
+Calls = list[tuple[Problem, list[int]]]  # problems with the lengths of their shards
+
+
+def _on_a_rank(calls: Calls) -> list[dict[str, torch.Tensor]]:
     group = torch.distributed.group.WORLD
-    rank = torch.distributed.get_rank()
-    start = sum(rank_lengths[:rank])
-    end = start + rank_lengths[rank]
-    local = Tensors(
-        *(x[:, start:end] for x in (tensors.q, tensors.k, tensors.v)),
-        None if tensors.log_decay is None else tensors.log_decay[:, start:end],
-        tensors.initial_state,
-        tensors.weight_out[:, start:end],
-        tuple(w if rank == 0 else torch.zeros_like(w) for w in tensors.weight_state),
-    )
-    return run(problem, local, getattr(hla_dist, problem.name), backend="triton", group=group)
+    return [run_shard(group, p, lengths, backend="triton")[0]["values"] for p, lengths in calls]
 
 
-@pytest.mark.parametrize(("name", "mask"), [("hla2", "causal"), ("hla3", "causal")])
-def test_over_two_ranks(name, mask) -> None:
-    lengths = [40, 33]
-    problem = Problem(name, mask, T=sum(lengths), H=2, G=1, K=6, V=5, scale=0.7, dtype=torch.float32)
-    parts = run_ranks(_on_a_rank, 2, problem, lengths)
-    got = {key: torch.cat([part[key] for part in parts], 1) for key in ("out", "dq", "dk", "dv", "dlog_decay")}
-    got |= {key: parts[0][key] for key in parts[0] if key not in got}
-    check(problem, draw(problem), got)
+def test_over_ranks() -> None:
+    """An empty shard; documents that end, begin and fill a shard: carries come late, of whole shards and of pieces."""
+    shapes = {"T": 73, "K": 6, "V": 5, "scale": 0.7, "dtype": torch.float32}
+    documents = (20, 45, 0, 8)
+    calls = [
+        (Problem("hla2", **shapes), [40, 0, 33]),
+        (Problem("hla3", H=1, gates="H", **shapes), [30, 25, 18]),
+        (Problem("hla2", documents=documents, ridge=0.3, **shapes), [30, 25, 18]),
+        (Problem("ahla", H=1, documents=documents, gates="none", normalize=True, **shapes), [30, 25, 18]),
+    ]
+    parts = run_ranks(_on_a_rank, 3, calls)
+    for i, (p, lengths) in enumerate(calls):
+        check(p, whole_problem(p, 3), assemble(p, lengths, [part[i] for part in parts]))
 
 
-@pytest.mark.parametrize(("name", "gates"), [("hla2", "BTH"), ("ahla", "H"), ("hla3", "none")])
+@pytest.mark.parametrize(("name", "gates"), [("hla2", "BTH"), ("hla3", "none")])
 def test_packed_documents(name, gates) -> None:
     compare(Problem(name, T=73, H=2, G=1, K=6, V=5, gates=gates, documents=(33, 0, 1, 39), dtype=torch.float32))
 
@@ -143,30 +142,26 @@ def test_columns_in_several_tiles(gates, short, monkeypatch, request) -> None:
     compare(Problem("hla2", T=40, H=2, G=1, K=18, V=35, gates=gates, scale=0.5, ridge=0.2, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("gates", ["none", "BTH"])
-def test_document_boundaries_inside_a_segment(gates, short_segments) -> None:
-    """The stages with ``documents``, which public calls turn into rows instead: as the torch backend in float64."""
-    problem = Problem("hla2", T=75, H=2, G=1, K=6, V=5, gates=gates)
-    t = draw(problem)
-    starts = torch.zeros(75, dtype=torch.int64)
-    starts[[20, 21, 64]] = 1
-    documents = starts.cumsum(0)
-    reverse = [t.weight_state[0] + t.weight_state[0].mT, t.weight_state[1]]
+def test_what_tuning_times(monkeypatch, capsys) -> None:
+    """The calls of ``hla_kernels.tune``, smaller: a tile, a whole cascade, both answers to a late carry."""
 
-    def both(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-        def cast(x):
-            return None if x is None else x.to(dtype)
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
 
-        options = ("hla2", 0.7, 0.3, False, 1e-6, 0, backend)
-        inputs = (cast(t.q), cast(t.k), cast(t.v), cast(t.log_decay), documents)
-        out, denominator, *rest = stage_ops.scan(*inputs, [cast(x) for x in t.initial_state or ()], *options)
-        saved = (out.new_empty(0), denominator, rest[2:], cast(t.weight_out))
-        return [out, *rest[:2], *stage_ops.scan_backward(*inputs, *saved, [cast(x) for x in reverse], *options)]
+        def record(self) -> None: ...
 
-    got, want = both(torch.float32, "triton"), both(torch.float64, "torch")
-    names = ("out", "S", "F", "dq", "dk", "dv", "dlog_decay", "dS", "dF")
-    for name, x, y in zip(names, got, want, strict=True):
-        if name == "dS":
-            x, y = x + x.mT, y + y.mT
-        if y.numel():
-            assert_close(name, x, y, tolerance(torch.float32, name))
+        def elapsed_time(self, end: Event) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name, value in {"BATCH": 1, "TOKENS": 20, "HEADS": 1, "ROUNDS": 1, "FUSED_DTYPE": torch.float32}.items():
+        monkeypatch.setattr(tune, name, value)
+    target = INTERPRETER._replace(processors=2)
+    assert tune._fused_results("hla2", 16, True, target)[1][0].isfinite().all()
+    ms, found = tune._results(torch.float32, 16, True, target)
+    assert ms == 1.5 and len(found) == 4 and all(x.isfinite().all() for x in found)
+    assert tune._schedules(target).strip() in ('"interpreter": "correct",', '"interpreter": "again",')
+    printed = capsys.readouterr().out
+    assert "differ" not in printed and printed.count("ms  correct") == printed.count("ms  again") == 2

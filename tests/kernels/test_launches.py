@@ -16,12 +16,13 @@ pytest.importorskip("triton", reason="the kernels are tested where Triton is ins
 from triton.runtime import driver
 
 import hla_dist
+from hla_dist.functional import triton_stages
 from hla_dist.operators import OPERATORS
-from hla_kernels import aot, device, stages
-from hla_kernels.cascade import Pass, Problem
+from hla_dist.operators.segment import Segment, Settings
+from hla_dist.operators.stages_backward import Saved
+from hla_kernels import aot, device
 from hla_kernels.decode import READS
 from hla_kernels.device import Target
-from hla_kernels.slices import sliced_backward
 from tests.harness import raises_value_error
 
 Launches = list[tuple]
@@ -39,41 +40,61 @@ def launched() -> Iterator[Launches]:
         driver.reset_active()
 
 
-def _everything(name: str, T: int, heads_first: bool, gated: bool) -> None:
-    """All stages of an operator, as the library calls them."""
+def _everything(name: str, T: int, heads_first: bool, normalize: bool = False) -> None:
+    """All stages of an operator, as the library calls them, with gates."""
     B, H, K, V = 3, 3, 64, 80
     op = OPERATORS[name]
 
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
     def sequence(width: int) -> torch.Tensor:
-        size = (B, H, T, width) if heads_first else (B, T, H, width)
-        x = torch.empty(size, dtype=torch.bfloat16, device="meta")
-        return x.transpose(1, 2) if heads_first else x
+        x = empty(B, H, T, width) if heads_first else empty(B, T, H, width)
+        return (x.transpose(1, 2) if heads_first else x).bfloat16()
 
     q, k, v, dout = (sequence(width) for width in (K, K, V, V))
-    log_decay = torch.empty(B, T, H, device="meta") if gated else None
-    carry = [torch.empty(B, H, K, K if field == "S" else V, device="meta") for field in READS[name].states]
+    carry = [empty(B, H, K, K if field == "S" else V + normalize) for field in READS[name].states]
+    saved = Saved(dout, empty(B, T, H), [x[None] for x in carry])
 
-    def problem() -> Problem:
-        passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in op.passes)
-        return Problem(passes, q, k, v, log_decay, None, 0.5, 0.3, Target("sm_90", 132), operator=name)
+    def segment() -> Segment:
+        return Segment(op, q, k, v, empty(B, T, H), None, Settings(0.5, 0.3, normalize))
 
-    stages.scan(problem(), carry)
-    kept = stages.summarize(problem(), tuple((m.left, m.right, m.from_start) for m in op.moments))[3]
-    stages.finish(problem(), carry, kept)
-    stages.summarize_backward(problem(), carry, dout.contiguous())
-    sliced_backward(problem(), carry, dout.contiguous(), carry, gated)
+    triton_stages.scan(segment(), carry)
+    triton_stages.scan(segment(), carry, triton_stages.summarize(segment()).kept)
+    triton_stages.summarize_backward(segment(), saved, dout.contiguous())
+    triton_stages.scan_backward(segment(), saved, dout.contiguous(), carry)
+
+
+@pytest.fixture
+def on_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors taken for tensors on an H200."""
+    monkeypatch.setattr(triton_stages, "target_of", lambda _: Target("sm_90", 132))
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("name", sorted(READS))
-def test_the_length_is_in_no_compile_key(name: str, heads_first: bool, launched: Launches) -> None:
+def test_the_length_is_in_no_compile_key(name: str, heads_first: bool, launched: Launches, on_sm_90: None) -> None:
     keys = []
     for T in LENGTHS:
         launched.clear()
-        _everything(name, T, heads_first, gated=True)
+        _everything(name, T, heads_first, normalize=heads_first)
         keys.append({aot.compile_key("sm_90", *launch) for launch in launched})
     assert len(keys[0]) > 5
     assert all(other == keys[0] for other in keys)
+
+
+@pytest.mark.parametrize("T", [1, 700])
+@pytest.mark.parametrize("name", ["linear_attention", "hla2", "ahla", "hla3"])
+def test_nothing_around_the_stages_reads_a_tensor(name: str, T: int, on_sm_90: None) -> None:
+    """A public call forward and backward, its stages told by their shapes; packed where boundaries are on the host."""
+    q, k, v = (torch.empty(1, T, heads, 64, device="meta", requires_grad=True) for heads in (4, 2, 2))
+    log_decay = torch.empty(1, T, 4, device="meta", requires_grad=True)
+    cu = torch.tensor([0, T // 3, T])
+    for packed in ({}, {"cu_seqlens": cu.to("meta"), "cu_seqlens_cpu": cu}):
+        options = {"log_decay": log_decay, "output_final_state": True, "normalize": T > 1, "backend": "triton"}
+        out, state = getattr(hla_dist, name)(q, k, v, **options, **packed)
+        found = torch.autograd.grad([out, *state], [q, k, v, log_decay], [torch.empty_like(x) for x in (out, *state)])
+        assert {x.device.type for x in (out, *state, *found)} == {"meta"}
 
 
 def test_without_a_gpu() -> None:

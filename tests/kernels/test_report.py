@@ -20,7 +20,7 @@ from hla_kernels import aot, device, report, tiles, tune  # not before Triton is
 from hla_kernels.device import SUPPORTED, Target
 
 ROOT = Path(__file__).parents[2]
-GOOD = report.Row("sm_90", "bfloat16", "first_order", "emit", 128, 128, "64x64 w4 s2", 200, 0, 1024, {})
+GOOD = report.Row("sm_90", "bfloat16", "first_order", "emit", 128, 128, "64x64 w4 s2", 200, 0, 1024, {}, 0)
 
 
 def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
@@ -95,6 +95,8 @@ def test_what_breaks_a_rule() -> None:
         slow = good._replace(tile=tile, variant=variant, matrix={"wgmma.mma_async": 0, "mma.sync": 8})
         (text,) = report.broken_rules(slow)
         assert "no wgmma" in text
+    (text,) = report.broken_rules(good._replace(narrow=2))
+    assert "2 offsets of 32 bits that grow" in text
     none = good._replace(matrix=dict.fromkeys(wgmma, 0))
     assert any("no matrix instructions" in text for text in report.broken_rules(none))
     allowed = report.SPILLS["sm_90", "bfloat16", 256]

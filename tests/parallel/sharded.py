@@ -36,13 +36,15 @@ def shard_of(t: Tensors, lengths: Sequence[int], rank: int, packed: bool = False
     )
 
 
-def run_shard(group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1) -> list[dict[str, Any]]:
+def run_shard(
+    group: Any, p: Problem, lengths: Sequence[int], repeats: int = 1, backend: str = "auto"
+) -> list[dict[str, Any]]:
     """On a rank: forward and backward of its shard, ``repeats`` times, with what was sent each way."""
     rank = group_rank(resolve_group(group))
     t = shard_of(draw(p), lengths, rank, p.documents is not None)
     if p.exchange == "hierarchical" and len(lengths) > 1:
         set_ranks_per_node(group, p.node)
-    packed = {"chunk_size": p.chunk_size, "exchange": p.exchange} | (
+    packed = {"chunk_size": p.chunk_size, "exchange": p.exchange, "backend": backend} | (
         {} if p.documents is None else {"shard_lengths": list(lengths)}
     )
     results = []
