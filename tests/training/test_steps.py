@@ -201,8 +201,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Pat
 
     # from a checkpoint of another run
     earlier = str(whole / "checkpoints" / "step-00000003")
-    assert pool.run_group(2, run_config, small_config(data, out=str(forked), resume=earlier)) == [0, 0]
+    keeping_two = small_config(data, out=str(forked), resume=earlier, save_every=1, keep=2)
+    assert pool.run_group(2, run_config, keeping_two) == [0, 0]
     assert model_bytes(forked) == model_bytes(whole)
+    assert sorted(path.name for path in (forked / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
 
     lines = {path: read_metrics(path / "metrics.jsonl") for path in (whole, stopped)}
     assert [line["step"] for line in lines[whole]] == [0, 1, 2, 3, 4, 5, 6]
