@@ -65,7 +65,12 @@ def _git(*arguments: str) -> str:
 
 def _commit() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "hla_dist", "benchmarks")
+    measured = (
+        "hla_dist",
+        "benchmarks",
+        ":(exclude)benchmarks/results",
+    )  # reports of the runs before this one are no code
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return commit + (" with uncommitted changes" if changed else "")
 
 

@@ -1,0 +1,26 @@
+"""What a report says of the program it measured."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+
+def test_changes_of_code_are_told_and_reports_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, result = tmp_path / "benchmarks" / "a.py", tmp_path / "benchmarks" / "results" / "a.md"
+    result.parent.mkdir(parents=True)
+    code.write_text("1")
+    result.write_text("1")
+    (tmp_path / "hla_dist").mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    result.write_text("2")
+    assert len(report._commit()) == 12
+    code.write_text("2")
+    assert report._commit().endswith(" with uncommitted changes")
