@@ -65,11 +65,7 @@ def _git(*arguments: str) -> str:
 
 def _commit() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
-    measured = (
-        "hla_dist",
-        "benchmarks",
-        ":(exclude)benchmarks/results",
-    )  # reports of the runs before this one are no code
+    measured = ("hla_dist", "benchmarks", ":(exclude)benchmarks/results")  # earlier reports are no part of the program
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return commit + (" with uncommitted changes" if changed else "")
 
