@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import struct
+import subprocess
 import sys
 import threading
 import types
@@ -123,6 +126,31 @@ def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytes
         MetricsLog(tmp_path, None, "project", {})
     assert told[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1}}
     assert told[1:] == [(3, {"step": 3, "loss": 2.0}), 0]
+
+
+def test_an_offline_run_of_wandb_has_every_line(tmp_path: Path) -> None:
+    """The package itself, in a process of its own, and the file it leaves."""
+    pytest.importorskip("wandb", reason="the optional package wandb is not installed")
+    program = "\n".join([
+        "from pathlib import Path", "from hla_dist.training.metrics import MetricsLog",
+        "log = MetricsLog(Path('.'), None, 'project', {'seed': 1})",
+        "for step in range(3): log.write(step, loss=2.0 - step, tokens=step)", "log.close()",
+    ])  # fmt: skip
+    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, timeout=120)
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    data, at, lines = file.read_bytes(), 7, []
+    while at + 7 <= len(data):  # LevelDB's log: checksum, length and kind before each record; few fit a block here
+        (length,) = struct.unpack_from("<H", data, at + 4)
+        record = Record.FromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            lines.append({name: values[name] for name in ("step", "loss", "tokens")})
+    assert lines == [{"step": step, "loss": 2.0 - step, "tokens": step} for step in range(3)]
 
 
 def test_a_run_that_fails_keeps_what_it_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
