@@ -79,7 +79,10 @@ def said_by(name: str, arguments: list[Any], monkeypatch: pytest.MonkeyPatch, ca
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, program)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # train.py has its own, and its own Ctrl-C
+    interrupt = signal.getsignal(signal.SIGINT)
     spec.loader.exec_module(program)
+    signal.signal(signal.SIGINT, interrupt)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
 
     def leave(code: int) -> None:
