@@ -1,8 +1,9 @@
 """``python -m hla_kernels.report``: what every kernel takes on every architecture, compiled here without a GPU.
 
 Every entry of the tile table is compiled in its most demanding variants, forward and reverse, exactly as the host
-functions launch it; the other kernels once an architecture. Printed as a table and written as JSON. Exit status 1 if a
-kernel breaks a rule:
+functions launch it; where spills are forbidden, in every variant of hla2's passes over one segment with grouped heads
+too, whose states leave and whose gradients are float32. The other kernels once an architecture. Printed as a table and
+written as JSON. Exit status 1 if a kernel breaks a rule:
 
     shared memory over the architecture's limit
     no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
@@ -32,6 +33,7 @@ from hla_kernels import aot, device, fused, stages, tiles
 from hla_kernels.cascade import Pass, Problem
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
+from hla_kernels.sequences import Sequence
 
 CASCADES = {
     "linear_attention": (Pass("o", "q", "k", "v"),),
@@ -102,14 +104,22 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = []
     device.replace_launcher(lambda kernel, grid, arguments, options: found.append((kernel, arguments, options)))
     dtype, heads, tokens = getattr(torch, case.dtype), 2, 600
-    whole = [torch.empty(1, 4096, heads, width, dtype=dtype) for width in (case.K, case.K, case.V)]
-    q, k, v = (x[:, :tokens] for x in whole)
     log_decay = torch.zeros(1, tokens, heads) if case.gated else None
     target = Target(case.arch, PROCESSORS[case.arch])
-    problem = Problem(CASCADES["hla2"], q, k, v, log_decay, 0.5, 0.3, target, segment_tokens=256)
     carry = [torch.zeros(1, heads, case.K, width) for width in (case.K, case.V)]
     dout = torch.empty(1, tokens, heads, case.V, dtype=dtype)
+
+    def sequences(groups: int) -> tuple[torch.Tensor, ...]:
+        sizes = ((heads, case.K), (groups, case.K), (groups, case.V))
+        return tuple(torch.empty(1, 4096, *size, dtype=dtype)[:, :tokens] for size in sizes)
+
+    q, k, v = sequences(heads)
+    problem = Problem(CASCADES["hla2"], q, k, v, log_decay, 0.5, 0.3, target, segment_tokens=256)
     stages.scan_backward(problem, carry, dout, carry, case.gated)
+    if _no_spills(case):
+        grouped = Problem(CASCADES["hla2"], *sequences(1), log_decay, 0.5, 0.3, target, segment_tokens=1024)
+        stages.scan(replace(grouped, sequences={}), carry)
+        stages.scan_backward(grouped, carry, dout, carry, case.gated)
     kept = [torch.zeros_like(problem.inner(case.K)), carry[0]]
     stages.finish(replace(problem, sequences={}), carry, kept)
     if case.K == case.V == 128 and case.dtype == "bfloat16":
@@ -127,26 +137,39 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     return found
 
 
+def _repeats(arguments: dict[str, Any]) -> tuple[int, ...]:
+    """Query heads that share a head of each sequence."""
+    return tuple(x.repeat for x in arguments.values() if isinstance(x, Sequence))
+
+
 def _variant(arguments: dict[str, Any]) -> str:
-    return "+".join(name.lower() for name, value in arguments.items() if name.isupper() and value is True) or "plain"
+    names = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
+    return "+".join(names + ["grouped"] * (set(_repeats(arguments)) > {1})) or "plain"
+
+
+def _no_spills(sizes: Case | Row) -> bool:
+    """Where a spill is an error."""
+    return sizes.arch in ("sm_90", "sm_100") and max(sizes.K, sizes.V) <= 128
 
 
 def _wanted(case: Case, arguments: dict[str, Any]) -> bool:
-    """The demanding variants of a pass: everything it may be asked for at once; and its states alone."""
+    """What asks for everything at once, what a state leaves as well where spills are forbidden; and states alone."""
     if "EMIT" not in arguments:
         return True
     if not arguments["EMIT"]:
         return case.dtype == "bfloat16"
+    if arguments["LEAVE"] and _no_spills(case):
+        return True
     return arguments["ADD"] and (arguments["PAIR"] or not case.gated or not arguments["INNER"])
 
 
 def compile_case(case: Case) -> list[Row]:
     """Every distinct demanding kernel of a case."""
-    rows: dict[tuple[str, str, int, int], Row] = {}
+    rows: dict[tuple[Any, ...], Row] = {}
     for kernel, arguments, options in _launches(case):
         name = kernel.fn.__name__.removesuffix("_kernel")
         key_dim, value_dim = arguments.get("K", 0), arguments.get("V", 0)
-        key = (name, _variant(arguments), key_dim, value_dim)
+        key = (name, _variant(arguments), key_dim, value_dim, _repeats(arguments))
         if key in rows or not _wanted(case, arguments):
             continue
         got = aot.compile_launch(case.arch, kernel, arguments, options)
@@ -230,9 +253,8 @@ def broken_rules(row: Row) -> Iterator[str]:
         formed = "inner" in row.variant or row.kernel == "fused_forward"  # not a correction alone, of few tokens
         if row.arch == "sm_90" and (formed or row.tile.startswith("64x")) and not row.matrix["wgmma.mma_async"]:
             yield f"{label}: no wgmma"
-    forbidden = row.arch in ("sm_90", "sm_100") and max(row.K, row.V) <= 128
     rows = next((r for r in tiles.ROWS if r >= row.K), 0)
-    allowed = 0 if forbidden else SPILLS.get((row.arch, row.dtype, rows), 0)
+    allowed = 0 if _no_spills(row) else SPILLS.get((row.arch, row.dtype, rows), 0)
     if row.spills > allowed:
         yield f"{label}: {row.spills} bytes spilled, allowed are {allowed}"
     if row.narrow:

@@ -6,10 +6,12 @@ program mean fewer programs that form the same scores again. Every entry is comp
 ``python -m hla_kernels.report``, which says what it takes and fails where it spills.
 
 bf16 on sm_90 and sm_100: 64 tokens are one matrix instruction's rows for 4 warps (8 warps would form them twice). At
-K = 128 64 columns fit without gates; with gates and the terms of their gradient only 32 do.
+K = 128 64 columns fit without gates; with gates and the terms of their gradient only 32 of 8 warps do: grouped heads,
+whose gradients are float32, and the state that leaves a single segment want registers too.
 fp16: operands are float32 in shared memory and registers, computed as tf32: 8 warps.
 fp32: tf32x3 holds every operand three times: 16 tokens. Exactness is its purpose, not speed.
-Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b are never whole beside each other.
+Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b are never whole beside each other; and
+bf16 with gates on sm_90 at K = 128, of 64 columns.
 gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one stage; twice the registers.
 """
 
@@ -44,14 +46,19 @@ class Pair(NamedTuple):
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = (64, 128, 256)  # the state's rows, rounded up to one of these
 
-_BF16_WGMMA = {
-    64: Pair(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    128: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+_BF16_SM90 = {
+    64: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    128: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2, 64)),
+    256: Pair(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+}
+_BF16_SM100 = {
+    64: Pair(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    128: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
     256: Pair(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
 }
 _FP16_SM90 = {
-    64: Pair(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    128: Pair(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    64: Pair(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: Pair(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
 }
 _FP16_SM100 = {
@@ -76,10 +83,10 @@ TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
         256: Pair(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32)),
     },
     ("sm_80", FP32): _FP32,
-    ("sm_90", BF16): _BF16_WGMMA,
+    ("sm_90", BF16): _BF16_SM90,
     ("sm_90", FP16): _FP16_SM90,
     ("sm_90", FP32): _FP32,
-    ("sm_100", BF16): _BF16_WGMMA,
+    ("sm_100", BF16): _BF16_SM100,
     ("sm_100", FP16): _FP16_SM100,
     ("sm_100", FP32): _FP32,
     ("gfx942", BF16): {

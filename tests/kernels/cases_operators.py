@@ -10,7 +10,7 @@ import torch
 
 import hla_dist
 from hla_dist.reference import quadratic
-from hla_kernels import device
+from hla_kernels import device, tiles
 from tests.harness import assert_close, relative_error
 from tests.kernels.interpreted import WITH_KERNELS, compare, ridge_of
 from tests.problems import Problem, draw, oracle, run
@@ -86,7 +86,9 @@ def test_gates_of_every_strength(gate_values, short_segments) -> None:
 
 
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
-def test_float16_at_most_twice_the_error_of_plain_torch(name, mask) -> None:
+def test_float16_at_most_twice_the_error_of_plain_torch(name, mask, monkeypatch) -> None:
+    """Pass by pass, as on a GPU: only bfloat16 walks a whole cascade at once."""
+    monkeypatch.setattr(tiles, "fused", lambda *args: None)
     problem = Problem(
         name, mask, T=70, H=2, G=1, K=16, V=16, scale=0.05, gates="BTH", state=False, dtype=torch.float16, seed=1
     )
