@@ -65,12 +65,8 @@ def _git(*arguments: str) -> str:
 
 def _commit() -> str:
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
-    measured = (
-        "hla_dist",
-        "kernels",
-        "benchmarks",
-        ":(exclude)benchmarks/results",
-    )  # earlier reports are no part of the program
+    # earlier reports are no part of the program
+    measured = ("hla_dist", "kernels", "benchmarks", ":(exclude)benchmarks/results")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return commit + (" with uncommitted changes" if changed else "")
 
