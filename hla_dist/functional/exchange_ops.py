@@ -21,8 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
-from hla_dist.parallel import agreement, background, by_messages
-from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads, wait
+from hla_dist.parallel import agreement, background, by_messages, collectives
+from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads
 from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
 
 # dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
@@ -52,7 +52,7 @@ def _place(group_name: str) -> tuple[Group, int, int]:
 
 
 def _result(job: background.Job) -> list[Tensor]:
-    wait(job)
+    collectives.wait(job)
     return job.result()
 
 
