@@ -6,7 +6,7 @@ Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class Segment:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
         self.pool = Pool(self.dtype, self.device)
-        self._tiles: dict[tuple[int, Tile], tuple[Tensor, Tensor]] = {}  # tensors and their views, a tile each
+        self._parts: dict[tuple[int, Tile], tuple[Tensor, tuple[Tensor, ...]]] = {}  # tensors, and views of blocks
         self._fixed_gates: dict[tuple[int, int, int], BlockGates] = {}
         self.chunk = settings.chunk_size or next(c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == CHUNK)
         self.block_chunks = max(1, min(-(-self.T // self.chunk), BLOCK_TOKENS // self.chunk))
@@ -113,6 +113,12 @@ class Segment:
         """Write a tile's part of a state."""
         part = field[tile.b0 : tile.b1, self.heads(tile)]
         part.copy_(value.view(part.shape))
+
+    def put_blocks(self, tile: Tile, field: Tensor) -> Callable[[int, Tensor], object]:
+        """What writes a tile's part ``[N, rows, columns]`` of block i into ``field [blocks, B, H, rows, columns]``."""
+        parts = field[:, tile.b0 : tile.b1, self.heads(tile)].unbind(0)
+        shape = parts[0].shape if parts else ()
+        return lambda i, value: parts[i].copy_(value.view(shape))
 
     def state(self, name: str, blocks: int | None = None) -> Tensor:
         """An empty state ``[B, H, rows, columns]``, or ``[blocks, B, H, rows, columns]``."""
@@ -154,10 +160,11 @@ class Segment:
     def _tokens(self, x: Tensor, tile: Tile, span: Span) -> Tensor:
         """A block of ``x [B, T, heads, D]`` where it lies, ``[batch, heads, tokens, D]``."""
         key = (id(x), tile)
-        if key not in self._tiles:
+        if key not in self._parts:  # all of a tile's at once: a view at a time costs microseconds a block
             heads = slice(tile.g0, tile.g1) if x.shape[2] != self.H else self.heads(tile)
-            self._tiles[key] = (x, x[tile.b0 : tile.b1, :, heads].transpose(1, 2))
-        return self._tiles[key][1].narrow(2, span.t0, span.t1 - span.t0)
+            rows = x[tile.b0 : tile.b1, :, heads].transpose(1, 2)
+            self._parts[key] = (x, rows.split(self.block_chunks * self.chunk, dim=2))
+        return self._parts[key][1][span.number]
 
     def store(self, x: Tensor, tile: Tile, span: Span, value: Tensor) -> None:
         """Write ``value [N, L, D]`` into ``x [B, T, heads, D]``; query heads of one K/V head are summed."""

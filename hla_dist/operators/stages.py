@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hla_dist.operators.blocks import Block
 from hla_dist.operators.cascade import Fields, Operator, Pass
-from hla_dist.operators.gates import flush
+from hla_dist.operators.gates import BlockGates, flush
 from hla_dist.operators.segment import Segment, Sequences, Span, Tile
 
 
@@ -58,11 +58,12 @@ def summarize(segment: Segment) -> Summarized:
         carry = segment.zero_rows(tile, op.states)
         moments = segment.zero_rows(tile, tuple(m.name for m in op.moments))
         past = torch.ones(next(iter(carry.values())).shape[0], 1, dtype=segment.dtype, device=segment.device)
+        put_start = {name: segment.put_blocks(tile, field) for name, field in starts.items()}
         for span in spans:
             gates = segment.gates(tile, span)
             block = Block(op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, segment.pool)
             for p in op.first_level:
-                segment.put_rows(tile, starts[p.state][span.number], carry[p.state])
+                put_start[p.state](span.number, carry[p.state])
                 segment.store_inner(results[p.out], tile, span, block.sequence(p.out))
             for m in op.moments:
                 right = block.sequence(m.right)
@@ -74,12 +75,12 @@ def summarize(segment: Segment) -> Summarized:
                     right = right * gates.block_end
                 moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
             carry = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
-            past = flush(past * gates.block)
+            past = _past(past, gates)
             segment.pool.release()
         for name, value in (carry | moments).items():
             segment.put_rows(tile, fields[name], value)
         for p in op.first_level:
-            segment.put_rows(tile, starts[p.state][len(spans)], carry[p.state])
+            put_start[p.state](len(spans), carry[p.state])
         segment.put_rows(tile, rho, past)
     kept = [t for p in op.first_level for t in (results[p.out], starts[p.state])]
     return Summarized(rho, [fields[name] for name in op.fields], kept)
@@ -103,6 +104,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
         entering = {name: segment.rows(tile, c) for name, c in zip(op.states, carry)}
         current = dict(entering)
         past = torch.ones(len(current[op.states[0]]), 1, dtype=segment.dtype, device=segment.device)
+        put_checkpoint = {name: segment.put_blocks(tile, field) for name, field in checkpoints.items()}
         for span in spans:
             gates = segment.gates(tile, span)
             sequences = Sequences(segment, tile, span)
@@ -113,7 +115,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
                 correct(here, sequences[p.a], entering[p.state], left, past)
                 sequences[p.out] = here
             for name in op.states:
-                segment.put_rows(tile, checkpoints[name][span.number], current[name])
+                put_checkpoint[name](span.number, current[name])
             block = Block(op, sequences, gates, current, segment.settings.ridge, segment.pool)
             o = block.sequence("o")
             if normalize:
@@ -121,7 +123,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
                 segment.store(denominator.unsqueeze(-1), tile, span, den)
                 o = o[..., :-1] / (den + segment.settings.eps)
             segment.store(out, tile, span, o)
-            past = flush(past * gates.block)
+            past = _past(past, gates)
             current = {p.state: _leaving(segment, block, p, reused, tile, span, entering, past) for p in op.passes}
             segment.pool.release()
         for name in op.states:
@@ -130,6 +132,11 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
 
 
 finish = scan
+
+
+def _past(past: Tensor, gates: BlockGates) -> Tensor:
+    """The product of the segment's gates up to the block's end."""
+    return past if gates.plain else flush(past * gates.block)
 
 
 def _reused(op: Operator, kept: list[Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:
