@@ -57,7 +57,8 @@ def _segment(q, k, v, log_decay, documents, operator, scale, ridge, normalize, e
 @_in_own_dtype
 def summarize(q, k, v, log_decay, documents, *options) -> list[Tensor]:
     """Stage ``summarize``: ``[rho, *fields, *kept]``."""
-    result = _stages(options)[0].summarize(_segment(q, k, v, log_decay, documents, *options))
+    with _segment(q, k, v, log_decay, documents, *options) as s:
+        result = _stages(options)[0].summarize(s)
     return [result.rho, *result.fields, *result.kept]
 
 
@@ -81,7 +82,8 @@ def _(q, k, v, log_decay, documents, *options) -> list[Tensor]:
 
 
 def _scanned(s: Segment, carry: list[Tensor], kept: list[Tensor], options: tuple[Any, ...]) -> list[Tensor]:
-    result = _stages(options)[0].scan(s, carry, kept)
+    with s:
+        result = _stages(options)[0].scan(s, carry, kept)
     return [result.out, result.denominator, *result.state, *result.checkpoints]
 
 
@@ -128,9 +130,9 @@ def _(q, k, v, log_decay, documents, carry, kept, *options) -> list[Tensor]:
 @_in_own_dtype
 def summarize_backward(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
     """Stage ``summarize_backward``: ``[*reverse fields, *kept]``."""
-    s = _segment(q, k, v, log_decay, documents, *options)
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return _stages(options)[1].summarize_backward(s, saved, dout)
+    with _segment(q, k, v, log_decay, documents, *options) as s:
+        return _stages(options)[1].summarize_backward(s, saved, dout)
 
 
 @summarize_backward.register_fake
@@ -140,7 +142,8 @@ def _(q, k, v, log_decay, documents, out, denominator, checkpoints, dout, *optio
 
 
 def _gradients(s: Segment, saved: stages_backward.Saved, dout: Tensor, carry, options) -> list[Tensor]:
-    g = _stages(options)[1].scan_backward(s, saved, dout, carry)
+    with s:
+        g = _stages(options)[1].scan_backward(s, saved, dout, carry)
     dlog = torch.empty(0, device=s.device) if g.log_decay is None else g.log_decay
     return [g.q, g.k, g.v, dlog, *g.carry]
 

@@ -3,6 +3,10 @@
 On CPUs fresh memory is cold, and returned to the system as soon as it is freed: measured, matrix products that write
 into it run at half speed. Buffers are handed out once a block and come back together at its end.
 
+On a CPU a pool outlives the call, as a short segment spends much of its time on fresh memory (measured at 1024 tokens
+of 4 heads, forward and backward: 28.6 ms, and 22.9 with the memory of the call before). What stays is what the last
+call used, at most some twenty times a block of a sequence.
+
 Views are kept with the tensor they belong to: a block makes some forty, a microsecond or two each, and the next block
 gets the same buffers and asks for the same views.
 """
@@ -31,14 +35,21 @@ class Pool:
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
-        self._free: dict[int, list[Buffer]] = {}
+        self._free: dict[int, list[Buffer]] = {}  # of the sizes that the call under way has used
+        self._idle: dict[int, list[Buffer]] = {}  # from the call before
+        self._unused: dict[int, int] = {}  # buffers of a size, from the first on, that it has not touched
         self._taken: list[tuple[list[Buffer], Buffer]] = []
 
     def take(self, *shape: int) -> Tensor:
         """An uninitialised contiguous tensor, valid until ``release``."""
         size = math.prod(shape)
-        free = self._free.setdefault(size, [])
+        free = self._free.get(size)
+        if free is None:
+            free = self._free[size] = self._idle.pop(size, [])
+            self._unused[size] = len(free)
         buffer = free.pop() if free else Buffer(size, self.dtype, self.device)
+        if len(free) < self._unused[size]:
+            self._unused[size] = len(free)
         self._taken.append((free, buffer))
         view = buffer.views.get(shape)
         if view is None:
@@ -50,6 +61,33 @@ class Pool:
         while self._taken:
             free, buffer = self._taken.pop()
             free.append(buffer)
+
+
+_spare: dict[tuple[torch.dtype, bool], list[Pool]] = {}
+
+
+def borrow(dtype: torch.dtype, device: torch.device) -> Pool:
+    """A pool for one call, on CPUs with the memory of an earlier one; ``put_back`` it unless the call failed."""
+    spare = _spares(dtype)
+    if device.type != "cpu" or not spare:
+        return Pool(dtype, device)
+    try:
+        return spare.pop()
+    except IndexError:  # another thread took it
+        return Pool(dtype, device)
+
+
+def put_back(pool: Pool) -> None:
+    """Keep what the call used for the next."""
+    if pool.device.type == "cpu":
+        pool.release()
+        pool._idle, pool._free = {size: free[pool._unused[size] :] for size, free in pool._free.items()}, {}
+        _spares(pool.dtype).append(pool)
+
+
+def _spares(dtype: torch.dtype) -> list[Pool]:
+    # tensors made in inference mode cannot be written outside
+    return _spare.setdefault((dtype, torch.is_inference_mode_enabled()), [])
 
 
 def viewed(x: Tensor, *shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hla_dist.operators.cascade import Fields, Operator
 from hla_dist.operators.gates import BlockGates
-from hla_dist.operators.pool import Pool, viewed
+from hla_dist.operators.pool import Pool, borrow, put_back, viewed
 
 CHUNK = 64  # fewer tokens waste matrix-product efficiency, more waste the upper triangle
 BLOCK_TOKENS = 1024  # tokens of one row in a block: the scans over its 16 chunks cost 6 % of the arithmetic
@@ -72,11 +72,20 @@ class Segment:
         self.heads_per_kv = self.H // self.G
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.device = q.device
-        self.pool = Pool(self.dtype, self.device)
+        self.pool = Pool(self.dtype, self.device)  # inside ``with segment:`` one that has memory already
         self._parts: dict[tuple[int, Tile], tuple[Tensor, tuple[Tensor, ...]]] = {}  # tensors, and views of blocks
         self._fixed_gates: dict[tuple[int, int, int], BlockGates] = {}
         self.chunk = settings.chunk_size or next(c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == CHUNK)
         self.block_chunks = max(1, min(-(-self.T // self.chunk), BLOCK_TOKENS // self.chunk))
+
+    def __enter__(self) -> Segment:
+        self.pool = borrow(self.dtype, self.device)
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            put_back(self.pool)
+        self.pool = Pool(self.dtype, self.device)
 
     @property
     def blocks(self) -> int:
