@@ -85,6 +85,11 @@ def put_back(pool: Pool) -> None:
         _spares(pool.dtype).append(pool)
 
 
+def let_go() -> None:
+    """Free what is kept for later calls; the next one starts on fresh memory."""
+    _spare.clear()
+
+
 def _spares(dtype: torch.dtype) -> list[Pool]:
     # tensors made in inference mode cannot be written outside
     return _spare.setdefault((dtype, torch.is_inference_mode_enabled()), [])

@@ -27,7 +27,7 @@ def call(operator: Operator, tokens: int, seed: int) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def nothing_kept() -> None:
-    pool._spare.clear()
+    pool.let_go()
 
 
 def kept() -> int:
@@ -60,7 +60,7 @@ def test_no_more_is_kept_than_a_call_uses():
 
 def test_inference_mode_and_training_take_turns():
     want = call(hla_dist.hla2, 70, 0)
-    pool._spare.clear()
+    pool.let_go()
     for _ in range(2):
         with torch.inference_mode():
             hla_dist.hla2(*(torch.randn(1, 70, 2, 8) for _ in range(3)))
