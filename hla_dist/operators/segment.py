@@ -6,7 +6,7 @@ Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,12 +122,6 @@ class Segment:
         """Write a tile's part of a state."""
         part = field[tile.b0 : tile.b1, self.heads(tile)]
         part.copy_(value.view(part.shape))
-
-    def put_blocks(self, tile: Tile, field: Tensor) -> Callable[[int, Tensor], object]:
-        """What writes a tile's part ``[N, rows, columns]`` of block i into ``field [blocks, B, H, rows, columns]``."""
-        parts = field[:, tile.b0 : tile.b1, self.heads(tile)].unbind(0)
-        shape = parts[0].shape if parts else ()
-        return lambda i, value: parts[i].copy_(value.view(shape))
 
     def state(self, name: str, blocks: int | None = None) -> Tensor:
         """An empty state ``[B, H, rows, columns]``, or ``[blocks, B, H, rows, columns]``."""

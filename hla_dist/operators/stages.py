@@ -58,12 +58,11 @@ def summarize(segment: Segment) -> Summarized:
         carry = segment.zero_rows(tile, op.states)
         moments = segment.zero_rows(tile, tuple(m.name for m in op.moments))
         past = torch.ones(next(iter(carry.values())).shape[0], 1, dtype=segment.dtype, device=segment.device)
-        put_start = {name: segment.put_blocks(tile, field) for name, field in starts.items()}
         for span in spans:
             gates = segment.gates(tile, span)
             block = Block(op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, segment.pool)
             for p in op.first_level:
-                put_start[p.state](span.number, carry[p.state])
+                segment.put_rows(tile, starts[p.state][span.number], carry[p.state])
                 segment.store_inner(results[p.out], tile, span, block.sequence(p.out))
             for m in op.moments:
                 right = block.sequence(m.right)
@@ -80,7 +79,7 @@ def summarize(segment: Segment) -> Summarized:
         for name, value in (carry | moments).items():
             segment.put_rows(tile, fields[name], value)
         for p in op.first_level:
-            put_start[p.state](len(spans), carry[p.state])
+            segment.put_rows(tile, starts[p.state][len(spans)], carry[p.state])
         segment.put_rows(tile, rho, past)
     kept = [t for p in op.first_level for t in (results[p.out], starts[p.state])]
     return Summarized(rho, [fields[name] for name in op.fields], kept)
@@ -104,7 +103,6 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
         entering = {name: segment.rows(tile, c) for name, c in zip(op.states, carry)}
         current = dict(entering)
         past = torch.ones(len(current[op.states[0]]), 1, dtype=segment.dtype, device=segment.device)
-        put_checkpoint = {name: segment.put_blocks(tile, field) for name, field in checkpoints.items()}
         for span in spans:
             gates = segment.gates(tile, span)
             sequences = Sequences(segment, tile, span)
@@ -115,7 +113,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
                 correct(here, sequences[p.a], entering[p.state], left, past)
                 sequences[p.out] = here
             for name in op.states:
-                put_checkpoint[name](span.number, current[name])
+                segment.put_rows(tile, checkpoints[name][span.number], current[name])
             block = Block(op, sequences, gates, current, segment.settings.ridge, segment.pool)
             o = block.sequence("o")
             if normalize:
