@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.operators.cascade import Fields, Operator, Pass
-from hla_dist.operators.gates import BlockGates
+from hla_dist.operators.gates import BlockGates, lower
 from hla_dist.operators.pool import Pool, transposed, viewed
 
 
@@ -124,13 +124,14 @@ class Block:
 
     def leaving_only(self, p: Pass) -> Tensor:
         """The same where no chunk state is read: one product over the whole block."""
-        part = torch.bmm(transposed(self.sequence(p.b)), self._times(self.sequence(p.c), self.gates.block_end))
+        part = self.product(transposed(self.sequence(p.b)), self._times(self.sequence(p.c), self.gates.block_end))
         return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
 
     def output(self, p: Pass) -> Tensor:
         """``LA(a, b, c) + ridge a``, ``[N, L, D]``."""
+        scores = self.scores(p)  # first: nothing is loaded before it is read
         c = self.sequence(p.c)
-        out = self.product(self.scores(p), self.chunked(c))
+        out = self.product(scores, self.chunked(c))
         out.baddbmm_(self.chunked(self.weighted(p.a, _left(p))), self.entering(p))
         out = viewed(out, *c.shape)
         if p.ridge and self.ridge:
@@ -186,12 +187,12 @@ class ReverseBlock(Block):
             carry = self.reverse_carry[p.reverse]
             before = leaving.get(p.reverse)
             if before is not None:  # it entered with the first reader of the shared state; the readers' sums add up
-                carry = torch.zeros_like(carry)
+                carry = self.pool.take(*carry.shape).zero_()
             if gate or needed & {p.a, p.b, p.c}:
                 left = self._run_pass(p, needed, gate, carry)
             else:
                 left = self._leaving_only(p, carry)
-            leaving[p.reverse] = left if before is None else before + left
+            leaving[p.reverse] = left if before is None else before.add_(left)
         if gate:
             for name in sorted(self.always_read & needed):
                 self._gate_terms(self.chunked(self.sequence(name)), self.chunked(self.gradients[name]), 1.0)
@@ -207,7 +208,7 @@ class ReverseBlock(Block):
     def _leaving_only(self, p: Pass, carry: Tensor) -> Tensor:
         """The reverse state that leaves to the left, where none is read inside: one product over the block."""
         factor = self.gates.block_before if p.strict else self.gates.block_start
-        part = torch.bmm(transposed(self.sequence(p.a)), self._times(self._dout(p), factor))
+        part = self.product(transposed(self.sequence(p.a)), self._times(self._dout(p), factor))
         return part.addcmul_(carry, self.gates.block[..., None])
 
     def _run_pass(self, p: Pass, want: set[str], gate: bool, carry: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ class ReverseBlock(Block):
         if p.b == p.c and p.b in want:
             # One product with R + R^T stands for db + dc: LA(q, k, k) is the pass this is for.
             both = self._add(p.b, transposed(z), a, gate).baddbmm_(transposed(self.scores(p)), dout)
-            symmetric = torch.add(reverse, transposed(reverse), out=viewed(parts, *reverse.shape))
+            symmetric = torch.add(reverse, transposed(reverse), out=self.pool.take(*reverse.shape))
             both.baddbmm_(self.chunked(self.weighted(p.b, "end")), symmetric)
             if gate:
                 self._gate_terms(self.chunked(self.sequence(p.b)), both, -0.5)
@@ -270,9 +271,13 @@ class ReverseBlock(Block):
             self.gradients[name] = gradient
 
     def _gate_terms(self, x: Tensor, dx: Tensor, weight: float, strict: bool = False) -> None:
-        terms = torch.mul(x, dx, out=self.pool.take(*x.shape)).sum(-1)
+        products = torch.mul(x, dx, out=self.pool.take(*x.shape))
+        terms = torch.sum(products, -1, out=self.pool.take(*x.shape[:-1]))
         if strict:  # a chunk's first term belongs to the chunk before, whose tail has it
-            terms = torch.nn.functional.pad(terms[:, 1:], (0, 1))
+            later = self.pool.take(*terms.shape)
+            later[:, :-1] = terms[:, 1:]
+            later[:, -1:] = 0
+            terms = later
         if self.gate_terms is None:
             self.gate_terms = terms.mul_(weight)
         else:
@@ -280,15 +285,17 @@ class ReverseBlock(Block):
 
     def _tail(self, p: Pass, reverse: Tensor) -> None:
         entering, leaving = self.states(p)
-        tails = torch.empty(reverse.shape[:2], dtype=reverse.dtype, device=reverse.device)
+        tails = self.pool.take(*reverse.shape[:2])
         products = torch.mul(entering[:, 1:], reverse[:, :-1], out=self.pool.take(*entering[:, 1:].shape))
         torch.sum(products, -1, out=tails[:, :-1])
-        torch.sum(leaving * reverse[:, -1], -1, out=tails[:, -1])
+        last = torch.mul(leaving, reverse[:, -1], out=self.pool.take(*leaving.shape))
+        torch.sum(last, -1, out=tails[:, -1])
         self.tails = tails if self.tails is None else self.tails.add_(tails)
 
     def gate_gradient(self) -> Tensor:
         """d log g of every token, ``[N, L]``; the running sum restarts at every chunk with that chunk's tail."""
         assert self.gate_terms is not None and self.tails is not None
-        terms = self.gate_terms.view(-1, self.gates.n, self.gates.c)
-        after = terms.flip(-1).cumsum(-1).flip(-1)
-        return (after + self.tails[..., None]).flatten(1)
+        c = self.gates.c
+        terms = self.gate_terms.view(-1, c)
+        after = torch.mm(terms, lower(c, c, 0, terms.dtype, terms.device), out=self.pool.take(*terms.shape))
+        return after.view(*self.tails.shape, c).add_(self.tails[..., None]).flatten(1)

@@ -20,8 +20,10 @@ SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-250}
 
 
 @lru_cache(maxsize=64)
-def _lower(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(rows, columns, dtype=dtype, device=device).tril_(diagonal)
+def lower(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ones on and below a diagonal."""
+    with torch._C.DisableTorchFunction():  # a constant: no part of a block that is being recorded
+        return torch.ones(rows, columns, dtype=dtype, device=device).tril_(diagonal)
 
 
 def flush(products: Tensor) -> Tensor:
@@ -37,17 +39,17 @@ def _suffix_sums(logs: Tensor, before: Tensor, after: Tensor, pool: Pool) -> Ten
     return torch.mm(rows.view(-1, c), after, out=pool.take(rows.numel() // c, c)).view(rows.shape)
 
 
-def segment_products(logs: Tensor) -> Tensor:
+def segment_products(logs: Tensor, pool: Pool) -> Tensor:
     """``exp(logs[y] + ... + logs[x-1])`` for x >= y, 0 above the diagonal.
 
-    logs ``[..., n]`` -> ``[..., n + 1, n + 1]``, indexed [x, y]. The sums are one matrix product, in the dtype of
-    ``logs``.
+    logs ``[N, n]`` -> ``[N, n + 1, n + 1]``, indexed [x, y]. The sums are one matrix product, in the dtype of ``logs``.
     """
-    n = logs.shape[-1]
-    before = _lower(n + 1, n, -1, logs.dtype, logs.device)  # m < x
-    after = _lower(n, n + 1, 0, logs.dtype, logs.device)  # m >= y
-    sums = (logs[..., None, :] * before) @ after
-    return flush(sums.exp_()).mul_(_lower(n + 1, n + 1, 0, logs.dtype, logs.device))
+    rows, n = logs.shape
+    before = lower(n + 1, n, -1, logs.dtype, logs.device)  # m < x
+    after = lower(n, n + 1, 0, logs.dtype, logs.device)  # m >= y
+    terms = torch.mul(logs[:, None], before, out=pool.take(rows, n + 1, n))
+    sums = torch.mm(terms.view(-1, n), after, out=pool.take(rows * (n + 1), n + 1)).view(rows, n + 1, n + 1)
+    return flush(sums.exp_()).mul_(lower(n + 1, n + 1, 0, logs.dtype, logs.device))
 
 
 class BlockGates:
@@ -79,22 +81,29 @@ class BlockGates:
         self._expanded: Tensor | None = None
         self.plain = logs is None and documents is None
         if logs is None:
-            self.within = _lower(c, c, 0, dtype, device)[None, None]
-            self.chunks = _lower(n + 1, n + 1, 0, dtype, device)[None]
+            self.within = lower(c, c, 0, dtype, device)[None, None]
+            self.chunks = lower(n + 1, n + 1, 0, dtype, device)[None]
             self.start: Tensor | None = None
             self.end: Tensor | None = None
             if documents is not None:
                 self.start = torch.ones(1, 1, c, 1, dtype=dtype, device=device)
                 self.end = self.start
         else:  # logs [N, n or 1, c]
-            before = _lower(c, c, 0, dtype, device)  # j <= t
-            after = _lower(c, c, -1, dtype, device)  # j > i
+            before = lower(c, c, 0, dtype, device)  # j <= t
+            after = lower(c, c, -1, dtype, device)  # j > i
             self.within = flush(_suffix_sums(logs, before, after, pool).exp_()).mul_(before)
-            self.start = flush(logs.cumsum(-1).exp_())[..., None]
+            self.start = flush(torch.cumsum(logs, -1, out=pool.take(*logs.shape)).exp_())[..., None]
             self.end = self.within[..., -1, :, None]
-            self.chunks = segment_products(logs.sum(-1).expand(-1, n))
+            sums = torch.sum(logs, -1, out=pool.take(*logs.shape[:-1]))
+            self.chunks = segment_products(sums.expand(-1, n), pool)
         if documents is not None:
             self._cut(documents, dtype)
+
+    def form(self, strict: bool) -> None:
+        """Form now what is otherwise formed when first read (``strict``: for strict passes too)."""
+        names = ["block_start", "block_end"] + ["within_before", "before", "block_before"] * strict
+        for name in names:
+            getattr(self, name)
 
     def _cut(self, documents: Tensor, dtype: torch.dtype) -> None:
         """Cut every product that crosses a document's first token."""
@@ -111,7 +120,7 @@ class BlockGates:
         """``Gamma(t - 1, i)`` for i < t inside a chunk, else 0: ``within`` a row lower, cut at document starts."""
         c = self.c
         if self.start is None:
-            return _lower(c, c, -1, self.within.dtype, self.within.device)[None, None]
+            return lower(c, c, -1, self.within.dtype, self.within.device)[None, None]
         before = self.pool.take(*self.within.shape)
         before[..., 0, :] = 0
         before[..., 1:, :] = self.within[..., :-1, :]
@@ -125,7 +134,9 @@ class BlockGates:
         """``Gamma(t - 1, chunk start)  [N, n, c, 1]``: 1 for a chunk's first token unless a document starts there."""
         if self.start is None:
             return None
-        before = torch.nn.functional.pad(self.start[..., :-1, :], (0, 0, 1, 0), value=1.0)
+        before = self.pool.take(*self.start.shape)
+        before[..., :1, :] = 1
+        before[..., 1:, :] = self.start[..., :-1, :]
         if self.documents is not None:
             tokens, edges = self.documents[1:].view(self.n, self.c), self.documents[:: self.c]
             before = before * (tokens == edges[:-1, None]).to(before.dtype)[..., None]
@@ -134,23 +145,24 @@ class BlockGates:
     @cached_property
     def block_before(self) -> Tensor | None:
         """``Gamma(t - 1, block start)  [N, L, 1]``, or None without gates."""
-        if self.before is None:
-            return None
-        return flush((self.before * self.chunks[:, :-1, 0, None, None]).flatten(1, 2))
+        return None if self.before is None else self._over_chunks(self.before, self.chunks[:, :-1, 0])
 
     @cached_property
     def block_start(self) -> Tensor | None:
         """``Gamma(t, block start)  [N, L, 1]``, or None without gates."""
-        if self.start is None:
-            return None
-        return flush((self.start * self.chunks[:, :-1, 0, None, None]).flatten(1, 2))
+        return None if self.start is None else self._over_chunks(self.start, self.chunks[:, :-1, 0])
 
     @cached_property
     def block_end(self) -> Tensor | None:
         """``Gamma(block end, i)  [N, L, 1]``, or None without gates."""
-        if self.end is None:
-            return None
-        return flush((self.end * self.chunks[:, -1, 1:, None, None]).flatten(1, 2))
+        return None if self.end is None else self._over_chunks(self.end, self.chunks[:, -1, 1:])
+
+    def _over_chunks(self, tokens: Tensor, chunks: Tensor) -> Tensor:
+        """Products to a chunk's edge ``[N, n, c, 1]`` times those of whole chunks ``[N, n]``: ``[N, L, 1]``."""
+        rows = max(len(tokens), len(chunks))
+        products = self.pool.take(rows, self.n, self.c, 1)
+        torch.mul(tokens, chunks[..., None, None], out=products)
+        return flush(products).view(rows, self.n * self.c, 1)
 
     @cached_property
     def block(self) -> Tensor:
@@ -167,8 +179,9 @@ class BlockGates:
         torch.bmm(self._later(parts.shape[0]), parts, out=entering)
         chunk_of(entering, 0).copy_(carry)
         if self.n == 1:
-            return chunk_of(parts, 0).clone()
-        return torch.addcmul(chunk_of(parts, -1), chunk_of(entering, -1), self._last)
+            return chunk_of(parts, 0)
+        last = chunk_of(parts, -1)
+        return torch.addcmul(last, chunk_of(entering, -1), self._last, out=last)
 
     def scan_reverse(self, parts: Tensor, carry: Tensor, entering: Tensor) -> Tensor:
         """Fill ``entering`` with the reverse states from the right; return the one leaving the block to the left.
@@ -178,9 +191,8 @@ class BlockGates:
         chunk_of(parts, -1).addcmul_(carry, self._last)
         torch.bmm(transposed(self._later(parts.shape[0])), parts, out=entering)
         chunk_of(entering, -1).copy_(carry)
-        if self.n == 1:
-            return chunk_of(parts, 0).clone()
-        return torch.addcmul(chunk_of(parts, 0), chunk_of(entering, 0), self._first)
+        first = chunk_of(parts, 0)
+        return first if self.n == 1 else torch.addcmul(first, chunk_of(entering, 0), self._first, out=first)
 
     def _later(self, rows: int) -> Tensor:
         """``[rows, n, n]``: product of the chunks strictly between i and j, for i < j, at [j, i]."""

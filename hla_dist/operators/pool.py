@@ -3,8 +3,8 @@
 On CPUs fresh memory is cold, and returned to the system as soon as it is freed: measured, matrix products that write
 into it run at half speed. Buffers are handed out once a block and come back together at its end.
 
-On a CPU a pool outlives the call: a short segment would spend much of its time on fresh memory. What stays is what the
-last call used, some twenty times a block of a sequence, half as much again with gates a token.
+Blocks that recur run as programs (``program.py``). On a CPU these stay with the process from call to call, and their
+memory with them: a short segment would spend much of its time on fresh memory, and on finding out what to do.
 
 Views are kept with the tensor they belong to: a block makes some forty, a microsecond or two each, and the next block
 gets the same buffers and asks for the same views.
@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MOST_BYTES = 64 * 2**20  # more than this is not kept from call to call
+MOST_PROGRAMS = 128  # each some 100 KiB of Python objects
 
 
 class Buffer:
@@ -35,9 +38,7 @@ class Pool:
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
-        self._free: dict[int, list[Buffer]] = {}  # of the sizes that the call under way has used
-        self._idle: dict[int, list[Buffer]] = {}  # from the call before
-        self._unused: dict[int, int] = {}  # buffers of a size, from the first on, that it has not touched
+        self._free: dict[int, list[Buffer]] = {}
         self._taken: list[tuple[list[Buffer], Buffer]] = []
 
     def take(self, *shape: int) -> Tensor:
@@ -45,16 +46,18 @@ class Pool:
         size = math.prod(shape)
         free = self._free.get(size)
         if free is None:
-            free = self._free[size] = self._idle.pop(size, [])
-            self._unused[size] = len(free)
+            free = self._free[size] = []
         buffer = free.pop() if free else Buffer(size, self.dtype, self.device)
-        if len(free) < self._unused[size]:
-            self._unused[size] = len(free)
         self._taken.append((free, buffer))
         view = buffer.views.get(shape)
         if view is None:
             view = buffer.views[shape] = buffer.flat.view(shape)
         return view
+
+    @property
+    def taken(self) -> list[Buffer]:
+        """Buffers handed out and not yet released."""
+        return [buffer for _, buffer in self._taken]
 
     def release(self) -> None:
         """Take every buffer back; the last taken is the first handed out again."""
@@ -63,23 +66,53 @@ class Pool:
             free.append(buffer)
 
 
-_spare: dict[tuple[torch.dtype, bool], list[Pool]] = {}
+class Scratch:
+    """What one call after another uses, never two at a time."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.programs: dict[Any, Any] = {}  # recorded blocks, by all that they depend on
+        self.lasting: dict[int, list[Buffer]] = {}  # their memory, by size
+        self.gates: dict[Any, Any] = {}  # fixed gates, in memory of their own
+        self._held: dict[Any, Tensor] = {}
+        self._met: dict[Any, int] = {}
+
+    def hold(self, name: str, *shape: int) -> Tensor:
+        """A tensor that lasts, by name and shape."""
+        key = (name, *shape)
+        tensor = self._held.get(key)
+        if tensor is None:
+            tensor = self._held[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return tensor
+
+    def is_worth_recording(self, key: Any) -> bool:
+        """Whether such a block was met twice before: recording costs what a few save."""
+        met = self._met[key] = self._met.get(key, 0) + 1
+        return met > 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that lasts."""
+        buffers = [*self.lasting.values(), *(gates.pool.taken for gates in self.gates.values())]
+        return sum(b.flat.nbytes for some in buffers for b in some) + sum(x.nbytes for x in self._held.values())
 
 
-def borrow(dtype: torch.dtype, device: torch.device) -> Pool:
-    """A pool for one call, on CPUs with the memory of an earlier one; ``put_back`` it unless the call failed."""
+_spare: dict[tuple[torch.dtype, bool], list[Scratch]] = {}
+
+
+def borrow(dtype: torch.dtype, device: torch.device) -> Scratch:
+    """Scratch for one call, on CPUs that of an earlier one; ``put_back`` it unless the call failed."""
     if device.type == "cpu":
         with suppress(IndexError):  # none kept, or other threads have them all
             return _spares(dtype).pop()
-    return Pool(dtype, device)
+    return Scratch(dtype, device)
 
 
-def put_back(pool: Pool) -> None:
-    """Keep what the call used for the next."""
-    if pool.device.type == "cpu":
-        pool.release()
-        pool._idle, pool._free = {size: free[pool._unused[size] :] for size, free in pool._free.items()}, {}
-        _spares(pool.dtype).append(pool)
+def put_back(scratch: Scratch) -> None:
+    """Keep it for the next call, unless there is too much of it."""
+    small = scratch.nbytes <= MOST_BYTES and max(len(scratch.programs), len(scratch._met) // 8) <= MOST_PROGRAMS
+    if scratch.device.type == "cpu" and small:
+        _spares(scratch.dtype).append(scratch)
 
 
 def let_go() -> None:
@@ -87,7 +120,7 @@ def let_go() -> None:
     _spare.clear()
 
 
-def _spares(dtype: torch.dtype) -> list[Pool]:
+def _spares(dtype: torch.dtype) -> list[Scratch]:
     # tensors made in inference mode cannot be written outside
     return _spare.setdefault((dtype, torch.is_inference_mode_enabled()), [])
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hla_dist.operators.blocks import Block
-from hla_dist.operators.cascade import Fields, Operator, Pass
 from hla_dist.operators.gates import BlockGates, flush
+from hla_dist.operators.pool import Pool
 from hla_dist.operators.segment import Segment, Sequences, Span, Tile
 
 
@@ -53,29 +53,36 @@ def summarize(segment: Segment) -> Summarized:
     fields = {name: segment.state(name) for name in op.fields}
     results = {p.out: segment.inner(p.out) for p in op.first_level}
     starts = {p.state: segment.state(p.state, len(spans) + 1) for p in op.first_level}
+    segment.tensors |= {"local " + name: x for name, x in results.items()}
+    segment.tensors |= {"start " + name: x for name, x in starts.items()}
     chunk_states = set(op.passes[:-1])
+
+    def run_block(tile: Tile, span: Span) -> None:
+        gates = segment.gates(tile, span)
+        block = Block(op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, segment.pool)
+        for p in op.first_level:
+            segment.store_state("start " + p.state, tile, span, carry[p.state])
+            segment.store_inner("local " + p.out, tile, span, block.sequence(p.out))
+        for m in op.moments:
+            right = block.sequence(m.right)
+            if m.from_start or m.through:
+                factor = since_start(gates.block_before if m.through else gates.block_start, past, segment.pool)
+                right = times(right, factor, segment.pool)
+            if m.through and gates.block_end is not None:
+                moments[m.name].mul_(gates.block[..., None])
+                right = times(right, gates.block_end, segment.pool)
+            moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
+        leaving = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
+        for name, value in leaving.items():
+            carry[name].copy_(value)
+        _pass(past, gates)
+
     for tile in segment.tiles:
-        carry = segment.zero_rows(tile, op.states)
-        moments = segment.zero_rows(tile, tuple(m.name for m in op.moments))
-        past = torch.ones(next(iter(carry.values())).shape[0], 1, dtype=segment.dtype, device=segment.device)
+        carry = {name: segment.held_state(tile, name, None) for name in op.states}
+        moments = {m.name: segment.held_state(tile, m.name, None) for m in op.moments}
+        past = segment.held(tile, "past", 1).fill_(1)
         for span in spans:
-            gates = segment.gates(tile, span)
-            block = Block(op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, segment.pool)
-            for p in op.first_level:
-                segment.put_rows(tile, starts[p.state][span.number], carry[p.state])
-                segment.store_inner(results[p.out], tile, span, block.sequence(p.out))
-            for m in op.moments:
-                right = block.sequence(m.right)
-                if m.from_start or m.through:
-                    factor = gates.block_before if m.through else gates.block_start
-                    right = right * (past[..., None] if factor is None else factor * past[..., None])
-                if m.through and gates.block_end is not None:
-                    moments[m.name].mul_(gates.block[..., None])
-                    right = right * gates.block_end
-                moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
-            carry = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
-            past = _past(past, gates)
-            segment.pool.release()
+            segment.run("summarize", run_block, tile, span)
         for name, value in (carry | moments).items():
             segment.put_rows(tile, fields[name], value)
         for p in op.first_level:
@@ -98,32 +105,45 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
     denominator = torch.empty(shape[:3] if normalize else (0,), dtype=segment.dtype, device=segment.device)
     checkpoints = {name: segment.state(name, len(spans)) for name in op.states}
     state = {name: segment.state(name) for name in op.states}
-    reused = _reused(op, kept)
+    reused = {p.out for p in op.first_level} if kept else set()
+    segment.tensors |= {"out": out, "denominator": denominator.unsqueeze(-1)} | checkpoints
+    for i, p in enumerate(op.first_level):
+        if kept:
+            segment.tensors |= {"local " + p.out: kept[2 * i], "start " + p.state: kept[2 * i + 1]}
+
+    def run_block(tile: Tile, span: Span) -> None:
+        gates = segment.gates(tile, span)
+        sequences = Sequences(segment, tile, span)
+        for p in op.first_level if reused else ():
+            here = segment.load_inner("local " + p.out, tile, span)
+            left = gates.block_before if p.strict else gates.block_start
+            correct(here, sequences[p.a], entering[p.state], left, past, segment.pool)
+            sequences[p.out] = here
+        for name in op.states:
+            segment.store_state(name, tile, span, current[name])
+        block = Block(op, sequences, gates, current, segment.settings.ridge, segment.pool)
+        o = block.sequence("o")
+        if normalize:
+            den = o[..., -1:]
+            segment.store("denominator", tile, span, den)
+            divisor = torch.add(den, segment.settings.eps, out=segment.pool.take(*den.shape))
+            o = torch.div(o[..., :-1], divisor, out=segment.pool.take(*o.shape[:-1], o.shape[-1] - 1))
+        segment.store("out", tile, span, o)
+        leaving = {p.state: block.leaving(p) for p in op.passes if p.out not in reused}
+        _pass(past, gates)
+        for p in op.first_level if reused else ():
+            local = segment.load_state("start " + p.state, tile, span, shift=1)
+            leaving[p.state] = local.addcmul_(entering[p.state], past[..., None])
+        for name, value in leaving.items():
+            current[name].copy_(value)
+
     for tile in segment.tiles:
-        entering = {name: segment.rows(tile, c) for name, c in zip(op.states, carry)}
-        current = dict(entering)
-        past = torch.ones(len(current[op.states[0]]), 1, dtype=segment.dtype, device=segment.device)
+        if reused:
+            entering = {name: segment.held_state(tile, name, c, "entering ") for name, c in zip(op.states, carry)}
+        current = {name: segment.held_state(tile, name, c) for name, c in zip(op.states, carry)}
+        past = segment.held(tile, "past", 1).fill_(1)
         for span in spans:
-            gates = segment.gates(tile, span)
-            sequences = Sequences(segment, tile, span)
-            for p in op.first_level if reused else ():
-                result, starts = reused[p.out]
-                here = segment.load_inner(result, tile, span)
-                left = gates.block_before if p.strict else gates.block_start
-                correct(here, sequences[p.a], entering[p.state], left, past)
-                sequences[p.out] = here
-            for name in op.states:
-                segment.put_rows(tile, checkpoints[name][span.number], current[name])
-            block = Block(op, sequences, gates, current, segment.settings.ridge, segment.pool)
-            o = block.sequence("o")
-            if normalize:
-                den = o[..., -1:]
-                segment.store(denominator.unsqueeze(-1), tile, span, den)
-                o = o[..., :-1] / (den + segment.settings.eps)
-            segment.store(out, tile, span, o)
-            past = _past(past, gates)
-            current = {p.state: _leaving(segment, block, p, reused, tile, span, entering, past) for p in op.passes}
-            segment.pool.release()
+            segment.run("finish" if reused else "scan", run_block, tile, span)
         for name in op.states:
             segment.put_rows(tile, state[name], current[name])
     return Scanned(out, denominator, [state[n] for n in op.states], [checkpoints[n] for n in op.states])
@@ -132,34 +152,28 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None
 finish = scan
 
 
-def _past(past: Tensor, gates: BlockGates) -> Tensor:
-    """The product of the segment's gates up to the block's end."""
-    return past if gates.plain else flush(past * gates.block)
+def _pass(past: Tensor, gates: BlockGates) -> None:
+    """Take the product of the segment's gates on to the block's end."""
+    if not gates.plain:
+        flush(past.mul_(gates.block))
 
 
-def _reused(op: Operator, kept: list[Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:
-    return {p.out: (kept[2 * i], kept[2 * i + 1]) for i, p in enumerate(op.first_level)} if kept else {}
+def times(x: Tensor, factor: Tensor | None, pool: Pool) -> Tensor:
+    """``x`` times a factor a token, or ``x``."""
+    return x if factor is None else torch.mul(x, factor, out=pool.take(*x.shape))
 
 
-def _leaving(
-    segment: Segment,
-    block: Block,
-    p: Pass,
-    reused: dict[str, tuple[Tensor, Tensor]],
-    tile: Tile,
-    span: Span,
-    entering: Fields,
-    past: Tensor,
-) -> Tensor:
-    if p.out not in reused:
-        return block.leaving(p)
-    local = segment.rows(tile, reused[p.out][1][span.number + 1])
-    return local + past[..., None] * entering[p.state]
+def since_start(factor: Tensor | None, past: Tensor, pool: Pool) -> Tensor:
+    """Products of gates to the block's start ``[N, L, 1]``, taken on to the segment's."""
+    if factor is None:
+        return past[..., None]
+    return flush(torch.mul(factor, past[..., None], out=pool.take(len(past), *factor.shape[1:])))
 
 
-def correct(x: Tensor, a: Tensor, carry: Tensor, factor: Tensor | None, past: Tensor) -> None:
+def correct(x: Tensor, a: Tensor, carry: Tensor, factor: Tensor | None, past: Tensor, pool: Pool) -> None:
     """``x += Gamma a carry`` with Gamma the decay from the segment's edge to each token of the block."""
     if factor is None:
         x.baddbmm_(a, carry)
     else:
-        x.addcmul_(torch.bmm(a, carry), flush(factor * past[..., None]))
+        part = torch.bmm(a, carry, out=pool.take(*x.shape))
+        x.addcmul_(part, since_start(factor, past, pool))

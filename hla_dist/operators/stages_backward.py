@@ -43,11 +43,16 @@ def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Ten
     op = segment.operator
     fields = {name: segment.state(name) for name in op.reverses}
     inner = frozenset(p.out for p in op.passes[:-1])
+    _read(segment, saved, dout)
+
+    def run_block(tile: Tile, span: Span) -> None:
+        for name, value in _block(segment, tile, span, carry).run(inner).items():
+            carry[name].copy_(value)
+
     for tile in segment.tiles:
-        carry = segment.zero_rows(tile, op.reverses)
+        carry = {name: segment.held_state(tile, name, None) for name in op.reverses}
         for span in reversed(segment.spans):
-            carry = _block(segment, saved, dout, carry, tile, span).run(inner)
-            segment.pool.release()
+            segment.run("summarize_backward", run_block, tile, span)
         for name, value in carry.items():
             segment.put_rows(tile, fields[name], value)
     return list(fields.values())
@@ -62,20 +67,28 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     if log_decay is not None:
         shape = (segment.B, segment.H) if log_decay.dim() == 1 else log_decay.shape
         dlog = torch.zeros(shape, dtype=segment.dtype, device=segment.device)
+        segment.tensors["dlog_decay"] = dlog
+    segment.tensors |= {"dq": dq, "dk": dk, "dv": dv}
     dcarry = {name: segment.state(name) for name in op.reverses}
+    _read(segment, saved, dout)
+
+    def run_block(tile: Tile, span: Span) -> None:
+        block = _block(segment, tile, span, current)
+        leaving = block.run(frozenset("qkv"), gate=dlog is not None)
+        if segment.settings.scale != 1.0:
+            block.gradients["q"].mul_(segment.settings.scale)
+        segment.store("dq", tile, span, block.gradients["q"])
+        segment.store("dk", tile, span, block.gradients["k"])
+        segment.store("dv", tile, span, block.gradients["v"][..., : segment.v.shape[3]])
+        if dlog is not None:
+            segment.store_gate("dlog_decay", tile, span, block.gate_gradient())
+        for name, value in leaving.items():
+            current[name].copy_(value)
+
     for tile in segment.tiles:
-        current = {name: segment.rows(tile, c) for name, c in zip(op.reverses, carry)}
+        current = {name: segment.held_state(tile, name, c) for name, c in zip(op.reverses, carry)}
         for span in reversed(segment.spans):
-            block = _block(segment, saved, dout, current, tile, span)
-            current = block.run(frozenset("qkv"), gate=dlog is not None)
-            if segment.settings.scale != 1.0:
-                block.gradients["q"].mul_(segment.settings.scale)
-            segment.store(dq, tile, span, block.gradients["q"])
-            segment.store(dk, tile, span, block.gradients["k"])
-            segment.store(dv, tile, span, block.gradients["v"][..., : segment.v.shape[3]])
-            if dlog is not None:
-                _store_gate(segment, dlog, tile, span, block.gate_gradient())
-            segment.pool.release()
+            segment.run("backward", run_block, tile, span)
         for name in op.reverses:
             segment.put_rows(tile, dcarry[name], current[name])
     if dlog is not None and log_decay is not None:
@@ -83,25 +96,24 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     return Gradients(dq, dk, dv, dlog, [dcarry[name] for name in op.reverses])
 
 
-def _block(segment: Segment, saved: Saved, dout: Tensor, reverse: Fields, tile: Tile, span: Span) -> ReverseBlock:
+def _read(segment: Segment, saved: Saved, dout: Tensor) -> None:
+    """Name what blocks load."""
+    segment.tensors |= {"dout": dout, "out": saved.out, "denominator": saved.denominator.unsqueeze(-1)}
+    segment.tensors |= zip(segment.operator.states, saved.checkpoints)
+
+
+def _block(segment: Segment, tile: Tile, span: Span, reverse: Fields) -> ReverseBlock:
+    """A block with the reverse carry entering from its right."""
+    op, pool, normalize = segment.operator, segment.pool, segment.settings.normalize
     gates = segment.gates(tile, span)
-    op = segment.operator
-    carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(op.states, saved.checkpoints)}
-    gradient = segment.load(dout, tile, span, extra=int(segment.settings.normalize))
-    if segment.settings.normalize:
+    carry = {name: segment.load_state(name, tile, span) for name in op.states}
+    gradient = segment.load("dout", tile, span, extra=int(normalize))
+    if normalize:
         # o = num / (den + eps): dnum = do / (den + eps), dden = -do . o / (den + eps)
-        o = segment.load(saved.out, tile, span)
-        den = segment.load(saved.denominator.unsqueeze(-1), tile, span) + segment.settings.eps
-        gradient[..., -1:] = -(gradient[..., :-1] * o).sum(-1, keepdim=True)
-        gradient /= den
-    return ReverseBlock(
-        op, Sequences(segment, tile, span), gates, carry, segment.settings.ridge, {"o": gradient}, reverse, segment.pool
-    )
-
-
-def _store_gate(segment: Segment, dlog: Tensor, tile: Tile, span: Span, gradient: Tensor) -> None:
-    gradient = gradient.view(tile.b1 - tile.b0, -1, gradient.shape[-1])[..., : span.t1 - span.t0]
-    if dlog.dim() == 2:  # fixed gates: [B, H]
-        dlog[tile.b0 : tile.b1, segment.heads(tile)] += gradient.sum(-1)
-    else:
-        dlog[tile.b0 : tile.b1, span.t0 : span.t1, segment.heads(tile)] = gradient.transpose(1, 2)
+        o = segment.load("out", tile, span)
+        den = segment.load("denominator", tile, span).add_(segment.settings.eps)
+        total = torch.sum(o.mul_(gradient[..., :-1]), -1, keepdim=True, out=pool.take(*o.shape[:-1], 1))
+        gradient[..., -1:] = total.neg_()
+        gradient.div_(den)
+    sequences = Sequences(segment, tile, span)
+    return ReverseBlock(op, sequences, gates, carry, segment.settings.ridge, {"o": gradient}, reverse, pool)
