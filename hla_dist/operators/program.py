@@ -72,7 +72,7 @@ class Program:
         free: dict[int, list[Buffer]] = {}
         for i, (function, args, kwargs, each) in enumerate(recorder.steps):
             met = dict.fromkeys(m for m in map(_memory, _tensors((args, kwargs))) if m in owners)
-            for m in met.keys() - places.keys():
+            for m in (m for m in met if m not in places):
                 flat = owners[m].flat
                 size = flat.numel()
                 there = lasting.setdefault(size, [])
