@@ -74,15 +74,15 @@ class Scratch:
         self.programs: dict[Any, Any] = {}  # recorded blocks, by all that they depend on
         self.lasting: dict[int, list[Buffer]] = {}  # their memory, by size
         self.gates: dict[Any, Any] = {}  # fixed gates, in memory of their own
-        self._held: dict[Any, Tensor] = {}
+        self.held: dict[Any, Tensor] = {}  # by name and shape
         self._met: dict[Any, int] = {}
 
     def hold(self, name: str, *shape: int) -> Tensor:
         """A tensor that lasts, by name and shape."""
         key = (name, *shape)
-        tensor = self._held.get(key)
+        tensor = self.held.get(key)
         if tensor is None:
-            tensor = self._held[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            tensor = self.held[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return tensor
 
     def is_worth_recording(self, key: Any) -> bool:
@@ -94,7 +94,7 @@ class Scratch:
     def nbytes(self) -> int:
         """Bytes of memory that lasts."""
         buffers = [*self.lasting.values(), *(gates.pool.taken for gates in self.gates.values())]
-        return sum(b.flat.nbytes for some in buffers for b in some) + sum(x.nbytes for x in self._held.values())
+        return sum(b.flat.nbytes for some in buffers for b in some) + sum(x.nbytes for x in self.held.values())
 
 
 _spare: dict[tuple[torch.dtype, bool], list[Scratch]] = {}

@@ -78,6 +78,7 @@ class Segment:
         self.pool = Pool(self.dtype, self.device)
         self.scratch = Scratch(self.dtype, self.device)  # inside ``with segment:`` that of earlier calls
         self._parts: dict[tuple[str, Tile, str], tuple[Tensor, ...]] = {}  # views of blocks
+        self.records = documents is None and Recorder.hears()  # whether blocks run as programs
         self._gates_of: dict[BlockGates, Tile] = {}
         self._recorder: Recorder | None = None
         self.chunk = settings.chunk_size or next(c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == CHUNK)
@@ -124,7 +125,7 @@ class Segment:
         For that a block writes in place or into ``out=`` only, goes to ``tensors`` of the whole segment by ``each``,
         and meets the block before it in ``held`` memory.
         """
-        if self.documents is None:
+        if self.records:
             shape = (tile.b1 - tile.b0, tile.g1 - tile.g0, self.heads_per_kv, span.n, span.t1 - span.t0, self.chunk)
             gates = None if self.log_decay is None else self.log_decay.dim()
             key = (stage, self.operator.name, self.K, self.V, gates, self.settings, shape)
@@ -134,7 +135,8 @@ class Segment:
             if program is None and self.scratch.is_worth_recording(key):
                 with self._recording() as recorder:
                     block(tile, span)
-                self.scratch.programs[key] = Program(recorder, self.pool.taken, self.scratch.lasting)
+                scratch = self.scratch
+                scratch.programs[key] = Program(recorder, self.pool.taken, scratch.lasting, scratch.held.values())
             elif program is None:
                 block(tile, span)
             else:
@@ -309,7 +311,7 @@ class Segment:
 
     def _has_fixed_gates(self, span: Span) -> bool:
         """Whether the gates are those of a tile's heads, the same in all its full blocks, or none."""
-        if self.documents is not None:
+        if not self.records:
             return False
         return self.log_decay is None or (self.log_decay.dim() == 1 and span.t1 - span.t0 == span.n * self.chunk)
 
@@ -331,9 +333,10 @@ class Segment:
         if gates is None:
             with self._recording() as recorder:
                 gates = self._block_gates(tile, span, Pool(self.dtype, self.device))
-                gates.form(strict=any(p.strict for p in self.operator.passes))
+                op = self.operator
+                gates.form(strict=any(p.strict for p in op.passes) or any(m.through for m in op.moments))
             self.scratch.gates[key] = gates
-            self.scratch.programs[key] = Program(recorder, [], {})
+            self.scratch.programs[key] = Program(recorder, [], {}, [buffer.flat for buffer in gates.pool.taken])
         elif self.log_decay is not None and self._gates_of.get(gates) != tile:
             self.scratch.programs[key].run(self, tile, span)
         self._gates_of[gates] = tile

@@ -87,8 +87,12 @@ def test_bit_for_bit_what_blocks_as_written_give(name: str, case: str, monkeypat
     assert len(runs) > 100 or CASES[case].get("documents")
 
 
+def _buffers(count: int) -> list[pool.Buffer]:
+    return [pool.Buffer(10, torch.float32, torch.device("cpu")) for _ in range(count)]
+
+
 def test_buffers_in_use_at_different_times_share_memory() -> None:
-    buffers = [pool.Buffer(10, torch.float32, torch.device("cpu")) for _ in range(4)]
+    buffers = _buffers(4)
     a, b, c, d = (x.flat for x in buffers)
     result = torch.empty(10)
     with program.Recorder() as recorder:
@@ -99,21 +103,47 @@ def test_buffers_in_use_at_different_times_share_memory() -> None:
         d[3:] += 1.0
         result.copy_(d)
     lasting: dict[int, list[pool.Buffer]] = {}
-    blocks = program.Program(recorder, buffers, lasting)
+    block = program.Program(recorder, buffers, lasting, [result])
     assert len(lasting[10]) == 3
     want = result.clone()
     for x in (*buffers, *lasting[10]):
         x.flat.fill_(torch.nan)
     result.zero_()
-    blocks.run()
+    block.run()
     assert torch.equal(result, want)
     assert result.tolist() == [6.0] * 3 + [7.0] * 7
 
 
 def test_a_fresh_tensor_in_a_block_is_a_bug() -> None:
-    x = torch.zeros(3)
-    with pytest.raises(AssertionError, match="add returns a fresh tensor"), program.Recorder():
-        torch.add(x, 1)
+    buffers = _buffers(1)
+    with program.Recorder() as recorder:
+        torch.add(buffers[0].flat, 1)
+    with pytest.raises(AssertionError, match="add returns a fresh tensor"):
+        program.Program(recorder, buffers, {}, [])
+
+
+def test_calls_that_come_in_between_are_not_the_blocks() -> None:
+    """A finalizer's, or a signal handler's."""
+    buffers, theirs = _buffers(1), torch.zeros(3)
+    with program.Recorder() as recorder:
+        theirs.add_(1)
+        buffers[0].flat.fill_(2.0)
+        theirs + 1
+    program.Program(recorder, buffers, {}, []).run()
+    assert theirs.tolist() == [1.0] * 3
+
+
+def test_nothing_is_recorded_where_torch_tells_modes_nothing() -> None:
+    q, k, v = (torch.randn(1, 150, 2, 8) for _ in range(3))
+    gates = -torch.rand(2)
+    pool.let_go()
+    want = hla_dist.hla2(q, k, v, log_decay=gates)[0]
+    for _ in range(2):
+        with torch._C.DisableTorchFunction():
+            for _ in range(4):
+                assert torch.equal(hla_dist.hla2(q, k, v, log_decay=gates)[0], want)
+        for _ in range(4):
+            assert torch.equal(hla_dist.hla2(q, k, v, log_decay=gates)[0], want)
 
 
 def test_programs_keep_no_tensor_of_a_call() -> None:
@@ -122,7 +152,6 @@ def test_programs_keep_no_tensor_of_a_call() -> None:
         hla_dist.hla2(q, k, v)
     left = [weakref.ref(x) for x in (q, k, v)]
     del q, k, v
-    gc.collect()
     assert [x() for x in left] == [None] * 3
 
 
@@ -140,7 +169,22 @@ def test_what_is_kept_for_ever_new_lengths_is_bounded(monkeypatch: pytest.Monkey
 
 
 def test_too_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it wait for the collector of cycles."""
     monkeypatch.setattr(pool, "MOST_BYTES", 0)
+    freed = []
+    borrow = pool.borrow
+
+    def watched(*how: Any) -> pool.Scratch:
+        scratch = borrow(*how)
+        weakref.finalize(scratch, freed.append, True)
+        return scratch
+
+    monkeypatch.setattr(segment, "borrow", watched)
     x = torch.randn(1, 300, 2, 8)
-    hla_dist.hla2(x, x, x)
-    assert not any(pool._spare.values())
+    gc.collect()
+    gc.disable()
+    try:
+        hla_dist.hla2(x, x, x, log_decay=-torch.rand(2))
+        assert freed and not any(pool._spare.values())
+    finally:
+        gc.enable()
