@@ -81,7 +81,7 @@ class Block:
         chunked = viewed(x, -1, self.gates.n, self.gates.c, x.shape[-1])
         return viewed(torch.mul(chunked, factor, out=self.pool.take(*chunked.shape)), *x.shape)
 
-    def _times(self, x: Tensor, factor: Tensor | None) -> Tensor:
+    def times(self, x: Tensor, factor: Tensor | None) -> Tensor:
         """``x`` times a factor a token, or ``x``."""
         return x if factor is None else torch.mul(x, factor, out=self.pool.take(*x.shape))
 
@@ -124,7 +124,7 @@ class Block:
 
     def leaving_only(self, p: Pass) -> Tensor:
         """The same where no chunk state is read: one product over the whole block."""
-        part = self.product(transposed(self.sequence(p.b)), self._times(self.sequence(p.c), self.gates.block_end))
+        part = self.product(transposed(self.sequence(p.b)), self.times(self.sequence(p.c), self.gates.block_end))
         return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
 
     def output(self, p: Pass) -> Tensor:
@@ -208,7 +208,7 @@ class ReverseBlock(Block):
     def _leaving_only(self, p: Pass, carry: Tensor) -> Tensor:
         """The reverse state that leaves to the left, where none is read inside: one product over the block."""
         factor = self.gates.block_before if p.strict else self.gates.block_start
-        part = self.product(transposed(self.sequence(p.a)), self._times(self._dout(p), factor))
+        part = self.product(transposed(self.sequence(p.a)), self.times(self._dout(p), factor))
         return part.addcmul_(carry, self.gates.block[..., None])
 
     def _run_pass(self, p: Pass, want: set[str], gate: bool, carry: Tensor) -> Tensor:

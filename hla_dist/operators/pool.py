@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 MOST_BYTES = 64 * 2**20  # more than this is not kept from call to call
-MOST_PROGRAMS = 128  # each some 100 KiB of Python objects
+MOST_PROGRAMS = 128  # nor more than this: calls of ever new lengths would add to them for ever
 
 
 class Buffer:
@@ -44,9 +44,7 @@ class Pool:
     def take(self, *shape: int) -> Tensor:
         """An uninitialised contiguous tensor, valid until ``release``."""
         size = math.prod(shape)
-        free = self._free.get(size)
-        if free is None:
-            free = self._free[size] = []
+        free = self._free.setdefault(size, [])
         buffer = free.pop() if free else Buffer(size, self.dtype, self.device)
         self._taken.append((free, buffer))
         view = buffer.views.get(shape)
@@ -86,7 +84,7 @@ class Scratch:
         return tensor
 
     def is_worth_recording(self, key: Any) -> bool:
-        """Whether such a block was met twice before: recording costs what a few save."""
+        """Whether such a block was met twice before: one that does not recur is not worth it."""
         met = self._met[key] = self._met.get(key, 0) + 1
         return met > 2
 

@@ -1,7 +1,7 @@
 """A block recorded once and run again for the blocks that follow.
 
-Blocks of one shape call the same operations on the same scratch memory; only what is loaded and stored differs. The
-first such block runs as it is written, under a mode that notes every call. From the notes come two things:
+Blocks of one shape call the same operations on the same scratch memory; only what is loaded and stored differs. One
+of them runs as it is written, under a mode that notes every call. From the notes come two things:
 
 - the rest are a flat list of calls: measured, looking up quantities, buffers and views takes 0.1 ms a block;
 - when each buffer is last read. Buffers in use at different times share memory, so that a block's scratch memory is a

@@ -125,25 +125,25 @@ class Segment:
         For that a block writes in place or into ``out=`` only, goes to ``tensors`` of the whole segment by ``each``,
         and meets the block before it in ``held`` memory.
         """
-        if self.records:
-            shape = (tile.b1 - tile.b0, tile.g1 - tile.g0, self.heads_per_kv, span.n, span.t1 - span.t0, self.chunk)
-            gates = None if self.log_decay is None else self.log_decay.dim()
-            key = (stage, self.operator.name, self.K, self.V, gates, self.settings, shape)
-            if self._has_fixed_gates(span):
-                self._renew_gates(tile, span)
-            program = self.scratch.programs.get(key)
-            if program is None and self.scratch.is_worth_recording(key):
-                with self._recording() as recorder:
-                    block(tile, span)
-                scratch = self.scratch
-                scratch.programs[key] = Program(recorder, self.pool.taken, scratch.lasting, scratch.held.values())
-            elif program is None:
+        if self._has_fixed_gates(span):
+            self._renew_gates(tile, span)
+        scratch, key = self.scratch, self._block_key(stage, tile, span)
+        program = scratch.programs.get(key) if self.records else None
+        if program is not None:
+            program.run(self, tile, span)
+        elif self.records and scratch.is_worth_recording(key):
+            with self._recording() as recorder:
                 block(tile, span)
-            else:
-                program.run(self, tile, span)
+            scratch.programs[key] = Program(recorder, self.pool.taken, scratch.lasting, scratch.held.values())
         else:
             block(tile, span)
         self.pool.release()
+
+    def _block_key(self, stage: str, tile: Tile, span: Span) -> tuple[Hashable, ...]:
+        """All that a recorded block depends on, beside dtype and device."""
+        shape = (tile.b1 - tile.b0, tile.g1 - tile.g0, self.heads_per_kv, span.n, span.t1 - span.t0, self.chunk)
+        gates = None if self.log_decay is None else self.log_decay.dim()
+        return (stage, self.operator.name, self.K, self.V, gates, self.settings, shape)
 
     @contextmanager
     def _recording(self) -> Iterator[Recorder]:

@@ -67,10 +67,10 @@ def summarize(segment: Segment) -> Summarized:
             right = block.sequence(m.right)
             if m.from_start or m.through:
                 factor = since_start(gates.block_before if m.through else gates.block_start, past, segment.pool)
-                right = times(right, factor, segment.pool)
+                right = block.times(right, factor)
             if m.through and gates.block_end is not None:
                 moments[m.name].mul_(gates.block[..., None])
-                right = times(right, gates.block_end, segment.pool)
+                right = block.times(right, gates.block_end)
             moments[m.name].baddbmm_(block.sequence(m.left).mT, right)
         leaving = {p.state: block.leaving(p) if p in chunk_states else block.leaving_only(p) for p in op.passes}
         for name, value in leaving.items():
@@ -156,11 +156,6 @@ def _pass(past: Tensor, gates: BlockGates) -> None:
     """Take the product of the segment's gates on to the block's end."""
     if not gates.plain:
         flush(past.mul_(gates.block))
-
-
-def times(x: Tensor, factor: Tensor | None, pool: Pool) -> Tensor:
-    """``x`` times a factor a token, or ``x``."""
-    return x if factor is None else torch.mul(x, factor, out=pool.take(*x.shape))
 
 
 def since_start(factor: Tensor | None, past: Tensor, pool: Pool) -> Tensor:
