@@ -63,6 +63,7 @@ def from_folder(folder: Path) -> Trained:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m hla_dist.huggingface.convert",
         description="Convert a trained model to a folder of transformers, or back.",

@@ -28,6 +28,7 @@ _BUCKET_BYTES = 256 << 20
 
 
 def is_dtensor(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor."""
     # Importing torch.distributed.tensor takes a second, which only those should pay who use it.
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(x, loaded.DTensor)

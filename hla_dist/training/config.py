@@ -203,6 +203,7 @@ class TrainConfig:
 
 
 def flag(name: str) -> str:
+    """A field's option on the command line."""
     return "--" + name.replace("_", "-")
 
 

@@ -39,6 +39,8 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Fault:
+    """One fault; ``at`` names a layer or parameter, ``restart`` is the life of the job."""
+
     kind: str
     rank: int
     step: int
