@@ -23,7 +23,7 @@ from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
 from hla_dist.parallel import agreement, background, by_messages, collectives
 from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads
-from hla_dist.parallel.exchange import Layout, at, backward_fields, enter_state, fold, fold_reverse
+from hla_dist.parallel.wire import Layout, at, backward_fields, enter_state, fold, fold_reverse
 
 # dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
 _LAYOUT = "str operator, int[] dims, bool wide, str exchange, str wire"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hla_dist.functional import softmax
+from hla_dist.softmax import attend as softmax
 from hla_dist.functional.attention import raise_everywhere
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.attention import HLAAttention, Projection

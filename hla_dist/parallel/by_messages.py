@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hla_dist.operators.cascade import Fields
 from hla_dist.parallel import agreement, collectives, messages
-from hla_dist.parallel.exchange import Layout
+from hla_dist.parallel.wire import Layout
 
 
 class _Line:

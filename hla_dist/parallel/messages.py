@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.operators.cascade import Fields
-from hla_dist.parallel.exchange import Layout
+from hla_dist.parallel.wire import Layout
 
 
 class Direction:

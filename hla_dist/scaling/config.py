@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hla_dist.training.config import flag, option, parse_options
-from hla_dist.training.failure import UserError
+from hla_dist.processes.failure import UserError
 
 SERIES = ("strong", "weak", "length")
 SERIES_HELP = (

@@ -20,9 +20,9 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import broadcast, group_rank, group_size
 from hla_dist.scaling.config import ScalingConfig
 from hla_dist.scaling.measure import Clock, Sample, measure
-from hla_dist.training.data import Windows
+from hla_dist.data.windows import Windows
 from hla_dist.training.loop import Trainer
-from hla_dist.training.mesh import Layout
+from hla_dist.processes.mesh import Layout
 from hla_dist.training.optim import build_adamw
 
 PIECE = 4096  # tokens at a time in float64

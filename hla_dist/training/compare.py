@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hla_dist.training.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe
 from hla_dist.training.metrics import read_metrics
 
 PANELS = ("loss", "held_out", "grad_norm", "tokens_per_s_device", "peak_memory_bytes", "exposed_comm_s")

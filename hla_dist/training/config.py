@@ -9,8 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.parallel.topology import EXCHANGES
-from hla_dist.training.failure import UserError
-from hla_dist.training.packing import PACKINGS
+from hla_dist.processes.failure import UserError
+from hla_dist.data.packing import PACKINGS
 
 Options = TypeVar("Options")
 DEMO_STEPS = 400

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.parallel.collectives import all_gather_flat, group_size
-from hla_dist.training.failure import UserError
+from hla_dist.processes.failure import UserError
 
 _BLOCK = 1 << 20  # bounds the memory of a hash
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

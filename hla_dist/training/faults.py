@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hla_dist.training.failure import UserError
+from hla_dist.processes.failure import UserError
 
 KINDS = (
     "kill",

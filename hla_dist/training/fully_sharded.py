@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hla_dist import HLAAttention, SequenceParallelHLA
 from hla_dist.models import LanguageModel
 from hla_dist.nn.gradient_reduction import is_dtensor
-from hla_dist.training.mesh import Layout
+from hla_dist.processes.mesh import Layout
 
 
 def distributed(

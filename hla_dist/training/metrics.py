@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hla_dist.training.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe
 
 MARKED = {"loss", "grad_norm", "held_out"}  # TensorBoard shows where these were not finite
 

@@ -23,7 +23,7 @@ from hla_dist.functional.attention import start
 from hla_dist.operators import OPERATORS
 from hla_dist.parallel import background, messages, topology
 from hla_dist.parallel.collectives import all_reduce_sum, counter
-from hla_dist.parallel.exchange import Layout
+from hla_dist.parallel.wire import Layout
 from tests.harness import RankPool, assert_bitwise, assert_close, relative_error, run_ranks
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of, whole_problem
 from tests.problems import STREAMING, Problem, check, draw, oracle

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hla_dist.parallel.key_spans import KeySpans
+from hla_dist.softmax.key_spans import KeySpans
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 WINDOWS = st.none() | st.integers(1, 12)

@@ -12,7 +12,7 @@ HERE = {ROOT / "hla_dist" / "parallel" / name for name in ("collectives.py", "mp
 SENDS = ("all_", "allgather", "allreduce", "alltoall", "batch_isend", "bcast", "broadcast", "exscan", "gather",
          "iallgather", "iallreduce", "irecv", "isend", "recv", "reduce", "scan", "scatter", "send")  # fmt: skip
 MODULES = ("dist", "torch.distributed", "funcol", "comm", "MPI.COMM_WORLD")
-MEETING = {("hla_dist/training/mpirun.py", "comm.bcast")}  # where torch's store is, before there is a group
+MEETING = {("hla_dist/processes/mpirun.py", "comm.bcast")}  # where torch's store is, before there is a group
 
 
 def sends(source: str) -> list[str]:

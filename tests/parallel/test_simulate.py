@@ -12,7 +12,7 @@ import hla_dist
 from hla_dist.operators import OPERATORS
 from hla_dist.parallel import schedules, simulate, topology
 from hla_dist.parallel.collectives import counter
-from hla_dist.parallel.exchange import Layout
+from hla_dist.parallel.wire import Layout
 from hla_dist.parallel.schedules import EXCHANGES, Wire, closed_form, program, wire_of
 from hla_dist.parallel.simulate import Layer, efficiency, step
 from hla_dist.parallel.simulated_network import Link, Network, Receive, Send, Work, run

@@ -22,7 +22,7 @@ from hla_dist.scaling.measure import Clock, measure, row
 from hla_dist.scaling.memory import PeakMemory
 from hla_dist.scaling.model import ModelCase
 from hla_dist.scaling.operator import OperatorCase
-from hla_dist.training.failure import UserError
+from hla_dist.processes.failure import UserError
 from tests.harness import RankPool, run_ranks
 from tests.tolerances import FLOAT32, FLOAT32_DLOG_DECAY, FLOAT64
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hla_dist.training.bigram import bigram_bits
+from hla_dist.data.bigram import bigram_bits
 
 
 def test_bits_of_a_small_text() -> None:

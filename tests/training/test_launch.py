@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hla_dist.training import mpirun
+from hla_dist.processes import mpirun
 from tests.harness import raises_value_error
 from tests.training.corpora import write_text
 from tests.training.test_program import FAILING, SECONDS, SMALL, environment, errors

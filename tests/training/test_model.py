@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hla_dist.models import SIZES, LanguageModel, ModelConfig, language_model, loss
 from hla_dist.models.loss import summed_cross_entropy
-from hla_dist.training.generate import generate, pick
+from hla_dist.generation.generate import generate, pick
 from tests.harness import assert_close
 from tests.tolerances import FLOAT64
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hla_dist.training import checkpoint
-from hla_dist.training.stop import StopSignal
+from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.processes.stop import StopSignal
 from tests.training.corpora import write_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from hla_dist.training.failure import UserError
+from hla_dist.processes.failure import UserError
 
 
 class NotMet(UserError):

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from hla_dist.parallel.collectives import group_rank
-from hla_dist.training import checkpoint as checkpoints
-from hla_dist.training.failure import together
+from hla_dist.checkpoints import directory as checkpoints
+from hla_dist.processes.failure import together
 
 
 class Saver:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.training import checkpoint as checkpoints
-from hla_dist.training.failure import UserError, describe
-from hla_dist.training.text import BYTES
+from hla_dist.checkpoints import directory as checkpoints
+from hla_dist.processes.failure import UserError, describe
+from hla_dist.data.text import BYTES
 
 KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
 

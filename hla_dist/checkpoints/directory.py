@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size
-from hla_dist.training import stored_tensors
-from hla_dist.training.failure import UserError, describe, together
-from hla_dist.training.manifest import MANIFEST, describe_file, problem, sync_directory, write_json, write_manifest
+from hla_dist.checkpoints import tensors as stored_tensors
+from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.checkpoints.manifest import MANIFEST, describe_file, problem, sync_directory, write_json, write_manifest
 
 _NAME = re.compile(r"step-(\d{8,})$")
 
@@ -53,7 +53,7 @@ def save(
 ) -> Path:
     """Writes ``directory/step-N`` and returns it; every rank of ``group`` calls it (None: this process alone).
 
-    ``tensors`` are those of :func:`hla_dist.training.stored_tensors.capture`. ``at``, for tests, is told the moments
+    ``tensors`` are those of :func:`hla_dist.checkpoints.tensors.capture`. ``at``, for tests, is told the moments
     ``"writing"`` (tensors are written, the manifest is not) and ``"finishing"`` (all is written, not renamed) with the
     step. Raises UserError, the same on every rank, if the disk does not take it; then nothing new is left behind and
     the earlier checkpoints are untouched.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.parallel.collectives import Group, all_to_all_flat, group_rank, group_size
-from hla_dist.parallel.key_spans import KeySpans
+from hla_dist.softmax.key_spans import KeySpans
 
 
 class FetchKeys(torch.autograd.Function):

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hla_dist.nn import SequenceParallelHLA
-from hla_dist.training.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one entry a parameter, however they are grouped
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hla_dist.training.failure import UserError
+from hla_dist.processes.failure import UserError
 
 BYTES = "bytes"
 SEPARATOR = 0  # the NUL byte after each file of byte-level text: it occurs in no text file

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hla_dist.training.failure import UserError
-from hla_dist.training.packing import cuts_between, part_of
-from hla_dist.training.sources import read_documents, standard_library
-from hla_dist.training.text import Codec
-from hla_dist.training.token_file import about_path, open_tokens, tokenizer_of
+from hla_dist.processes.failure import UserError
+from hla_dist.data.packing import cuts_between, part_of
+from hla_dist.data.sources import read_documents, standard_library
+from hla_dist.data.text import Codec
+from hla_dist.data.token_file import about_path, open_tokens, tokenizer_of
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
 DOCUMENTS_FOR_SPLIT = 20  # with fewer documents the held-out text is the tail of the stream
@@ -53,7 +53,7 @@ def load_corpus(
 ) -> Corpus:
     """Reads ``paths`` (none: the running Python's standard library) and splits off held-out text.
 
-    What text is read, and in which order: :func:`hla_dist.training.sources.read_documents`. One ``.npy`` or ``.bin``
+    What text is read, and in which order: :func:`hla_dist.data.sources.read_documents`. One ``.npy`` or ``.bin``
     file is a memmap of tokens, never read whole but to compare its SHA-256 (``verify``) with the one that
     launch/prepare.py has written beside it; without that, ``.bin`` is raw ``token_dtype`` and needs ``vocab_size``.
     With 20 documents or more, a document is held out if the hash of its name says so; with fewer, or a memmap, the

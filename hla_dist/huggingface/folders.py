@@ -1,7 +1,7 @@
 """Between training's checkpoints and transformers' folders; see --help.
 
-python -m hla_dist.huggingface.convert to-hf out/train FOLDER
-python -m hla_dist.huggingface.convert from-hf FOLDER model.safetensors      launch/generate.py reads this
+python -m hla_dist.huggingface.folders to-hf out/train FOLDER
+python -m hla_dist.huggingface.folders from-hf FOLDER model.safetensors      launch/generate.py reads this
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from hla_dist.huggingface import HLAForCausalLM, byte_tokenizer, from_huggingface, to_huggingface
 from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
-from hla_dist.training.failure import UserError, describe
-from hla_dist.training.share import Trained, export, load_trained
-from hla_dist.training.text import load_tokenizer
+from hla_dist.processes.failure import UserError, describe
+from hla_dist.checkpoints.export import Trained, export, load_trained
+from hla_dist.data.text import load_tokenizer
 
 TOKENIZER = "tokenizer.json"
 
@@ -65,7 +65,7 @@ def from_folder(folder: Path) -> Trained:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m hla_dist.huggingface.convert",
+        prog="python -m hla_dist.huggingface.folders",
         description="Convert a trained model to a folder of transformers, or back.",
         allow_abbrev=False,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hla_dist.training.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe
 
 # Left out of the standard library: other people's packages and tests, which some systems install and others do not.
 NOT_STANDARD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "idlelib", "lib2to3"}

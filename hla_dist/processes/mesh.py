@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hla_dist.parallel.collectives import Group, group_rank, group_size, resolve_group
-from hla_dist.training.failure import UserError
-from hla_dist.training.rendezvous import fresh_store, meet
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.rendezvous import fresh_store, meet
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 

@@ -1,0 +1,1 @@
+"""Generation: text from a trained model, and prompts' states on disk."""
