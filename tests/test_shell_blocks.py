@@ -117,7 +117,7 @@ def test_a_wrong_command_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (wrong.launcher, wrong.arguments) == (["torchrun", "--standalone"], ["--frobnicate"])
     with pytest.raises(UserError, match="unrecognized arguments: --frobnicate"):
         read(wrong, monkeypatch)
-    (wrong,) = commands("python -m hla_dist.parallel.simulate --frobnicate")
+    (wrong,) = commands("python -m benchmarks.simulator.simulate --frobnicate")
     with pytest.raises(SystemExit):
         read(wrong, monkeypatch)
 

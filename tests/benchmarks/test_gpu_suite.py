@@ -16,7 +16,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels are interpreted where Triton is installed (Linux)")
-from benchmarks import gpu_checks, gpu_compile, gpu_contenders, gpu_report, gpu_steps, gpu_suite, gpu_timing
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu import suite as gpu_suite
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import contenders as gpu_contenders
+from benchmarks.gpu import compiled as gpu_compile
+from benchmarks.gpu import checks as gpu_checks
 from hla_dist.functional import triton_stages
 from hla_kernels import aot, device, tiles
 from hla_kernels.device import Target
@@ -25,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/gpu_suite.py", *arguments]
+    command = [sys.executable, "benchmarks/gpu/suite.py", *arguments]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
     )

@@ -12,9 +12,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import hla_dist
 from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
-from hla_dist.parallel.schedules import EXCHANGES, program, wire_of
-from hla_dist.parallel.simulate import HEADER
-from hla_dist.parallel.simulated_network import Link, Network, Send
+from benchmarks.simulator.schedules import EXCHANGES, program, wire_of
+from benchmarks.simulator.simulate import HEADER
+from benchmarks.simulator.network import Link, Network, Send
 
 RANKS = 512
 

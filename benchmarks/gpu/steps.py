@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.gpu_timing import Device, DeviceLost
+from benchmarks.gpu.timing import Device, DeviceLost
 
 LOST = 75  # exit status of a worker whose device no longer answers
 MOST_WORKERS = 12

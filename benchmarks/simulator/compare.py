@@ -1,8 +1,8 @@
 """The exchanges' simulator beside measured gloo runs, beside ZeCO's published times, and its projections.
 
-    python benchmarks/exchange_simulator.py            some minutes; report in benchmarks/results/
-    python benchmarks/exchange_simulator.py --quick    a smoke run: 2 ranks; report in out/benchmarks/
-    python benchmarks/exchange_simulator.py --check    exit code 1 if a target is missed
+    python benchmarks/simulator/compare.py            some minutes; report in benchmarks/results/
+    python benchmarks/simulator/compare.py --quick    a smoke run: 2 ranks; report in out/benchmarks/
+    python benchmarks/simulator/compare.py --check    exit code 1 if a target is missed
 
 Measured: the simulator's own programs, message by message, over gloo on this machine, without combining. Its link is
 fitted to a ping and its answer between two ranks, the others asleep, and to as many pings at once as a world has pairs;
@@ -21,15 +21,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
-from benchmarks import exchange_links, exchange_projection, report
+from benchmarks import report
+from benchmarks.simulator import projection as exchange_projection
+from benchmarks.simulator import links as exchange_links
 from benchmarks.ranks import Ranks
-from hla_dist.parallel.schedules import EXCHANGES, Wire, closed_form, wire_of
-from hla_dist.parallel.simulate import simulate
-from hla_dist.parallel.simulated_network import Link, Network
+from benchmarks.simulator.schedules import EXCHANGES, Wire, closed_form, wire_of
+from benchmarks.simulator.simulate import simulate
+from benchmarks.simulator.network import Link, Network
 
 FACTOR = 1.5  # how far a typical simulated exchange may be from its measurement on a machine with as many ranks as this
 ZECO_WORST = 0.05  # residual of the fit with a launch
@@ -168,7 +170,7 @@ def projection_part(rows: list[dict[str, Any]], image: str) -> list[str]:
 
 def main() -> int:
     args = parse()
-    about = report.context("benchmarks/exchange_simulator.py", 1)
+    about = report.context("benchmarks/simulator/compare.py", 1)
     link, points, rows = measure(args)
     fits = {"alpha, beta": exchange_projection.fit_zeco(False), "and a launch": exchange_projection.fit_zeco(True)}
     projected = exchange_projection.project((8, 16) if args.quick else exchange_projection.WORLDS)

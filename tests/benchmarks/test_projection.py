@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.exchange_links import crowded, fit_link
-from benchmarks.exchange_projection import ZECO, fit_zeco
+from benchmarks.simulator.links import crowded, fit_link
+from benchmarks.simulator.projection import ZECO, fit_zeco
 
 
 def test_a_link_is_found_in_its_times():

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_contenders import PASSES, Shape
-from benchmarks.gpu_timing import DIFFERENCE
+from benchmarks.gpu.contenders import PASSES, Shape
+from benchmarks.gpu.timing import DIFFERENCE
 from benchmarks.report import Target, table
 
 NAN = float("nan")

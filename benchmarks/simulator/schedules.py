@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hla_dist.parallel.simulated_network import Network, Program, Receive, Send, Work
+from benchmarks.simulator.network import Network, Program, Receive, Send, Work
 
 EXCHANGES = ("all_gather", "ring", "scan", "hierarchical")
 

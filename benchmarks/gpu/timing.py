@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hla_dist
-from benchmarks.gpu_contenders import Contender, Shape, contenders, inputs, operations, ours, softmax, traffic
+from benchmarks.gpu.contenders import Contender, Shape, contenders, inputs, operations, ours, softmax, traffic
 from hla_dist.operators import OPERATORS
 from hla_kernels import stages, tiles
 from hla_kernels.cascade import Pass, Problem

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import hla_dist
-from benchmarks.gpu_compile import Work
+from benchmarks.gpu.compiled import Work
 from hla_dist.reference import quadratic
 from hla_kernels import tiles
 from hla_kernels.device import Target

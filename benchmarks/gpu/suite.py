@@ -1,16 +1,16 @@
 """The kernels on the GPU they run on, in one command and under nine minutes: correct first, then timed, then reported.
 
-    python benchmarks/gpu_suite.py --out DIR
+    python benchmarks/gpu/suite.py --out DIR
 
-1. What will be launched is compiled, by all processors at once (gpu_compile.py).
-2. Correctness of every operator and tile against float64, with fresh random inputs (gpu_checks.py).
+1. What will be launched is compiled, by all processors at once (compiled.py).
+2. Correctness of every operator and tile against float64, with fresh random inputs (checks.py).
 3. The device's own copy bandwidth and bf16 matrix rate: what percents below are of.
 4. Interleaved timings, forward and forward + backward, beside flash-linear-attention's kernels, FlashAttention and the
-   torch backend; decoding; peak memory; one head with a million tokens against a full device (gpu_timing.py).
-5. DIR/gpu_suite.md, .json and .png (gpu_report.py), whatever failed: it is named. At the time limit, what there is.
+   torch backend; decoding; peak memory; one head with a million tokens against a full device (timing.py).
+5. DIR/gpu_suite.md, .json and .png (report.py), whatever failed: it is named. At the time limit, what there is.
 
 A worker process does this step by step, and what it found is in DIR/gpu_suite_progress.json after each: a kernel that
-breaks the device or never ends costs its own step, or its own row, and another worker goes on (gpu_steps.py).
+breaks the device or never ends costs its own step, or its own row, and another worker goes on (steps.py).
 
 Exit status 1 if a check failed or time ran out; targets are reported, not enforced (--check). It needs torch, Triton,
 matplotlib for the plots, and flash-linear-attention (fla-core and einops) for the peers; no network.
@@ -35,7 +35,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 if importlib.util.find_spec("hla_kernels") is None:  # not installed: the folder kernels/ is that package
     folder = ROOT / "kernels"
@@ -48,8 +48,12 @@ if importlib.util.find_spec("hla_kernels") is None:  # not installed: the folder
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_checks, gpu_compile, gpu_report, gpu_steps, gpu_timing  # noqa: E402
-from benchmarks.gpu_contenders import PASSES, Shape, call_peers_once  # noqa: E402
+from benchmarks.gpu import timing as gpu_timing  # noqa: E402
+from benchmarks.gpu import steps as gpu_steps  # noqa: E402
+from benchmarks.gpu import report as gpu_report  # noqa: E402
+from benchmarks.gpu import compiled as gpu_compile  # noqa: E402
+from benchmarks.gpu import checks as gpu_checks  # noqa: E402
+from benchmarks.gpu.contenders import PASSES, Shape, call_peers_once  # noqa: E402
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402
 from hla_kernels.device import Target  # noqa: E402
@@ -157,7 +161,7 @@ def _version(package: str) -> str:
 
 def nothing_yet(smoke: bool) -> dict[str, Any]:
     """What is found before the first step."""
-    about = context("benchmarks/gpu_suite.py", torch.get_num_threads())
+    about = context("benchmarks/gpu/suite.py", torch.get_num_threads())
     about |= {package: _version(package) for package in ("triton", "fla-core")}
     about["GPU"] = "none: interpreted, nothing here is a measurement" if smoke else "not known"
     lists: dict[str, Any] = {name: [] for name in ("done", "barred", "left_out", "crashed", "unchecked", "checks")}

@@ -1,0 +1,1 @@
+"""Exchanges on ranks that are not at hand: a simulated network, and what it predicts."""
