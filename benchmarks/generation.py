@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
+from hla_dist.generation.generate import Carry, Sampling, follow, read
 from hla_dist.models import SIZES, LanguageModel, ModelConfig
 from hla_dist.scaling.memory import PeakMemory
-from hla_dist.generation.generate import Carry, Sampling, follow, read
 
 PIECE = 8192
 LENGTHS = [1 << n for n in (10, 12, 14, 16, 18, 20)]

@@ -13,9 +13,9 @@ with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from hla_dist.training.config import Parser
-from hla_dist.processes.failure import UserError, describe
 from hla_dist.checkpoints.export import export, load_trained
+from hla_dist.processes.failure import UserError, describe
+from hla_dist.training.config import Parser
 
 
 def main() -> int:

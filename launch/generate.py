@@ -28,15 +28,15 @@ import torch
 import torch.distributed as dist
 
 from hla_dist import SequenceParallelHLA
-from hla_dist.processes import mpirun
-from hla_dist.training.config import option, parse_options
-from hla_dist.processes.failure import UserError, describe, together
-from hla_dist.generation.generate import Carry, Sampling, follow, read
-from hla_dist.processes.mesh import connect
-from hla_dist.generation.prompt_state import load_state, save_state
-from hla_dist.processes.rendezvous import NotMet, place
 from hla_dist.checkpoints.export import load_trained
 from hla_dist.data.text import Codec, TextStream
+from hla_dist.generation.generate import Carry, Sampling, follow, read
+from hla_dist.generation.prompt_state import load_state, save_state
+from hla_dist.processes import mpirun
+from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.processes.mesh import connect
+from hla_dist.processes.rendezvous import NotMet, place
+from hla_dist.training.config import option, parse_options
 
 ABOUT = "Continue a text with a trained model."
 

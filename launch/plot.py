@@ -15,9 +15,9 @@ with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from hla_dist.processes.failure import UserError, describe
 from hla_dist.training.compare import AXES, PANELS, draw, load_runs, table
 from hla_dist.training.config import option, parse_options
-from hla_dist.processes.failure import UserError, describe
 
 
 @dataclass

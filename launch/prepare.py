@@ -17,10 +17,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from hla_dist.training.config import Parser
-from hla_dist.processes.failure import UserError, describe
 from hla_dist.data.sources import read_documents, total_size
 from hla_dist.data.token_file import about_path, write_tokens
+from hla_dist.processes.failure import UserError, describe
+from hla_dist.training.config import Parser
 
 
 def options() -> argparse.Namespace:

@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import report
-from hla_dist.scaling.config import SERIES, ScalingConfig, parse, plan
-from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, plot, text_table
-from hla_dist.scaling.run import run_cases
 from hla_dist.processes import mpirun
 from hla_dist.processes.failure import UserError, describe
 from hla_dist.processes.mesh import connect
 from hla_dist.processes.rendezvous import NotMet, place
+from hla_dist.scaling.config import SERIES, ScalingConfig, parse, plan
+from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, plot, text_table
+from hla_dist.scaling.run import run_cases
 
 MILLION = 1 << 20
 

@@ -40,16 +40,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by --deter
 import torch  # noqa: E402
 
 from hla_dist.processes import mpirun  # noqa: E402
-from hla_dist.training.config import TrainConfig, parse  # noqa: E402
-from hla_dist.training.continuation import Launch  # noqa: E402
-from hla_dist.training.estimate import estimate, planned  # noqa: E402
 from hla_dist.processes.failure import UserError, describe  # noqa: E402
-from hla_dist.training.faults import Faults  # noqa: E402
 from hla_dist.processes.mesh import build_layout, connect, factorise  # noqa: E402
 from hla_dist.processes.recorder import write_flight_record  # noqa: E402
 from hla_dist.processes.rendezvous import NotMet, number, place  # noqa: E402
-from hla_dist.training.run import Run  # noqa: E402
 from hla_dist.processes.stop import StopSignal  # noqa: E402
+from hla_dist.training.config import TrainConfig, parse  # noqa: E402
+from hla_dist.training.continuation import Launch  # noqa: E402
+from hla_dist.training.estimate import estimate, planned  # noqa: E402
+from hla_dist.training.faults import Faults  # noqa: E402
+from hla_dist.training.run import Run  # noqa: E402
 
 # How torch reports a peer that has gone, or has not come in time: the mistake itself is that peer's to report.
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timeout", "NCCL", "recvBytes", "sendBytes")

@@ -20,6 +20,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings the package the 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FIRST_PARTY = {"hla_dist", "hla_kernels", "tests", "benchmarks", "launch"}
+WITH_EXTRAS = {"checkpoints", "data", "generation", "huggingface", "processes", "scaling", "training"}
 USED_IF_INSTALLED = {"wandb"}  # launch/train.py --wandb says how to get it
 
 
@@ -96,7 +97,11 @@ def test_the_lock_holds_for_the_running_python():
     ("folder", "extras", "top_level"),
     [
         ("hla_dist", (), True),
-        ("hla_dist/training", ("train", "data", "mpi"), False),
+        ("hla_dist/training", ("train",), False),
+        ("hla_dist/checkpoints", ("train",), False),
+        ("hla_dist/data", ("train", "data"), False),
+        ("hla_dist/generation", ("train",), False),
+        ("hla_dist/processes", ("train", "mpi"), False),
         ("hla_dist/huggingface", ("hf",), False),
         ("hla_dist/scaling", ("train",), False),
         ("kernels", ("triton",), False),
@@ -107,10 +112,10 @@ def test_the_lock_holds_for_the_running_python():
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: bool):
-    """What a folder imports is a dependency or in its extra; but for training, scaling, huggingface torch is enough."""
+    """x."""
     names = declared(*extras)
     for path in sorted((ROOT / folder).rglob("*.py")):
-        if folder == "hla_dist" and {"training", "scaling", "huggingface"} & set(path.parts):
+        if folder == "hla_dist" and WITH_EXTRAS & set(path.parts):
             continue
         for name in imported(path, top_level) - FIRST_PARTY - USED_IF_INSTALLED:
             package = canonicalize_name(name)

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from hla_dist.processes.failure import UserError
 from hla_dist.scaling.config import ScalingConfig
 from hla_dist.training.config import TrainConfig, parse_options
-from hla_dist.processes.failure import UserError
 from tests.test_readme import OLD_PYTHON, PAGES, ROOT, blocks
 from tests.training.corpora import write_text
 

@@ -48,11 +48,11 @@ if importlib.util.find_spec("hla_kernels") is None:  # not installed: the folder
 
 import torch  # noqa: E402
 
-from benchmarks.gpu import timing as gpu_timing  # noqa: E402
-from benchmarks.gpu import steps as gpu_steps  # noqa: E402
-from benchmarks.gpu import report as gpu_report  # noqa: E402
-from benchmarks.gpu import compiled as gpu_compile  # noqa: E402
 from benchmarks.gpu import checks as gpu_checks  # noqa: E402
+from benchmarks.gpu import compiled as gpu_compile  # noqa: E402
+from benchmarks.gpu import report as gpu_report  # noqa: E402
+from benchmarks.gpu import steps as gpu_steps  # noqa: E402
+from benchmarks.gpu import timing as gpu_timing  # noqa: E402
 from benchmarks.gpu.contenders import PASSES, Shape, call_peers_once  # noqa: E402
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402

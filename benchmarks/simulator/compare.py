@@ -26,12 +26,12 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.simulator import projection as exchange_projection
-from benchmarks.simulator import links as exchange_links
 from benchmarks.ranks import Ranks
+from benchmarks.simulator import links as exchange_links
+from benchmarks.simulator import projection as exchange_projection
+from benchmarks.simulator.network import Link, Network
 from benchmarks.simulator.schedules import EXCHANGES, Wire, closed_form, wire_of
 from benchmarks.simulator.simulate import simulate
-from benchmarks.simulator.network import Link, Network
 
 FACTOR = 1.5  # how far a typical simulated exchange may be from its measurement on a machine with as many ranks as this
 ZECO_WORST = 0.05  # residual of the fit with a launch

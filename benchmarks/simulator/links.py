@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import common_start
-from benchmarks.simulator.schedules import Wire, program
 from benchmarks.simulator.network import Link, Network, Receive, Send
+from benchmarks.simulator.schedules import Wire, program
 
 SIZES = tuple(2**i for i in range(10, 24))  # bytes of a ping
 

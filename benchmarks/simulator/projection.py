@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.simulator.network import Link, Network
 from benchmarks.simulator.schedules import EXCHANGES, Wire, wire_of
 from benchmarks.simulator.simulate import HEADER, Layer, efficiency, simulate, step
-from benchmarks.simulator.network import Link, Network
 
 # ZeCO (arXiv 2507.01004): ranks, exchange, milliseconds
 ZECO = ((8, "all_gather", 0.375), (256, "all_gather", 8.514), (8, "ring", 0.226), (256, "ring", 2.165))

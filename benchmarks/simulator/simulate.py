@@ -1,7 +1,7 @@
 """Exchanges on more ranks than are at hand: time, bytes and messages of each, simulated.
 
     python -m benchmarks.simulator.simulate --ranks 8 64 512 4096
-    python -m benchmarks.simulator.simulate --operator hla3 --node 4 --across 12us,25GB --compute 200us,500us --overlap 1
+    python -m benchmarks.simulator.simulate --operator hla3 --node 4 --across 12us,25GB --compute 200us --overlap 1
 
 What is printed is a projection from the links given, not a measurement. docs/scaling.md says what it leaves out, and
 how far it is from measured runs.
@@ -15,8 +15,8 @@ import re
 import sys
 from typing import NamedTuple
 
-from benchmarks.simulator.schedules import EXCHANGES, Wire, around_ring, closed_form, program, wire_of
 from benchmarks.simulator.network import Link, Network, Trace, Work, run
+from benchmarks.simulator.schedules import EXCHANGES, Wire, around_ring, closed_form, program, wire_of
 
 HEADER = 64  # bytes in front of a payload, or gathered before messages: docs/sequence-parallel.md, Agreement
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.checkpoints import directory as checkpoints
-from hla_dist.processes.failure import UserError, describe
 from hla_dist.data.text import BYTES
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.processes.failure import UserError, describe
 
 KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
 

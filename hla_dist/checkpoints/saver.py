@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hla_dist.parallel.collectives import group_rank
 from hla_dist.checkpoints import directory as checkpoints
+from hla_dist.parallel.collectives import group_rank
 from hla_dist.processes.failure import together
 
 

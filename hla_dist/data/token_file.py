@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from hla_dist.processes.failure import UserError, describe
 from hla_dist.data.sources import Document
 from hla_dist.data.text import BYTES, Codec
+from hla_dist.processes.failure import UserError, describe
 
 VERSION = 1
 BLOCK = 1 << 22  # bytes hashed at a time

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hla_dist.processes.failure import UserError
 from hla_dist.data.packing import cuts_between, part_of
 from hla_dist.data.sources import read_documents, standard_library
 from hla_dist.data.text import Codec
 from hla_dist.data.token_file import about_path, open_tokens, tokenizer_of
+from hla_dist.processes.failure import UserError
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
 DOCUMENTS_FOR_SPLIT = 20  # with fewer documents the held-out text is the tail of the stream

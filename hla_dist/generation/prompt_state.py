@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from hla_dist import states
+from hla_dist.generation.generate import Carry
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
-from hla_dist.generation.generate import Carry
 
 KEY = "hla_dist_state"  # in the file's metadata: JSON of the fields below
 _FIELDS = {"model", "kinds", "position", "last"}

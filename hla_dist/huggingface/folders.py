@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from hla_dist.checkpoints.export import Trained, export, load_trained
+from hla_dist.data.text import load_tokenizer
 from hla_dist.huggingface import HLAForCausalLM, byte_tokenizer, from_huggingface, to_huggingface
 from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
-from hla_dist.checkpoints.export import Trained, export, load_trained
-from hla_dist.data.text import load_tokenizer
 
 TOKENIZER = "tokenizer.json"
 

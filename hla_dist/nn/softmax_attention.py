@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hla_dist.softmax import attend as softmax
 from hla_dist.functional.attention import raise_everywhere
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.attention import HLAAttention, Projection
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
+from hla_dist.softmax import attend as softmax
 from hla_dist.states import KVState
 
 __all__ = ["SoftmaxAttention"]

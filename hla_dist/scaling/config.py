@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hla_dist.training.config import flag, option, parse_options
 from hla_dist.processes.failure import UserError
+from hla_dist.training.config import flag, option, parse_options
 
 SERIES = ("strong", "weak", "length")
 SERIES_HELP = (

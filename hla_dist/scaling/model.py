@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hla_dist import SequenceParallelHLA, shard_batch
+from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import broadcast, group_rank, group_size
+from hla_dist.processes.mesh import Layout
 from hla_dist.scaling.config import ScalingConfig
 from hla_dist.scaling.measure import Clock, Sample, measure
-from hla_dist.data.windows import Windows
 from hla_dist.training.loop import Trainer
-from hla_dist.processes.mesh import Layout
 from hla_dist.training.optim import build_adamw
 
 PIECE = 4096  # tokens at a time in float64

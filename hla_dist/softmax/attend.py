@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops
-from hla_dist.softmax.exchange import FetchKeys, HeadsForTokens, wide
 from hla_dist.parallel import collectives
+from hla_dist.softmax.exchange import FetchKeys, HeadsForTokens, wide
 from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.states import KVState
 

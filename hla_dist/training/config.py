@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
+from hla_dist.data.packing import PACKINGS
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError
-from hla_dist.data.packing import PACKINGS
 
 Options = TypeVar("Options")
 DEMO_STEPS = 400

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hla_dist.parallel.collectives import all_gather_objects
 from hla_dist.checkpoints import directory as checkpoints
-from hla_dist.training.config import TrainConfig
+from hla_dist.parallel.collectives import all_gather_objects
 from hla_dist.processes.failure import together
+from hla_dist.training.config import TrainConfig
 from hla_dist.training.faults import Faults
 
 

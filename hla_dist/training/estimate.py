@@ -18,16 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hla_dist.data.text import Codec
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import HLAAttention
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.segment import CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
-from hla_dist.parallel.wire import Layout
 from hla_dist.parallel.topology import set_ranks_per_node
-from hla_dist.training.config import TrainConfig, flag
+from hla_dist.parallel.wire import Layout
 from hla_dist.processes.failure import UserError
-from hla_dist.data.text import Codec
+from hla_dist.training.config import TrainConfig, flag
 
 TRACED = 4096  # tokens of the shorter trace
 # K and V sizes of the first-order passes of an operator

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist import SequenceParallelHLA
+from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
-from hla_dist.data.windows import Windows
+from hla_dist.processes.mesh import Layout
 from hla_dist.training.fully_sharded import twin_in, whole
 from hla_dist.training.loop import gradient_norm, micro_batch_loss, wide
-from hla_dist.processes.mesh import Layout
 
 LIMIT = 1e-5
 

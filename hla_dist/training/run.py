@@ -14,28 +14,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hla_dist.checkpoints import directory as checkpoints
+from hla_dist.checkpoints.saver import Saver
+from hla_dist.checkpoints.tensors import capture, read_random
+from hla_dist.data.bigram import bigram_bits
+from hla_dist.data.packing import cuts_between
+from hla_dist.data.windows import Corpus, Windows, cut, held_out_windows, load_corpus
+from hla_dist.generation.generate import generate
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
 from hla_dist.parallel.shard import default_lengths
-from hla_dist.checkpoints import directory as checkpoints
-from hla_dist.data.bigram import bigram_bits
+from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.mesh import Layout
+from hla_dist.processes.stop import StopSignal
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.continuation import Launch, decide
-from hla_dist.data.windows import Corpus, Windows, cut, held_out_windows, load_corpus
 from hla_dist.training.determinism import be_deterministic, check_equal_parameters, random_state, set_random_state
-from hla_dist.processes.failure import UserError, together
 from hla_dist.training.fully_sharded import distributed, whole_state
-from hla_dist.generation.generate import generate
 from hla_dist.training.loop import Trainer
-from hla_dist.processes.mesh import Layout
 from hla_dist.training.meter import Meter
 from hla_dist.training.metrics import MetricsLog, perplexity, plot_loss
 from hla_dist.training.optim import build_adamw, lr_factor
-from hla_dist.data.packing import cuts_between
 from hla_dist.training.parity import Parity, check_parity
-from hla_dist.checkpoints.saver import Saver
-from hla_dist.processes.stop import StopSignal
-from hla_dist.checkpoints.tensors import capture, read_random
 
 
 class Run:

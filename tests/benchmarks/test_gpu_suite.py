@@ -16,13 +16,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels are interpreted where Triton is installed (Linux)")
-from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu import suite as gpu_suite
-from benchmarks.gpu import steps as gpu_steps
-from benchmarks.gpu import report as gpu_report
-from benchmarks.gpu import contenders as gpu_contenders
-from benchmarks.gpu import compiled as gpu_compile
 from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import compiled as gpu_compile
+from benchmarks.gpu import contenders as gpu_contenders
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu import suite as gpu_suite
+from benchmarks.gpu import timing as gpu_timing
 from hla_dist.functional import triton_stages
 from hla_kernels import aot, device, tiles
 from hla_kernels.device import Target

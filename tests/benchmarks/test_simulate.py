@@ -9,15 +9,14 @@ import torch
 import torch.distributed as dist
 
 import hla_dist
-from hla_dist.operators import OPERATORS
-from hla_dist.parallel import topology
-from benchmarks.simulator import schedules
-from benchmarks.simulator import simulate
-from hla_dist.parallel.collectives import counter
-from hla_dist.parallel.wire import Layout
+from benchmarks.simulator import schedules, simulate
+from benchmarks.simulator.network import Link, Network, Receive, Send, Work, run
 from benchmarks.simulator.schedules import EXCHANGES, Wire, closed_form, program, wire_of
 from benchmarks.simulator.simulate import Layer, efficiency, step
-from benchmarks.simulator.network import Link, Network, Receive, Send, Work, run
+from hla_dist.operators import OPERATORS
+from hla_dist.parallel import topology
+from hla_dist.parallel.collectives import counter
+from hla_dist.parallel.wire import Layout
 from tests.harness import raises_value_error, run_ranks
 
 SLOW, FAST = Link(8e-6, 2e-11), Link(3e-6, 3e-12)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from hla_dist.checkpoints import tensors as stored_tensors
 from hla_dist.checkpoints import directory as checkpoint
-from hla_dist.processes.failure import UserError
+from hla_dist.checkpoints import tensors as stored_tensors
 from hla_dist.checkpoints.manifest import MANIFEST
-from hla_dist.training.optim import build_adamw
 from hla_dist.checkpoints.tensors import capture, read_random
+from hla_dist.processes.failure import UserError
+from hla_dist.training.optim import build_adamw
 
 
 def trained(width: int = 4, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:

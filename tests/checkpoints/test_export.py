@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.checkpoints import directory as checkpoint
-from hla_dist.processes.failure import UserError
-from hla_dist.training.optim import build_adamw
 from hla_dist.checkpoints.export import export, load_trained
 from hla_dist.checkpoints.tensors import capture
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.processes.failure import UserError
+from hla_dist.training.optim import build_adamw
 
 
 def a_run(directory: Path, seed: int, step: int, data: list[str], **changes: Any) -> LanguageModel:

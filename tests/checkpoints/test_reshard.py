@@ -13,18 +13,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.checkpoints.saver import Saver
+from hla_dist.checkpoints.tensors import capture
 from hla_dist.data.windows import Windows
-from hla_dist.training.determinism import check_equal_parameters
+from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError
+from hla_dist.processes.mesh import Degrees, Layout, build_layout
+from hla_dist.training.determinism import check_equal_parameters
 from hla_dist.training.faults import Faults
 from hla_dist.training.fully_sharded import distributed, local, whole
 from hla_dist.training.loop import Trainer
-from hla_dist.processes.mesh import Degrees, Layout, build_layout
 from hla_dist.training.optim import build_adamw
-from hla_dist.checkpoints.saver import Saver
-from hla_dist.checkpoints.tensors import capture
 from tests.harness import RankPool, assert_close, run_ranks
 from tests.tolerances import ANOTHER_WORLD
 from tests.training.corpora import small_config, write_text

@@ -12,14 +12,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hla_dist import SequenceParallelHLA
+from hla_dist.data.packing import cuts_between, part_of
+from hla_dist.data.windows import Windows, load_corpus
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.shard import default_lengths
-from hla_dist.data.windows import Windows, load_corpus
 from hla_dist.processes.failure import UserError
-from hla_dist.training.loop import Trainer
 from hla_dist.processes.mesh import Layout, build_layout, factorise
+from hla_dist.training.loop import Trainer
 from hla_dist.training.optim import build_adamw
-from hla_dist.data.packing import cuts_between, part_of
 from tests.harness import RankPool, assert_close, run_ranks
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text

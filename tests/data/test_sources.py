@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hla_dist.data.windows import Corpus, load_corpus
-from hla_dist.processes.failure import UserError
 from hla_dist.data.sources import Document, read_documents
 from hla_dist.data.token_file import about_path, open_tokens, write_tokens
+from hla_dist.data.windows import Corpus, load_corpus
+from hla_dist.processes.failure import UserError
 from tests.harness import RankPool
 from tests.training.corpora import WORDS, small_config
 from tests.training.test_program import ROOT, SECONDS, SMALL, environment, errors, start

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from hla_dist.data.sources import list_files
 from hla_dist.data.windows import Windows, _epoch, cut, held_out_windows, load_corpus
 from hla_dist.processes.failure import UserError
-from hla_dist.data.sources import list_files
 from tests.training.corpora import write_text
 
 

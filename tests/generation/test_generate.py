@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hla_dist import SequenceParallelHLA
-from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.processes.failure import UserError
-from hla_dist.generation.generate import Carry, Sampling, follow, generate, pick, read
-from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
 from hla_dist.checkpoints.export import Trained, export
 from hla_dist.data.text import Codec, TextStream
+from hla_dist.generation.generate import Carry, Sampling, follow, generate, pick, read
+from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.processes.failure import UserError
 from tests.harness import RankPool, assert_bitwise, assert_close, group
 from tests.tolerances import FLOAT64
 

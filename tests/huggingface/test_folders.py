@@ -9,11 +9,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from hla_dist.checkpoints.export import Trained, export, load_trained
+from hla_dist.generation.generate import generate
 from hla_dist.huggingface import byte_tokenizer
 from hla_dist.huggingface.folders import main
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.generation.generate import generate
-from hla_dist.checkpoints.export import Trained, export, load_trained
 from tests.harness import assert_bitwise
 
 

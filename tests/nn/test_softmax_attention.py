@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttention
-from hla_dist.softmax import attend as softmax
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import counter
+from hla_dist.softmax import attend as softmax
 from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hla_dist
-from hla_dist.parallel import topology
-from hla_dist.parallel.collectives import counter
+from benchmarks.simulator.network import Link, Network, Send
 from benchmarks.simulator.schedules import EXCHANGES, program, wire_of
 from benchmarks.simulator.simulate import HEADER
-from benchmarks.simulator.network import Link, Network, Send
+from hla_dist.parallel import topology
+from hla_dist.parallel.collectives import counter
 
 RANKS = 512
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from hla_dist import HLAAttention
+from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.parallel.topology import set_ranks_per_node
+from hla_dist.processes.mesh import AXES, Degrees, build_layout
 from hla_dist.training import offload
-from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.training.config import TrainConfig
-from hla_dist.data.windows import Windows
 from hla_dist.training.fully_sharded import distributed, local, twin_in, whole
 from hla_dist.training.loop import Trainer
-from hla_dist.processes.mesh import AXES, Degrees, build_layout
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.run import Run

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import counter, group_rank, resolve_group
+from hla_dist.processes.failure import UserError
 from hla_dist.reference import serial
 from hla_dist.scaling.config import Case, ScalingConfig, parse, plan
 from hla_dist.scaling.measure import Clock, measure, row
 from hla_dist.scaling.memory import PeakMemory
 from hla_dist.scaling.model import ModelCase
 from hla_dist.scaling.operator import OperatorCase
-from hla_dist.processes.failure import UserError
 from tests.harness import RankPool, run_ranks
 from tests.tolerances import FLOAT32, FLOAT32_DLOG_DECAY, FLOAT64
 

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 
-from hla_dist.training.config import TrainConfig, flag, parse
 from hla_dist.processes.failure import UserError
+from hla_dist.training.config import TrainConfig, flag, parse
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.operators import pool
 from hla_dist.parallel.collectives import counter
+from hla_dist.processes.failure import UserError
 from hla_dist.training.config import parse
 from hla_dist.training.estimate import Step, estimate, planned, wire_bytes
-from hla_dist.processes.failure import UserError
 from tests.harness import RankPool
 from tests.training.test_steps import layout_of, trainer_on
 

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.rendezvous import fresh_store
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.continuation import Launch
 from hla_dist.training.determinism import bit_hash
-from hla_dist.processes.failure import UserError
 from hla_dist.training.faults import Faults, parse_fault
 from hla_dist.training.metrics import read_metrics
-from hla_dist.processes.rendezvous import fresh_store
 from hla_dist.training.run import Run
 from tests.harness import RankPool
 from tests.training.corpora import small_config, write_text

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttention, shard_batch, token_loss
-from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.generation.generate import Sampling, follow, generate, read
+from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.training.run import Run
 from tests.harness import RankPool, assert_close, raises_value_error
 from tests.tolerances import FLOAT64

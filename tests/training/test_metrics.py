@@ -19,11 +19,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hla_dist.parallel.collectives import counter
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.mesh import build_layout, factorise
 from hla_dist.training import meter
 from hla_dist.training.compare import distinct, smoothed
 from hla_dist.training.config import TrainConfig
-from hla_dist.processes.failure import UserError
-from hla_dist.processes.mesh import build_layout, factorise
 from hla_dist.training.metrics import MetricsLog, perplexity, read_metrics
 from hla_dist.training.run import Run
 from tests.harness import run_ranks

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from hla_dist.processes.rendezvous import NotMet, meet
 from hla_dist.checkpoints.export import Trained, export
+from hla_dist.processes.rendezvous import NotMet, meet
 from tests.training.corpora import write_text
 from tests.training.test_model import small
 from tests.training.test_program import SECONDS, SMALL, command, environment, errors

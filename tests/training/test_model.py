@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hla_dist.generation.generate import generate, pick
 from hla_dist.models import SIZES, LanguageModel, ModelConfig, language_model, loss
 from hla_dist.models.loss import summed_cross_entropy
-from hla_dist.generation.generate import generate, pick
 from tests.harness import assert_close
 from tests.tolerances import FLOAT64
 

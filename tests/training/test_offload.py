@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.processes.failure import UserError
 from hla_dist.training import offload
 from hla_dist.training.config import parse
 from hla_dist.training.estimate import planned
-from hla_dist.processes.failure import UserError
 
 MODEL = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2)
 

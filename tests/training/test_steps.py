@@ -15,20 +15,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 from hla_dist import SequenceParallelHLA
+from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.checkpoints.tensors import read_tensors, stored_shapes
+from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import counter
-from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.mesh import Degrees, Layout, build_layout, factorise
 from hla_dist.training import run as run_module
 from hla_dist.training.config import TrainConfig
-from hla_dist.data.windows import Windows
-from hla_dist.processes.failure import UserError, together
 from hla_dist.training.loop import Trainer
-from hla_dist.processes.mesh import Degrees, Layout, build_layout, factorise
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.parity import check_parity
 from hla_dist.training.run import Run
-from hla_dist.checkpoints.tensors import read_tensors, stored_shapes
 from tests.harness import RankPool, assert_close, run_ranks
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
