@@ -29,7 +29,7 @@ from tests.training.corpora import write_text
 
 CONFIGS = {"launch/train.py": TrainConfig, "launch/scaling.py": ScalingConfig}
 SET_UP = {"make", "pip"}  # test_readme.py knows the targets, test_packaging.py the extras
-MEASURING = ("benchmarks/", "hla_kernels.")  # minutes, or a GPU: they have tests of their own
+MEASURING = ("benchmarks/", "benchmarks.", "hla_kernels.")  # minutes, or a GPU: they have tests of their own
 MODEL = "--layers 1 --hidden-size 16 --heads 2 --seq-len 128 --eval-tokens 128 --device cpu --threads 1"
 SMALLER = {
     "launch/train.py": f"{MODEL} --steps 4 --eval-every 2 --sample 0 --no-parity",
@@ -60,9 +60,9 @@ def commands(block: str) -> list[Command]:
             del words[0]
         if not words or words[0] in SET_UP:
             continue
-        starts = next((i for i, word in enumerate(words) if re.match(r"(launch|benchmarks)/\w+\.py$", word)), None)
+        starts = next((i for i, word in enumerate(words) if re.match(r"(launch|benchmarks)/[\w/]+\.py$", word)), None)
         if starts is None:
-            starts = next((i for i, word in enumerate(words) if re.match(r"(hla_dist|hla_kernels)\.", word)), None)
+            starts = next((i for i, word in enumerate(words) if re.match(r"(hla_dist|hla_kernels|benchmarks)\.", word)), None)
         if starts is None or words[0] not in ("python", "torchrun", "mpirun"):
             raise ValueError(f"expected a command of this repository, got {line!r}")
         text = line.split("  #")[0]
