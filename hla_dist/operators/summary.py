@@ -44,10 +44,12 @@ class Summary:
     fields: Fields
 
     def __getattr__(self, letter: str) -> Tensor:
-        if letter != "fields" and letter in self.fields:
-            return self.fields[letter]
+        values = vars(self)  # not self.fields: copy and pickle ask a Summary that has no attribute yet
+        fields = values.get("fields", {})
+        if letter in fields:
+            return fields[letter]
         raise AttributeError(
-            f"Summary of {self.operator} has no field {letter!r}; it has rho, {', '.join(self.fields)}"
+            f"Summary of {values.get('operator')} has no field {letter!r}; it has rho, {', '.join(fields)}"
         )
 
     @property

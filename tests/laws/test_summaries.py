@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import reduce
 
 import pytest
@@ -171,6 +173,15 @@ def test_summary_of_float32_and_bf16_is_float32() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         s = summarize("hla2", *(x.to(dtype) for x in (t.q, t.k, t.v)))
         assert s.rho.dtype == s.S.dtype == s.C.dtype == s.F.dtype == torch.float32
+
+
+def test_a_summary_can_be_copied_and_pickled() -> None:
+    problem = Problem("hla2", T=5, state=False)
+    x = _summary(problem, draw(problem))
+    for copied in (copy.copy(x), copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert copied.operator == "hla2" and copied.fields.keys() == x.fields.keys()
+        for letter in ("rho", *x.fields):
+            assert_bitwise(letter, getattr(copied, letter), getattr(x, letter))
 
 
 def test_errors_name_the_argument() -> None:
