@@ -15,6 +15,7 @@ from hla_dist.processes.failure import UserError
 Options = TypeVar("Options")
 DEMO_STEPS = 400
 DEMO_MINUTES = 4.2  # leaves time for evaluation, parity and plots within six minutes on slower machines
+RUN_FILES = ("config.json", "metrics.jsonl", "tensorboard/", "checkpoints/", "loss.png", "summary.json")  # in --out
 
 
 def option(default: Any, group: str, text: str, **keywords: Any) -> Any:
@@ -125,9 +126,8 @@ class TrainConfig:
         "--sp ranks, without needing them"
     )  # fmt: skip
     out: str | None = option(
-        None, "output", "directory of the run: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, "
-        "parity.json, sample.txt; none: nothing is written", metavar="DIR"
-    )  # fmt: skip
+        None, "output", f"directory of the run: {', '.join(RUN_FILES)}; none: nothing is written", metavar="DIR"
+    )
     resume: str | None = option(
         None, "output", "go on from a checkpoint: a directory, or without a value the newest whole one of --out; auto: "
         "that one if there is any, else start. A run that torchrun restarts goes on by itself",

@@ -27,7 +27,7 @@ from hla_dist.parallel.shard import default_lengths
 from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.mesh import Layout
 from hla_dist.processes.stop import StopSignal
-from hla_dist.training.config import TrainConfig
+from hla_dist.training.config import RUN_FILES, TrainConfig
 from hla_dist.training.continuation import Launch, decide
 from hla_dist.training.determinism import be_deterministic, check_equal_parameters, random_state, set_random_state
 from hla_dist.training.fully_sharded import distributed, whole_state
@@ -349,7 +349,7 @@ class Run:
                 "seconds": time.monotonic() - self.started,
             }  # fmt: skip
             (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self.say(f"in {self.out}: config.json, metrics.jsonl, tensorboard/, checkpoints/, loss.png, summary.json")
+            self.say(f"in {self.out}: {', '.join(RUN_FILES)}")
 
     def write(self, **values: Any) -> None:
         if self.log is not None:

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from hla_dist.processes.failure import UserError
-from hla_dist.training.config import TrainConfig, flag, parse
+from hla_dist.training.config import RUN_FILES, TrainConfig, flag, parse
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,6 +18,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for item in fields(TrainConfig):
         assert f"  {flag(item.name)}" in text
         assert item.metadata["help"].split()[0] in text
+    assert f"directory of the run: {', '.join(RUN_FILES)}; none" in " ".join(text.split())
 
 
 def test_values_are_typed() -> None:

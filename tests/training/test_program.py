@@ -15,6 +15,7 @@ import pytest
 
 from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.processes.stop import StopSignal
+from hla_dist.training.config import RUN_FILES
 from tests.training.corpora import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,7 @@ def test_torchrun_trains_and_leaves_everything(tmp_path: Path, text: str) -> Non
     assert parity.endswith(": ok")
     assert sum(line.startswith("parity") for line in lines) == 1  # rank 0 alone speaks
     assert "6/6" in done.stderr  # the progress bar
+    assert {path.name + "/" * path.is_dir() for path in out.iterdir()} == set(RUN_FILES)
     config = json.loads((out / "config.json").read_text())
     assert config["run"]["seq_len"] == 64 and config["ranks"] == config["shards"] == 2
     summary = json.loads((out / "summary.json").read_text())
