@@ -62,7 +62,9 @@ def commands(block: str) -> list[Command]:
             continue
         starts = next((i for i, word in enumerate(words) if re.match(r"(launch|benchmarks)/[\w/]+\.py$", word)), None)
         if starts is None:
-            starts = next((i for i, word in enumerate(words) if re.match(r"(hla_dist|hla_kernels|benchmarks)\.", word)), None)
+            starts = next(
+                (i for i, word in enumerate(words) if re.match(r"(hla_dist|hla_kernels|benchmarks)\.", word)), None
+            )
         if starts is None or words[0] not in ("python", "torchrun", "mpirun"):
             raise ValueError(f"expected a command of this repository, got {line!r}")
         text = line.split("  #")[0]
