@@ -192,7 +192,6 @@ def main() -> int:
     )  # fmt: skip
     plot(path.with_suffix(".png"), ours, plain, lengths)
     if args.docs:
-        plot(DOCS.parent / "figures" / "numerics.png", ours, plain, lengths)
         run_on = f"`{about['command']}`, {about['started']}, commit {about['commit']}, torch {about['torch']}, "
         text = "\n\n".join([what, *body, run_on + f"{about['hardware']}."])
         page = DOCS.read_text()

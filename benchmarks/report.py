@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -48,12 +47,6 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def hardware_slug() -> str:
-    """The hardware in a file name: ``intel-xeon-2cpu``."""
-    name = re.sub(r"\(.*?\)|\bprocessor\b|\bcpu\b|@.*", " ", cpu_name().lower())
-    return "-".join(re.findall(r"[a-z0-9]+", name) + [f"{os.cpu_count()}cpu"])
 
 
 def _git(*arguments: str) -> str:
@@ -115,10 +108,12 @@ def write(
     body: list[str],
     data: dict[str, Any],
 ) -> Path:
-    """Write ``<theme>_<hardware>_<date>.md`` and ``.json`` under ``out``; returns the path of the .md."""
+    """Write ``<theme>.md`` and ``.json`` under ``out`` and return the path of the .md.
+
+    Machine and date are inside: a file whose name changed with every run would break the links to it.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    date = about["started"][:10]
-    path = out / f"{theme}_{hardware_slug()}_{date}.md"
+    path = out / f"{theme}.md"
     about = about | {"load_average_at_end": round(os.getloadavg()[0], 2)}
     parts = [
         f"# {title}",

@@ -189,7 +189,7 @@ def main() -> int:
     if args.quick:  # nothing is asserted about time or memory
         targets = [t for t in targets if not t.name.endswith(("cpu", "memory"))]
     args.out.mkdir(parents=True, exist_ok=True)
-    image = args.out / f"sequence_parallel_peers_{report.hardware_slug()}_{about['started'][:10]}.png"
+    image = args.out / "sequence_parallel_peers.png"
     plot(rows, max(differences), image)
     order = list(CONTENDERS)
     rows.sort(key=lambda row: (row["ranks"], row["tokens"], order.index(row["name"])))

@@ -1,4 +1,4 @@
-"""What the site needs beside the pages: README as its front, formulas as MathML, links that leave docs/ as text.
+"""What the site needs beside the pages: README as its front, MathML, pictures of reports, other links as text.
 
 MathML is part of HTML: browsers show it without a script, so the site needs nothing from elsewhere.
 """
@@ -17,20 +17,24 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = re.compile(r"(^```(?!math\b).*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```math\n(.*?)^```$|^\$\$(.*?)\$\$$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<![\\$\w])\$([^$\n]+?)\$(?![\w$])")
+PICTURE = re.compile(r"(!\[[^\]]*\]\()(?:\.\./)?benchmarks/results/([\w-]+\.png)\)")
 OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]*\)")
 TAG = re.compile(r"\\tag\{(\d+)\}")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The front page is README.md, seen from docs/."""
+    """The front page is README.md, seen from docs/; pictures lie beside their reports and are shown from there."""
     text = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
     text = re.sub(r"\]\((?=benchmarks/|tests/|hla_dist/)", "](../", text)
     files.append(File.generated(config, "index.md", content=text))
+    for picture in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
+        files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Formulas and links of a page; code stays as it is."""
+    markdown = PICTURE.sub(r"\1results/\2)", markdown)
     parts = CODE.split(BLOCK.sub(_block, markdown))
     return "".join(part if number % 2 else _prose(part) for number, part in enumerate(parts))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -84,13 +85,12 @@ def test_named_files_exist(page: Path):
 
 def test_promises_name_tests_that_exist():
     """`test_x.py::test_y` in docs/reliability.md is a function of that file, marked slow where the page says so."""
+    files = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
     page = prose(ROOT / "docs" / "reliability.md")
     named = re.findall(r"(slow: )?`(test_\w+\.py)::(test_\w+)`", page)
     assert len(named) > 20
     for slow, file, name in named:
-        found = re.search(
-            rf"((?:^@.*\n)*)^def {name}\(", (ROOT / "tests" / "training" / file).read_text(), re.MULTILINE
-        )
+        found = re.search(rf"((?:^@.*\n)*)^def {name}\(", files[file].read_text(), re.MULTILINE)
         assert found, f"docs/reliability.md names {file}::{name}, which does not exist"
         assert ("mark.slow" in found[1]) == bool(slow), f"{file}::{name}: the page and its mark disagree on slow"
 
@@ -136,3 +136,14 @@ def test_docstrings_cite_equations_that_exist():
     for path in sorted((ROOT / "hla_dist").rglob("*.py")):
         for number in re.findall(r"algebra\.md, eqs?\. \(?(\d+)", path.read_text()):
             assert number in tags, f"{path.relative_to(ROOT)} cites equation {number}"
+
+
+def test_no_picture_is_committed_twice():
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.png", "*.svg"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    by_content: dict[str, list[str]] = {}
+    for name in tracked:
+        by_content.setdefault(hashlib.sha256((ROOT / name).read_bytes()).hexdigest(), []).append(name)
+    copies = [names for names in by_content.values() if len(names) > 1]
+    assert tracked and not copies, f"the same picture under several names: {copies}"

@@ -183,7 +183,7 @@ def main() -> int:
     if not args.quick:
         targets.append(report.Target("gloo: typical factor between simulated and measured", factor, FACTOR, False))
     args.out.mkdir(parents=True, exist_ok=True)
-    image = args.out / f"exchange_simulator_{report.hardware_slug()}_{about['started'][:10]}.png"
+    image = args.out / "exchange_simulator.png"
     exchange_projection.plot(projected, image)
     body = [
         *measured_part(link, points, rows, args.rounds),

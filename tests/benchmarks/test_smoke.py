@@ -24,7 +24,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("sequence_parallel_cpu", 0),
         ("family_cpu", 0),
         ("numerics", 1),
-        ("exchange_simulator", 1),
+        ("simulator/compare", 1),
         ("sequence_parallel_peers", 1),
         ("overlap", 1),
     ],
@@ -34,7 +34,7 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
     pytest.importorskip("matplotlib", reason="the benchmarks need the train extra")
     done = run(script, "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    (report,) = tmp_path.glob(f"{script}_*.md")
+    (report,) = tmp_path.glob("*.md")
     text = report.read_text()
     for part in ("- command: `python benchmarks/", "- commit: ", "- torch: ", "## Targets"):
         assert part in text
@@ -52,7 +52,7 @@ def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -
         "sequence_parallel_cpu",
         "family_cpu",
         "numerics",
-        "exchange_simulator",
+        "simulator/compare",
         "sequence_parallel_peers",
         "overlap",
     ],

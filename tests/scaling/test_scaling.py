@@ -156,7 +156,7 @@ def test_the_program_writes_a_report(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr.lower()
-    (report,) = tmp_path.glob("scaling_operator_model_strong_length_*.json")
+    (report,) = tmp_path.glob("scaling_operator_model_strong_length.json")
     record = json.loads(report.read_text())
     assert [(r["what"], r["ranks"], r["series"]) for r in record["rows"]] == [
         ("operator", 1, ["strong"]), ("operator", 2, ["strong", "length"]),
