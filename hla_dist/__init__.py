@@ -17,6 +17,8 @@ from hla_dist.operators.summary import Summary, combine, identity, scan_exclusiv
 from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, KVState, LinearState, PrefixState
 
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it
+
 __all__ = [
     "AHLAState",
     "Cascade",

@@ -1,16 +1,22 @@
-"""What is shipped and pinned: every package folder is listed, every dependency is declared and locked."""
+"""What is shipped and pinned: every folder is listed, every dependency is declared and locked, a wheel works."""
 
 from __future__ import annotations
 
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import hla_dist
 
 try:
     import tomllib
@@ -112,7 +118,7 @@ def test_the_lock_holds_for_the_running_python():
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: bool):
-    """x."""
+    """What a folder imports is in the core dependencies or in the extras it may need."""
     names = declared(*extras)
     for path in sorted((ROOT / folder).rglob("*.py")):
         if folder == "hla_dist" and WITH_EXTRAS & set(path.parts):
@@ -134,3 +140,59 @@ def test_importing_needs_no_extra_gpu_or_process_group():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+USE = """
+import importlib.metadata, pathlib, sys, torch
+import hla_dist, hla_kernels
+
+q, k, v = (torch.randn(1, 70, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+out, _ = hla_dist.hla2(q, k, v)
+expected, _ = hla_dist.reference.serial("hla2", q, k, v)
+torch.testing.assert_close(out, expected)
+out.sum().backward()
+assert hla_dist.__version__ == importlib.metadata.version("hla-dist")
+target = pathlib.Path(sys.argv[1])
+ours = [m for name, m in sys.modules.items() if name.split(".")[0] in ("hla_dist", "hla_kernels")]
+assert len(ours) > 30 and all(target in pathlib.Path(m.__file__).parents for m in ours)
+"""
+
+
+def test_a_wheel_works_away_from_the_checkout(tmp_path: Path):
+    """Built from a copy without network, installed beside nothing, and used from another folder."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("hla_dist", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    target = tmp_path / "target"
+    offline = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in (
+        [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)],
+        [*pip, "install", *offline, "--no-compile", "--target", str(target), "--find-links", str(tmp_path), "hla-dist"],
+        [sys.executable, "-c", USE, str(target)],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        environment["PYTHONPATH"] = str(target)
+    (wheel,) = tmp_path.glob("*.whl")
+    shipped = zipfile.ZipFile(wheel).namelist()
+    assert {"hla_dist/py.typed", "hla_kernels/first_order.py"} <= set(shipped)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
+    assert {name.split("/")[0] for name in shipped} == {
+        "hla_dist",
+        "hla_kernels",
+        f"hla_dist-{hla_dist.__version__}.dist-info",
+    }
+
+
+def test_the_version_is_said_once():
+    """Other files repeat it for readers; here they are compared."""
+    assert "version" in PROJECT["project"]["dynamic"] and Version(hla_dist.__version__)
+    assert f"\nversion: {hla_dist.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == hla_dist.__version__
+    assert PROJECT["project"]["license"] == "Apache-2.0" and "Version 2.0" in (ROOT / "LICENSE").read_text()[:200]
