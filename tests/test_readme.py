@@ -71,10 +71,11 @@ def test_python_blocks_run(code: str, tmp_path: Path):
         [*command, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "print(" not in code or done.stdout.strip(), "a block that prints must show something"
 
 
-def test_the_readme_has_an_example_on_several_ranks():
-    assert any("init_process_group" in code for code in blocks(PAGES[0], "python"))
+def test_the_readme_has_an_example_on_several_ranks_that_prints():
+    assert any("init_process_group" in code and "print(" in code for code in blocks(PAGES[0], "python"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

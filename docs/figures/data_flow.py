@@ -1,7 +1,7 @@
-"""Draws docs/figures/data_flow.svg: ``python docs/figures/data_flow.py``.
+"""Draw docs/figures/data_flow.svg: ``python docs/figures/data_flow.py``.
 
-Two panels, forward and backward, a column for each of three ranks: what a rank computes alone, what travels, what it
-folds, what it finishes.
+Two panels, forward and backward, with a column per rank. Time runs downwards: what a rank computes alone, what travels,
+what it folds, what it computes from the result. What is drawn is hla_dist/functional/autograd.py for hla2.
 """
 
 from __future__ import annotations
@@ -18,79 +18,82 @@ from matplotlib.patches import FancyBboxPatch
 # Text as paths and a fixed salt: the file looks the same everywhere and changes only when the drawing does.
 matplotlib.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "data_flow", "font.family": "DejaVu Sans"})
 
-INK, RULE = "#1f2933", "#52606d"
+INK, QUIET, RULE = "#1f2933", "#7b8794", "#52606d"
 TOKENS, LOCAL, WIRE, FOLD, RESULT = "#e4e7eb", "#d6eaf8", "#fdebd0", "#e8daef", "#d5f5e3"
-COLUMN, WIDTH, HEIGHT = 2.3, 2.0, 0.62
+COLUMN, WIDTH, HEIGHT, GAP = 1.7, 1.62, 0.6, 0.86
+RANKS = 3
 
-FORWARD = {
-    "title": "forward",
-    "rows": [
-        (TOKENS, r"$q,\, k,\, v$ of shard {r}"),
-        (LOCAL, "summarise\n" + r"$\rho,\, S,\, C,\, F$   (keep $u^{\star}$)"),
-        (WIRE, r"one all-gather of $(\rho, S, C, F)$: constant size, whatever the length"),
-        (FOLD, "{fold}"),
-        (RESULT, "finish from the carry\n" + r"$u = u^{\star} + \Gamma S q,\;\; o$"),
-    ],
-    "folds": ["empty past", r"fold: carry $= X_0$", r"fold: carry $= X_0 \oplus X_1$"],
-}
-BACKWARD = {
-    "title": "backward",
-    "rows": [
-        (TOKENS, r"$do$ of shard {r}"),
-        (LOCAL, "summarise, right to left\n" + r"$R_1,\, R_2$   (keep $du^{\star}$)"),
-        (WIRE, r"one all-gather of $(R_1, R_2)$; $\rho$ and $C$ are kept from forward"),
-        (FOLD, "{fold}"),
-        (RESULT, "finish from the carry\n" + r"$dq,\; dk,\; dv,\; d\log g$"),
-    ],
-    "folds": [r"fold: carry $= Y_1 \oplus Y_2$", r"fold: carry $= Y_2$", "empty future"],
-}
+FORWARD = [
+    (TOKENS, [rf"$q,\ k,\ v$ of shard {rank}" for rank in range(RANKS)]),
+    (LOCAL, [f"summarise\n$X_{rank} = (\\rho,\\, S,\\, C,\\, F)$" for rank in range(RANKS)]),
+    (WIRE, r"one all-gather of the $X_r$: the same size for any length"),
+    (FOLD, ["carry: empty past", r"carry: $X_0$", r"carry: $X_0 \oplus X_1$"]),
+    (RESULT, ["scan from the carry\noutput $o$, exact"] * RANKS),
+]
+BACKWARD = [
+    (TOKENS, [rf"$do$ of shard {rank}" for rank in range(RANKS)]),
+    (LOCAL, ["", *(f"reverse summary\n$Y_{rank} = (R_1,\\, R_2)$" for rank in range(1, RANKS))]),
+    (WIRE, "one all-gather of the $Y_r$\n" + r"$\rho$ and $C$ of the ranks to the right: kept from forward"),
+    (FOLD, [r"carry: $Y_1 \oplus Y_2$", r"carry: $Y_2$", "carry: empty future"]),
+    (RESULT, ["reverse scan\n" + r"$dq,\ dk,\ dv,\ d\log g$"] * RANKS),
+]
+UNUSED = "nobody to its left:\nsends zeros"
 
 
 def box(ax: Axes, x: float, y: float, width: float, colour: str, text: str) -> None:
-    """A rounded box centred at (x, y)."""
-    patch = FancyBboxPatch(
-        (x - width / 2, y - HEIGHT / 2),
-        width,
-        HEIGHT,
-        boxstyle="round,pad=0,rounding_size=0.08",
-        fc=colour,
-        ec=RULE,
-        lw=0.8,
+    """Draw a rounded box centred at (x, y); a dashed one where a rank has nothing to do."""
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - width / 2, y - HEIGHT / 2),
+            width,
+            HEIGHT,
+            boxstyle="round,pad=0,rounding_size=0.07",
+            facecolor=colour if text else "white",
+            edgecolor=RULE if text else QUIET,
+            linewidth=0.8,
+            linestyle="-" if text else (0, (3, 3)),
+        )
     )
-    ax.add_patch(patch)
-    ax.text(x, y, text, ha="center", va="center", fontsize=8.5, color=INK, linespacing=1.5)
+    style = {"color": INK} if text else {"color": QUIET, "style": "italic"}
+    ax.text(x, y, text or UNUSED, ha="center", va="center", fontsize=9.1, linespacing=1.4, **style)
 
 
-def panel(ax: Axes, content: dict, ranks: int = 3) -> None:
-    """One direction: rows from top to bottom, ranks from left to right."""
-    gap = 1.02
-    for level, (colour, label) in enumerate(content["rows"]):
-        y = -level * gap
+def panel(ax: Axes, title: str, rows: list) -> None:
+    """Draw one direction: rows from top to bottom, ranks from left to right."""
+    middle = COLUMN * (RANKS - 1) / 2
+    for level, (colour, texts) in enumerate(rows):
+        y = -level * GAP
         if colour is WIRE:
-            box(ax, COLUMN, y, COLUMN * (ranks - 1) + WIDTH, colour, label)
-        for rank in range(ranks):
+            box(ax, middle, y, COLUMN * (RANKS - 1) + WIDTH, colour, texts)
+        for rank in range(RANKS):
             x = rank * COLUMN
             if colour is not WIRE:
-                box(ax, x, y, WIDTH, colour, label.replace("{r}", str(rank)).replace("{fold}", content["folds"][rank]))
-            if level:
-                arrow = {"arrowstyle": "-|>", "color": RULE, "lw": 1, "shrinkA": 0, "shrinkB": 0}
-                ax.annotate("", (x, y + HEIGHT / 2), (x, y + gap - HEIGHT / 2), arrowprops=arrow)
-    for rank in range(ranks):
-        ax.text(rank * COLUMN, 0.52, f"rank {rank}", ha="center", fontsize=9, color=RULE)
-    ax.text(COLUMN, 0.92, content["title"], ha="center", fontsize=11, weight="bold", color=INK)
-    ax.set_xlim(-WIDTH / 2 - 0.1, COLUMN * (ranks - 1) + WIDTH / 2 + 0.1)
-    ax.set_ylim(-4 * gap - HEIGHT / 2 - 0.1, 1.2)
+                box(ax, x, y, WIDTH, colour, texts[rank])
+            if level and (colour is WIRE or texts[rank]):
+                arrow = {"arrowstyle": "-|>", "color": RULE, "lw": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
+                ax.annotate("", (x, y + HEIGHT / 2), (x, y + GAP - HEIGHT / 2), arrowprops=arrow)
+    for rank in range(RANKS):
+        ax.text(rank * COLUMN, 0.44, f"rank {rank}", ha="center", fontsize=9.3, color=RULE)
+    ax.text(middle, 0.82, title, ha="center", fontsize=11.5, weight="bold", color=INK)
+    ax.set_xlim(-WIDTH / 2 - 0.03, COLUMN * (RANKS - 1) + WIDTH / 2 + 0.03)
+    ax.set_ylim(-(len(rows) - 1) * GAP - HEIGHT / 2 - 0.04, 1.05)
     ax.set_aspect("equal")
     ax.axis("off")
 
 
 def main() -> None:
     """Draw both panels side by side."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
-    panel(axes[0], FORWARD)
-    panel(axes[1], BACKWARD)
-    figure.tight_layout(w_pad=2)
-    figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None}, facecolor="white")
+    figure, axes = plt.subplots(1, 2, figsize=(10.6, 4.7))
+    panel(axes[0], "forward", FORWARD)
+    panel(axes[1], "backward", BACKWARD)
+    figure.subplots_adjust(0.005, 0.01, 0.995, 0.99, wspace=0.04)
+    figure.savefig(
+        Path(__file__).with_suffix(".svg"),
+        metadata={"Date": None},
+        facecolor="white",
+        bbox_inches="tight",
+        pad_inches=0.08,
+    )
 
 
 if __name__ == "__main__":
