@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
+from tests.harness import shifted
+
 Row = dict[str, Any]
 Pair = tuple[str, Any, str, Any]
 
@@ -32,7 +34,7 @@ def covering(parameters: Mapping[str, Sequence[Any]], allowed: Callable[[Row], b
     Every row starts from a pair not yet covered and takes, parameter by parameter, the value with most new pairs.
     Raises ValueError if a pair fits into no row: ``allowed`` then speaks of more than pairs.
     """
-    rng = random.Random(seed)
+    rng = random.Random(shifted(seed))
     missing = allowed_pairs(parameters, allowed)
     rows = []
     while missing:

@@ -29,8 +29,15 @@ from torch import Tensor
 SUB_GROUPS: dict[int, tuple[int, ...]] = {1: (5,), 2: (3, 6), 3: (1, 4, 7), 4: (0, 2, 5, 6)}
 POOL_SIZE = 8
 COLLECTIVE_TIMEOUT_S = 60
+# added to every seed of every test: HLA_TEST_SEED=1 make test draws other numbers
+SEED_SHIFT = int(os.environ.get("HLA_TEST_SEED", "0"))
 # once a rank has failed, the others have this long to report before they are ended
 GRACE_S = 2.0
+
+
+def shifted(seed: int) -> int:
+    """The seed a test draws from: ``seed``, moved by HLA_TEST_SEED."""
+    return seed + 1_000_003 * SEED_SHIFT
 
 
 def relative_error(got: Tensor, want: Tensor, scale: float | None = None) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests import tolerances
+from tests import harness, tolerances
 from tests.harness import (
     SUB_GROUPS,
     RankError,
@@ -21,6 +23,7 @@ from tests.harness import (
     raises_value_error,
     relative_error,
     run_ranks,
+    shifted,
 )
 
 
@@ -169,3 +172,12 @@ def test_pool_recovers_from_a_failure(pool: RankPool) -> None:
     with pytest.raises(RankError, match="the failure of rank 6"):
         pool.run(_raise_on, 6)
     assert pool.run_group(2, _group_sum, 1) == [3, 3]
+
+
+def test_every_seed_is_shifted_by_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HLA_TEST_SEED moves all that tests draw: no generator gets a number directly."""
+    seeding = re.compile(r"\b(?:manual_seed|default_rng|random\.Random)\((?!shifted\()")
+    tests = Path(__file__).parent
+    assert not [path for path in sorted(tests.rglob("*.py")) if seeding.search(path.read_text())]
+    monkeypatch.setattr(harness, "SEED_SHIFT", 2)
+    assert shifted(3) == 3 + 2 * 1_000_003

@@ -12,7 +12,7 @@ from torch import Tensor
 import hla_dist
 from benchmarks.peers import head_all_to_all, lasp, ring_attention, wire
 from benchmarks.sequence_parallel_peers import cells, projection
-from tests.harness import assert_close, raises_value_error, run_ranks
+from tests.harness import assert_close, raises_value_error, run_ranks, shifted
 from tests.tolerances import FLOAT64
 
 TOKENS, HEADS, K, V = 11, 12, 4, 4  # a rank's tokens
@@ -27,7 +27,7 @@ PEERS = {
 
 def draw(tokens: int) -> list[Tensor]:
     """q, k, v and the gradient of the output."""
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator().manual_seed(shifted(tokens))
     return [torch.randn(2, tokens, HEADS, d, generator=generator, dtype=torch.float64) for d in (K, K, V, V)]
 
 

@@ -20,10 +20,11 @@ from hla_dist.checkpoints.manifest import MANIFEST
 from hla_dist.checkpoints.tensors import capture, read_random
 from hla_dist.processes.failure import UserError
 from hla_dist.training.optim import build_adamw
+from tests.harness import shifted
 
 
 def trained(width: int = 4, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2, bias=False))
     optimizer = build_adamw(model, 0.1, 0.01)
     step(model, optimizer)

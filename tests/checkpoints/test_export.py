@@ -19,11 +19,12 @@ from hla_dist.checkpoints.tensors import capture
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError
 from hla_dist.training.optim import build_adamw
+from tests.harness import shifted
 
 
 def a_run(directory: Path, seed: int, step: int, data: list[str], **changes: Any) -> LanguageModel:
     """A run's directory with one more checkpoint."""
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2))
     tensors = capture(model, build_adamw(model, 0.1, 0.0), torch.get_rng_state(), 0)
     state = {"model": model.config.to_dict(), "run": {"data": data, "tokenizer": None}} | changes

@@ -25,7 +25,7 @@ from hla_dist.training.faults import Faults
 from hla_dist.training.fully_sharded import distributed, local, whole
 from hla_dist.training.loop import Trainer
 from hla_dist.training.optim import build_adamw
-from tests.harness import RankPool, assert_close, run_ranks
+from tests.harness import RankPool, assert_close, run_ranks, shifted
 from tests.tolerances import ANOTHER_WORLD
 from tests.training.corpora import small_config, write_text
 from tests.training.test_steps import model_bytes, run_config
@@ -62,10 +62,10 @@ def test_eight_ranks_go_on_as_one_two_and_four(pool: RankPool, tmp_path: Path) -
 def trainer_on_mesh(degrees: Degrees, accumulate: int) -> Trainer:
     """Four samples a step in float64, one a micro-batch."""
     layout = build_layout(degrees, torch.device("cpu"))
-    torch.manual_seed(5)
+    torch.manual_seed(shifted(5))
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
     wrapped = distributed(model, layout)
-    windows = Windows(np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
+    windows = Windows(np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
     optimizer = build_adamw(wrapped, 1e-2, 0.1)
     return Trainer(wrapped, optimizer, windows, layout, batch_size=1, accumulate=accumulate, clip=1.0, bf16=False)
 
@@ -119,7 +119,7 @@ def drifting(trainer: Trainer) -> str:
 
 
 def language_model() -> LanguageModel:
-    torch.manual_seed(3)
+    torch.manual_seed(shifted(3))
     return LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2))
 
 

@@ -20,7 +20,7 @@ from hla_dist.processes.failure import UserError
 from hla_dist.processes.mesh import Layout, build_layout, factorise
 from hla_dist.training.loop import Trainer
 from hla_dist.training.optim import build_adamw
-from tests.harness import RankPool, assert_close, run_ranks
+from tests.harness import RankPool, assert_close, run_ranks, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
 from tests.training.test_steps import layout_of, model_bytes, run_config
@@ -28,7 +28,7 @@ from tests.training.test_steps import layout_of, model_bytes, run_config
 T, SAMPLES, VOCABULARY, SEED = 45, 8, 30, 0
 LENGTHS = [1, 1, 2, 7, 130, 3, 19, 1, 64, 11, 5, 90, 2, 33, 8, 15, 45, 45, 3, 60, 1, 27, 12, 9]
 DOCUMENTS = np.cumsum([0, *LENGTHS[:-1]])
-TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, sum(LENGTHS)).astype(np.uint8)
+TOKENS = np.random.default_rng(shifted(0)).integers(0, VOCABULARY, sum(LENGTHS)).astype(np.uint8)
 
 
 class Counted:
@@ -46,7 +46,7 @@ class Counted:
 
 
 def model() -> LanguageModel:
-    torch.manual_seed(5)
+    torch.manual_seed(shifted(5))
     return LanguageModel(ModelConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2)).double()
 
 

@@ -13,6 +13,7 @@ import torch
 from hla_dist.data.sources import list_files
 from hla_dist.data.windows import Windows, _epoch, cut, held_out_windows, load_corpus
 from hla_dist.processes.failure import UserError
+from tests.harness import shifted
 from tests.training.corpora import write_text
 
 
@@ -63,7 +64,7 @@ def test_default_is_the_standard_library() -> None:
 
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
 def test_memmap_of_tokens(tmp_path: Path, suffix: str) -> None:
-    tokens = np.random.default_rng(0).integers(0, 1000, 500).astype(np.uint16)
+    tokens = np.random.default_rng(shifted(0)).integers(0, 1000, 500).astype(np.uint16)
     path = tmp_path / f"tokens{suffix}"
     np.save(path, tokens) if suffix == ".npy" else tokens.tofile(path)
     corpus = load_corpus([str(path)], seq_len=16, vocab_size=1000)

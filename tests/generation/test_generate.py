@@ -21,17 +21,17 @@ from hla_dist.generation.generate import Carry, Sampling, follow, generate, pick
 from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError
-from tests.harness import RankPool, assert_bitwise, assert_close, group
+from tests.harness import RankPool, assert_bitwise, assert_close, group, shifted
 from tests.tolerances import FLOAT64
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 150
-TEXT = [int(x) for x in torch.randint(50, (61,), generator=torch.Generator().manual_seed(3))]
+TEXT = [int(x) for x in torch.randint(50, (61,), generator=torch.Generator().manual_seed(shifted(3)))]
 GREEDY = Sampling(0.0)
 
 
 def small(seed: int = 0, **changes: Any) -> LanguageModel:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     config = ModelConfig(**{"vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 2, **changes})
     return LanguageModel(config).double()
 
@@ -91,7 +91,7 @@ def test_reading_refuses_what_it_cannot_read() -> None:
 
 def test_top_p_draws_the_fewest_that_reach_it() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(shifted(0))
     for top_p, want in ((0.4, {1}), (0.6, {1, 3}), (0.8, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
         assert {pick(logits, 1.0, 0, generator, top_p) for _ in range(200)} == want
     for wrong in ({"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"temperature": float("nan")}):

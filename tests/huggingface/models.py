@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM
+from tests.harness import shifted
 
 VOCABULARY, PAD = 40, 0
 SIZES: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_heads=2)
@@ -15,7 +16,7 @@ SIZES: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=16, num_layers=2
 
 def model(dtype: torch.dtype = torch.float64, **changes: Any) -> HLAForCausalLM:
     """A model of two layers in evaluation mode, the same at every call."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     made = HLAForCausalLM(HLAConfig(**{**SIZES, "pad_token_id": PAD, **changes})).to(dtype).eval()
     with torch.no_grad():  # as initialised it continues nearly anything with the same token
         made.get_input_embeddings().weight.mul_(20)
@@ -24,7 +25,7 @@ def model(dtype: torch.dtype = torch.float64, **changes: Any) -> HLAForCausalLM:
 
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     """Token numbers [rows, length], none of them padding."""
-    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(shifted(seed)))
 
 
 def left_padded(texts: list[Tensor]) -> tuple[Tensor, Tensor]:

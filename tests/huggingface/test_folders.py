@@ -14,11 +14,11 @@ from hla_dist.generation.generate import generate
 from hla_dist.huggingface import byte_tokenizer
 from hla_dist.huggingface.folders import main
 from hla_dist.models import LanguageModel, ModelConfig
-from tests.harness import assert_bitwise
+from tests.harness import assert_bitwise, shifted
 
 
 def trained(tokenizer: str | None = None, known_text: bool = True, **changes: object) -> Trained:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     sizes = dict(vocab_size=256, hidden_size=16, num_layers=2, num_heads=2, attention={"decay_range": (2.0, 64.0)})
     model = LanguageModel(ModelConfig(**{**sizes, **changes}))
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from hla_dist.nn import HLAAttention
 from hla_dist.nn.attention import _FEATURE_MAPS as FEATURE_MAPS
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
-from tests.harness import assert_bitwise, assert_close, raises_value_error
+from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 
 VARIANTS = {
@@ -38,12 +38,12 @@ VARIANTS = {
 
 
 def _layer(dtype: torch.dtype = torch.float64, **options) -> HLAAttention:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     return HLAAttention(32, 4, **options).to(dtype)
 
 
 def _tokens(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, tokens, 32, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, tokens, 32, dtype=dtype, generator=torch.Generator().manual_seed(shifted(1)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -163,7 +163,7 @@ def test_meta_device_and_reset_parameters():
         with torch.device("meta"):
             layer = HLAAttention(32, 4, **options)
         assert all(p.is_meta for p in layer.parameters())
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         layer = layer.to_empty(device="cpu")
         with torch.no_grad():
             for p in layer.parameters():
@@ -185,7 +185,7 @@ def test_reset_of_every_submodule_in_any_order_is_the_same_distribution():
 @pytest.mark.parametrize("size", [16, 64, 128])
 @pytest.mark.parametrize("options", [{}, dict(op="linear_attention"), dict(qk_norm="rms"), dict(qk_norm=None)])
 def test_first_outputs_are_of_order_one(size, options):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = HLAAttention(256, 2, head_dim=size, output_norm=False, output_gate=None, decay=None, **options)
     layer.o_proj = torch.nn.Identity()
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_first_outputs_are_of_order_one(size, options):
 @pytest.mark.parametrize("decay", ["token", None])
 def test_bf16_is_stable_over_long_sequences(decay):
     """Undecayed outputs grow like T^2; the layer's, and its gradients, must not, nor vanish."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = HLAAttention(32, 2, decay=decay, dtype=torch.bfloat16)
     x = torch.randn(1, 32768, 32).bfloat16().requires_grad_()
     y, _ = layer(x)

@@ -15,7 +15,7 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import shard_batch, token_loss
-from tests.harness import RankPool, assert_close
+from tests.harness import RankPool, assert_close, shifted
 from tests.tolerances import FLOAT64, tolerance
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -29,13 +29,13 @@ VOCABULARY, TOKENS = 11, 40
 
 
 def _model(form: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     config = ModelConfig(**{"vocab_size": VOCABULARY, "hidden_size": 8, "num_layers": 2, "num_heads": 2, **FORMS[form]})
     return LanguageModel(config).to(dtype)
 
 
 def _text() -> Tensor:
-    return torch.randint(0, VOCABULARY, (2, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, VOCABULARY, (2, TOKENS + 1), generator=torch.Generator().manual_seed(shifted(0)))
 
 
 def _train(call: Any, model: nn.Module) -> dict[str, Tensor]:

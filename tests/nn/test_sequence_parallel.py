@@ -20,7 +20,7 @@ from hla_dist import checkpoint_context
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import default_lengths, shard_batch, token_loss
-from tests.harness import assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks
+from tests.harness import assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks, shifted
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 TOKENS, VOCABULARY, HIDDEN = 37, 11, 16
@@ -69,12 +69,12 @@ class Model(nn.Module):
 
 
 def _model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Model:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     return Model(dtype)
 
 
 def _text(seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (2, TOKENS + 1), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, VOCABULARY, (2, TOKENS + 1), generator=torch.Generator().manual_seed(shifted(seed)))
 
 
 def _grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -508,7 +508,7 @@ def _packed(pg, lengths, cu):
 
 
 def _documents(cu) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(shifted(3))
     return torch.randn(1, int(cu[-1]), HIDDEN, dtype=torch.float64, generator=generator)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import default_lengths, shard, shard_batch, token_loss, unshard
-from tests.harness import assert_bitwise, assert_close, raises_value_error
+from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64, ROUND_OFF
 
 SPLITS = {
@@ -22,7 +22,7 @@ SPLITS = {
 
 
 def _sequence(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(shifted(0)))
 
 
 def _cut_and_join(pg, lengths):
@@ -70,7 +70,7 @@ def _batch_and_loss(pg, tokens, logits, lengths, valid):
 
 @pytest.mark.parametrize("size", SPLITS)
 def test_losses_and_gradients_do_not_depend_on_the_split(pool, size):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(shifted(1))
     tokens = torch.randint(0, 11, (2, 14), generator=generator)
     tokens[0, 9:] = -100  # padding: whole shards without a valid token
     logits = _sequence(2, 13, 11).requires_grad_()

@@ -20,7 +20,7 @@ from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttentio
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import counter
 from hla_dist.softmax import attend as softmax
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks
+from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks, shifted
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 HIDDEN, TOKENS = 24, 41
@@ -29,7 +29,7 @@ SPLITS = {1: [TOKENS], 2: [30, 11], 3: [0, 41, 0], 4: [1, 0, 38, 2], 8: [0, 9, 0
 
 
 def layer_of(**options: Any) -> SoftmaxAttention:
-    torch.manual_seed(3)
+    torch.manual_seed(shifted(3))
     layer = SoftmaxAttention(HIDDEN, **{"num_heads": 8, "head_dim": 6, **options}).double()
     for name, parameter in layer.named_parameters():
         if name.endswith("_weight"):
@@ -38,7 +38,9 @@ def layer_of(**options: Any) -> SoftmaxAttention:
 
 
 def text(batch: int = 1, seed: int = 0, tokens: int = TOKENS) -> Tensor:
-    return torch.randn(batch, tokens, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, tokens, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(shifted(seed))
+    )
 
 
 def dense(layer: SoftmaxAttention, x: Tensor, cu: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hla_dist
 from hla_dist import Cascade, CausalPass
-from tests.harness import assert_close, raises_value_error, relative_error
+from tests.harness import assert_close, raises_value_error, relative_error, shifted
 from tests.problems import Problem, check, draw, oracle, run
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR, tolerance
 
@@ -90,12 +90,12 @@ def dense(log_decay: Tensor | None, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def sequences(T: int = 70, **widths: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(T)
+    generator = torch.Generator().manual_seed(shifted(T))
     return {name: torch.randn(2, T, 2, w, generator=generator, dtype=torch.float64) for name, w in widths.items()}
 
 
 def gate(T: int, heads: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     steep = torch.tensor([0.01, 1.0], dtype=torch.float64)[:heads]
     return -torch.rand(2, T, heads, generator=generator, dtype=torch.float64) * steep
 

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import hla_dist
-from tests.harness import assert_bitwise, assert_close
+from tests.harness import assert_bitwise, assert_close, shifted
 from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
 
@@ -96,7 +96,7 @@ def test_no_grad_and_inference_mode(name: str, mask: str) -> None:
 @pytest.mark.parametrize(("name", "mask"), STREAMING)
 def test_gradients_accumulate_over_uses_of_one_tensor(name: str, mask: str) -> None:
     """q, k and v one and the same tensor: its gradient is the sum of the three."""
-    x = torch.randn(1, 70, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 70, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(shifted(0)))
     apart = [x.clone().requires_grad_() for _ in range(3)]
     operator = getattr(hla_dist, name)
     operator(*apart, **mask_options(mask))[0].square().sum().backward()
@@ -159,7 +159,7 @@ def test_compiled_decoding_and_other_lengths(name: str, mask: str) -> None:
         return operator(x, x, x, **mask_options(mask), initial_state=state, output_final_state=True)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    x = torch.randn(1, 300, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 300, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(shifted(0)))
     _, start = operator(x, x, x, **mask_options(mask), output_final_state=True)
     with torch.no_grad():
         for T in (70, 90, 130, 200, 299):  # shorter ones compile once for each chunk size, a power of two

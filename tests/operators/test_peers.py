@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import hla_dist
-from tests.harness import assert_close
+from tests.harness import assert_close, shifted
 from tests.tolerances import tolerance
 
 
@@ -32,7 +32,7 @@ def theirs(name: str) -> ModuleType:
 
 def inputs(T: int, dtype: torch.dtype, positive: bool = False) -> dict[str, Tensor]:
     """q, k, v, per-token log gates (heads of different memory), an initial state; K differs from V."""
-    generator = torch.Generator().manual_seed(T)
+    generator = torch.Generator().manual_seed(shifted(T))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype)
@@ -52,7 +52,7 @@ def compare(ours: Callable[..., tuple], other: Callable[..., tuple], x: dict[str
     for function in (ours, other):
         leaves = {name: value.clone().requires_grad_() for name, value in x.items()}
         outputs = function(**leaves)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(shifted(1))
         weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
         names = [f"output {i}" for i in range(len(outputs))] + [f"d{name}" for name in leaves]

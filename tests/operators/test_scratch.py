@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hla_dist
 from hla_dist.operators import pool
+from tests.harness import shifted
 
 Operator = Callable[..., tuple[Tensor, Iterable[Tensor]]]
 OPERATORS: list[Operator] = [hla_dist.linear_attention, hla_dist.hla2, hla_dist.ahla, hla_dist.hla3]
@@ -18,7 +19,7 @@ OPERATORS: list[Operator] = [hla_dist.linear_attention, hla_dist.hla2, hla_dist.
 
 def call(operator: Operator, tokens: int, seed: int) -> list[Tensor]:
     """Output, final state, gradients."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     q, k, v = (torch.randn(1, tokens, 2, 8, generator=generator).mul_(0.3).requires_grad_() for _ in range(3))
     logs = torch.rand(1, tokens, 2, generator=generator).mul_(-0.1).requires_grad_()
     out, state = operator(q, k, v, log_decay=logs, output_final_state=True)

@@ -20,7 +20,7 @@ from hla_dist import Cascade, CausalPass, HLAAttention
 from hla_dist.functional import exchange_ops
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.operators import OPERATORS
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error
+from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
 from tests.parallel.sharded import shard_of
 from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT32, FLOAT64
@@ -138,7 +138,7 @@ def test_opcheck_of_the_exchange(pool: RankPool) -> None:
 
 
 def test_activation_checkpointing_compiles_without_graph_breaks() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = LanguageModel(ModelConfig(vocab_size=20, hidden_size=16, num_layers=2, num_heads=2)).double()
     model.activation_checkpointing = True
     tokens, parameters = torch.arange(18).view(2, 9), list(model.parameters())
@@ -180,7 +180,7 @@ SAID = {
 
 
 def _x() -> Tensor:
-    return torch.randn(1, 6, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, 6, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(shifted(0)))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -25,7 +25,7 @@ from hla_dist.functional import exchange_ops
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import Summary
 from hla_dist.parallel import collectives, mpi
-from tests.harness import assert_bitwise, assert_close, raises_value_error
+from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KINDS, STREAMING, Problem, check, mask_options
 from tests.tolerances import FLOAT64
@@ -93,7 +93,7 @@ def _exclusive_scan(own: Summary) -> Summary:
 def scans() -> None:
     """What enters each rank is MPI's own exclusive scan, however it travelled."""
     for name, mask in STREAMING:
-        generator = torch.Generator().manual_seed(100 + WORLD.rank)
+        generator = torch.Generator().manual_seed(shifted(100 + WORLD.rank))
         shapes = ((B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H))
         q, k, v, gates = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
         own = hla_dist.summarize(name, q, k, v, log_decay=-gates.abs() / 4, **mask_options(mask))
@@ -168,13 +168,13 @@ class Model(nn.Module):
 
 def model() -> None:
     """SequenceParallelHLA, shard_batch, token_loss, unshard and the reduction of gradients."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     alone = Model().double()
-    torch.manual_seed(WORLD.rank)  # parameters are the first rank's
+    torch.manual_seed(shifted(WORLD.rank))  # parameters are the first rank's
     sharded = hla_dist.SequenceParallelHLA(Model().double() if WORLD.rank else alone, WORLD)
     alone = alone if WORLD.rank else Model().double()
     alone.load_state_dict(sharded.state_dict())
-    tokens = torch.randint(11, (2, 38), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(11, (2, 38), generator=torch.Generator().manual_seed(shifted(1)))
     whole, part = (hla_dist.shard_batch(tokens, group) for group in (None, WORLD))
     want, got = alone(whole.inputs), sharded(part.inputs)
     assert_close("logits", hla_dist.unshard(got, WORLD), want, FLOAT64)
@@ -189,7 +189,7 @@ def model() -> None:
 def softmax() -> None:
     """SoftmaxAttention: keys to the ranks that see them, and heads for tokens; outputs and every gradient."""
     lengths, start = SPLITS[8], sum(SPLITS[8][: WORLD.rank])
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(shifted(2))
     x, weight = (torch.randn(1, sum(lengths), 16, dtype=torch.float64, generator=generator) for _ in range(2))
     here = slice(start, start + lengths[WORLD.rank])
     for options in (
@@ -197,7 +197,7 @@ def softmax() -> None:
         {"exchange": "gather", "window": 11},
         {"exchange": "ulysses"},
     ):
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         layer = hla_dist.SoftmaxAttention(16, 8, **options).double()
         whole, part = x.clone().requires_grad_(), x[:, here].clone().requires_grad_()
         want, _ = layer(whole)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.parallel.collectives import counter
-from tests.harness import RankPool, assert_bitwise, assert_close
+from tests.harness import RankPool, assert_bitwise, assert_close, shifted
 from tests.operators.test_any_order import HLA4, NAMED, as_operator, named_problem
 from tests.parallel.sharded import assemble, shard_of, whole_problem
 from tests.problems import Problem, Values, check, draw, run
@@ -32,7 +32,7 @@ def test_the_named_operators_are_instances(pool: RankPool, name: str, mask: str,
 
 
 def _inputs() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(shifted(0))
     x = {name: torch.randn(1, 40, 2, 4, generator=generator, dtype=torch.float64) for name in "qkv"}
     x["g"] = -torch.rand(1, 40, 2, generator=generator, dtype=torch.float64)
     return x | {f"state {name}": torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64) for name in "uro"}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.harness import RankPool, assert_bitwise, raises_value_error
+from tests.harness import RankPool, assert_bitwise, raises_value_error, shifted
 from tests.parallel.sharded import assemble, check_sharded, run_shard
 from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, RIDGED, Problem
 
@@ -128,7 +128,7 @@ def run_changed(group, problem: Problem, lengths: list[int], change: bool):
     def draw(p: Problem):
         t = original(p)
         if change:
-            generator = torch.Generator().manual_seed(99)
+            generator = torch.Generator().manual_seed(shifted(99))
             span = slice(30, 80)
             for x in (t.q, t.k, t.v, t.weight_out):
                 x[:, span] = 100 * torch.randn(x[:, span].shape, generator=generator, dtype=x.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hla_dist.reference import quadratic, serial
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
-from tests.harness import assert_close, raises_value_error
+from tests.harness import assert_close, raises_value_error, shifted
 from tests.problems import mask_options
 from tests.tolerances import ROUND_OFF
 
@@ -26,36 +26,39 @@ FIELDS = {
 
 
 def _inputs(B: int, T: int, H: int, G: int, K: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(B + 10 * T + 100 * H)
+    generator = torch.Generator().manual_seed(shifted(B + 10 * T + 100 * H))
     shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, V))
     # positive queries and keys keep the denominators of `normalize` away from zero
     return tuple(torch.rand(s, generator=generator, dtype=torch.float64).add(0.1).requires_grad_() for s in shapes)
 
 
-def _gates(form: str, B: int, T: int, H: int, G: int) -> Tensor | None:
+def _gates(form: str, B: int, T: int, H: int, G: int, reach: float = 1.0) -> Tensor | None:
     shape = {"none": None, "H": (H,), "G": (G,), "BTH": (B, T, H), "BTG": (B, T, G)}[form]
     if shape is None:
         return None
-    generator = torch.Generator().manual_seed(7)
-    return (-torch.rand(shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    generator = torch.Generator().manual_seed(shifted(7))
+    return (-reach * torch.rand(shape, generator=generator, dtype=torch.float64)).requires_grad_()
 
 
 def _state(name: str, mask: str, B: int, H: int, K: int, V: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(shifted(11))
     kind = FIELDS[name, mask]
     shapes = [(B, H, K, K) if field == "S" else (B, H, K, V) for field in kind._fields]
-    # S comes asymmetric: it must enter as its symmetric part
-    return kind(*(torch.rand(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes))
+    # S comes asymmetric: it must enter as its symmetric part. Outputs subtract G: below zero it cancels nothing.
+    signs = [-1.0 if field == "G" else 1.0 for field in kind._fields]
+    drawn = [sign * torch.rand(s, generator=generator, dtype=torch.float64) for sign, s in zip(signs, shapes)]
+    return kind(*(x.requires_grad_() for x in drawn))
 
 
 def _gradients(out: Tensor, state: tuple[Tensor, ...] | None, leaves: list[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(13)
+    generator = torch.Generator().manual_seed(shifted(13))
     loss = out.new_zeros(())
     for x in (out, *(state or ())):
         loss = loss + (x * torch.rand(x.shape, generator=generator, dtype=x.dtype)).sum()
     return list(torch.autograd.grad(loss, leaves))
 
 
+NEAR_ONE = 0.01
 CASES = [
     (name, mask, form, shape)
     for name, mask in (*FIELDS, *((name, "full") for name in OPERATORS))
@@ -71,7 +74,8 @@ CASES = [
 def test_serial_equals_quadratic(name: str, mask: str, form: str, shape: tuple[int, ...], normalize: bool) -> None:
     B, T, H, G, K, V = shape
     q, k, v = _inputs(*shape)
-    log_decay = _gates(form, B, T, H, G)
+    # normalised, the paper's decayed form divides by a difference: gates near one keep its two terms apart
+    log_decay = _gates(form, B, T, H, G, NEAR_ONE if normalize and mask == "paper" else 1.0)
     initial = None if mask == "full" else _state(name, mask, B, H, K, V + normalize)
     options = {
         "log_decay": log_decay,
@@ -98,6 +102,20 @@ def test_serial_equals_quadratic(name: str, mask: str, form: str, shape: tuple[i
     pairs = zip(_gradients(out_matrix, state_matrix, leaves), _gradients(out, state, leaves), strict=True)
     for label, (a, b) in zip(names, pairs, strict=False):
         assert_close(f"d {label}", a, b, 10 * ROUND_OFF)
+
+
+@pytest.mark.parametrize("form", ["none", "H", "G", "BTH", "BTG"])
+def test_the_papers_denominators_do_not_cancel(form: str) -> None:
+    """q^T S C and the difference q^T (S C - G) that outputs are divided by, on the inputs of the test above."""
+    for name, mask, gates, (B, T, H, G, K, V) in CASES:
+        if (mask, gates) != ("paper", form):
+            continue
+        q, k, v = _inputs(B, T, H, G, K, V)
+        options = {"log_decay": _gates(form, B, T, H, G, NEAR_ONE), "scale": 0.7, "ridge": 0.3}
+        ones, initial = torch.ones_like(v[..., :1]), _state(name, mask, B, H, K, 1)
+        minuend, _ = serial(name, q, k, ones, mask="prefix", initial_state=initial[:2], **options)
+        difference, _ = serial(name, q, k, ones, decay_form="paper", initial_state=initial, **options)
+        assert (minuend / difference).abs().max() < 4
 
 
 @pytest.mark.parametrize("oracle", [serial, quadratic])

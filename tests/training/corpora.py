@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.training.config import TrainConfig
+from tests.harness import shifted
 
 WORDS = "the state of a segment is what its past leaves behind and no more than that".split()
 
 
 def write_text(path: Path, size: int, seed: int = 0) -> Path:
     """A file of ``size`` bytes of words in random order."""
-    rng = random.Random(seed)
+    rng = random.Random(shifted(seed))
     text = ""
     while len(text) < size:
         text += rng.choice(WORDS) + rng.choice([" ", " ", " ", "\n"])

@@ -24,7 +24,7 @@ from hla_dist.training.determinism import bit_hash
 from hla_dist.training.faults import Faults, parse_fault
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.run import Run
-from tests.harness import RankPool
+from tests.harness import RankPool, shifted
 from tests.training.corpora import small_config, write_text
 from tests.training.test_program import SECONDS, SMALL, command, environment, errors
 from tests.training.test_steps import NoSignal, layout_of, model_bytes, run_config
@@ -101,7 +101,7 @@ def test_kills_at_random_moments(pool: RankPool, text: str, tmp_path: Path) -> N
 
     (Not 400 steps: the default number has a time limit, and the learning rate would follow the clock.)
     """
-    out, rng, sent = tmp_path / "out", random.Random(7), 0
+    out, rng, sent = tmp_path / "out", random.Random(shifted(7)), 0
     run = command(3, *SMALL, "--steps", "300", "--save-every", "5", "--data", text, "--out", str(out), "--no-parity",
                   "--eval-every", "1000")  # fmt: skip
     run[3:3] = ["--max-restarts=12"]

@@ -16,7 +16,7 @@ from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.generation.generate import Sampling, follow, generate, read
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.training.run import Run
-from tests.harness import RankPool, assert_close, raises_value_error
+from tests.harness import RankPool, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
 from tests.training.test_steps import NoSignal, layout_of
@@ -26,7 +26,7 @@ SPLITS = {1: None, 2: [40, 3], 3: [21, 0, 22], 4: None, 8: [0, 9, 1, 0, 21, 5, 7
 
 
 def hybrid(pattern: str = "hla2*2,softmax", **changes: Any) -> LanguageModel:
-    torch.manual_seed(2)
+    torch.manual_seed(shifted(2))
     sizes = dict(vocab_size=30, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2)
     return LanguageModel(ModelConfig(**{**sizes, "pattern": pattern, **changes})).double()
 
@@ -50,7 +50,7 @@ def test_the_pattern_repeats_over_the_depth() -> None:
 
 
 def text() -> torch.Tensor:
-    return torch.randint(30, (2, TOKENS + 1), generator=torch.Generator().manual_seed(4))
+    return torch.randint(30, (2, TOKENS + 1), generator=torch.Generator().manual_seed(shifted(4)))
 
 
 def step_over_ranks(pg: dist.ProcessGroup, lengths: list[int] | None, changes: list[dict[str, Any]]) -> list[Any]:

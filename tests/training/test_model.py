@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 from hla_dist.generation.generate import generate, pick
 from hla_dist.models import SIZES, LanguageModel, ModelConfig, language_model, loss
 from hla_dist.models.loss import summed_cross_entropy
-from tests.harness import assert_close
+from tests.harness import assert_close, shifted
 from tests.tolerances import FLOAT64
 
 
 def small(**changes: object) -> LanguageModel:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     config = ModelConfig(**{"vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 2, **changes})
     return LanguageModel(config).double()
 
@@ -174,7 +174,7 @@ def test_generation_is_the_models_own_continuation() -> None:
 
 def test_top_k_draws_only_from_the_likeliest() -> None:
     logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(shifted(0))
     drawn = {pick(logits, 5.0, 2, generator) for _ in range(100)}
     assert drawn == {1, 2}
     assert pick(logits, 0.0, 0, generator) == 1

@@ -29,7 +29,7 @@ from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.parity import check_parity
 from hla_dist.training.run import Run
-from tests.harness import RankPool, assert_close, run_ranks
+from tests.harness import RankPool, assert_close, run_ranks, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
 
@@ -51,11 +51,11 @@ def layout_of(pg: dist.ProcessGroup) -> Layout:
 
 
 def trainer_on(layout: Layout, batch_size: int, accumulate: int, **changes: Any) -> Trainer:
-    torch.manual_seed(5)
+    torch.manual_seed(shifted(5))
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
     model.activation_checkpointing = changes.pop("checkpointing", "none")
     wrapped = SequenceParallelHLA(model, layout.sequence, gradient_group=layout.world)
-    tokens = np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8)
+    tokens = np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8)
     windows = Windows(tokens, changes.pop("seq_len", 45), 30, seed=1)
     options = dict(batch_size=batch_size, accumulate=accumulate, clip=1.0, bf16=False) | changes
     return Trainer(wrapped, build_adamw(wrapped, 1e-2, 0.1), windows, layout, **options)
