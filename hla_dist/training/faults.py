@@ -7,7 +7,8 @@ K-th life of the job, 0 the first, which is the default); several are separated 
     kill-writing     while step N's checkpoint is written       kill-finishing   all written, not yet renamed
     term             SIGTERM to itself before the step          hang             sleeps before the step, for ever
     nan-output       NaN in the output of layer ``at``          nan-gradient     NaN in the gradient of parameter ``at``
-    flip             changes the last bit of the first number of parameter ``at`` before the step
+    flip             changes a bit of the first number of parameter ``at`` before the step: the mantissa's first, since
+                     the step's rounding may take the last one back
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Faults:
             self._hooks.append(model.get_parameter(fault.at).register_hook(lambda gradient: gradient * float("nan")))
         elif fault.kind == "flip":
             bits = model.get_parameter(fault.at).detach().view(-1).view(torch.int32)
-            bits[0] ^= 1
+            bits[0] ^= 1 << 22
 
 
 def kill() -> None:
