@@ -72,7 +72,7 @@ def test_forward_is_the_language_models():
     assert_bitwise("logits", as_tuple[0], out.logits)
     embeds = hla.get_input_embeddings()(ids)
     assert_bitwise("logits", hla(inputs_embeds=embeds).logits, out.logits)
-    assert_bitwise("logits", hla(ids, logits_to_keep=2).logits, out.logits[:, -2:])
+    assert_close("logits", hla(ids, logits_to_keep=2).logits, out.logits[:, -2:], FLOAT64)  # a product over fewer rows
     assert hla.train()(ids).past_key_values is None, "a training step must not pay for states"
 
 
