@@ -1,0 +1,54 @@
+"""A covering array of cases: every two options that go together meet in some case that is executed.
+
+The wide tiles of fp16 and fp32 take long and are left to the slow tests, which execute every entry of the tile tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.covering import covering
+from tests.ptx import check
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "arch": ("sm_90", "sm_80"),
+    "operator": tuple(check.OPERATORS),
+    "dtype": ("bf16", "fp16", "fp32"),
+    "columns": ((64, 64), (128, 128), (96, 80)),
+    "gated": (False, True),
+    "tokens": ("one segment", "several segments", "decode"),
+    "fused": (True, False),
+    "state": (False, True),
+    "normalize": (False, True),
+    "grouped": (False, True),
+    "ridge": (False, True),
+}
+
+
+def allowed(row: dict[str, Any]) -> bool:
+    """Whether options go together."""
+    wide = row.get("columns", (64, 64)) != (64, 64)
+    if wide and row.get("dtype", "bf16") != "bf16":
+        return False
+    if row.get("tokens") == "decode" and row.get("state", True) is False:
+        return False  # a first token without a past
+    walks = row.get("dtype", "bf16") == "bf16" and row.get("operator") != "linear_attention"
+    if row.get("fused") is False and not (walks and row.get("tokens", "one segment") == "one segment"):
+        return False  # nothing to turn off
+    return not (row.get("ridge") and row.get("operator", "hla2") not in ("hla2", "hla2_prefix", "hla3"))
+
+
+def _case(row: dict[str, Any]) -> check.Case:
+    K, V = row["columns"]
+    segment = 64 if row["tokens"] == "several segments" else None
+    T = 1 if row["tokens"] == "decode" else 130 if segment else 90
+    more = {name: row[name] for name in ("fused", "state", "normalize", "grouped", "ridge")}
+    return check.Case(row["arch"], row["operator"], row["dtype"], K, V, row["gated"], segment, T=T, **more)
+
+
+SAMPLE = [_case(row) for row in covering(OPTIONS, allowed)]
+
+
+def of(arch: str) -> list[check.Case]:
+    """The cases of one architecture."""
+    return [case for case in SAMPLE if case.arch == arch]

@@ -1,0 +1,21 @@
+"""A sample of every kernel as compiled for sm_90, forward and backward, against the oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
+from tests.ptx import check, sample  # not before Triton is known to be there
+
+
+@pytest.mark.parametrize("case", sample.of("sm_90"), ids=str)
+def test_as_compiled(case: check.Case) -> None:
+    result = check.check(case)
+    assert result.good, check.line(case, result)
+
+
+def test_the_sample_meets_every_operator_dtype_and_width() -> None:
+    for mine in (sample.of("sm_80"), sample.of("sm_90")):
+        assert {case.operator for case in mine} == set(check.OPERATORS)
+        assert {case.dtype for case in mine} == set(check.DTYPES)
+        assert {(case.K, case.V) for case in mine} == set(sample.OPTIONS["columns"])
