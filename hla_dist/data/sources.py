@@ -1,7 +1,8 @@
 """Where documents come from: text files, JSONL, Parquet and Hugging Face datasets, one document after another.
 
 A text file is one document; of JSONL and Parquet each row is one, its text in the field ``text_field``. Nothing is
-kept: a reader that takes one document at a time needs the memory of one (of Parquet, of a batch of rows).
+kept: a reader that takes one document at a time needs the memory of one (of Parquet, of a batch of rows). Files may be
+compressed (``.gz``, ``.xz``, ``.zst``), and what a folder holds that is not read is written down.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hla_dist.data.compressed import SUFFIXES, open_uncompressed
 from hla_dist.processes.failure import UserError, describe
 
 # Left out of the standard library: other people's packages and tests, which some systems install and others do not.
@@ -38,74 +40,124 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def list_files(paths: Sequence[str]) -> list[tuple[str, Path]]:
+class LeftOut:
+    """What the given folders hold that is not read: names, by reason."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self.names.setdefault(reason, []).append(name)
+
+    def __str__(self) -> str:
+        """One line with the first three names of each reason; empty if nothing was left out."""
+        parts = []
+        for reason, names in self.names.items():
+            more = ", .." if len(names) > 3 else ""
+            parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
+        return f"left out: {', '.join(parts)}" if parts else ""
+
+
+def list_files(paths: Sequence[str], left_out: LeftOut | None = None) -> list[tuple[str, Path]]:
     """(name, file) of all files to read, in the order of reading; names do not depend on where a folder lies."""
     if not paths:
         root = standard_library()
-        found = (p for p in root.rglob("*.py") if not NOT_STANDARD & set(p.relative_to(root).parts))
-        return _named(root, found)
+        sources = (p for p in root.rglob("*.py") if not NOT_STANDARD & set(p.relative_to(root).parts))
+        return sorted((p.relative_to(root).as_posix(), p) for p in sources)
     files: list[tuple[str, Path]] = []
     for given in (Path(path) for path in paths if not path.startswith(HUB)):
         if not given.exists():
             raise UserError(f"--data: expected a file or a folder, got {given}, which does not exist")
-        if not given.is_dir():
-            files.append((given.name, given))
-            continue
-        visible = (p for p in given.rglob("*") if not any(part.startswith(".") for part in p.relative_to(given).parts))
-        inside = _named(given, (p for p in visible if p.is_file()))
+        inside = _files_of(given, left_out or LeftOut()) if given.is_dir() else [(given.name, given)]
         if not inside:
             raise UserError(f"--data: expected text in {given}, got a folder without files")
         files += inside
     return files
 
 
-def read_documents(paths: Sequence[str], text_field: str = "text") -> Iterator[Document]:
-    """Documents of ``paths`` (none: the running Python's standard library), the same in every run; empty ones not.
+def _files_of(root: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
+    """Files below ``root``, sorted by name. Links to folders are followed, each folder is read once."""
+    files: list[tuple[str, Path]] = []
+    links: list[Path] = []
+    read: set[Path] = set()
 
-    Folders are read recursively in sorted order, without hidden and binary files; ``hf:`` sources come after all
-    files. Raises UserError, naming file and line, for what is missing, unreadable or not of its form.
+    def walk(folder: Path) -> None:
+        read.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
+            name = path.relative_to(root).as_posix()
+            if path.name.startswith("."):
+                left_out.add("hidden", name)
+            elif path.is_file():
+                files.append((name, path))
+            elif not path.is_dir():
+                left_out.add("neither file nor folder", name)
+            elif path.is_symlink():
+                links.append(path)  # after the folders themselves, whose names are then those without links
+            else:
+                walk_once(path)
+
+    def walk_once(folder: Path) -> None:
+        if folder.resolve() in read:
+            left_out.add("folder(s) that a link leads to again", folder.relative_to(root).as_posix())
+        else:
+            walk(folder)
+
+    try:
+        walk(root)
+        for link in links:  # grows while it is read
+            walk_once(link)
+    except OSError as exc:
+        raise UserError(f"--data: cannot read {exc.filename or root}: {exc.strerror or exc}") from exc
+    return sorted(files)
+
+
+def read_documents(
+    paths: Sequence[str], text_field: str = "text", left_out: LeftOut | None = None
+) -> Iterator[Document]:
+    """Yield the documents of ``paths`` (none: the running Python's standard library), the same in every run.
+
+    Folders are read recursively in sorted order, without hidden, binary and empty files, which ``left_out`` is told;
+    ``hf:`` sources come after all files. Raises UserError, naming file and line, for what is missing, unreadable or
+    not of its form.
     """
-    files = list_files(paths)
+    left_out = left_out or LeftOut()
+    files = list_files(paths, left_out)
     hub = [path for path in paths if path.startswith(HUB)]
     alone = len(files) + len(hub) == 1
     for name, path in files:
-        if path.suffix in JSONL:
+        kind = path.with_suffix("").suffix if path.suffix in SUFFIXES else path.suffix
+        if kind in JSONL:
             yield from _from_jsonl(name, path, text_field)
-        elif path.suffix in PARQUET:
+        elif kind in PARQUET:
             yield from _from_parquet(name, path, text_field)
         else:
             text = read_bytes(path)
-            if text and (alone or b"\0" not in text[:8192]):
+            if not text:
+                left_out.add("empty", name)
+            elif b"\0" in text[:8192] and not alone:
+                left_out.add("binary", name)
+            else:
                 yield Document(name, name, text, len(text))
     for given in hub:
         yield from _from_datasets(given, text_field)
 
 
 def total_size(paths: Sequence[str]) -> int | None:
-    """Bytes of all sources, the sum of their documents' sizes but for what is skipped; None if nobody knows."""
-    if any(path.startswith(HUB) for path in paths):
+    """Bytes of all sources, the sum of their documents' sizes but for what is skipped; None if it is not known."""
+    files = [path for _, path in list_files(paths)]
+    if any(path.startswith(HUB) for path in paths) or any(path.suffix in SUFFIXES for path in files):
         return None
-    return sum(path.stat().st_size for _, path in list_files(paths))
+    return sum(path.stat().st_size for path in files)
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes; UserError with the system's reason if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
-
-
-def _named(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
-    return sorted((p.relative_to(root).as_posix(), p) for p in files)
+    """The file's bytes, uncompressed; UserError with the reason if it cannot be read."""
+    with open_uncompressed(path) as file:
+        return file.read()
 
 
 def _from_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    try:
-        file = open(path, "rb")
-    except OSError as exc:
-        raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
-    with file:
+    with open_uncompressed(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -128,6 +180,8 @@ def _from_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
         from pyarrow import parquet
     except ImportError as exc:
         raise UserError(f"--data: expected the package pyarrow for {path}, got none; pip install pyarrow") from exc
+    if path.suffix in SUFFIXES:
+        raise UserError(f"--data: expected Parquet as it is, got {path}: Parquet compresses its own columns")
     try:
         with parquet.ParquetFile(path) as file:
             _check_field(file.schema_arrow.names, text_field, str(path))

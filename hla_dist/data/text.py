@@ -16,15 +16,23 @@ SEPARATOR = 0  # the NUL byte after each file of byte-level text: it occurs in n
 
 
 class Codec:
-    """Encodes and decodes text; ``tokenizer_file`` None or "bytes" means bytes.
+    """Encode and decode text; ``tokenizer_file`` None or "bytes" means bytes.
 
-    ``known`` False is for tokens from a memmap, whose text nobody has told: they decode to their numbers, and encoding
-    raises UserError. So does a tokenizer file that is missing or not one, or a missing package.
+    ``end_token``, a token of the tokenizer's vocabulary, follows each document that does not end in it. ``known`` False
+    is for tokens of a memmap whose text is not known: they decode to their numbers, and encoding raises UserError. So
+    does a tokenizer file that is missing or not one, a missing package, or an end token that the vocabulary lacks.
     """
 
-    def __init__(self, tokenizer_file: str | None = None, known: bool = True) -> None:
+    def __init__(self, tokenizer_file: str | None = None, known: bool = True, end_token: str | None = None) -> None:
         self.known = known
         self.tokenizer: Any = None if tokenizer_file in (None, BYTES) else load_tokenizer(tokenizer_file)
+        self.end: int | None = None
+        if end_token is not None:
+            if self.tokenizer is None:
+                raise UserError(f"--end-token: expected a --tokenizer that it belongs to, got {end_token!r} with bytes")
+            self.end = self.tokenizer.token_to_id(end_token)
+            if self.end is None:
+                raise UserError(f"--end-token: expected a token of {tokenizer_file}, got {end_token!r}")
 
     @property
     def is_bytes(self) -> bool:
@@ -34,6 +42,11 @@ class Codec:
     def vocab_size(self) -> int:
         return 256 if self.tokenizer is None else int(self.tokenizer.get_vocab_size())
 
+    @property
+    def joins_documents(self) -> bool:
+        """Whether one document's last token is followed by the next one's first with nothing between them."""
+        return self.tokenizer is not None and self.end is None and not self.tokenizer.num_special_tokens_to_add(False)
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt."""
         if not self.known:
@@ -41,10 +54,13 @@ class Codec:
         return list(text.encode()) if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
 
     def encode_file(self, text: bytes) -> np.ndarray:
-        """Tokens of a file; of bytes, with the separator after them."""
+        """Tokens of a document with what ends it: after bytes the separator, after others the end token if given."""
         if self.tokenizer is None:
             return np.append(np.frombuffer(text, np.uint8), np.uint8(SEPARATOR))
-        return np.asarray(self.tokenizer.encode(text.decode(errors="replace")).ids, np.int32)
+        tokens = self.tokenizer.encode(text.decode(errors="replace")).ids
+        if self.end is not None and tokens and tokens[-1] != self.end:
+            tokens.append(self.end)
+        return np.asarray(tokens, np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens."""
@@ -67,6 +83,12 @@ def load_tokenizer(path: str) -> Any:
         return Tokenizer.from_file(path)
     except Exception as exc:  # the package raises plain Exception
         raise UserError(f"--tokenizer: expected the JSON of a tokenizer in {path}, got: {exc}") from exc
+
+
+JOINED = (
+    "the tokenizer adds nothing between documents, so that they run into one another: name a token with --end-token, "
+    "or train with --packing documents"
+)
 
 
 class TextStream:

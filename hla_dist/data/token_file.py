@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 from array import array
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from hla_dist.processes.failure import UserError, describe
 
 VERSION = 1
 BLOCK = 1 << 22  # bytes hashed at a time
+BATCH = 1 << 20  # bytes of text that a process encodes at a time
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class About:
     text_bytes: int  # of the text behind the tokens, with a separator for each document of bytes
     documents: np.ndarray  # first token of each
     sha256: str
+    end_token: str | None = None  # added to documents that did not end in it
 
 
 def about_path(path: Path) -> Path:
@@ -49,21 +55,23 @@ def write_tokens(
     tokenizer: str,
     max_tokens: int = 0,
     progress: Callable[[int, int], Any] = lambda size, tokens: None,
+    end_token: str | None = None,
+    processes: int = 1,
 ) -> About:
-    """Writes the tokens of ``documents`` and what they are, whole or not at all; stops after ``max_tokens`` if not 0.
+    """Write the tokens of ``documents`` and what they are, whole or not at all; stop after ``max_tokens`` if not 0.
 
-    In memory is one document at a time, and eight bytes for each. ``progress`` is told the size of each document and
+    In memory is one document at a time (with several ``processes`` some MiB for each process), and eight bytes per
+    document. The file does not depend on the number of processes. ``progress`` is told the size of each document and
     its tokens. Raises UserError for no text, and for a disk that does not take the files.
     """
-    codec = Codec(tokenizer)
+    codec = Codec(tokenizer, end_token=end_token)
     dtype = np.dtype(next(f"uint{bits}" for bits in (8, 16, 32) if codec.vocab_size <= 1 << bits))
     digest, starts, total, text_bytes = hashlib.sha256(), array("q"), 0, 0
     partial, partial_about = (p.with_name(f".partial-{p.name}") for p in (path, about_path(path)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            for document in documents:
-                tokens = codec.encode_file(document.text)
+            for document, tokens in _encoded(documents, codec, processes, tokenizer, end_token):
                 if len(tokens):
                     raw = tokens.astype(dtype, copy=False).tobytes()
                     digest.update(raw)
@@ -77,8 +85,10 @@ def write_tokens(
             if not total:
                 raise UserError("--data: expected text, got none but empty or binary file(s)")
             _to_disk(file)
-        kind = _tokenizer_name(tokenizer)
-        about = About(dtype.name, codec.vocab_size, kind, total, text_bytes, np.array(starts), digest.hexdigest())
+        kind = tokenizer_name(tokenizer)
+        about = About(
+            dtype.name, codec.vocab_size, kind, total, text_bytes, np.array(starts), digest.hexdigest(), end_token
+        )
         with open(partial_about, "w") as file:
             json.dump({"version": VERSION} | vars(about) | {"documents": starts.tolist()}, file)
             _to_disk(file)
@@ -92,6 +102,52 @@ def write_tokens(
         partial.unlink(missing_ok=True)
         partial_about.unlink(missing_ok=True)
     return about
+
+
+def _encoded(
+    documents: Iterable[Document], codec: Codec, processes: int, tokenizer: str, end_token: str | None
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document with its tokens, in order; no more batches are under way than keep the processes busy."""
+    if processes == 1:
+        for document in documents:
+            yield document, codec.encode_file(document.text)
+        return
+    start = multiprocessing.get_context("fork")  # at once; spawned processes would import torch for seconds each
+    waiting: deque[Any] = deque()
+    try:
+        with ProcessPoolExecutor(processes, start, _make_codec, (tokenizer, end_token)) as pool:
+            for batch in _batches(documents):
+                waiting.append((batch, pool.submit(_encode_batch, [document.text for document in batch])))
+                if len(waiting) > 2 * processes:
+                    done, result = waiting.popleft()
+                    yield from zip(done, result.result(), strict=True)
+            for done, result in waiting:
+                yield from zip(done, result.result(), strict=True)
+    except BrokenProcessPool as exc:
+        raise UserError("--processes: a process that encodes has ended, perhaps for lack of memory; use fewer") from exc
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+_codec: list[Codec] = []  # of a process that encodes
+
+
+def _make_codec(tokenizer: str, end_token: str | None) -> None:
+    _codec.append(Codec(tokenizer, end_token=end_token))
+
+
+def _encode_batch(texts: list[bytes]) -> list[np.ndarray]:
+    return [_codec[0].encode_file(text) for text in texts]
 
 
 def open_tokens(path: Path, verify: bool = True) -> About:
@@ -128,7 +184,7 @@ def open_tokens(path: Path, verify: bool = True) -> About:
 
 def tokenizer_of(path: Path, about: About, tokenizer: str | None) -> str | None:
     """The tokenizer to decode with; UserError if ``tokenizer`` is not the one that made the tokens."""
-    if tokenizer is not None and (name := _tokenizer_name(tokenizer)) != about.tokenizer:
+    if tokenizer is not None and (name := tokenizer_name(tokenizer)) != about.tokenizer:
         of, got = (
             kind if kind == BYTES else f"a tokenizer with SHA-256 {kind[:16]}.." for kind in (about.tokenizer, name)
         )
@@ -136,7 +192,8 @@ def tokenizer_of(path: Path, about: About, tokenizer: str | None) -> str | None:
     return tokenizer
 
 
-def _tokenizer_name(tokenizer: str) -> str:
+def tokenizer_name(tokenizer: str) -> str:
+    """ "bytes", or the SHA-256 of the tokenizer's file."""
     if tokenizer == BYTES:
         return BYTES
     if not Path(tokenizer).is_file():

@@ -1,156 +1,23 @@
-"""Text as tokens: where it is read, how it is split, which window a step sees.
+"""Which window of the text a step sees.
 
-Everything is a function of the files, the options and the sample's number, so every rank of one sequence group
-reads the same sample without a word to the others, and a resumed run goes on with the sample it stopped before.
+Everything is a function of the text, the options and the sample's number, so every rank of one sequence group reads
+the same sample without a message, and a resumed run continues with the sample it stopped before.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hla_dist.data.packing import cuts_between, part_of
-from hla_dist.data.sources import read_documents, standard_library
-from hla_dist.data.text import Codec
-from hla_dist.data.token_file import about_path, open_tokens, tokenizer_of
+from hla_dist.data.packing import cuts_between
 from hla_dist.processes.failure import UserError
 
-TOKEN_SUFFIXES = {".bin", ".npy"}
-DOCUMENTS_FOR_SPLIT = 20  # with fewer documents the held-out text is the tail of the stream
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokens to train on and tokens held out, each one contiguous array of integers, and where documents begin."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-    vocab_size: int
-    bytes_per_token: float | None  # of the text read; None for tokens from a memmap, whose text is not known
-    description: str
-    codec: Codec
-    train_documents: np.ndarray | None = None  # first token of each; None: a memmap that nothing is told about
-    held_out_documents: np.ndarray | None = None
-
-
-def load_corpus(
-    paths: Sequence[str] = (),
-    *,
-    seq_len: int,
-    held_out: float = 0.05,
-    tokenizer: str | None = None,
-    vocab_size: int = 0,
-    token_dtype: str = "uint16",
-    text_field: str = "text",
-    verify: bool = True,
-) -> Corpus:
-    """Reads ``paths`` (none: the running Python's standard library) and splits off held-out text.
-
-    What text is read, and in which order: :func:`hla_dist.data.sources.read_documents`. One ``.npy`` or ``.bin``
-    file is a memmap of tokens, never read whole but to compare its SHA-256 (``verify``) with the one that
-    launch/prepare.py has written beside it; without that, ``.bin`` is raw ``token_dtype`` and needs ``vocab_size``.
-    With 20 documents or more, a document is held out if the hash of its name says so; with fewer, or a memmap, the
-    tail of the stream is. Raises UserError for missing, unreadable or empty input, and where either part is shorter
-    than one sequence.
-    """
-    if len(paths) == 1 and Path(paths[0]).suffix in TOKEN_SUFFIXES:
-        corpus = _from_memmap(Path(paths[0]), vocab_size, token_dtype, held_out, seq_len, tokenizer, verify)
-    else:
-        corpus = _from_text(paths, tokenizer, held_out, seq_len, text_field)
-    if vocab_size and corpus.vocab_size > vocab_size:
-        raise UserError(f"--vocab-size: expected at least the data's {corpus.vocab_size}, got {vocab_size}")
-    for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
-        if len(part) < seq_len + 1:
-            raise UserError(
-                f"--data: expected at least {seq_len + 1} {name} tokens (one sequence of --seq-len {seq_len} and its "
-                f"last label), got {len(part)} from {corpus.description}"
-            )
-    return corpus
-
-
-def _from_text(paths: Sequence[str], tokenizer: str | None, held_out: float, seq_len: int, text_field: str) -> Corpus:
-    codec = Codec(tokenizer)
-    encoded: list[tuple[str, np.ndarray]] = []
-    sources, bytes_read = set(), 0
-    for document in read_documents(paths, text_field):
-        tokens = codec.encode_file(document.text)
-        if len(tokens):
-            encoded.append((document.name, tokens))
-            sources.add(document.source)
-            bytes_read += len(document.text) + codec.is_bytes  # the separator is predicted too
-    where = ", ".join(paths) if paths else f"the standard library of Python in {standard_library()}"
-    if not encoded:
-        raise UserError(f"--data: expected text, got none but empty or binary file(s) in {where}")
-    if len(encoded) >= DOCUMENTS_FOR_SPLIT:
-        marked = [(_is_held_out(name, held_out), tokens) for name, tokens in encoded]
-        parts = [_joined([tokens for chosen, tokens in marked if chosen is part]) for part in (False, True)]
-    else:
-        tokens, documents = _joined([tokens for _, tokens in encoded])
-        parts = _split_tail(tokens, documents, held_out, seq_len)
-    tokens_read = sum(len(tokens) for _, tokens in encoded)
-    many = f"{len(encoded):,} documents in " if len(encoded) > len(sources) else ""
-    described = f"{many}{len(sources)} file(s), {bytes_read:,} bytes, of {where}"
-    (train, train_documents), (test, test_documents) = parts
-    return Corpus(
-        train, test, codec.vocab_size, bytes_read / tokens_read, described, codec, train_documents, test_documents
-    )
-
-
-def _from_memmap(
-    path: Path, vocab_size: int, token_dtype: str, held_out: float, seq_len: int, tokenizer: str | None, verify: bool
-) -> Corpus:
-    about = open_tokens(path, verify) if about_path(path).exists() else None
-    if not vocab_size and about is None:
-        raise UserError(f"--vocab-size: expected the vocabulary of the tokens in {path}, got none")
-    try:
-        if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            tokens = np.memmap(path, dtype=np.dtype(about.dtype if about else token_dtype), mode="r")
-    except (OSError, ValueError, TypeError) as exc:
-        raise UserError(f"--data: cannot read tokens from {path}: {exc}") from exc
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(f"--data: expected one row of integers in {path}, got {tokens.dtype} {tokens.shape}")
-    described = f"{len(tokens):,} tokens of {path}"
-    parts = _split_tail(tokens, None if about is None else about.documents, held_out, seq_len)
-    (train, train_documents), (test, test_documents) = parts
-    if about is None:
-        codec = Codec(tokenizer, known=tokenizer is not None)
-        return Corpus(train, test, max(vocab_size, codec.vocab_size if tokenizer else 0), None, described, codec)
-    codec = Codec(tokenizer_of(path, about, tokenizer), known=tokenizer is not None or about.tokenizer == "bytes")
-    described += f", {len(about.documents):,} document(s)"
-    per_token = about.text_bytes / len(tokens)
-    return Corpus(train, test, about.vocab_size, per_token, described, codec, train_documents, test_documents)
-
-
-def _is_held_out(name: str, fraction: float) -> bool:
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _joined(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
-    """One array of tokens, and where each document begins in it."""
-    ends = np.cumsum([0, *map(len, documents)], dtype=np.int64)
-    return np.concatenate(documents) if documents else np.empty(0, np.uint8), ends[:-1]
-
-
-def _split_tail(
-    tokens: np.ndarray, documents: np.ndarray | None, fraction: float, seq_len: int
-) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Training head and held-out tail, the tail no shorter than one sequence if there is enough for both."""
-    tail = max(round(fraction * len(tokens)), min(seq_len + 1, len(tokens) // 2))
-    edges = [0, len(tokens) - tail, len(tokens)]
-    return [
-        (tokens[start:stop], None if documents is None else part_of(documents, start, stop))
-        for start, stop in zip(edges, edges[1:], strict=False)
-    ]
+MIXED = 1024  # samples in which a mixture has its shares
+SMALLEST_SHARE = 2 / MIXED  # so that rounding leaves no text with less than no sample
 
 
 @dataclass(frozen=True)
@@ -205,6 +72,57 @@ def _epoch(seed: int, epoch: int, windows: int, slack: int) -> tuple[int, np.nda
     """Where an epoch's first window begins, and the order of its windows."""
     rng = np.random.default_rng([seed, epoch])
     return int(rng.integers(0, slack + 1)), rng.permutation(windows)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Training samples of several texts, each with its share, in one endless numbering as :class:`Windows` has.
+
+    Of every ``MIXED`` samples each text has its share, rounded so that none is favoured in the long run, in an order of
+    the seed and the block's number. A text's own samples come in its own order.
+    """
+
+    texts: tuple[Windows, ...]
+    shares: tuple[float, ...]
+    seed: int
+
+    @property
+    def seq_len(self) -> int:
+        return self.texts[0].seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.texts[0].vocab_size
+
+    def place(self, number: int) -> tuple[Windows, int]:
+        """The text of sample ``number``, and the sample's number in it."""
+        block, index = divmod(number, MIXED)
+        first, order = _mixed_block(self.seed, block, self.shares)
+        text = int(order[index])
+        return self.texts[text], int(first[text]) + int((order[:index] == text).sum())
+
+    def batch(self, first: int, count: int) -> Tensor:
+        """int64 [count, seq_len + 1]; raises UserError for a token outside the vocabulary."""
+        return torch.cat([text.batch(number, 1) for text, number in map(self.place, range(first, first + count))])
+
+    def cuts(self, number: int) -> Tensor | None:
+        """Where documents begin inside sample ``number``, as :meth:`Windows.cuts`."""
+        text, inside = self.place(number)
+        return text.cuts(inside)
+
+    def labels(self, first: int, count: int) -> int:
+        """How many labels samples ``first .. first + count - 1`` have."""
+        return sum(text.labels(number, 1) for text, number in map(self.place, range(first, first + count)))
+
+
+@lru_cache(maxsize=2)
+def _mixed_block(seed: int, block: int, shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """How many samples of each text come before the block, and the text of each of the block's samples."""
+    edges = np.cumsum([0.0, *shares])
+    edges[-1] = 1.0
+    before, after = (np.diff(np.floor(edges * MIXED * n + 0.5).astype(np.int64)) for n in (block, block + 1))
+    order = np.repeat(np.arange(len(shares)), after - before)
+    return before, np.random.default_rng([seed, block, len(shares)]).permutation(order)
 
 
 def held_out_windows(tokens: np.ndarray, seq_len: int, wanted_tokens: int) -> list[int]:

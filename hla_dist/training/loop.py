@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hla_dist import SequenceParallelHLA, shard_batch, validation
 from hla_dist.data.packing import cu_seqlens_of, cuts_between, inside_documents
-from hla_dist.data.windows import Windows, cut
+from hla_dist.data.windows import Mixture, Windows, cut
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.processes.mesh import Layout
 from hla_dist.training.fully_sharded import whole
@@ -50,7 +50,7 @@ class Trainer:
         self,
         model: SequenceParallelHLA,
         optimizer: torch.optim.Optimizer,
-        windows: Windows,
+        windows: Windows | Mixture,
         layout: Layout,
         *,
         batch_size: int,

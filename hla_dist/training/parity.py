@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist import SequenceParallelHLA
-from hla_dist.data.windows import Windows
+from hla_dist.data.windows import Mixture, Windows
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
 from hla_dist.processes.mesh import Layout
@@ -109,7 +109,9 @@ class Parity:
         return values
 
 
-def check_parity(model: nn.Module, alone: LanguageModel | None, windows: Windows, first: int, layout: Layout) -> Parity:
+def check_parity(
+    model: nn.Module, alone: LanguageModel | None, windows: Windows | Mixture, first: int, layout: Layout
+) -> Parity:
     """Compares samples ``first ...``, one a replica, on all ranks with ``alone`` on rank 0.
 
     ``alone`` is an unsharded copy of the model, needed on rank 0 only. Every rank returns the same report; the model's

@@ -18,8 +18,9 @@ from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.checkpoints.saver import Saver
 from hla_dist.checkpoints.tensors import capture, read_random
 from hla_dist.data.bigram import bigram_bits
+from hla_dist.data.corpus import Corpus, load_corpus
 from hla_dist.data.packing import cuts_between
-from hla_dist.data.windows import Corpus, Windows, cut, held_out_windows, load_corpus
+from hla_dist.data.windows import cut, held_out_windows
 from hla_dist.generation.generate import generate
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
@@ -68,8 +69,7 @@ class Run:
         )  # fmt: skip
         optimizer = build_adamw(self.model, config.lr, config.weight_decay)
         together(layout.world, self._check_data)
-        documents = self.corpus.train_documents if self.packed else None
-        windows = Windows(self.corpus.train, config.seq_len, self.model_config.vocab_size, config.seed, documents)
+        windows = self.corpus.windows(config.seq_len, self.model_config.vocab_size, config.seed, self.packed)
         self.trainer = Trainer(
             self.model, optimizer, windows, layout, batch_size=config.batch_size, accumulate=config.accumulate,
             clip=config.clip, bf16=config.bf16, offload=config.offload_activations,
@@ -101,7 +101,7 @@ class Run:
         return self.config.packing == "documents"
 
     def _check_data(self) -> None:
-        if self.packed and self.corpus.train_documents is None:
+        if self.packed and not self.corpus.has_documents:
             raise UserError(
                 f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
                 f"{self.corpus.description} without"
@@ -196,7 +196,7 @@ class Run:
             f"{self.layout.shards} rank(s), {self.layout.replicas} replica(s)" + self.layout.sharding
         )
         self.say(
-            f"text: {self.corpus.description}; {len(self.corpus.train):,} tokens to train on, "
+            f"text: {self.corpus.description}; {self.corpus.train_tokens:,} tokens to train on, "
             f"{len(self.corpus.held_out):,} held out, evaluation on {len(self.starts) * self.config.seq_len:,} of them"
         )
         first = self.evaluate()
@@ -278,6 +278,8 @@ class Run:
             cuts = [cuts_between(documents, start, self.config.seq_len).numpy() for start in self.starts]
             pieces = [piece for window, inside in zip(windows, cuts, strict=True) for piece in np.split(window, inside)]
             windows = [piece for piece in pieces if len(piece) > 1]
+        if len(self.corpus.texts) > 1:
+            return None
         bits = bigram_bits(self.corpus.train, windows, size)
         return None if bits is None else bits / (self.corpus.bytes_per_token or 1.0)
 

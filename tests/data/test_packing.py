@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hla_dist import SequenceParallelHLA
+from hla_dist.data.corpus import load_corpus
 from hla_dist.data.packing import cuts_between, part_of
-from hla_dist.data.windows import Windows, load_corpus
+from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.processes.failure import UserError
@@ -178,4 +179,7 @@ def test_packing_needs_documents_and_one_sequence_a_batch(pool: RankPool, tmp_pa
     assert said[0] == said[1] and said[0].startswith("--packing documents: expected text, or a memmap with the JSON")
     with pytest.raises(UserError, match="--batch-size: expected 1 with --packing documents .*, got 2"):
         small_config(tmp_path, packing="documents", batch_size=2)
-    assert load_corpus([str(tmp_path / "tokens.bin")], seq_len=8, vocab_size=500).train_documents is None
+    assert (
+        load_corpus([str(tmp_path / "tokens.bin")], seq_len=8, vocab_size=500, token_dtype="uint16").texts[0].documents
+        is None
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
-from hla_dist.data.sources import Document, read_documents
+from hla_dist.data import token_file
+from hla_dist.data.corpus import Corpus, load_corpus
+from hla_dist.data.sources import Document, LeftOut, read_documents, total_size
+from hla_dist.data.text import JOINED
 from hla_dist.data.token_file import about_path, open_tokens, write_tokens
-from hla_dist.data.windows import Corpus, load_corpus
 from hla_dist.processes.failure import UserError
 from tests.harness import RankPool
 from tests.training.corpora import WORDS, small_config
@@ -64,8 +70,8 @@ def test_each_row_is_a_document(tmp_path: Path) -> None:
 
 
 def documents_of(corpus: Corpus) -> list[tuple[np.ndarray, np.ndarray]]:
-    assert corpus.train_documents is not None and corpus.held_out_documents is not None
-    return [(corpus.train, corpus.train_documents), (corpus.held_out, corpus.held_out_documents)]
+    assert corpus.texts[0].documents is not None and corpus.held_out_documents is not None
+    return [(corpus.train, corpus.texts[0].documents), (corpus.held_out, corpus.held_out_documents)]
 
 
 def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +112,92 @@ def test_a_prepared_file_is_the_text(tmp_path: Path) -> None:
     assert out.read_bytes() == text and about["text_bytes"] == about["tokens"] == len(text)
     corpus = load_corpus([str(out)], seq_len=16)
     assert isinstance(corpus.train, np.memmap) and corpus.codec.known and corpus.bytes_per_token == 1.0
-    assert corpus.train_documents is not None and corpus.train_documents[:2].tolist() == [0, len(TEXTS[0].encode()) + 1]
+    assert corpus.texts[0].documents is not None and corpus.texts[0].documents[:2].tolist() == [
+        0,
+        len(TEXTS[0].encode()) + 1,
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
+def test_compressed_text_is_read_whole_or_refused(tmp_path: Path, suffix: str) -> None:
+    pack: Any = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[suffix]
+    texts = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(4000)]
+    plain = write_jsonl(tmp_path / "rows.jsonl", texts).read_bytes()
+    path, book = tmp_path / f"rows.jsonl.{suffix}", tmp_path / f"book.txt.{suffix}"
+    path.write_bytes(pack(plain[:1000]) + pack(plain[1000:]))  # frames one after another, as programs append them
+    plain_path = tmp_path / "rows.jsonl"
+    plain_path.unlink()
+    book.write_bytes(pack(b"a book"))
+    assert texts_of(tmp_path) == ["a book", *texts] and total_size([str(tmp_path)]) is None
+    whole = path.read_bytes()
+    for bad in (whole[: len(whole) // 2], b"text that only says it is compressed"):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=rf"--data: cannot read .*rows.jsonl.{suffix}: .+") as caught:
+            texts_of(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (root / "inner").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (root / "a.txt", root / "inner" / "b.txt", elsewhere / "c.txt"):
+        path.write_text(path.name)
+    (elsewhere / "up").symlink_to(tmp_path)
+    (root / "Linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(root / "inner")
+    (root / "loop").symlink_to(root)
+    (root / "self").symlink_to(root / "self")
+    (root / ".git").mkdir()
+    (root / "empty").touch()
+    (root / "x.png").write_bytes(b"\0\1")
+    left_out = LeftOut()
+    names = [document.name for document in read_documents([str(root)], left_out=left_out)]
+    assert names == ["Linked/c.txt", "a.txt", "inner/b.txt"]
+    assert str(left_out) == (
+        "left out: 1 hidden (.git), 1 neither file nor folder (self), 4 folder(s) that a link leads to again (again, "
+        "loop, Linked/up/elsewhere, ..), 1 empty (empty), 1 binary (x.png)"
+    )
+    assert load_corpus([str(root)], seq_len=2).notes == (str(left_out),) and str(LeftOut()) == ""
+
+
+def word_level(path: Path, words: dict[str, int]) -> str:
+    tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def test_an_end_token_goes_between_documents(tmp_path: Path) -> None:
+    tokenizer = word_level(tmp_path / "t.json", {"[UNK]": 0, "a": 1, "b": 2})
+    documents = [Document("d", "d", text, 9) for text in (b"a b", b"b a <eos>", b"")]
+    out = tmp_path / "c.bin"
+    about = write_tokens(out, documents, tokenizer, end_token="<eos>")
+    assert np.fromfile(out, about.dtype).tolist() == [1, 2, 3, 2, 1, 3] and open_tokens(out).end_token == "<eos>"
+    files = {"one.txt": "a b a b", "two.txt": "b a b a"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    paths = [str(tmp_path / name) for name in files]
+    corpus = load_corpus(paths, seq_len=2, tokenizer=tokenizer, end_token="<eos>")
+    assert corpus.train[4] == 3 and not corpus.notes
+    assert load_corpus(paths, seq_len=2, tokenizer=tokenizer).notes == (JOINED,)
+    for options, message in (
+        ({"end_token": "</s>", "tokenizer": tokenizer}, r"--end-token: expected a token of .*t.json, got '</s>'"),
+        ({"end_token": "<eos>"}, "--end-token: expected a --tokenizer that it belongs to, got '<eos>' with bytes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_corpus(paths, seq_len=2, **options)
+    with pytest.raises(UserError, match=r"--end-token: .* prepared with it, got .*c.bin: <eos>"):
+        load_corpus([str(out)], seq_len=2, tokenizer=tokenizer, end_token="</s>")
+
+
+def test_processes_write_the_file_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_file, "BATCH", 50)
+    documents = [Document(str(n), "d", text.encode(), len(text)) for n, text in enumerate(TEXTS)]
+    one, two = (write_tokens(tmp_path / f"{n}.bin", documents, "bytes", processes=n) for n in (1, 2))
+    assert one.sha256 == two.sha256 and np.array_equal(one.documents, two.documents)
 
 
 def test_a_tokenizer_belongs_to_its_tokens(tmp_path: Path) -> None:

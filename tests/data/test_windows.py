@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from hla_dist.data.sources import list_files
-from hla_dist.data.windows import Windows, _epoch, cut, held_out_windows, load_corpus
+from hla_dist.data.corpus import load_corpus
+from hla_dist.data.sources import Document, list_files
+from hla_dist.data.token_file import write_tokens
+from hla_dist.data.windows import MIXED, Mixture, Windows, _epoch, cut, held_out_windows
 from hla_dist.processes.failure import UserError
 from tests.harness import shifted
 from tests.training.corpora import write_text
@@ -67,13 +69,63 @@ def test_memmap_of_tokens(tmp_path: Path, suffix: str) -> None:
     tokens = np.random.default_rng(shifted(0)).integers(0, 1000, 500).astype(np.uint16)
     path = tmp_path / f"tokens{suffix}"
     np.save(path, tokens) if suffix == ".npy" else tokens.tofile(path)
-    corpus = load_corpus([str(path)], seq_len=16, vocab_size=1000)
+    corpus = load_corpus([str(path)], seq_len=16, vocab_size=1000, token_dtype="uint16")
     assert isinstance(corpus.train, np.memmap) and corpus.bytes_per_token is None
     assert np.array_equal(np.concatenate([corpus.train, corpus.held_out]), tokens)
     with pytest.raises(UserError, match=r"--vocab-size: expected the vocabulary"):
         load_corpus([str(path)], seq_len=16)
     with pytest.raises(UserError, match=r"--vocab-size: expected tokens in 0..99, got"):
         cut(tokens, 0, 400, 100)
+
+
+def test_a_bare_memmap_says_its_type_and_fits_its_vocabulary(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.bin"
+    np.arange(500, dtype=np.uint32).tofile(bare)
+    with pytest.raises(UserError, match=r"--token-dtype: expected the type of the tokens in .*bare.bin.*, got none"):
+        load_corpus([str(bare)], seq_len=16, vocab_size=500)
+    too_many = r"--vocab-size: expected at most the 65,536 numbers of the uint16 in .*, got 70000"
+    with pytest.raises(UserError, match=too_many):
+        load_corpus([str(bare)], seq_len=16, vocab_size=70000, token_dtype="uint16")
+    np.save(tmp_path / "bare.npy", np.arange(500, dtype=np.uint16))
+    with pytest.raises(UserError, match=too_many):
+        load_corpus([str(tmp_path / "bare.npy")], seq_len=16, vocab_size=70000)
+    assert load_corpus([str(bare)], seq_len=16, vocab_size=70000, token_dtype="uint32").train[3] == 3
+
+
+def test_a_mixture_gives_each_text_its_share(tmp_path: Path) -> None:
+    for letter in "abc":
+        (tmp_path / f"{letter}.txt").write_text(letter * 900)
+    write_tokens(tmp_path / "c.bin", [Document("c", "c", b"c" * 900, 900)], "bytes")
+    paths = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.bin")]
+    corpus = load_corpus(paths, seq_len=8, held_out=0.1, weights=[6, 1.5, 0.5])
+    assert set(bytes(corpus.held_out)) == set(b"abc\0") and corpus.bytes_per_token == 1
+    assert corpus.held_out_documents is not None and len(corpus.held_out_documents) == 3
+    samples = corpus.windows(8, 256, seed=1, packed=True)
+    letters = samples.batch(0, 2 * MIXED)[:, 0]
+    shares = [int((letters == ord(letter)).sum()) for letter in "abc"]
+    assert shares == pytest.approx([1536, 384, 128], abs=6)  # a window may begin with the zero byte between documents
+    assert isinstance(samples, Mixture)
+    places = [samples.place(number) for number in range(MIXED - 500, MIXED + 500)]
+    for text in samples.texts:  # its own samples in its own order, over the edge of a block too
+        numbers = [number for of, number in places if of is text]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    again = corpus.windows(8, 256, seed=1, packed=True)
+    assert torch.equal(again.batch(MIXED - 4, 9), samples.batch(MIXED - 4, 9)) and samples.cuts(5) is not None
+    assert samples.labels(0, 300) == sum(samples.labels(number, 1) for number in range(300))
+
+
+def test_mixtures_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    paths = [str(write_text(tmp_path / name, 500)) for name in ("a.txt", "b.txt")]
+    for weights, message in (
+        ([1.0], "expected one per --data path, 2, got 1"),
+        ([1.0, -1.0], "expected positive numbers, none below 0.2% of their sum, got 1 -1"),
+        ([1.0, 0.001], "expected positive numbers, none below 0.2% of their sum, got 1 0.001"),
+    ):
+        with pytest.raises(UserError, match=f"--data-weights: {message}"):
+            load_corpus(paths, seq_len=8, weights=weights)
+    np.save(tmp_path / "c.npy", np.arange(500, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"--data-weights: expected texts of one tokenizer, got .*a.txt \(256 tokens"):
+        load_corpus([paths[0], str(tmp_path / "c.npy")], seq_len=8, vocab_size=500, weights=[1, 1])
 
 
 def test_tokenizer_json(tmp_path: Path) -> None:

@@ -1,0 +1,264 @@
+"""Text as tokens to train on and tokens held out: read from files or a memmap, one text or a mixture of several."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hla_dist.data.packing import part_of
+from hla_dist.data.sources import LeftOut, read_documents, standard_library
+from hla_dist.data.text import BYTES, JOINED, Codec
+from hla_dist.data.token_file import about_path, open_tokens, tokenizer_name, tokenizer_of
+from hla_dist.data.windows import SMALLEST_SHARE, Mixture, Windows
+from hla_dist.processes.failure import UserError
+
+TOKEN_SUFFIXES = {".bin", ".npy"}
+HELD_OUT_OF_EACH = 1 << 24  # tokens of each text of a mixture that are held in memory
+DOCUMENTS_FOR_SPLIT = 20  # with fewer documents the held-out text is the tail of the stream
+
+
+class Text(NamedTuple):
+    """Tokens to train on, one contiguous array of integers, and the first token of each document in them."""
+
+    tokens: np.ndarray
+    documents: np.ndarray | None = None  # None: a memmap without a description
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One text to train on, or several with their shares of the samples, and the tokens held out."""
+
+    texts: tuple[Text, ...]
+    held_out: np.ndarray
+    held_out_documents: np.ndarray | None
+    vocab_size: int
+    bytes_per_token: float | None  # of the text read; None for tokens from a memmap, whose text is not known
+    description: str
+    codec: Codec
+    tokenizer: str = ""  # "bytes", or the SHA-256 of the tokenizer's file; empty: not known
+    notes: tuple[str, ...] = ()  # lines that a user should see: what was left out, documents that run together
+    shares: tuple[float, ...] = (1.0,)
+
+    @property
+    def train(self) -> np.ndarray:
+        """Tokens to train on; of a corpus that is no mixture."""
+        ((tokens, _),) = self.texts
+        return tokens
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(len(text.tokens) for text in self.texts)
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether it is known where documents begin."""
+        return all(text.documents is not None for text in self.texts)
+
+    def windows(self, seq_len: int, vocab_size: int, seed: int, packed: bool) -> Windows | Mixture:
+        """The training samples; with ``packed`` documents are read apart."""
+        parts = tuple(
+            Windows(text.tokens, seq_len, vocab_size, seed, text.documents if packed else None) for text in self.texts
+        )
+        return parts[0] if len(parts) == 1 else Mixture(parts, self.shares, seed)
+
+
+def load_corpus(
+    paths: Sequence[str] = (),
+    *,
+    seq_len: int,
+    held_out: float = 0.05,
+    tokenizer: str | None = None,
+    vocab_size: int = 0,
+    token_dtype: str | None = None,
+    text_field: str = "text",
+    end_token: str | None = None,
+    verify: bool = True,
+    weights: Sequence[float] = (),
+) -> Corpus:
+    """Read ``paths`` (none: the running Python's standard library) and splits off held-out text.
+
+    What text is read, and in which order: :func:`hla_dist.data.sources.read_documents`. One ``.npy`` or ``.bin``
+    file is a memmap of tokens, never read whole but to compare its SHA-256 (``verify``) with the one that
+    launch/prepare.py has written beside it; without that, ``.bin`` is raw ``token_dtype``, and both kinds need
+    ``vocab_size``. ``end_token`` follows each document that a tokenizer ends otherwise.
+    With 20 documents or more, a document is held out if the hash of its name says so; with fewer, or a memmap, the
+    tail of the stream is. With ``weights``, one per path, each path is a text of its own, memmaps too, and gets its
+    share of the samples (:class:`~hla_dist.data.windows.Mixture`). Raises UserError for missing, unreadable or empty
+    input, and where either part is shorter than one sequence.
+    """
+    if weights:
+        options = dict(seq_len=seq_len, held_out=held_out, tokenizer=tokenizer, vocab_size=vocab_size)
+        options |= dict(token_dtype=token_dtype, text_field=text_field, end_token=end_token, verify=verify)
+        return _mixed([str(path) for path in paths], weights, options)
+    if len(paths) == 1 and Path(paths[0]).suffix in TOKEN_SUFFIXES:
+        path = Path(paths[0])
+        corpus = _from_memmap(path, vocab_size, token_dtype, held_out, seq_len, tokenizer, end_token, verify)
+    else:
+        corpus = _from_text(paths, tokenizer, held_out, seq_len, text_field, end_token)
+    if vocab_size and corpus.vocab_size > vocab_size:
+        raise UserError(f"--vocab-size: expected at least the data's {corpus.vocab_size}, got {vocab_size}")
+    for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
+        if len(part) < seq_len + 1:
+            raise UserError(
+                f"--data: expected at least {seq_len + 1} {name} tokens (one sequence of --seq-len {seq_len} and its "
+                f"last label), got {len(part)} from {corpus.description}"
+            )
+    return corpus
+
+
+def _from_text(
+    paths: Sequence[str],
+    tokenizer: str | None,
+    held_out: float,
+    seq_len: int,
+    text_field: str,
+    end_token: str | None,
+) -> Corpus:
+    codec, left_out = Codec(tokenizer, end_token=end_token), LeftOut()
+    encoded: list[tuple[str, np.ndarray]] = []
+    sources, bytes_read = set(), 0
+    for document in read_documents(paths, text_field, left_out):
+        tokens = codec.encode_file(document.text)
+        if len(tokens):
+            encoded.append((document.name, tokens))
+            sources.add(document.source)
+            bytes_read += len(document.text) + codec.is_bytes  # the separator is predicted too
+    where = ", ".join(paths) if paths else f"the standard library of Python in {standard_library()}"
+    if not encoded:
+        raise UserError(f"--data: expected text, got none but empty or binary file(s) in {where}")
+    if len(encoded) >= DOCUMENTS_FOR_SPLIT:
+        marked = [(_is_held_out(name, held_out), tokens) for name, tokens in encoded]
+        parts = [_joined([tokens for chosen, tokens in marked if chosen is part]) for part in (False, True)]
+    else:
+        tokens, documents = _joined([tokens for _, tokens in encoded])
+        parts = _split_tail(tokens, documents, held_out, seq_len)
+    tokens_read = sum(len(tokens) for _, tokens in encoded)
+    many = f"{len(encoded):,} documents in " if len(encoded) > len(sources) else ""
+    described = f"{many}{len(sources)} file(s), {bytes_read:,} bytes, of {where}"
+    train, (test, test_documents) = parts
+    notes = [str(left_out)] if str(left_out) else []
+    notes += [JOINED] if codec.joins_documents and len(encoded) > 1 else []
+    per_token = bytes_read / tokens_read
+    kind = tokenizer_name(tokenizer or BYTES)
+    return Corpus(
+        (Text(*train),), test, test_documents, codec.vocab_size, per_token, described, codec, kind, tuple(notes)
+    )
+
+
+def _from_memmap(
+    path: Path,
+    vocab_size: int,
+    token_dtype: str | None,
+    held_out: float,
+    seq_len: int,
+    tokenizer: str | None,
+    end_token: str | None,
+    verify: bool,
+) -> Corpus:
+    about = open_tokens(path, verify) if about_path(path).exists() else None
+    if not vocab_size and about is None:
+        raise UserError(f"--vocab-size: expected the vocabulary of the tokens in {path}, got none")
+    if token_dtype is None and about is None and path.suffix == ".bin":
+        raise UserError(f"--token-dtype: expected the type of the tokens in {path}, which has no description, got none")
+    if end_token is not None and (about is None or about.end_token != end_token):
+        raise UserError(
+            f"--end-token: expected text, or a memmap that was prepared with it, got {path}: "
+            f"{'not prepared' if about is None else about.end_token or 'prepared without'}"
+        )
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            tokens = np.memmap(path, dtype=np.dtype(about.dtype if about else token_dtype), mode="r")
+    except (OSError, ValueError, TypeError) as exc:
+        raise UserError(f"--data: cannot read tokens from {path}: {exc}") from exc
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UserError(f"--data: expected one row of integers in {path}, got {tokens.dtype} {tokens.shape}")
+    if about is None and vocab_size > np.iinfo(tokens.dtype).max + 1:
+        raise UserError(
+            f"--vocab-size: expected at most the {np.iinfo(tokens.dtype).max + 1:,} numbers of the {tokens.dtype} in "
+            f"{path}, got {vocab_size}: a wider --token-dtype, or a smaller vocabulary"
+        )
+    described = f"{len(tokens):,} tokens of {path}"
+    parts = _split_tail(tokens, None if about is None else about.documents, held_out, seq_len)
+    train, (test, test_documents) = parts
+    texts = (Text(*train),)
+    if about is None:
+        codec = Codec(tokenizer, known=tokenizer is not None)
+        size, kind = vocab_size, ""
+        if tokenizer:
+            size, kind = max(vocab_size, codec.vocab_size), tokenizer_name(tokenizer)
+        return Corpus(texts, test, None, size, None, described, codec, kind)
+    codec = Codec(tokenizer_of(path, about, tokenizer), known=tokenizer is not None or about.tokenizer == "bytes")
+    described += f", {len(about.documents):,} document(s)"
+    per_token = about.text_bytes / len(tokens)
+    return Corpus(texts, test, test_documents, about.vocab_size, per_token, described, codec, about.tokenizer)
+
+
+def _mixed(paths: list[str], weights: Sequence[float], options: dict[str, Any]) -> Corpus:
+    """Each path as a corpus, joined; held out is a tail of each, of at most ``HELD_OUT_OF_EACH`` tokens."""
+    if len(weights) != len(paths):
+        raise UserError(f"--data-weights: expected one per --data path, {len(paths)}, got {len(weights)}")
+    total = sum(weights)
+    if not all(0 < weight < float("inf") for weight in weights) or min(weights) < total * SMALLEST_SHARE:
+        raise UserError(
+            f"--data-weights: expected positive numbers, none below {SMALLEST_SHARE:.1%} of their sum, got "
+            f"{' '.join(f'{weight:g}' for weight in weights)}"
+        )
+    corpora = [load_corpus([path], **options) for path in paths]
+    first = corpora[0]
+    for path, corpus in zip(paths, corpora, strict=True):
+        if (corpus.tokenizer, corpus.vocab_size) != (first.tokenizer, first.vocab_size):
+            raise UserError(
+                f"--data-weights: expected texts of one tokenizer, got {paths[0]} ({first.vocab_size:,} tokens, "
+                f"{first.tokenizer[:16] or 'not known'}) and {path} ({corpus.vocab_size:,}, "
+                f"{corpus.tokenizer[:16] or 'not known'})"
+            )
+    tails = [corpus.held_out[:HELD_OUT_OF_EACH] for corpus in corpora]
+    documents = None
+    if all(corpus.held_out_documents is not None for corpus in corpora):
+        starts = np.cumsum([0, *map(len, tails)])
+        documents = np.concatenate(
+            [c.held_out_documents[c.held_out_documents < len(tail)] + start  # type: ignore[index, operator]
+             for c, tail, start in zip(corpora, tails, starts, strict=False)]
+        )  # fmt: skip
+    per_token = [corpus.bytes_per_token for corpus in corpora]
+    lengths = list(map(len, tails))
+    known = [rate * length for rate, length in zip(per_token, lengths) if rate is not None]
+    mean = sum(known) / sum(lengths) if len(known) == len(lengths) else None
+    shares = tuple(weight / total for weight in weights)
+    described = "; ".join(f"{share:.1%} {corpus.description}" for share, corpus in zip(shares, corpora, strict=True))
+    notes = tuple(dict.fromkeys(note for corpus in corpora for note in corpus.notes))
+    texts = tuple(text for corpus in corpora for text in corpus.texts)
+    return Corpus(
+        texts, np.concatenate(tails), documents, first.vocab_size, mean, described, first.codec, first.tokenizer,
+        notes, shares,
+    )  # fmt: skip
+
+
+def _is_held_out(name: str, fraction: float) -> bool:
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _joined(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """One array of tokens, and where each document begins in it."""
+    ends = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    return np.concatenate(documents) if documents else np.empty(0, np.uint8), ends[:-1]
+
+
+def _split_tail(
+    tokens: np.ndarray, documents: np.ndarray | None, fraction: float, seq_len: int
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Training head and held-out tail, the tail no shorter than one sequence if there is enough for both."""
+    tail = max(round(fraction * len(tokens)), min(seq_len + 1, len(tokens) // 2))
+    edges = [0, len(tokens) - tail, len(tokens)]
+    return [
+        (tokens[start:stop], None if documents is None else part_of(documents, start, stop))
+        for start, stop in zip(edges, edges[1:], strict=False)
+    ]
