@@ -42,7 +42,7 @@ from hla_dist.parallel.collectives import counter
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-EXCHANGES = ("all_gather", "scan", "ring", "hierarchical")
+EXCHANGES = topology.EXCHANGES[1:]
 DRAWN = ("all_gather", "scan")
 WAYS = ("whole", "halves")
 Case = tuple[str, str]

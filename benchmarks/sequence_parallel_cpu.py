@@ -52,7 +52,6 @@ VARIANTS: dict[str, tuple[str, str, torch.dtype | None]] = {
     "gate a head": ("head", "all_gather", None),
     "gate a token": ("token", "all_gather", None),
     "gate a token, scan": ("token", "scan", None),
-    "gate a token, ring": ("token", "ring", None),
     "gate a token, hierarchical": ("token", "hierarchical", None),
     "gate a token, bf16 wire": ("token", "all_gather", torch.bfloat16),
 }

@@ -49,7 +49,6 @@ def _library(operator: str, exchange: str) -> Contender:
 CONTENDERS = {
     "hla2, all_gather": _library("hla2", "all_gather"),
     "hla2, scan": _library("hla2", "scan"),
-    "hla2, ring": _library("hla2", "ring"),
     "hla2, hierarchical": _library("hla2", "hierarchical"),
     "hla2 by heads (Megatron)": Contender("hla2", hla2_by_heads),
     "first order, all_gather": _library("linear_attention", "all_gather"),

@@ -101,10 +101,10 @@ def hla2(
     group               ProcessGroup, 1-D DeviceMesh or mpi4py communicator over which the sequence is sharded, rank
                         r's tokens before rank r + 1's; T is local, may differ, may be 0. initial_state is read on
                         rank 0; the final state, the whole sequence's, comes back on every rank
-    exchange            how summaries travel over the group: "all_gather"; "scan" (recursive doubling), "ring"
-                        (a pipeline in blocks of heads), "hierarchical" (inside machines, then across); "auto":
-                        all_gather up to 8 ranks or on one machine, else hierarchical on machines of equal ranks, else
-                        scan. All are exact; mask="full" has all_gather only
+    exchange            how summaries travel over the group: "all_gather"; "scan" (recursive doubling);
+                        "hierarchical" (inside machines, then across); "auto": all_gather up to 8 ranks or on one
+                        machine, else hierarchical on machines of equal ranks, else scan. All are exact; mask="full"
+                        has all_gather only
     wire_dtype          torch.bfloat16: summaries travel rounded to it, in half the bytes, with errors of its size
                         (docs/numerics.md); None: as they are
     backend             "auto": Triton's kernels on a GPU, else torch; "torch"; "triton": an error where it cannot run

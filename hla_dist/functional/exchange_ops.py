@@ -21,9 +21,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from hla_dist.functional.transforms import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
-from hla_dist.parallel import agreement, background, by_messages, collectives
+from hla_dist.parallel import agreement, background, collectives, scan
 from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads
-from hla_dist.parallel.wire import Layout, at, backward_fields, enter_state, fold, fold_reverse
+from hla_dist.parallel.wire import WireLayout, at, backward_fields, enter_state, fold, fold_reverse
 
 # dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
 _LAYOUT = "str operator, int[] dims, bool wide, str exchange, str wire"
@@ -31,11 +31,11 @@ _tickets = itertools.count()
 _under_way: dict[int, Any] = {}
 
 
-def _layout(operator: str, dims: list[int], wide: bool, wire: str) -> Layout:
+def _layout(operator: str, dims: list[int], wide: bool, wire: str) -> WireLayout:
     batch, heads, key_dim, value_dim = dims
     dtype = torch.float64 if wide else torch.float32
     wire_dtype = getattr(torch, wire) if wire else dtype
-    return Layout(OPERATORS[operator], batch, heads, key_dim, value_dim, dtype, wire_dtype)
+    return WireLayout(OPERATORS[operator], batch, heads, key_dim, value_dim, dtype, wire_dtype)
 
 
 def _forward_names(operator: str) -> list[str]:
@@ -95,7 +95,7 @@ def exchange_start(
             under_way = agreement.start(pg, direction, description, payload, device)
         else:
             pending = agreement.start(pg, direction, description, payload.new_empty(0), device)
-            way = by_messages.forward if direction == "forward" else by_messages.backward
+            way = scan.forward if direction == "forward" else scan.backward
             job = partial(way, pending, layout, payload, kept, total, exchange)
             under_way = background.start(pg, job, device, thread=not total and may_use_threads(pg))
         ticket = next(_tickets)

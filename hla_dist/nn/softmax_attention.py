@@ -149,16 +149,16 @@ class SoftmaxAttention(nn.Module):
         if ragged:  # each row a document
             cu, x = torch.arange(batch + 1) * tokens, x.reshape(1, batch * tokens, -1)
             positions = positions if positions is None else positions.expand(batch, tokens).reshape(1, -1)
-        place = softmax.agree(
+        call = softmax.agree(
             x.shape[1], group, cu=cu, state=state, window=self.window, final=output_final_state, device=x.device,
             description=self._description(x, cu is not None, output_final_state),
         )  # fmt: skip
-        exchange = self._chosen(place, ranks)
+        exchange = self._chosen(call, ranks)
         if positions is None:
-            positions = place.spans.positions(rank).to(x.device)
+            positions = call.spans.positions(rank).to(x.device)
         rotary = (positions.expand(x.shape[:2]),)
         q, k, v = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
-        o, after = softmax.attend(place, q, k, v, state, exchange, self.scale)
+        o, after = softmax.attend(call, q, k, v, state, exchange, self.scale)
         y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
         return y.reshape(batch, tokens, self.hidden_size), after
 
@@ -180,9 +180,9 @@ class SoftmaxAttention(nn.Module):
     def _result(self, o: Tensor) -> Tensor:
         return self.o_proj(o.flatten(2))
 
-    def _chosen(self, place: softmax.Place, ranks: int) -> str:
+    def _chosen(self, call: softmax.SoftmaxCall, ranks: int) -> str:
         """The exchange of this call; the agreed facts decide, so that every rank chooses, or refuses, alike."""
-        spans, fits = place.spans, self.num_kv_heads % ranks == 0
+        spans, fits = call.spans, self.num_kv_heads % ranks == 0
         states = spans.final or bool((spans.before > 0).any())
         if self.exchange == "ulysses" and ranks > 1:
             require(fits, "exchange", f"'gather', or num_kv_heads that {ranks} ranks divide", self.num_kv_heads)

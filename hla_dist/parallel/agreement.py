@@ -118,7 +118,7 @@ def start(
     """Send one frame a rank; returns what ``finish`` waits for.
 
     description: everything that shapes the payload, as text; payload: flat uint8. ``failure`` (then payload is
-    None) is a local error: every rank raises it, this one here.
+    None) is a local error: every rank raises it.
     Communication: one all-gather; one more when the signature is new or its payload outgrows the agreed length.
     """
     topology.ranks_per_node(pg)  # first of all on every rank, whatever comes next
@@ -224,23 +224,24 @@ def _check(pending: _Pending, headers: Tensor, status: int) -> None:
 def _raise_differences(pending: _Pending, failure: str | None) -> None:
     """Exchange what every rank wanted and raise the same ValueError on all."""
     with named(pending):
-        told = collectives.all_gather_objects(
+        reports = collectives.all_gather_objects(
             (failure, pending.direction, pending.call, pending.description), pending.pg
         )
-    failures = [(rank, said[0]) for rank, said in enumerate(told) if said[0] is not None]
+    failures = [(rank, text) for rank, (text, *_) in enumerate(reports) if text is not None]
     if failures:
         raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in failures))
-    calls = sorted({said[2] for said in told})
-    if len(calls) > 1:
+    if len({call for _, _, call, _ in reports}) > 1:
         raise ValueError(
             "group: expected every rank to make the same calls in the same order, got "
-            + ", ".join(f"rank {rank} at {said[1]} call {said[2]} ({said[3]})" for rank, said in enumerate(told))
+            + ", ".join(
+                f"rank {rank} at {way} call {call} ({text})" for rank, (_, way, call, text) in enumerate(reports)
+            )
         )
-    words = [f"{said[1]} {said[3]}".split() for said in told]
+    words = [f"{direction} {description}".split() for _, direction, _, description in reports]
     shared = set(words[0]).intersection(*words[1:])
     kinds: dict[str, list[int]] = {}
-    for rank, said in enumerate(words):
-        kinds.setdefault(" ".join(word for word in said if word not in shared), []).append(rank)
+    for rank, described in enumerate(words):
+        kinds.setdefault(" ".join(word for word in described if word not in shared), []).append(rank)
     listed = "; ".join(f"{kind or 'nothing else'} on rank {_listed(ranks)}" for kind, ranks in kinds.items())
     raise ValueError(f"group: expected the same operator, shapes, dtype and options on every rank, got {listed}")
 

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-_here = threading.local()
+_thread_local = threading.local()
 
 
 class Job:
@@ -54,7 +54,7 @@ class Job:
         return self._done.is_set()
 
     def wait(self) -> None:
-        """Return when it has."""
+        """Block until the call has ended."""
         self._done.wait()
 
     def result(self) -> list[Tensor]:
@@ -82,7 +82,7 @@ class _Thread:
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None]) -> None:
-    _here.serves = True
+    _thread_local.serves = True
     while (job := jobs.get()) is not None:
         job.run()
         del job  # it holds tensors
@@ -93,10 +93,11 @@ _latest: WeakKeyDictionary[Any, Job] = WeakKeyDictionary()
 
 
 def start(pg: Any, call: Callable[[], list[Tensor]], device: torch.device, thread: bool) -> Job:
-    """Have ``call`` made on the group's thread, after the jobs that were started before; else here and now.
+    """Have ``call`` made on the group's thread, after the jobs that were started before; else at once.
 
     thread: whether the call may be made on a thread. It is for calls that send messages only: what a program itself
-    sends over the group, knowing nothing of the thread, must not come before a collective here and after it there.
+    sends over the group, knowing nothing of the thread, must not come before a collective on one rank and after it
+    on another.
     """
     job = Job(call, device)
     if not thread or device.type == "cuda":
@@ -117,4 +118,4 @@ def in_front(pg: Any) -> Job | None:
 
 def on_thread() -> bool:
     """Whether this is a group's thread, where waiting holds nobody up."""
-    return getattr(_here, "serves", False)
+    return getattr(_thread_local, "serves", False)

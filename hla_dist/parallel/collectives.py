@@ -164,10 +164,10 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
     out = x.new_empty(sum(receives))
     counter.add(x)
     if isinstance(pg, MPIGroup):
-        theirs, ours = list(enumerate(out.split(receives))), list(enumerate(x.split(sends)))
-        theirs[pg.rank][1].copy_(ours[pg.rank][1])
-        others = ([(r, part) for r, part in parts if r != pg.rank and part.numel()] for parts in (ours, theirs))
-        for work in pg.post(*others):
+        sent, received = list(enumerate(x.split(sends))), list(enumerate(out.split(receives)))
+        received[pg.rank][1].copy_(sent[pg.rank][1])
+        messages = ([(r, part) for r, part in parts if r != pg.rank and part.numel()] for parts in (sent, received))
+        for work in pg.post(*messages):
             work.wait()
         return out
     dist.all_to_all_single(out, x, receives, sends, group=pg)
@@ -213,11 +213,6 @@ def _in_turn(pg: Group) -> None:
 def may_use_threads(pg: Group) -> bool:
     """Whether messages over ``pg`` may be sent from another thread than the program's."""
     return not isinstance(pg, MPIGroup) or pg.threads
-
-
-def in_order(pg: Group) -> bool:
-    """Whether messages posted on ``pg`` run one after another: NCCL has one stream a group for all of them."""
-    return not isinstance(pg, MPIGroup) and dist.get_backend(pg) == "nccl"
 
 
 def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[Any]:

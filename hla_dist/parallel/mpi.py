@@ -62,7 +62,7 @@ class Work:
         group.under_way.add(self)  # MPI writes into the memory whether or not anybody still waits
 
     def wait(self) -> None:
-        """Return when all is done; RuntimeError with operation, group and rank after the group's timeout."""
+        """Block until all is done; raise RuntimeError naming operation, group and rank after the group's timeout."""
         group, pause, started = self._group, 0.0, time.monotonic()
         while self._requests:
             if group.broken:
@@ -115,9 +115,9 @@ class MPIGroup:
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """``out [P * n]`` from every rank's ``x [n]``, rank-major."""
         self._compare("all-gather", x)
-        theirs, ours = _host(out, copy=False), _host(x)
-        request = self._comm().Iallgather([_bytes(ours), _MPI().BYTE], [_bytes(theirs), _MPI().BYTE])
-        return Work(self, "all-gather", [request], (ours, theirs), _copy_back(out, theirs))
+        received, sent = _host(out, copy=False), _host(x)
+        request = self._comm().Iallgather([_bytes(sent), _MPI().BYTE], [_bytes(received), _MPI().BYTE])
+        return Work(self, "all-gather", [request], (sent, received), _copy_back(out, received))
 
     def all_reduce_sum(self, x: Tensor) -> Work:
         """Sum ``x`` over the ranks, in place. Raises ValueError for dtypes that MPI cannot add, bfloat16 among them."""

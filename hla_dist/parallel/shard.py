@@ -128,23 +128,22 @@ def _agree_on_shapes(x: Tensor, dim: int, pg: Group) -> tuple[int, list[int]]:
     record += sizes + [0] * (_MAX_DIMS - len(sizes))
     gathered, _ = all_gather_flat(torch.tensor(record, dtype=torch.int64, device=x.device), pg)
     records = gathered.view(-1, len(record)).tolist()
-    bad = [r for r, other in enumerate(records) if not other[0]]
+    bad = [r for r, record in enumerate(records) if not record[0]]
     if bad:
         raise ValueError(
             f"dim: expected a dimension of x, and at most {_MAX_DIMS} of them, got dim={dim} with x {list(x.shape)} "
-            f"here (wrong on rank {bad[0]})"
+            f"on rank {group_rank(pg)} (wrong on rank {bad[0]})"
         )
-    dim = record[2]
-    for r, other in enumerate(records):
-        without_length = [n for d, n in enumerate(other) if d != 4 + dim]
-        first = [n for d, n in enumerate(records[0]) if d != 4 + dim]
-        if without_length != first:
-            shapes = [list(one[4 : 4 + one[1]]) for one in (records[0], other)]
+    dim = records[0][2]
+    first = [n for d, n in enumerate(records[0]) if d != 4 + dim]
+    for r, record in enumerate(records):
+        if [n for d, n in enumerate(record) if d != 4 + dim] != first:
+            shapes = [list(x[4 : 4 + x[1]]) for x in (records[0], record)]
             raise ValueError(
                 f"x: expected the same dtype, dim and sizes outside dim on every rank, got {shapes[0]} on rank 0 and "
                 f"{shapes[1]} on rank {r} (here {x.dtype}, dim {dim})"
             )
-    return dim, [other[4 + dim] for other in records]
+    return dim, [record[4 + dim] for record in records]
 
 
 class _Unshard(torch.autograd.Function):

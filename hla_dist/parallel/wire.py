@@ -1,8 +1,8 @@
 """Summaries travel: packed, gathered once, folded in rank order into what enters each rank.
 
 Forward, rank r receives ``X_0 o X_1 o ... o X_{r-1}``; backward, the mirror from the right. Both are a start (pack,
-issue the collective) and a finish (wait, unpack, fold), so that local work can go on in between. Another way for
-summaries to travel (scan, ring) replaces this pair and nothing else.
+issue the collective) and a finish (wait, unpack, fold), so that local work can go on in between. The exchanges by
+messages (``scan.py``) replace this pair and nothing else.
 
 Wire, per direction and rank: a 64-byte header, rho, and the fields; symmetric ones as K (K + 1) / 2 numbers.
 Independent of T. Fields travel per query head even where K/V heads are grouped: an initial state, folded in on rank
@@ -22,7 +22,7 @@ from hla_dist.operators.cascade import Fields, Operator
 
 
 @dataclass(frozen=True)
-class Layout:
+class WireLayout:
     """How the fields of one call lie in a payload: rho in ``dtype``, then the others in ``wire``."""
 
     operator: Operator
@@ -44,7 +44,7 @@ class Layout:
             parts.append((name, (self.batch, self.heads, *packed), self.wire))
         return parts
 
-    def wide(self) -> Layout:
+    def wide(self) -> WireLayout:
         """The same with every field in ``dtype``."""
         return replace(self, wire=self.dtype)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import flag, option, parse_options
 
@@ -44,7 +45,7 @@ class ScalingConfig:
     dtype: str = option("float32", "operator", "type of q, k and v", choices=["float32", "bfloat16", "float64"])
     exchange: str = option(
         "auto", "operator", "how summaries travel, in the model too",
-        choices=["auto", "all_gather", "scan", "ring", "hierarchical"]
+        choices=list(EXCHANGES)
     )  # fmt: skip
 
     layers: int = option(2, "model", "layers")

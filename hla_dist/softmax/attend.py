@@ -1,4 +1,4 @@
-"""Causal softmax attention of the queries here over the keys they see, wherever these are.
+"""Causal softmax attention of the local queries over the keys they see, on whatever rank these are.
 
     out[t] = sum_j p[t, j] v[j],   p[t, :] = softmax over j in first[t] .. last[t] of scale (q[t] . k[j])
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops
@@ -26,8 +27,8 @@ _BLOCK_QUERIES = 512
 _MASK_NUMBERS = 1 << 24  # bounds the mask of a block: fewer queries where they see more keys
 
 
-class Place(NamedTuple):
-    """Where a call runs, agreed on by all ranks."""
+class SoftmaxCall(NamedTuple):
+    """What all ranks have agreed on: who holds and who sees which keys, and where this process stands."""
 
     spans: KeySpans
     pg: collectives.Group | None
@@ -44,7 +45,7 @@ def agree(
     final: bool,
     description: str,
     device: torch.device,
-) -> Place:
+) -> SoftmaxCall:
     """Every rank's number of tokens and of cached keys, and whether they want the same thing.
 
     ``cu`` on the host. Communication with a group: one all-gather of 2 + N integers in the agreement's frame, N
@@ -60,56 +61,61 @@ def agree(
         rank = collectives.group_rank(pg)
         code = 0 if cu is None else zlib.crc32(cu.numpy().tobytes())
         numbers = torch.cat([torch.tensor([tokens, code]), before]).to(device)
-        call = (pg.group_name, "forward", f"{description} rows={rows}")
-        gathered = exchange_ops.exchange_gather([numbers], *call, at_once=True)  # messages of these lengths follow
+        text = f"{description} rows={rows}"
+        # at once: messages of these lengths follow
+        gathered = exchange_ops.exchange_gather([numbers], pg.group_name, "forward", text, at_once=True)
         table = gathered[0].cpu()
-        others = (table[:, 1] != table[0, 1]).nonzero().flatten().tolist()
-        if others:
-            raise ValueError(f"cu_seqlens: expected the same on every rank, got others on rank {others[0]} than on 0")
+        different = (table[:, 1] != table[0, 1]).nonzero().flatten().tolist()
+        if different:
+            raise ValueError(
+                f"cu_seqlens: expected the same on every rank, got others on rank {different[0]} than on 0"
+            )
         lengths, before = table[:, 0].tolist(), table[:, 2:]
     packed = cu is not None
     bounds = torch.tensor([0, sum(lengths)]) if cu is None else cu
     spans = KeySpans(bounds, lengths, torch.zeros(rows, dtype=torch.int64), window, packed, final)
     if pg is not None:  # a document's state is read where it begins; who that is does not depend on the states
         before = before[spans.owners, torch.arange(rows)]
-    return Place(KeySpans(bounds, lengths, before, window, packed, final), pg, rank)
+    return SoftmaxCall(KeySpans(bounds, lengths, before, window, packed, final), pg, rank)
 
 
 def attend(
-    place: Place, q: Tensor, k: Tensor, v: Tensor, state: KVState | None, exchange: str, scale: float
+    call: SoftmaxCall, q: Tensor, k: Tensor, v: Tensor, state: KVState | None, exchange: str, scale: float
 ) -> tuple[Tensor, KVState | None]:
     """Outputs ``[B, T, H, K]`` for local q ``[B, T, H, K]``, k, v ``[B, T, G, K]``, and the state if it is wanted.
 
-    ``exchange`` ``"gather"``: keys and values that the queries here see come to this rank; ``"ulysses"``: each rank
+    ``exchange`` ``"gather"``: keys and values that the local queries see come to this rank; ``"ulysses"``: each rank
     attends for its part of the heads. See :class:`FetchKeys` and :class:`HeadsForTokens`.
     """
-    spans, pg, rank = place
+    spans, pg, rank = call
     if exchange == "ulysses" and pg is not None:
         return _by_heads(spans, pg, q, k, v, scale), None
-    own = _with_cached(spans, rank, torch.cat([k, v], -1), state).flatten(2)  # [B, E, G 2K]
+    own = rearrange(_with_cached(spans, rank, torch.cat([k, v], -1), state), "b e g w -> b e (g w)")
     keys = own if pg is None else FetchKeys.apply(own, spans, pg)
-    keys = keys.unflatten(2, (k.shape[2], 2 * k.shape[3]))
+    keys = rearrange(keys, "b e (g w) -> b e g w", g=k.shape[2])
     low = spans.held(rank)[0] if pg is None else spans.seen(rank)[0]
     first, last = (x - low for x in spans.visible(rank))
     seen_k, seen_v = keys.split(k.shape[3], -1)
-    return attend_here(q, seen_k, seen_v, first, last, scale), _final(spans, rank, keys, low)
+    return attend_locally(q, seen_k, seen_v, first, last, scale), _final(spans, rank, keys, low)
 
 
 def _by_heads(spans: KeySpans, pg: collectives.Group, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     ranks = collectives.group_size(pg)
     lengths, size = list(spans.lengths), q.shape[3]
-    parts = [x.unflatten(2, (ranks, -1)).flatten(3) for x in (q, k, v)]  # [B, T, P, heads of a rank * K]
-    mine = HeadsForTokens.apply(torch.cat(parts, -1), lengths, pg, False)
-    q, k, v = (x.unflatten(2, (-1, size)) for x in mine.split([x.shape[3] for x in parts], -1))
+    parts = [rearrange(x, "b t (p h) k -> b t p (h k)", p=ranks) for x in (q, k, v)]
+    all_tokens = HeadsForTokens.apply(torch.cat(parts, -1), lengths, pg, False)
+    split = all_tokens.split([x.shape[3] for x in parts], -1)
+    q, k, v = (rearrange(x, "b t (h k) -> b t h k", k=size) for x in split)
     whole = KeySpans(spans.cu, [sum(lengths)], spans.before, spans.window, spans.packed, False)
-    out = attend_here(q, k, v, *whole.visible(0), scale)
-    return HeadsForTokens.apply(out.flatten(2), lengths, pg, True).flatten(2).unflatten(2, (-1, size))
+    out = attend_locally(q, k, v, *whole.visible(0), scale)
+    all_heads = HeadsForTokens.apply(rearrange(out, "b t h k -> b t (h k)"), lengths, pg, True)
+    return rearrange(all_heads, "b t p (h k) -> b t (p h) k", k=size)
 
 
 def _with_cached(spans: KeySpans, rank: int, keys: Tensor, state: KVState | None) -> Tensor:
-    """``[B, T, G, 2K]`` with the cached ones of the documents that begin here in their places, ``[B, E, G, 2K]``."""
-    here = ((spans.owners == rank) & (spans.cached > 0)).nonzero().flatten()
-    if state is None or not len(here):
+    """``[B, E, G, 2K]``: keys ``[B, T, G, 2K]`` and, in their places, the cached ones of documents that begin here."""
+    documents = ((spans.owners == rank) & (spans.cached > 0)).nonzero().flatten()
+    if state is None or not len(documents):
         return keys
     cached = torch.cat([state.k, state.v], -1).to(keys.dtype)  # [N, S, G, 2K]
     if not spans.packed:
@@ -118,7 +124,7 @@ def _with_cached(spans: KeySpans, rank: int, keys: Tensor, state: KVState | None
     begin, end = spans.held(rank)
     index = torch.empty(end - begin, dtype=torch.int64)
     index[spans.visible(rank)[1] - begin] = torch.arange(tokens)
-    for n in here.tolist():
+    for n in documents.tolist():
         count, at = int(spans.cached[n]), int(spans.starts[n]) - begin
         index[at : at + count] = tokens + n * slots + torch.arange(count)
     return torch.cat([keys[0], cached.flatten(0, 1)]).index_select(0, index.to(keys.device))[None]
@@ -134,15 +140,15 @@ def _final(spans: KeySpans, rank: int, keys: Tensor, low: int) -> KVState | None
         new_k, new_v = keys[:, end - kept : end].chunk(2, -1)
         return KVState(new_k, new_v, after.repeat(len(keys)))
     slot = torch.arange(int(spans.kept.max()) if len(spans.kept) else 0)
-    there = (slot < spans.kept[:, None]) & (spans.ends_on == rank)[:, None]
-    index = torch.where(there, (spans.starts[1:] - spans.kept)[:, None] + slot - low, keys.shape[1])
+    present = (slot < spans.kept[:, None]) & (spans.ends_on == rank)[:, None]
+    index = torch.where(present, (spans.starts[1:] - spans.kept)[:, None] + slot - low, keys.shape[1])
     padded = torch.cat([keys[0], keys.new_zeros(1, *keys.shape[2:])])
     rows = padded.index_select(0, index.flatten().to(keys.device)).unflatten(0, tuple(index.shape))
     new_k, new_v = rows.chunk(2, -1)
     return KVState(new_k, new_v, after)
 
 
-def attend_here(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+def attend_locally(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
     """``[B, T, H, K]`` where query t sees the keys ``first[t] .. last[t]``: on the host, never decreasing."""
     tokens, keys = q.shape[1], k.shape[1]
     if tokens == 0:  # still part of the graph: other ranks' gradients come back through here
@@ -176,10 +182,10 @@ def _block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, K]
+    q, k, v = (rearrange(x, "b t h k -> b h t k") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return rearrange(out, "b h t k -> b t h k")
 
 
 class _Blocks(torch.autograd.Function):
@@ -203,8 +209,8 @@ class _Blocks(torch.autograd.Function):
             with torch.enable_grad():
                 qs, ks, vs = (x.detach().requires_grad_() for x in (q[:, a:b], k[:, low:high], v[:, low:high]))
                 out = _block(qs, ks, vs, first[a:b] - low, last[a:b] - low, scale)
-            one, two, three = torch.autograd.grad(out, (qs, ks, vs), dout[:, a:b])
-            dq.append(one)
-            dk[:, low:high] += two
-            dv[:, low:high] += three
+            block_dq, block_dk, block_dv = torch.autograd.grad(out, (qs, ks, vs), dout[:, a:b])
+            dq.append(block_dq)
+            dk[:, low:high] += block_dk
+            dv[:, low:high] += block_dv
         return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), None, None, None

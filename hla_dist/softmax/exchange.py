@@ -1,7 +1,7 @@
 """Keys and values between ranks, differentiable: the interval each rank's queries see, or heads for tokens (Ulysses).
 
-Letters: B batch, E keys held here, T local tokens, P ranks, w numbers a token and rank. Backward is the same exchange
-the other way; sums over ranks are taken in rank order, in float32 or wider, so that they do not depend on timing.
+Letters: B batch, E keys held by this rank, T local tokens, P ranks, w numbers per token and rank. Backward is the same
+exchange the other way. Sums over ranks are taken in rank order, in float32 or wider, so they do not depend on timing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hla_dist.parallel.collectives import Group, all_to_all_flat, group_rank, group_size
@@ -18,7 +19,7 @@ from hla_dist.softmax.key_spans import KeySpans
 
 
 class FetchKeys(torch.autograd.Function):
-    """``[B, E, w]`` held here -> ``[B, high - low, w]``, the keys ``spans.seen(rank)``, from the ranks that hold them.
+    """This rank's keys ``[B, E, w]`` -> those it sees ``[B, high - low, w]``, ``spans.seen(rank)``, wherever held.
 
     Communication: one all-to-all forward, of what others need of this rank's rows; one backward, of what this rank used
     of others'. A rank sends nothing to the ranks before it, and with a window only to those in its reach.
@@ -28,7 +29,7 @@ class FetchKeys(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, spans: KeySpans, pg: Group) -> Tensor:
         ctx.spans, ctx.pg = spans, pg
         rank = group_rank(pg)
-        rows = own.transpose(0, 1).contiguous()  # [E, B, w]
+        rows = rearrange(own, "b e w -> e b w").contiguous()
         given, taken = _intervals(spans, pg)
         begin = spans.held(rank)[0]
         parts = [rows[a - begin : b - begin].flatten() for a, b in given]
@@ -37,13 +38,13 @@ class FetchKeys(torch.autograd.Function):
             flat = all_to_all_flat(torch.cat(parts), _sizes(given, width), _sizes(taken, width), pg)
         received = flat.view(-1, *rows.shape[1:])
         before = sum(b - a for a, b in taken[:rank])
-        return torch.cat([received[:before], rows, received[before:]]).transpose(0, 1)
+        return rearrange(torch.cat([received[:before], rows, received[before:]]), "s b w -> b s w")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         spans, pg, rank = ctx.spans, ctx.pg, group_rank(ctx.pg)
-        rows = grad.transpose(0, 1).contiguous()
+        rows = rearrange(grad, "b s w -> s b w").contiguous()
         given, taken = _intervals(spans, pg)
         low, (begin, end) = spans.seen(rank)[0], spans.held(rank)
         parts = [rows[a - low : b - low].flatten() for a, b in taken]
@@ -57,7 +58,7 @@ class FetchKeys(torch.autograd.Function):
                 total += rows[begin - low : end - low]
             elif b > a:
                 total[a - begin : b - begin] += pieces[source].view(b - a, *rows.shape[1:])
-        return total.to(grad.dtype).transpose(0, 1), None, None
+        return rearrange(total.to(grad.dtype), "e b w -> b e w"), None, None
 
 
 class HeadsForTokens(torch.autograd.Function):
@@ -80,25 +81,25 @@ class HeadsForTokens(torch.autograd.Function):
 
 def _to_heads(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
     batch, tokens, ranks, width = x.shape
-    flat = x.permute(2, 1, 0, 3).flatten()  # [P, T, B, w]
+    flat = rearrange(x, "b t p w -> (p t b w)")
     with named("heads for tokens", pg):
-        got = all_to_all_flat(flat, [tokens * batch * width] * ranks, [n * batch * width for n in lengths], pg)
-    return got.view(-1, batch, width).transpose(0, 1)
+        received = all_to_all_flat(flat, [tokens * batch * width] * ranks, [n * batch * width for n in lengths], pg)
+    return rearrange(received, "(t b w) -> b t w", b=batch, w=width)
 
 
 def _to_tokens(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
     (batch, _, width), ranks, tokens = x.shape, len(lengths), lengths[group_rank(pg)]
-    flat = x.transpose(0, 1).flatten()
+    flat = rearrange(x, "b t w -> (t b w)")
     with named("tokens for heads", pg):
-        got = all_to_all_flat(flat, [n * batch * width for n in lengths], [tokens * batch * width] * ranks, pg)
-    return got.view(ranks, tokens, batch, width).permute(2, 1, 0, 3)
+        received = all_to_all_flat(flat, [n * batch * width for n in lengths], [tokens * batch * width] * ranks, pg)
+    return rearrange(received, "(p t b w) -> b t p w", p=ranks, t=tokens, b=batch, w=width)
 
 
 def _intervals(spans: KeySpans, pg: Group) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """By rank: what it gets of this rank's keys, and what this rank gets of its; nothing between a rank and itself."""
     rank, ranks = group_rank(pg), range(group_size(pg))
-    given = [spans.sent(rank, other) if other != rank else (0, 0) for other in ranks]
-    taken = [spans.sent(other, rank) if other != rank else (0, 0) for other in ranks]
+    given = [spans.sent(rank, peer) if peer != rank else (0, 0) for peer in ranks]
+    taken = [spans.sent(peer, rank) if peer != rank else (0, 0) for peer in ranks]
     return given, taken
 
 

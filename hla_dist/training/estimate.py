@@ -25,7 +25,7 @@ from hla_dist.operators import OPERATORS
 from hla_dist.operators.segment import CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
 from hla_dist.parallel.topology import set_ranks_per_node
-from hla_dist.parallel.wire import Layout
+from hla_dist.parallel.wire import WireLayout
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import TrainConfig, flag
 
@@ -127,7 +127,9 @@ def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
     for layer in _layers(model):
         op = OPERATORS[layer.op]
         value_dim = layer.value_dim + int(layer.normalize)
-        layout = Layout(op, step.batch_size, layer.num_heads, layer.head_dim, value_dim, torch.float32, torch.float32)
+        layout = WireLayout(
+            op, step.batch_size, layer.num_heads, layer.head_dim, value_dim, torch.float32, torch.float32
+        )
         sent["forward"] += HEADER_BYTES + layout.nbytes(["rho", *op.fields])
         sent["backward"] += HEADER_BYTES + layout.nbytes(list(op.reverses))
     wire = {f"summaries, {way}": step.accumulate * count for way, count in sent.items()}

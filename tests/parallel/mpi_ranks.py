@@ -44,7 +44,7 @@ SPLITS = {
     4: [64, 1, 0, 0],
     8: [9, 8, 0, 8, 16, 0, 23, 1],
 }
-EXCHANGES = ("all_gather", "scan", "ring", "hierarchical:2")
+EXCHANGES = ("all_gather", "scan", "hierarchical:2")
 B, T, H, K, V = 1, 7, 3, 4, 2
 
 

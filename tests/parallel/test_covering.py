@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from hla_dist.parallel.topology import EXCHANGES
 from tests.covering import Row, allowed_pairs, covering, pairs_of
 from tests.harness import RankPool
 from tests.parallel.sharded import check_sharded
@@ -20,7 +21,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
     "ranks": (1, 2, 3, 4, 8),
     "split": ("even", "uneven", "single tokens", "empty first", "empty middle", "empty last"),
     "T": (1, 63, 64, 65, 129, 1100),
-    "exchange": ("all_gather", "scan", "ring", "hierarchical"),
+    "exchange": EXCHANGES[1:],
     "documents": ("none", "few", "many"),
     "heads": ((1, 1), (2, 2), (4, 2), (3, 1)),
     "sizes": ((3, 5), (8, 4), (1, 1)),

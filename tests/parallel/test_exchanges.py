@@ -20,17 +20,15 @@ from torch.utils.checkpoint import checkpoint
 import hla_dist
 from hla_dist.functional import exchange_ops
 from hla_dist.functional.attention import start
-from hla_dist.operators import OPERATORS
-from hla_dist.parallel import background, messages, topology
+from hla_dist.parallel import background, scan, topology
 from hla_dist.parallel.collectives import all_reduce_sum, counter
-from hla_dist.parallel.wire import Layout
 from tests.harness import RankPool, assert_bitwise, assert_close, relative_error, run_ranks
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of, whole_problem
 from tests.problems import STREAMING, Problem, check, draw, oracle
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 HEADER = 64
-BY_MESSAGES = ("scan", "ring", "hierarchical")
+BY_MESSAGES = ("scan", "hierarchical")
 
 
 def _sizes(p: Problem, heads: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -62,10 +60,6 @@ def _expected(p: Problem, rank: int, size: int) -> dict[str, list[int]]:
         full, short = _sizes(p, p.H)[number]
         if p.exchange == "scan":
             result[way] = _doubling(position, size, full, short)
-        elif p.exchange == "ring":
-            blocks = min(p.H, size)
-            heads = [p.H // blocks + (b < p.H % blocks) for b in range(blocks)]
-            result[way] = [_sizes(p, h)[number][1] for h in heads] if position < size - 1 else []
         else:
             machine, mine = divmod(position, p.node)
             share = p.H // p.node + (mine < p.H % p.node)
@@ -258,7 +252,7 @@ def _dies(exchange: str, directory: str, agreed: bool) -> None:
     x = torch.ones(1, 4, 2, 2)
     hla_dist.hla2(x, x, x, group=dist.group.WORLD, exchange=exchange)
     if dist.get_rank() == 2 and agreed:
-        messages.prefix = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        scan.receive_carry = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     elif dist.get_rank() == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -279,14 +273,14 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, exchange: str, agreed:
 
 
 def _partner_says_nothing() -> tuple[str, float]:
-    """Three pairs, each with its exchange: the first of a pair agrees, and then neither sends nor dies."""
+    """Pairs, each with its exchange: the first of a pair agrees, and then neither sends nor dies."""
     pairs = [dist.new_group([2 * i, 2 * i + 1], timeout=timedelta(seconds=5)) for i in range(len(BY_MESSAGES))]
     number, second = divmod(dist.get_rank(), 2)
     x, pg, exchange = torch.ones(1, 4, 2, 2), pairs[number], BY_MESSAGES[number]
     topology.set_ranks_per_node(pg, 2)
     hla_dist.hla2(x, x, x, group=pg, exchange=exchange)
     if not second:
-        messages.prefix = lambda *_: None
+        scan.receive_carry = lambda *_: None
     started = time.monotonic()
     try:
         hla_dist.hla2(x, x, x, group=pg, exchange=exchange)
@@ -297,7 +291,7 @@ def _partner_says_nothing() -> tuple[str, float]:
 
 def test_a_message_that_never_comes() -> None:
     """The group's timeout ends the wait, with operation, group and rank."""
-    for rank, (text, seconds) in enumerate(run_ranks(_partner_says_nothing, 6, detail=False)):
+    for rank, (text, seconds) in enumerate(run_ranks(_partner_says_nothing, 2 * len(BY_MESSAGES), detail=False)):
         if rank % 2 == 0:
             assert text == "nothing raised"
             continue
@@ -345,9 +339,11 @@ def test_ranks_per_node_must_divide(pool: RankPool) -> None:
 
 
 def test_layers_travel_as_their_wrapper_says(pool: RankPool) -> None:
-    for sent, wrong in pool.run_group(2, _wrapped):
+    for sent, texts in pool.run_group(2, _wrapped):
         assert sent == 1
-        assert "exchange: expected one of" in wrong
+        for text, exchange in zip(texts, ("gossip", "ring"), strict=True):
+            expected = f"exchange: expected one of ('auto', 'all_gather', 'scan', 'hierarchical'), got '{exchange}'"
+            assert expected in text
 
 
 def _wrapped(pg: dist.ProcessGroup) -> Any:
@@ -360,12 +356,14 @@ def _wrapped(pg: dist.ProcessGroup) -> Any:
             counter.reset()
             model(x)
     sent = counter.messages + (dist.get_rank(pg) == 1)  # the last rank has nobody to send to
-    layer.exchange = "gossip"
-    try:
-        model(x)
-    except ValueError as error:
-        return sent, str(error)
-    return sent, ""
+    texts = []
+    for exchange in ("gossip", "ring"):
+        layer.exchange = exchange
+        try:
+            model(x)
+        except ValueError as error:
+            texts.append(str(error))
+    return sent, texts
 
 
 def test_the_oracle_is_not_the_library(pool: RankPool) -> None:
@@ -515,32 +513,3 @@ def _layer_overlaps(pg: dist.ProcessGroup) -> list[int]:
 
 def test_a_layer_computes_its_output_gate_while_summaries_travel(pool: RankPool) -> None:
     assert pool.run_group(2, _layer_overlaps) == [[1, 1]] * 2
-
-
-class _OneLine:
-    """The middle of three ranks, alone: notes what is posted; what arrives is zero."""
-
-    position, size = 1, 3
-
-    def __init__(self, in_order: bool):
-        self.in_order, self.posted = in_order, ""
-
-    def post(self, sends: Any, receives: Any) -> list[Any]:
-        for _, x in receives:
-            x.zero_()
-        self.posted += "s" * len(sends) + "r" * len(receives)
-        return []
-
-    def wait(self, works: list[Any]) -> None: ...
-
-
-def test_a_ring_in_a_queue_passes_on_a_block_before_it_takes_the_next() -> None:
-    """As on NCCL: with all receives queued first nothing would leave before everything had come."""
-    layout = Layout(OPERATORS["hla2"], 1, 3, 2, 2, torch.float32, torch.float32)
-    own = {name: torch.ones(1, 3, 2, 2) for name in OPERATORS["hla2"].fields} | {"rho": torch.ones(1, 3)}
-    results = []
-    for in_order, order in ((True, "rsrsrs"), (False, "rrrsss")):
-        line = _OneLine(in_order)
-        results.append(messages.prefix(line, messages.Direction(layout, backward=False), own, "ring"))
-        assert line.posted == order
-    assert results[0].keys() == results[1].keys() == set(OPERATORS["hla2"].states)
