@@ -49,7 +49,7 @@ class HLACacheLayer(CacheLayerMixin):
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
+        self._map(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -78,10 +78,12 @@ class HLACache(Cache):
     """``past_key_values`` of an HLA model: pass it to the next call to go on where the last one stopped.
 
     Its size does not depend on how many tokens were read. States are float32 (float64 in a float64 model).
+    ``tokens`` [B]: how many tokens each row has read, padding left out; None before the first.
     """
 
     def __init__(self, config: HLAConfig) -> None:
         super().__init__(layers=[HLACacheLayer() for _ in range(config.num_layers)])
+        self.tokens: Tensor | None = None
 
     @property
     def states(self) -> list[Any] | None:
@@ -89,12 +91,35 @@ class HLACache(Cache):
         states = [layer.state for layer in self.layers]
         return None if states[0] is None else states
 
-    def replace(self, states: list[Any], tokens: int) -> None:
-        """Takes over the states after ``tokens`` more places."""
+    def replace(self, states: list[Any], places: int, tokens: Tensor | None = None) -> None:
+        """Take over the states after ``places`` more places, and each row's number of tokens so far, [B].
+
+        ``tokens`` leaves padding out; None: every place was one.
+        """
+        if tokens is None:
+            before = torch.zeros(len(states[0][0]), dtype=torch.int64) if self.tokens is None else self.tokens
+            tokens = before + places
         for layer, state in zip(self.layers, states, strict=True):
-            layer.replace(state, tokens)
+            layer.replace(state, places)
+        self.tokens = tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.tokens = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.tokens = None if self.tokens is None else self.tokens[beam_idx.to(self.tokens.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.tokens = None if self.tokens is None else self.tokens[indices.to(self.tokens.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats)
 
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Return the bytes of all states."""
         tensors = [x for layer in self.layers if layer.state is not None for x in layer.state]
         return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))

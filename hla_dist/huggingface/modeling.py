@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hla_dist.huggingface.cache import HLACache
 from hla_dist.huggingface.configuration import HLAConfig
-from hla_dist.huggingface.inputs import document_bounds, here, positions_of
+from hla_dist.huggingface.inputs import read
 from hla_dist.models import LanguageModel
 from hla_dist.models.language_model import Block, SwiGLU, residual_scale
 from hla_dist.nn.attention import HLAAttention, Projection
@@ -110,40 +110,50 @@ class HLAModel(HLAPreTrainedModel):
         past_key_values: HLACache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states, and with ``use_cache`` (by default outside of training) the states after the last token.
 
-        ``attention_mask`` [B, past + T] is 0 at padding, wherever it lies: it leaves the states as they are, and the
-        results at tokens are those without it. ``position_ids`` matter with rotary attention only, by default counted
-        without padding. Documents packed into one row (B = 1) are told by ``cu_seq_lens_q`` or by position_ids that
-        start again; each has its own state. Raises ValueError naming the argument.
+        ``attention_mask`` [B, past + T] is 0 (as floats: -inf) at padding, wherever it lies: it leaves the states as
+        they are, and the results at tokens are those without it. ``position_ids`` matter with rotary attention only, by
+        default counted without padding, over all ranks of a group. Packed documents have a state each; they are told
+        by ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``cu_seqlens`` (B = 1), by ``seq_idx`` [B, T] or by position_ids that
+        start again. Raises ValueError naming the argument; one that is not known is refused.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         if past_key_values is not None and not isinstance(past_key_values, HLACache):
             raise ValueError(f"past_key_values: expected an HLACache, got {type(past_key_values).__name__}")
         x = self.network.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        rows, tokens = x.shape[:2]
-        documents = document_bounds(cu_seq_lens_q, position_ids, attention_mask, rows, tokens, past)
-        if use_cache is None:  # a training step must not pay for states
-            use_cache = self.config.use_cache and not self.training and documents is None
-        if documents is not None and (use_cache or past_key_values is not None):
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        attention = [block.attention for block in self.network.blocks]
+        batch = read(
+            x, attention_mask, position_ids, kwargs, past_key_values, wanted or past_key_values is not None,
+            positions_matter=any(layer.rope_theta is not None for layer in attention),
+            hybrid="softmax" in self.network.config.mixers, group=attention[0].group,
+        )  # fmt: skip
+        packed = batch.documents is not None
+        if packed and use_cache is None:  # nor must a training step pay for states
+            wanted = False
+        if packed and (wanted or past_key_values is not None):
             raise ValueError("use_cache, past_key_values: expected neither with packed documents (a state each)")
-        if use_cache and past_key_values is None:
+        if wanted and past_key_values is None:
             past_key_values = HLACache(self.config)
+        mask, positions, shape = batch.mask, batch.positions, x.shape
+        if packed:  # rows one after the other
+            x = x.reshape(1, -1, x.shape[-1])
+            mask, positions = (y if y is None else y.reshape(1, -1) for y in (mask, positions))
         x, states = self.network.features(
             x,
             None if past_key_values is None else past_key_values.states,
-            documents,
-            positions=positions_of(position_ids, attention_mask, rows, past, tokens, x.device),
-            attention_mask=here(attention_mask, rows, past, tokens),
+            batch.documents,
+            positions=positions,
+            attention_mask=mask,
             return_state=past_key_values is not None,
         )
+        x = x.view(shape)
         if past_key_values is not None:
-            past_key_values.replace(states, tokens)
+            past_key_values.replace(states, batch.places, batch.tokens)
         return BaseModelOutputWithPast(last_hidden_state=self.network.norm(x), past_key_values=past_key_values)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
 from hla_dist.nn.chunks import map_tokens
+from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
@@ -245,8 +246,9 @@ class HLAAttention(nn.Module):
         ``output_final_state`` None means: if a state came in, or gradients are off (a training step does not pay for
         it). ``cu_seqlens`` [N + 1]: documents packed into one sequence (B = 1, over a group the whole one), a state
         each; unequal shards need ``shard_lengths``. ``positions`` [T] or [B, T] are global, by default since the
-        document's start, and used with ``rope_theta`` only. ``attention_mask`` [B, T] is 0 or False where
-        there is no token (padding): the state passes through as it is, and y is 0 there. ``group`` wins over the
+        document's start, and used with ``rope_theta`` only. ``attention_mask`` [B, T] is 0, False or -inf (:func:`present`)
+        where there is no token (padding): the state passes through as it is, and y is 0 there; ``positions`` that are
+        not given count it. ``group`` wins over the
         attribute. Errors, communication and numerics are the operator's; see the class.
         """
         group = self.group if group is None else group
@@ -269,7 +271,7 @@ class HLAAttention(nn.Module):
 
         log_decay = gates[0] if gates else self._log_decay(x)
         if attention_mask is not None:
-            q, k, v, log_decay = _absent(attention_mask == 0, q, k, v, log_decay)
+            q, k, v, log_decay = _absent(~present(attention_mask, x.shape[:2]), q, k, v, log_decay)
 
         lengths = None if group is None else self.shard_lengths
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
@@ -360,8 +362,11 @@ class HLAAttention(nn.Module):
         """What is wrong with forward's arguments; empty if nothing is."""
         if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
             return f"x: expected a floating-point tensor [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
-        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
-            return f"attention_mask: expected [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}"
+        try:
+            if attention_mask is not None:
+                present(attention_mask, x.shape[:2])
+        except ValueError as error:
+            return str(error)
         if self.rope_theta is None:
             return ""
         if positions is None:
