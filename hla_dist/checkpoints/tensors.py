@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hla_dist.nn import SequenceParallelHLA
+from hla_dist.nn.head_norm import current_name
 from hla_dist.processes.failure import UserError, describe
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one entry a parameter, however they are grouped
@@ -95,22 +96,25 @@ def read_random(directory: Path, rank: int) -> Tensor | None:
 
 def read_tensors(directory: Path, tensors: dict[str, Any]) -> None:
     """Overwrites ``tensors`` in place; each rank reads its own part, without a word to the others."""
+    stored = {current_name(name): name for name in Reader(directory).read_metadata().state_dict_metadata}
+    wanted = {stored.get(name, name): tensor for name, tensor in tensors.items()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=Reader(directory), no_dist=True)
+            dcp.load(wanted, storage_reader=Reader(directory), no_dist=True)
     except CheckpointException as exc:
         cause = next(iter(exc.failures.values()))[0]
         raise UserError(f"checkpoint: cannot read {directory}: {describe(cause)}") from exc
+    tensors.update({current_name(name): tensor for name, tensor in wanted.items()})
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in ``directory``; UserError if its index is not one of tensors."""
+    """Shape and dtype of every tensor by today's name; UserError if ``directory``'s index is not one of tensors."""
     found = {}
     for name, item in Reader(directory).read_metadata().state_dict_metadata.items():
         if not isinstance(item, TensorStorageMetadata):  # anything else would be unpickled on reading
             raise UserError(f"checkpoint: expected tensors only in {directory}, got {name} as {type(item).__name__}")
-        found[name] = (tuple(item.size), item.properties.dtype)
+        found[current_name(name)] = (tuple(item.size), item.properties.dtype)
     return found
 
 

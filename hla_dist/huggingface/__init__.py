@@ -18,11 +18,22 @@ if int(transformers.__version__.split(".")[0]) < 5:
         f"hla_dist.huggingface needs transformers 5, got {transformers.__version__}: pip install 'hla-dist[hf]'"
     )
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from hla_dist.huggingface.cache import HLACache
 from hla_dist.huggingface.configuration import HLAConfig
-from hla_dist.huggingface.modeling import HLAForCausalLM, HLAModel
+from hla_dist.huggingface.modeling import (
+    HLAForCausalLM,
+    HLAForSequenceClassification,
+    HLAForTokenClassification,
+    HLAModel,
+)
 from hla_dist.huggingface.parameters import from_huggingface, to_huggingface
 from hla_dist.huggingface.tokenizer import byte_tokenizer
 
@@ -30,6 +41,8 @@ __all__ = [
     "HLACache",
     "HLAConfig",
     "HLAForCausalLM",
+    "HLAForSequenceClassification",
+    "HLAForTokenClassification",
     "HLAModel",
     "byte_tokenizer",
     "from_huggingface",
@@ -39,3 +52,5 @@ __all__ = [
 AutoConfig.register("hla", HLAConfig, exist_ok=True)
 AutoModel.register(HLAConfig, HLAModel, exist_ok=True)
 AutoModelForCausalLM.register(HLAConfig, HLAForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(HLAConfig, HLAForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(HLAConfig, HLAForTokenClassification, exist_ok=True)

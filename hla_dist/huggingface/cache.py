@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hla_dist.huggingface.configuration import HLAConfig
 
+BEGINNING = 16  # token numbers that a cache keeps of each row's beginning
+
 
 class HLACacheLayer(CacheLayerMixin):
     """One layer's state, a NamedTuple of [B, H, K, K or V] as of hla_dist.states; None before the first token."""
@@ -78,12 +80,14 @@ class HLACache(Cache):
     """``past_key_values`` of an HLA model: pass it to the next call to go on where the last one stopped.
 
     Its size does not depend on how many tokens were read. States are float32 (float64 in a float64 model).
-    ``tokens`` [B]: how many tokens each row has read, padding left out; None before the first.
+    ``tokens`` [B]: how many tokens each row has read, padding left out; None before the first. ``beginning``: the
+    first few token numbers of each row, if they are known.
     """
 
     def __init__(self, config: HLAConfig) -> None:
         super().__init__(layers=[HLACacheLayer() for _ in range(config.num_layers)])
         self.tokens: Tensor | None = None
+        self.beginning: Tensor | None = None
 
     @property
     def states(self) -> list[Any] | None:
@@ -91,11 +95,13 @@ class HLACache(Cache):
         states = [layer.state for layer in self.layers]
         return None if states[0] is None else states
 
-    def replace(self, states: list[Any], places: int, tokens: Tensor | None = None) -> None:
+    def replace(self, states: list[Any], places: int, tokens: Tensor | None = None, ids: Tensor | None = None) -> None:
         """Take over the states after ``places`` more places, and each row's number of tokens so far, [B].
 
-        ``tokens`` leaves padding out; None: every place was one.
+        ``tokens`` leaves padding out; None: every place was one. ``ids`` [B, T]: the token numbers read.
         """
+        if not self.get_seq_length() and ids is not None:
+            self.beginning = ids[:, :BEGINNING].clone()
         if tokens is None:
             before = torch.zeros(len(states[0][0]), dtype=torch.int64) if self.tokens is None else self.tokens
             tokens = before + places
@@ -103,21 +109,37 @@ class HLACache(Cache):
             layer.replace(state, places)
         self.tokens = tokens
 
+    def is_continued_by(self, ids: Tensor) -> bool:
+        """Whether ``ids`` [B, T] are known to follow the text that was read: they begin in another way than it did."""
+        if self.beginning is None or len(self.beginning) != len(ids):
+            return False
+        shown = min(self.beginning.shape[1], ids.shape[1])
+        return not torch.equal(self.beginning[:, :shown].to(ids.device), ids[:, :shown])
+
+    def mask(self) -> Tensor:
+        """An attention mask [B, P] of the places read so far, of which as many are tokens as there were."""
+        assert self.tokens is not None
+        past = self.get_seq_length()
+        return (torch.arange(past, device=self.tokens.device) >= past - self.tokens[:, None]).long()
+
     def reset(self) -> None:
         super().reset()
-        self.tokens = None
+        self.tokens = self.beginning = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.tokens = None if self.tokens is None else self.tokens[beam_idx.to(self.tokens.device)]
+        self._change_rows(lambda x: x[beam_idx.to(x.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.tokens = None if self.tokens is None else self.tokens[indices.to(self.tokens.device)]
+        self._change_rows(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.tokens = None if self.tokens is None else self.tokens.repeat_interleave(repeats)
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tokens, self.beginning = (x if x is None else change(x) for x in (self.tokens, self.beginning))
 
     def nbytes(self) -> int:
         """Return the bytes of all states."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,14 +12,28 @@ from transformers import PreTrainedConfig
 
 from hla_dist.models import ModelConfig
 
+CODE = "hla_dist_classes"  # the file in a saved folder that says where its classes are
+_CLASSES = {
+    "AutoConfig": "HLAConfig",
+    "AutoModel": "HLAModel",
+    "AutoModelForCausalLM": "HLAForCausalLM",
+    "AutoModelForSequenceClassification": "HLAForSequenceClassification",
+    "AutoModelForTokenClassification": "HLAForTokenClassification",
+}
+
 
 @strict
 class HLAConfig(PreTrainedConfig):
     """:class:`hla_dist.models.ModelConfig` with what transformers adds to it: special tokens, ``use_cache``, dtype.
 
     The fields of ModelConfig keep their names and meanings; transformers' own names for some of them
-    (``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``) work too. The output layer is always the
-    embedding. Raises ValueError for a shape that cannot be built, and for ``attention`` options that JSON cannot hold.
+    (``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``) work too. Options of the layers,
+    ``attention`` and ``softmax``, must be such that JSON can hold them.
+
+    ``pattern``: which layers are of which operator or ``softmax``, as ``"hla2*3,softmax"``, from the first layer on and
+    over again (default "": ``op`` throughout); ``softmax`` holds the options of :class:`hla_dist.SoftmaxAttention`.
+    ``tie_word_embeddings``: whether the output layer is the embedding (default True).
+    Raises ValueError for a shape that cannot be built.
     """
 
     model_type = "hla"
@@ -39,6 +54,8 @@ class HLAConfig(PreTrainedConfig):
     op: str = "hla2"
     norm_eps: float = 1e-6
     attention: dict[str, Any] = field(default_factory=dict)
+    pattern: str = ""
+    softmax: dict[str, Any] = field(default_factory=dict)
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -47,13 +64,24 @@ class HLAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if not self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings: expected True, the output layer is the embedding; got False")
-        try:
-            json.dumps(self.attention)
-        except TypeError as exc:
-            raise ValueError(f"attention: expected options that config.json can hold, got {self.attention}") from exc
+        for name in ("attention", "softmax"):
+            try:
+                json.dumps(getattr(self, name))
+            except TypeError as exc:
+                got = getattr(self, name)
+                raise ValueError(f"{name}: expected options that config.json can hold, got {got}") from exc
         self.to_model_config()
+        self.auto_map = {auto: f"{CODE}.{name}" for auto, name in _CLASSES.items()}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with a file through which ``trust_remote_code=True`` finds the installed library."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        names = ", ".join(sorted(_CLASSES.values()))
+        Path(save_directory, f"{CODE}.py").write_text(f"from hla_dist.huggingface import {names}  # noqa: F401\n")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: the classes are in the library, and no copy of its files belongs into a folder."""
 
     def to_model_config(self) -> ModelConfig:
         """The library's own configuration of the same model."""

@@ -180,25 +180,27 @@ def _starts(marks: Tensor, here: Tensor | None, rising: bool, group: Any) -> Ten
     new = marks[1:] != marks[:-1]
     row = index // max(tokens, 1)
     inside = new & (row[1:] == row[:-1])
-    lengths, offset = [rows * tokens], 0
+    lengths = [rows * tokens]
     if group is None or group_size(group) == 1:
         if not bool(inside.any()):
             return None
         starts = index[1:][new | (row[1:] != row[:-1])]
     else:
-        starts, lengths, offset = index[1:][inside], [], 0
+        starts = index[1:][inside]
         ends = [len(marks), int(inside.sum()), *(marks[[0, -1]].tolist() if len(marks) else (0, 0))]
         table = _gather([torch.tensor([tokens, *ends], device=marks.device)], "starts of documents", group).tolist()
         lengths = [line[0] for line in table]
         last, seen, edges = None, 0, []
-        for length, count, _, first, final in table:
+        for _, count, _, first, final in table:
             shift = seen if rising else 0
             edges.append(count > 0 and last is not None and first - shift != last)
             last, seen = (final - shift if count else last), seen + count
         if not any(edges) and not any(line[2] for line in table):
             return None
         if rows > 1:  # every rank says so
-            raise ValueError(f"position_ids, seq_idx: expected packed documents in one row (B = 1) over a group, got {rows} rows")
+            raise ValueError(
+                f"position_ids, seq_idx: expected packed documents in one row (B = 1) over a group, got {rows} rows"
+            )
         rank = group_rank(group)
         own = [int(index[0])] * edges[rank] + starts.tolist()
         offsets = [0, *accumulate(lengths)]

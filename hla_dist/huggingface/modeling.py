@@ -6,12 +6,15 @@ Letters: B batch, T tokens of this call, D hidden_size, N vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
@@ -21,8 +24,18 @@ from hla_dist.huggingface.cache import HLACache
 from hla_dist.huggingface.configuration import HLAConfig
 from hla_dist.huggingface.inputs import read
 from hla_dist.models import LanguageModel
-from hla_dist.models.language_model import Block, SwiGLU, residual_scale
-from hla_dist.nn.attention import HLAAttention, Projection
+from hla_dist.models.language_model import EMBEDDING_STD, Block
+from hla_dist.nn.attention import HLAAttention
+from hla_dist.nn.head_norm import HeadNorm
+from hla_dist.nn.initialization import normal_linear
+
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2")  # what training scripts pass
+_ONE_BATCH = "generate_batch: expected generate(), a state has no pages of keys for continuous batching to share"
+
+_renamings = [  # folders of earlier versions
+    WeightRenaming(rf"\.{_name}_weight$", f".{_name}_norm.weight") for _name in ("q", "k", "o")
+]
+register_checkpoint_conversion_mapping("hla", _renamings, overwrite=True)
 
 
 class HLAPreTrainedModel(PreTrainedModel):
@@ -35,8 +48,8 @@ class HLAPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no token can be taken back: no assisted generation
     _supports_context_parallel = False  # hla_dist.SequenceParallelHLA is what shards a sequence
     _no_split_modules = ["Block"]
+    _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["decay_bias"]  # a slow gate is 1 - 10^-4
     _can_record_outputs = {"hidden_states": Block}
 
     @torch.no_grad()
@@ -45,21 +58,34 @@ class HLAPreTrainedModel(PreTrainedModel):
         if isinstance(module, HLAAttention):
             bias = module.decay_bias
             loaded = bias.clone() if bias is not None and getattr(bias, "_is_hf_initialized", False) else None
-            module._reset_vectors()
+            module._reset_gates()
             if bias is not None and loaded is not None:
                 bias.copy_(loaded)
-        elif isinstance(module, Projection):
+        elif "reset_parameters" in module.__dict__ or isinstance(module, (nn.RMSNorm, HeadNorm)):
             module.reset_parameters()
-        elif isinstance(module, SwiGLU):
-            module.reset_parameters(residual_scale(self.config.to_model_config()))
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):  # heads, and embeddings that were resized
+            nn.init.normal_(module.weight, std=EMBEDDING_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # "custom code" would pass over modules without parameters of their own, here SwiGLU
-        super()._initialize_weights(module, is_custom_code=False)
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """The usual names all mean the same: linear layers have one implementation, softmax layers use torch's own."""
+        if attn_implementation not in ATTENTION:
+            raise ValueError(
+                f"attn_implementation: expected one of {', '.join(map(repr, ATTENTION))} (how an HLA layer runs is its "
+                f"option attention={{'backend': ...}}), got {attn_implementation!r}"
+            )
+        return "eager" if attn_implementation == "eager" else "sdpa"
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: see :meth:`HLAConfig.register_for_auto_class`."""
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers'; parameters always get their names of today."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
@@ -82,7 +108,7 @@ class HLAModel(HLAPreTrainedModel):
 
     def __init__(self, config: HLAConfig) -> None:
         super().__init__(config)
-        self.network = LanguageModel(config.to_model_config())
+        self.network = LanguageModel(replace(config.to_model_config(), tie_word_embeddings=True))  # no output layer
         self.post_init()
 
     @property
@@ -153,19 +179,19 @@ class HLAModel(HLAPreTrainedModel):
         )
         x = x.view(shape)
         if past_key_values is not None:
-            past_key_values.replace(states, batch.places, batch.tokens)
+            past_key_values.replace(states, batch.places, batch.tokens, input_ids)
         return BaseModelOutputWithPast(last_hidden_state=self.network.norm(x), past_key_values=past_key_values)
 
 
 class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
-    """Tokens to next-token logits [B, T, N]; the output layer is the embedding."""
+    """Tokens to next-token logits [B, T, N]; the output layer is the embedding, or its own if that is not tied."""
 
     _tied_weights_keys = {"lm_head.weight": "model.network.embedding.weight"}
 
     def __init__(self, config: HLAConfig) -> None:
         super().__init__(config)
         self.model = HLAModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = normal_linear(config.hidden_size, config.vocab_size, EMBEDDING_STD)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -208,6 +234,32 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. With ``past_key_values``, ``inputs`` are the whole text, of which the cache has the
+        beginning, or new tokens alone.
+
+        They are taken for the whole text if they begin as the text in the cache did, or as an ``attention_mask`` of
+        their length says; for new tokens if they do not, or as a mask of all places, [B, past + T], says. Raises
+        ValueError if the cache covers the whole text already.
+        """
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(cache, HLACache) and isinstance(ids, Tensor) and cache.get_seq_length():
+            mask, past = kwargs.get("attention_mask"), cache.get_seq_length()
+            if mask is None and cache.is_continued_by(ids):
+                kwargs["attention_mask"] = torch.cat([cache.mask().to(ids.device), torch.ones_like(ids)], 1)
+            elif (ids if mask is None else mask).shape[1] <= past:
+                raise ValueError(
+                    f"past_key_values: expected a cache of less than the whole text, got one of {past} places for "
+                    f"inputs of {ids.shape[1]}: pass only new tokens, with an attention_mask [B, past + T]"
+                )
+        return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(_ONE_BATCH)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(_ONE_BATCH)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -219,3 +271,23 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HLACache(self.config)
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class HLAForSequenceClassification(GenericForSequenceClassification, HLAPreTrainedModel):
+    """Texts to logits [B, num_labels], read at each row's last token that is not ``pad_token_id``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_shards(self)
+        return super().forward(*args, **kwargs)
+
+
+class HLAForTokenClassification(GenericForTokenClassification, HLAPreTrainedModel):
+    """Tokens to logits [B, T, num_labels]."""
+
+
+def _refuse_shards(model: HLAForSequenceClassification) -> None:
+    if model.model.network.blocks[0].attention.group is not None:
+        raise ValueError(
+            "HLAForSequenceClassification: expected whole texts, whose last token decides, got a group (inside alone() "
+            "it runs on one rank)"
+        )

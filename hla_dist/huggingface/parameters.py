@@ -11,7 +11,7 @@ from hla_dist.huggingface.configuration import HLAConfig
 from hla_dist.huggingface.modeling import HLAForCausalLM
 from hla_dist.models import ModelConfig
 
-PREFIX = "model.network."
+PREFIX, OUTPUT = "model.network.", "lm_head.weight"
 
 
 def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLAForCausalLM:
@@ -21,10 +21,11 @@ def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLA
     """
     with torch.device("meta"):
         model = HLAForCausalLM(HLAConfig.from_model_config(config))
-    tensors = {PREFIX + name: tensor.detach().clone() for name, tensor in state_dict.items()}
-    output = {"lm_head.weight": tensors.get(PREFIX + "embedding.weight", torch.empty(0))}
+    copies = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
+    output = copies.get("embedding.weight", torch.empty(0)) if config.tie_word_embeddings else copies.pop(OUTPUT, None)
+    tensors = {PREFIX + name: tensor for name, tensor in copies.items()}
     try:
-        model.load_state_dict({**tensors, **output}, assign=True)
+        model.load_state_dict(tensors if output is None else {**tensors, OUTPUT: output}, assign=True)
     except RuntimeError as exc:
         first = " ".join(str(exc).split(",")[0].split())  # torch names every parameter, on lines of their own
         raise ValueError(f"state_dict: expected the parameters of {config}, got others: {first} ...") from exc
@@ -37,6 +38,6 @@ def from_huggingface(model: HLAForCausalLM) -> tuple[dict[str, Tensor], ModelCon
     tensors = {
         name.removeprefix(PREFIX): tensor.detach().clone()
         for name, tensor in model.state_dict().items()
-        if name.startswith(PREFIX)
+        if name.startswith(PREFIX) or (name == OUTPUT and not model.config.tie_word_embeddings)
     }
     return tensors, model.config.to_model_config()

@@ -19,6 +19,7 @@ class ModelConfig:
 
     ``pattern`` makes a hybrid: names of operators or ``softmax``, separated by commas, each perhaps with a count, from
     the first layer on and over again until there are ``num_layers``: ``"hla2*3,softmax*1"``. Empty: ``op`` throughout.
+    ``tie_word_embeddings`` False gives the output layer a matrix of its own instead of the embedding's.
     Raises ValueError for sizes that cannot be built.
     """
 
@@ -34,6 +35,7 @@ class ModelConfig:
     attention: dict[str, Any] = field(default_factory=dict)
     pattern: str = ""
     softmax: dict[str, Any] = field(default_factory=dict)
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):

@@ -18,22 +18,26 @@ from hla_dist.models.config import ModelConfig
 from hla_dist.models.loss import summed_cross_entropy
 from hla_dist.nn import HLAAttention, SoftmaxAttention
 from hla_dist.nn.chunks import CHUNK_TOKENS, map_tokens
+from hla_dist.nn.initialization import normal_linear, normal_on_reset
 
+EMBEDDING_STD = 0.02
 CHECKPOINTING = ("none", "layer", "sublayer")
 
 
 class SwiGLU(nn.Module):
     """``y = (silu(x W_gate) * x W_up) W_down``, x [..., D], no bias."""
 
-    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+    def __init__(self, hidden_size: int, mlp_size: int, residual_scale: float = 1.0) -> None:
         super().__init__()
         self.gate_up = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
         self.down = nn.Linear(mlp_size, hidden_size, bias=False)
+        normal_on_reset(self.gate_up, hidden_size**-0.5)
+        normal_on_reset(self.down, residual_scale * mlp_size**-0.5)
 
-    def reset_parameters(self, scale: float = 1.0) -> None:
-        """Normal weights of deviation 1/sqrt(inputs), those of ``down`` times ``scale``."""
-        nn.init.normal_(self.gate_up.weight, std=self.gate_up.in_features**-0.5)
-        nn.init.normal_(self.down.weight, std=scale * self.down.in_features**-0.5)
+    def reset_parameters(self) -> None:
+        """Draw normal weights of deviation 1/sqrt(inputs), those of ``down`` times ``residual_scale``."""
+        self.gate_up.reset_parameters()
+        self.down.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [..., M] each
@@ -56,7 +60,7 @@ class Block(nn.Module):
             options = {**common, **config.attention}
             self.attention = HLAAttention(config.hidden_size, config.num_heads, op=mixer, **sizes, **options)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size)
+        self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size, residual_scale(config))
         self.checkpointing = "none"  # LanguageModel.activation_checkpointing
 
     def forward(
@@ -121,6 +125,8 @@ class LanguageModel(nn.Module):
 
         logits = norm(blocks(E[tokens])) E^T                      tokens [B, T] -> logits [B, T, N]
 
+    With ``tie_word_embeddings=False`` a matrix of its own, ``lm_head``, stands in E's place at the output.
+
     It has no position embeddings of its own: order comes from the attention layers (causal, with decay), so nothing
     here depends on where a shard begins. Wrap it in :class:`hla_dist.SequenceParallelHLA` to run it on
     shards of a sequence; its communication is that of its attention layers.
@@ -131,9 +137,13 @@ class LanguageModel(nn.Module):
         self.config = config
         self._checkpointing = "none"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        normal_on_reset(self.embedding, EMBEDDING_STD)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.reset_parameters()
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = normal_linear(config.hidden_size, config.vocab_size, EMBEDDING_STD)
+        self._reset(nn.Embedding, SwiGLU)  # the others have done so
 
     @property
     def activation_checkpointing(self) -> str:
@@ -159,15 +169,19 @@ class LanguageModel(nn.Module):
             block.attention.chunk_tokens = CHUNK_TOKENS if policy == "sublayer" else 0
 
     def reset_parameters(self) -> None:
-        """Initialises the embedding and SwiGLU layers anew; attention layers and norms have done so themselves.
+        """Initialise every parameter anew; after ``to_empty`` on a model built on the meta device, for example.
 
         What writes to the residual stream is scaled by :func:`residual_scale`; the embedding's deviation is 0.02, as
         usual where it is the output too.
         """
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self._reset(nn.Embedding, SwiGLU, HLAAttention, SoftmaxAttention, nn.RMSNorm)
+        if self.lm_head is not None:
+            self.lm_head.reset_parameters()
+
+    def _reset(self, *kinds: type[nn.Module]) -> None:
         for module in self.modules():
-            if isinstance(module, SwiGLU):
-                module.reset_parameters(residual_scale(self.config))
+            if isinstance(module, kinds):
+                module.reset_parameters()
 
     def forward(
         self,
@@ -197,7 +211,7 @@ class LanguageModel(nn.Module):
         if labels is None:
             result = self._logits(x)
         else:
-            read = (self.norm, self.embedding)
+            read = (self.norm, self.lm_head or self.embedding)
             result = summed_cross_entropy(self._logits, x, labels, self.config.vocab_size, read)
         return (result, states) if return_state else result
 
@@ -225,4 +239,5 @@ class LanguageModel(nn.Module):
         return x, states
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embedding.weight)
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)

@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
 from hla_dist.nn.chunks import map_tokens
+from hla_dist.nn.gradient_reduction import is_dtensor
+from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
+from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel import agreement
@@ -24,7 +28,7 @@ from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_g
 
 __all__ = ["HLAAttention"]
 
-_ORDERS = {"linear_attention": 1, "hla2": 2, "ahla": 2, "hla3": 3}
+_OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
 _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "elu+1": lambda x: F.elu(x) + 1,
@@ -37,18 +41,7 @@ _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
-class Projection(nn.Linear):
-    """A bias-free linear map initialised from a normal distribution of standard deviation ``std``."""
-
-    def __init__(self, in_features: int, out_features: int, std: float, **factory: Any) -> None:
-        self.std = std  # before super().__init__, which calls reset_parameters
-        super().__init__(in_features, out_features, bias=False, **factory)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
-
-
-class HLAAttention(nn.Module):
+class HLAAttention(RenamesOnLoad):
     """Multi-head attention of order 1, 2 or 3 with a state of constant size.
 
         q = rotary(norm(phi(x W_q)))       [B, T, H, K]        k likewise [B, T, G, K],  v = x W_v [B, T, G, V]
@@ -151,7 +144,7 @@ class HLAAttention(nn.Module):
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.decay_heads = num_heads if decay_heads is None else decay_heads
-        _one_of("op", op, tuple(name for name in _ORDERS if hasattr(functional, name)))
+        _one_of("op", op, tuple(name for name in _OPERATORS if hasattr(functional, name)))
         _one_of("qk_norm", qk_norm, ("l2", "rms", None))
         _one_of("decay", decay, ("token", "head", None))
         _one_of("output_gate", output_gate, (*_GATES, None))
@@ -187,22 +180,19 @@ class HLAAttention(nn.Module):
         values, outputs = self.num_kv_heads * self.value_dim, num_heads * self.value_dim
         std = hidden_size**-0.5
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = Projection(hidden_size, queries, std, **factory)
-        self.k_proj = Projection(hidden_size, keys, std, **factory)
-        self.v_proj = Projection(hidden_size, values, std, **factory)
-        self.g_proj = None if output_gate is None else Projection(hidden_size, outputs, std, **factory)
-        self.o_proj = Projection(outputs, hidden_size, residual_scale * outputs**-0.5, **factory)
+        # all of one dimension: optimisers know by that, or by the name, what not to decay
+        self.decay_bias = None if decay is None else nn.Parameter(torch.empty(self.decay_heads, **factory))
+        self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
+        self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
+        self.o_norm = HeadNorm(self.value_dim, output_norm_eps, num_heads, **factory) if output_norm else None
+        self.q_proj = normal_linear(hidden_size, queries, std, **factory)
+        self.k_proj = normal_linear(hidden_size, keys, std, **factory)
+        self.v_proj = normal_linear(hidden_size, values, std, **factory)
+        self.g_proj = None if output_gate is None else normal_linear(hidden_size, outputs, std, **factory)
+        self.o_proj = normal_linear(outputs, hidden_size, residual_scale * outputs**-0.5, **factory)
         # gates that differ from token to token from the start: half a unit of the logit
-        self.d_proj = Projection(hidden_size, self.decay_heads, 0.5 * std, **factory) if decay == "token" else None
-
-        def vector(size: int) -> nn.Parameter:  # all of one dimension: optimisers know by that what not to decay
-            return nn.Parameter(torch.empty(size, **factory))
-
-        self.decay_bias = None if decay is None else vector(self.decay_heads)
-        self.q_weight = vector(self.head_dim) if qk_norm == "rms" else None
-        self.k_weight = vector(self.head_dim) if qk_norm == "rms" else None
-        self.o_weight = vector(outputs) if output_norm else None
-        self._reset_vectors()
+        self.d_proj = normal_linear(hidden_size, self.decay_heads, 0.5 * std, **factory) if decay == "token" else None
+        self._reset_gates()
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew; after ``to_empty`` on a module built on the meta device, for example.
@@ -210,14 +200,11 @@ class HLAAttention(nn.Module):
         The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, tau from ``decay_range`` in equal ratios.
         """
         for child in self.children():
-            if isinstance(child, Projection):
+            if isinstance(child, (nn.Linear, HeadNorm)):
                 child.reset_parameters()
-        self._reset_vectors()
+        self._reset_gates()
 
-    def _reset_vectors(self) -> None:
-        for weight in (self.q_weight, self.k_weight, self.o_weight):
-            if weight is not None:
-                nn.init.ones_(weight)
+    def _reset_gates(self) -> None:
         if self.decay_bias is not None:
             shortest, longest = (math.log(tau) for tau in self.decay_range)
             steps = max(self.decay_heads - 1, 1)
@@ -227,7 +214,7 @@ class HLAAttention(nn.Module):
                 for h in range(self.decay_heads)
             ]
             with torch.no_grad():
-                self.decay_bias.copy_(torch.tensor(biases))
+                self.decay_bias.copy_(_sharded_as(self.decay_bias, torch.tensor(biases)))
 
     def forward(
         self,
@@ -246,9 +233,9 @@ class HLAAttention(nn.Module):
         ``output_final_state`` None means: if a state came in, or gradients are off (a training step does not pay for
         it). ``cu_seqlens`` [N + 1]: documents packed into one sequence (B = 1, over a group the whole one), a state
         each; unequal shards need ``shard_lengths``. ``positions`` [T] or [B, T] are global, by default since the
-        document's start, and used with ``rope_theta`` only. ``attention_mask`` [B, T] is 0, False or -inf (:func:`present`)
-        where there is no token (padding): the state passes through as it is, and y is 0 there; ``positions`` that are
-        not given count it. ``group`` wins over the
+        document's start, and used with ``rope_theta`` only. ``attention_mask`` [B, T] is 0, False or -inf where there
+        is no token (padding; see :func:`present`): the state passes through as it is, and y is 0 there; ``positions``
+        that are not given count it. ``group`` wins over the
         attribute. Errors, communication and numerics are the operator's; see the class.
         """
         group = self.group if group is None else group
@@ -305,14 +292,13 @@ class HLAAttention(nn.Module):
 
     def _operands(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         """q, k, v and, where they differ from token to token, the gates."""
-        batch, tokens = x.shape[:2]
-        q = self.q_proj(x).view(batch, tokens, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, tokens, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, tokens, self.num_kv_heads, self.value_dim)
+        q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.num_heads)
+        k = rearrange(self.k_proj(x), "b t (g k) -> b t g k", g=self.num_kv_heads)
+        v = rearrange(self.v_proj(x), "b t (g v) -> b t g v", g=self.num_kv_heads)
         if self.feature_map is not None:
             phi = self.feature_map if callable(self.feature_map) else _FEATURE_MAPS[self.feature_map]
             q, k = phi(q), phi(k)
-        q, k = self._normalized(q, self.q_weight), self._normalized(k, self.k_weight)
+        q, k = (self._normalized(x, norm).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         if positions is not None and self.rope_theta is not None:
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
@@ -325,27 +311,20 @@ class HLAAttention(nn.Module):
 
     def _result(self, activation: torch.dtype, x: Tensor, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """The operator's output, normalised, gated and projected."""
-        if self.o_weight is not None:
-            # the mean of squares is taken in float32 at least; o may be 10^12 in bf16 as well as 1
-            o = F.rms_norm(o, (self.value_dim,), None, self.output_norm_eps)
-        o = o.to(activation).reshape(*o.shape[:2], self.num_heads * self.value_dim)
-        if self.o_weight is not None:
-            o = o * self.o_weight.to(activation)
+        o = o.to(activation) if self.o_norm is None else self.o_norm(o, activation)
+        o = rearrange(o, "b t h v -> b t (h v)")
         if self.g_proj is not None:
             o = o * (self._gate(x) if gate is None else gate)
         return self.o_proj(o)
 
-    def _normalized(self, x: Tensor, weight: Tensor | None) -> Tensor:
+    def _normalized(self, x: Tensor, norm: HeadNorm | None) -> Tensor:
         """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight a channel."""
-        if self.qk_norm is None:
-            return x
         size = x.shape[-1]
-        unit_variance = F.rms_norm(x, (size,), None, self.norm_eps)  # float32 at least inside
-        if weight is None:
-            return unit_variance * size**-0.5
+        if norm is None:
+            return x if self.qk_norm is None else F.rms_norm(x, (size,), None, self.norm_eps) * size**-0.5
         if size != self.head_dim:
             raise ValueError(f"feature_map: expected to keep head_dim={self.head_dim} with qk_norm='rms', got {size}")
-        return unit_variance * weight.to(x.dtype)
+        return norm(x, x.dtype)
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         """Natural log of the gates, [B, T, decay_heads] or [decay_heads]; float32 or wider, strictly below 0."""
@@ -404,6 +383,16 @@ class HLAAttention(nn.Module):
             f"op={self.op!r}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"value_dim={self.value_dim}, decay={self.decay!r}, qk_norm={self.qk_norm!r}"
         )
+
+
+def _sharded_as(parameter: Tensor, values: Tensor) -> Tensor:
+    """``values`` as a DTensor where ``parameter`` is one: made on the meta device and sharded before it has numbers."""
+    if not is_dtensor(parameter):
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:

@@ -6,16 +6,20 @@ Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist.functional.attention import raise_everywhere
+from hla_dist.functional.exchange_ops import exchange_gather
 from hla_dist.functional.validate import check_documents, require
-from hla_dist.nn.attention import HLAAttention, Projection
+from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.chunks import map_tokens
+from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
+from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
 from hla_dist.softmax import attend as softmax
@@ -26,7 +30,26 @@ __all__ = ["SoftmaxAttention"]
 EXCHANGES = ("auto", "gather", "ulysses")
 
 
-class SoftmaxAttention(nn.Module):
+class Call(NamedTuple):
+    """What a call says beside x; ``cu`` on the host."""
+
+    state: KVState | None
+    cu: Tensor | None
+    positions: Tensor | None
+    final: bool
+    group: Any
+    rank: int
+    ranks: int
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Every rank's integers, [P, n]."""
+        if self.ranks == 1:
+            return numbers[None]
+        name = resolve_group(self.group).group_name
+        return exchange_gather([numbers], name, "forward", f"softmax padding numbers={len(numbers)}", at_once=True)[0]
+
+
+class SoftmaxAttention(RenamesOnLoad):
     """Causal multi-head softmax attention, on one device or over the ranks that share a sequence.
 
         q = rotary(norm(x W_q)) [B, T, H, K],  k = rotary(norm(x W_k)) [B, T, G, K],  v = x W_v [B, T, G, K]
@@ -100,22 +123,19 @@ class SoftmaxAttention(nn.Module):
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         std = hidden_size**-0.5
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = Projection(hidden_size, queries, std, **factory)
-        self.k_proj = Projection(hidden_size, keys, std, **factory)
-        self.v_proj = Projection(hidden_size, keys, std, **factory)
-        self.o_proj = Projection(queries, hidden_size, residual_scale * queries**-0.5, **factory)
         normed = qk_norm == "rms"
-        self.q_weight = nn.Parameter(torch.ones(self.head_dim, **factory)) if normed else None
-        self.k_weight = nn.Parameter(torch.ones(self.head_dim, **factory)) if normed else None
+        self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if normed else None
+        self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if normed else None
+        self.q_proj = normal_linear(hidden_size, queries, std, **factory)
+        self.k_proj = normal_linear(hidden_size, keys, std, **factory)
+        self.v_proj = normal_linear(hidden_size, keys, std, **factory)
+        self.o_proj = normal_linear(queries, hidden_size, residual_scale * queries**-0.5, **factory)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew; after ``to_empty`` on a module built on the meta device, for example."""
         for child in self.children():
-            if isinstance(child, Projection):
+            if isinstance(child, (nn.Linear, HeadNorm)):
                 child.reset_parameters()
-        for weight in (self.q_weight, self.k_weight):
-            if weight is not None:
-                nn.init.ones_(weight)
 
     @torch._disable_dynamo  # torch.compiler.disable imports the compiler at once, this when first called
     def forward(
@@ -134,31 +154,71 @@ class SoftmaxAttention(nn.Module):
         ``state``, ``cu_seqlens`` and where states are read and returned over a group: as for HLAAttention.
         ``output_final_state`` None means: if a state came in or, without a group, gradients are off. Batch rows may
         have states of unequal length on one device. ``positions`` [T] or [B, T] replace the layer's own.
-        ``attention_mask`` is refused: pack documents instead.
+        ``attention_mask`` [B, T]: as for HLAAttention; padding is no place in the window, and positions that the layer
+        counts leave it out. Over a group, padded rows are attended to one after the other.
         """
         group = self.group if group is None else group
         ranks, rank = (1, 0) if group is None else (group_size(resolve_group(group)), group_rank(resolve_group(group)))
         try:
-            cu = self._check(x, state, cu_seqlens, positions, attention_mask, output_final_state, rank, ranks)
+            cu = self._check(x, state, cu_seqlens, positions, attention_mask, rank, ranks)
         except ValueError as error:
             raise_everywhere(error, x, group)
-        batch, tokens = x.shape[:2]
         if output_final_state is None:
             output_final_state = state is not None or (ranks == 1 and not torch.is_grad_enabled())
+        call = Call(state, cu, positions, output_final_state, group, rank, ranks)
+        if attention_mask is None:
+            return self._attend(x, call)
+        return self._among_padding(x, present(attention_mask, x.shape[:2]), call)
+
+    def _among_padding(self, x: Tensor, there: Tensor, call: Call) -> tuple[Tensor, KVState | None]:
+        """The tokens of each row as one document; over a group row by row, since rows lie side by side on the ranks.
+
+        Communication over a group: one all-gather of two integers, with documents another of N + 1.
+        """
+        batch, tokens = there.shape
+        numbers = call.gather(torch.tensor([tokens * batch, int(there.sum())], device=x.device)).tolist()
+        if all(places == filled for places, filled in numbers):
+            return self._attend(x, call)
+        start = sum(places for places, _ in numbers[: call.rank])
+        index = there.flatten().nonzero().flatten()
+        cu = torch.arange(batch + 1) * tokens if call.cu is None else call.cu
+        before = F.pad(there.flatten().cumsum(0), (1, 0))  # tokens before each place
+        if call.cu is not None:
+            cu = call.gather(before[(cu.to(x.device) - start).clamp(0, tokens)]).sum(0).cpu()
+        elif call.ranks == 1:
+            cu = before.cpu()[cu]
+        rows = x.flatten(0, 1)[index][None]
+        positions = None if call.positions is None else call.positions.expand(batch, tokens).flatten()[index][None]
+        if call.ranks == 1 or call.cu is not None:
+            y, after = self._attend(rows, call._replace(cu=cu, positions=positions))
+        else:
+            counts = there.sum(1).tolist()
+            parts = [
+                self._attend(row, call._replace(state=_row(call.state, n), positions=position))
+                for n, (row, position) in enumerate(
+                    zip(rows.split(counts, 1), [None] * batch if positions is None else positions.split(counts, 1))
+                )
+            ]
+            y, after = torch.cat([part for part, _ in parts], 1), _stacked([state for _, state in parts])
+        return y.new_zeros(batch * tokens, y.shape[2]).index_copy(0, index, y[0]).view(x.shape), after
+
+    def _attend(self, x: Tensor, call: Call) -> tuple[Tensor, KVState | None]:
+        state, cu, positions, final, group, rank, ranks = call
+        batch, tokens = x.shape[:2]
         ragged = cu is None and state is not None and bool((state.tokens != state.tokens[:1]).any())
         if ragged:  # each row a document
             cu, x = torch.arange(batch + 1) * tokens, x.reshape(1, batch * tokens, -1)
             positions = positions if positions is None else positions.expand(batch, tokens).reshape(1, -1)
-        call = softmax.agree(
-            x.shape[1], group, cu=cu, state=state, window=self.window, final=output_final_state, device=x.device,
-            description=self._description(x, cu is not None, output_final_state),
+        agreed = softmax.agree(
+            x.shape[1], group, cu=cu, state=state, window=self.window, final=final, device=x.device,
+            description=self._description(x, cu is not None, final),
         )  # fmt: skip
-        exchange = self._chosen(call, ranks)
+        exchange = self._chosen(agreed, ranks)
         if positions is None:
-            positions = call.spans.positions(rank).to(x.device)
+            positions = agreed.spans.positions(rank).to(x.device)
         rotary = (positions.expand(x.shape[:2]),)
         q, k, v = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
-        o, after = softmax.attend(call, q, k, v, state, exchange, self.scale)
+        o, after = softmax.attend(agreed, q, k, v, state, exchange, self.scale)
         y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
         return y.reshape(batch, tokens, self.hidden_size), after
 
@@ -167,11 +227,8 @@ class SoftmaxAttention(nn.Module):
             projection(x).unflatten(2, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         activation = v.dtype
-        if self.q_weight is not None and self.k_weight is not None:
-            q, k = (
-                F.rms_norm(one, (self.head_dim,), None, self.norm_eps) * weight.to(one.dtype)
-                for one, weight in ((q, self.q_weight), (k, self.k_weight))
-            )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, q.dtype), self.k_norm(k, k.dtype)
         if self.rope_theta is not None:
             tables = rotary_tables(positions, self.head_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
@@ -204,15 +261,15 @@ class SoftmaxAttention(nn.Module):
         state: Any,
         cu_seqlens: Any,
         positions: Tensor | None,
-        attention_mask: Any,
-        final: bool | None,
+        attention_mask: Tensor | None,
         rank: int,
         ranks: int,
     ) -> Tensor | None:
         """Raises ValueError for wrong arguments; returns ``cu_seqlens`` on the host if there are any."""
         good = x.dim() == 3 and x.shape[-1] == self.hidden_size and x.is_floating_point()
         require(good, "x", f"a floating-point tensor [B, T, {self.hidden_size}]", f"{x.dtype} {list(x.shape)}")
-        require(attention_mask is None, "attention_mask", "None (pack documents with cu_seqlens instead)", "a mask")
+        if attention_mask is not None:
+            present(attention_mask, x.shape[:2])
         if positions is not None and positions.shape not in (x.shape[1:2], x.shape[:2]):
             raise ValueError(f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}")
         cu = None
@@ -221,7 +278,8 @@ class SoftmaxAttention(nn.Module):
             options = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": None, "shard_lengths": lengths}
             cu = check_documents(options, x, rank, ranks).cu
         if state is not None:
-            self._check_state(x, state, len(x) if cu is None else len(cu) - 1, cu is None and ranks > 1)
+            together = cu is None and ranks > 1 and attention_mask is None
+            self._check_state(x, state, len(x) if cu is None else len(cu) - 1, together)
         return cu
 
     def _check_state(self, x: Tensor, state: Any, rows: int, equal: bool) -> None:
@@ -251,3 +309,18 @@ class SoftmaxAttention(nn.Module):
             f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}, "
             f"exchange={self.exchange!r}"
         )
+
+
+def _row(state: KVState | None, n: int) -> KVState | None:
+    return None if state is None else KVState(*(x[n : n + 1] for x in state))
+
+
+def _stacked(states: list[KVState | None]) -> KVState | None:
+    """States of one row each as one of all rows, zeros after the shorter ones' keys."""
+    rows = [state for state in states if state is not None]
+    if not rows:
+        return None
+    slots = max(row.k.shape[1] for row in rows)
+    k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, slots - x.shape[1])) for x in xs]) for xs in
+            (([row.k for row in rows]), ([row.v for row in rows])))  # fmt: skip
+    return KVState(k, v, torch.cat([row.tokens for row in rows]))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from hla_dist import HLAAttention
 from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.checkpoints import tensors as stored_tensors
 from hla_dist.checkpoints.manifest import MANIFEST
@@ -64,6 +65,28 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     stored = read_random(opened.path, 0)
     assert stored is not None and torch.equal(stored, random)
     assert read_random(opened.path, 1) is None
+
+
+def test_parameters_and_moments_under_their_names_of_earlier_versions_are_found(tmp_path: Path) -> None:
+    def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(HLAAttention(8, 2, qk_norm="rms"))
+        optimizer = build_adamw(model, 0.1, 0.01)
+        model(torch.randn(1, 5, 8))[0].square().sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = made(0)
+    tensors = capture(model, optimizer, torch.get_rng_state(), 0)
+    old = {re.sub(r"([qko])_norm\.weight", r"\1_weight", name): x for name, x in tensors.items()}
+    assert "optimizer.state.0.o_weight.exp_avg" in old and "model.0.q_weight" in old
+    checkpoint.save(tmp_path, 3, old, {"samples": 7, "ranks": 1})
+    other, other_optimizer = made(1)
+    checkpoint.load(checkpoint.open_checkpoint(tmp_path), other, other_optimizer)
+    assert parameters_equal(model, other)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[one][moment], other_optimizer.state[two][moment])
 
 
 def test_what_is_saved_is_the_moment_of_the_copy_and_saving_changes_nothing(tmp_path: Path) -> None:

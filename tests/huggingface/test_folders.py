@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -51,6 +53,24 @@ def test_there_and_back_with_bytes(tmp_path: Path):
     assert again.model.config.op == own.model.config.op
     for name, tensor in own.model.state_dict().items():
         assert_bitwise(name, again.model.state_dict()[name], tensor)
+
+
+def test_untied_embeddings_and_older_files_convert(tmp_path: Path):
+    own = trained(tie_word_embeddings=False)
+    export(own, tmp_path / "a.safetensors")
+    assert convert("to-hf", tmp_path / "a.safetensors", tmp_path / "folder") == 0
+    assert convert("from-hf", tmp_path / "folder", tmp_path / "b.safetensors") == 0
+    again = load_trained(tmp_path / "b.safetensors").model
+    assert not again.config.tie_word_embeddings and set(again.state_dict()) == set(own.model.state_dict())
+    for name, tensor in own.model.state_dict().items():
+        assert_bitwise(name, again.state_dict()[name], tensor)
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    old = {name.replace("o_norm.weight", "o_weight"): tensor + 1 for name, tensor in tensors.items()}
+    assert set(old) != set(tensors)
+    save_file(old, tmp_path / "old.safetensors", about)
+    older = load_trained(tmp_path / "old.safetensors").model.state_dict()
+    assert all(torch.equal(older[name], tensor + 1) for name, tensor in tensors.items())
 
 
 def test_a_tokenizer_goes_along_and_an_unknown_one_is_not_made_up(tmp_path: Path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM
 from tests.harness import assert_bitwise, assert_close, shifted
@@ -69,6 +69,14 @@ def test_trainer_learns_resumes_and_evaluates(tmp_path: Path):
         assert_bitwise(name, two, one)
 
 
+def test_weight_decay_spares_every_vector(tmp_path: Path):
+    """The Trainer goes by names; those of norms and gates say what they are."""
+    for options in ({}, {"attention": {"qk_norm": "rms"}, "pattern": "hla2,softmax"}, {"attention": {"decay": "head"}}):
+        hla = model(**options)
+        decayed = set(trainer(hla, tmp_path).get_decay_parameter_names(hla))
+        assert decayed == {name for name, p in hla.named_parameters() if p.dim() > 1}
+
+
 def test_packing_without_padding_and_checkpointing_train_the_same_task(tmp_path: Path):
     """DataCollatorWithFlattening: one row of several documents a batch, each with its own state."""
     losses = []
@@ -104,3 +112,16 @@ def test_lora_on_the_projections(tmp_path: Path):
     assert type(merged) is HLAForCausalLM
     assert_close("logits", merged(ids).logits, after, FLOAT64)
     assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False), got)
+
+
+def test_an_embedding_trained_with_lora_is_merged_saved_and_loaded(tmp_path: Path):
+    hla, ids = model(), tokens(2, 9)
+    options = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embedding"], task_type="CAUSAL_LM")
+    lora = get_peft_model(hla, options).double().train()
+    trainer(lora, tmp_path, max_steps=3).train()
+    want = lora.eval()(ids).logits.detach()
+    merged = lora.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    assert_close("logits", again(ids).logits, want, FLOAT64)

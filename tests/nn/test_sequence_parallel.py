@@ -436,10 +436,10 @@ def _bad(pg):
     with raises_value_error("rank 1: x: expected", "[B, T, 16]", "[2, 3, 15]"):
         layer(torch.zeros(2, 3, HIDDEN - (rank == 1)))
     layer(torch.zeros(2, 3, HIDDEN))  # and the group goes on
-    wrapped.layers[0].o_weight = nn.Parameter(torch.ones(16).double())
+    wrapped.layers[0].o_norm.weight = nn.Parameter(torch.ones(16).double())
     fsdp = sys.modules.pop("torch.distributed.fsdp", None)  # where it is loaded, it may have put them there
     try:
-        with raises_value_error("wrapped with", "layers.0.o_weight", "wrap it last"):
+        with raises_value_error("wrapped with", "layers.0.o_norm.weight", "wrap it last"):
             _step(wrapped, pg, None)
     finally:
         if fsdp is not None:

@@ -32,7 +32,7 @@ def layer_of(**options: Any) -> SoftmaxAttention:
     torch.manual_seed(shifted(3))
     layer = SoftmaxAttention(HIDDEN, **{"num_heads": 8, "head_dim": 6, **options}).double()
     for name, parameter in layer.named_parameters():
-        if name.endswith("_weight"):
+        if "_norm." in name:
             nn.init.normal_(parameter, 1.0, 0.2)
     return layer
 
@@ -51,7 +51,7 @@ def dense(layer: SoftmaxAttention, x: Tensor, cu: Tensor | None = None) -> Tenso
         q, k, v = (p(part).unflatten(2, (-1, layer.head_dim)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
         q, k = (
             y / (y.square().mean(-1, keepdim=True) + layer.norm_eps).sqrt() * w
-            for y, w in ((q, layer.q_weight), (k, layer.k_weight))
+            for y, w in ((q, layer.q_norm.weight), (k, layer.k_norm.weight))
         )
         if layer.rope_theta is not None:
             q, k = rotated(q, layer.rope_theta), rotated(k, layer.rope_theta)
@@ -253,6 +253,60 @@ def test_states_over_a_group(pool: RankPool, size: int, window: int | None) -> N
     for field in (1, 2):  # a row is valid on one rank and zero elsewhere
         assert_close("packed final state", sum(packed[field] for _, packed in ranks), after[field - 1], FLOAT64)
     assert all(torch.equal(packed[3], after.tokens) for _, packed in ranks)
+
+
+def padding() -> Tensor:
+    """Where two rows of TOKENS have tokens: padding in front, inside and behind, over whole shards too."""
+    there = torch.ones(2, TOKENS, dtype=torch.bool)
+    there[0, :9] = there[0, 20:23] = there[1, 2] = there[1, 25:] = False
+    return there
+
+
+def padded_on_ranks(pg: dist.ProcessGroup, lengths: list[int], window: int | None) -> Any:
+    rank, start = dist.get_rank(pg), sum(lengths[: dist.get_rank(pg)])
+    here = slice(start, start + lengths[rank])
+    layer = SequenceParallelHLA(layer_of(num_kv_heads=4, window=window), pg)
+    x = text(2)[:, here].requires_grad_()
+    y, state = layer(x, attention_mask=padding()[:, here], output_final_state=True)
+    (y * weights_like(y, start)).sum().backward()
+    packed, _ = layer(text()[:, here], None, CU, attention_mask=padding()[:1, here])
+    ones, _ = layer(text(2)[:, here], attention_mask=torch.ones(2, lengths[rank]))
+    return y.detach(), x.grad, [z.detach() for z in state], packed.detach(), ones.detach()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_padded_rows_are_the_rows_alone_on_one_device_and_on_shards(pool: RankPool, window: int | None) -> None:
+    layer, there, x = layer_of(num_kv_heads=4, window=window), padding(), text(2).requires_grad_()
+    y, state = layer(x, attention_mask=there, output_final_state=True)
+    (y * weights_like(y)).sum().backward()
+    rows = [x.detach()[n : n + 1, there[n]].requires_grad_() for n in range(2)]
+    for n, row in enumerate(rows):
+        alone, after = layer(row, output_final_state=True)
+        (alone * weights_like(y)[n : n + 1, there[n]]).sum().backward()
+        assert_close("y", y[n, there[n]], alone[0], FLOAT64)
+        assert_close("dx", x.grad[n, there[n]], row.grad[0], FLOAT64)
+        assert not y[n, ~there[n]].any() and not x.grad[n, ~there[n]].any()
+        assert state.tokens[n] == after.tokens[0] == there[n].sum()
+        for got, want in zip(state[:2], after[:2]):
+            assert_close("state", got[n, : want.shape[1]], want[0], FLOAT64)
+    # a padded call goes on from states, and documents may hold padding
+    more, mask = text(2, seed=4, tokens=5), torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    got, _ = layer(more, state, attention_mask=mask)
+    for n, row in enumerate(rows):
+        want = layer(torch.cat([row, more[n : n + 1, mask[n] > 0]], 1))[0][0, row.shape[1] :]
+        assert_close("y after", got[n, mask[n] > 0], want, FLOAT64)
+    cu = torch.tensor([int(there[0, :bound].sum()) for bound in CU])
+    packed, _ = layer(text(), None, CU, attention_mask=there[:1])
+    want = layer(text()[:, there[0]], None, cu)[0]
+    assert_close("packed", packed[:, there[0]], want, FLOAT64)
+    ranks = pool.run_group(4, padded_on_ranks, SPLITS[4], window)
+    assert_close("y on ranks", torch.cat([rank[0] for rank in ranks], 1), y, FLOAT64)
+    assert_close("dx on ranks", torch.cat([rank[1] for rank in ranks], 1), x.grad, FLOAT64)
+    for rank in ranks:
+        for got, want in zip(rank[2], state):
+            assert_close("state on ranks", got.double(), want.double(), FLOAT64)
+    assert_close("packed on ranks", torch.cat([rank[3] for rank in ranks], 1), packed, FLOAT64)
+    assert_close("ones on ranks", torch.cat([rank[4] for rank in ranks], 1), layer(text(2))[0], FLOAT64)
 
 
 def sent(pg: dist.ProcessGroup, options: dict[str, Any], tokens: int) -> tuple[int, int, int, int]:

@@ -1,0 +1,32 @@
+"""Modules of torch that initialise themselves from a normal distribution of a given deviation.
+
+They stay exactly ``nn.Linear`` and ``nn.Embedding``, which quantisation and adapters look for by type; what differs is
+the instance's ``reset_parameters``, so that whoever resets every submodule gets the model's own distribution.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def normal_on_reset(module: nn.Module, std: float) -> None:
+    """Make ``module.reset_parameters()`` draw its weight with deviation ``std``; nothing is drawn now."""
+    # holds the dict of parameters, not the module: copies and pickles keep the two together, and there is no cycle
+    module.__dict__["reset_parameters"] = partial(_normal, module._parameters, std)
+
+
+def normal_linear(in_features: int, out_features: int, std: float, **factory: Any) -> nn.Linear:
+    """Return a linear map without bias whose weight is drawn with deviation ``std``, now and on reset."""
+    device = torch.empty(0, device=factory.pop("device", None)).device
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta", **factory).to_empty(device=device)
+    normal_on_reset(linear, std)
+    linear.reset_parameters()
+    return linear
+
+
+def _normal(parameters: dict[str, Tensor], std: float) -> None:
+    nn.init.normal_(parameters["weight"], std=std)
