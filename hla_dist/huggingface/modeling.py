@@ -152,7 +152,7 @@ class HLAModel(HLAPreTrainedModel):
             raise ValueError(f"past_key_values: expected an HLACache, got {type(past_key_values).__name__}")
         x = self.network.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        attention = [block.attention for block in self.network.blocks]
+        attention: list[Any] = [block.attention for block in self.network.blocks]
         batch = read(
             x, attention_mask, position_ids, kwargs, past_key_values, wanted or past_key_values is not None,
             positions_matter=any(layer.rope_theta is not None for layer in attention),

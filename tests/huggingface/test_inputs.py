@@ -136,7 +136,7 @@ def on_ranks(lengths: list[int]) -> dict[str, Tensor]:
     ids, mask = padded_batch()
     here = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
     for name, options in (("rotary", ROTARY), ("hybrid", HYBRID)):
-        hla = SequenceParallelHLA(model(**options), group)
+        hla = SequenceParallelHLA(model(**options), group, shard_lengths=lengths)
         for padding in (torch.ones_like(mask), mask):
             logits = hla(ids[:, here], attention_mask=padding[:, here], use_cache=False).logits
             results[f"{name} {bool(padding.all())}"] = logits.detach()

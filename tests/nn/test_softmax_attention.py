@@ -270,7 +270,7 @@ def padded_on_ranks(pg: dist.ProcessGroup, lengths: list[int], window: int | Non
     y, state = layer(x, attention_mask=padding()[:, here], output_final_state=True)
     (y * weights_like(y, start)).sum().backward()
     packed, _ = layer(text()[:, here], None, CU, attention_mask=padding()[:1, here])
-    ones, _ = layer(text(2)[:, here], attention_mask=torch.ones(2, lengths[rank]))
+    ones, _ = layer(text(2)[:, here], attention_mask=torch.ones(2, lengths[rank], dtype=torch.bool))
     return y.detach(), x.grad, [z.detach() for z in state], packed.detach(), ones.detach()
 
 
@@ -282,7 +282,7 @@ def test_padded_rows_are_the_rows_alone_on_one_device_and_on_shards(pool: RankPo
     rows = [x.detach()[n : n + 1, there[n]].requires_grad_() for n in range(2)]
     for n, row in enumerate(rows):
         alone, after = layer(row, output_final_state=True)
-        (alone * weights_like(y)[n : n + 1, there[n]]).sum().backward()
+        (alone * weights_like(y)[:, there[n]]).sum().backward()
         assert_close("y", y[n, there[n]], alone[0], FLOAT64)
         assert_close("dx", x.grad[n, there[n]], row.grad[0], FLOAT64)
         assert not y[n, ~there[n]].any() and not x.grad[n, ~there[n]].any()
@@ -355,7 +355,7 @@ def bad(pg: dist.ProcessGroup) -> None:
             lambda: wrapped(text(2, tokens=5), uneven if rank == 0 else None),
             ("rank 0", "rows of equal length", "[1, 3]"),
         ),
-        (lambda: wrapped(x, attention_mask=torch.ones(1, 5)), ("attention_mask", "cu_seqlens")),
+        (lambda: wrapped(x, attention_mask=torch.ones(1, 5)), ("attention_mask", "floats of 0 (token) and -inf")),
         (lambda: other(x, group=pg), ("same operator", "window=3", "window=4", "on rank 1")),
         (lambda: ulysses(x, group=pg), ("exchange", "that 3 ranks divide", "got 8")),
     ]
