@@ -265,7 +265,7 @@ def padding() -> Tensor:
 def padded_on_ranks(pg: dist.ProcessGroup, lengths: list[int], window: int | None) -> Any:
     rank, start = dist.get_rank(pg), sum(lengths[: dist.get_rank(pg)])
     here = slice(start, start + lengths[rank])
-    layer = SequenceParallelHLA(layer_of(num_kv_heads=4, window=window), pg)
+    layer = SequenceParallelHLA(layer_of(num_kv_heads=4, window=window), pg, shard_lengths=lengths)
     x = text(2)[:, here].requires_grad_()
     y, state = layer(x, attention_mask=padding()[:, here], output_final_state=True)
     (y * weights_like(y, start)).sum().backward()
