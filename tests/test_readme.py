@@ -12,12 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # `folder/file.py`, `folder/`; the folders are those of the repository, so that `q/k` is not a path
 PATH = re.compile(r"`((?:hla_dist|kernels|launch|tests|benchmarks|docs|\.ci)/[\w./-]*)`")
 OLD_PYTHON = pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers 5.23 needs Python 3.11")
+
+
+def label(page: Path) -> str:
+    """A page as failures name it: the folder tells one README from another."""
+    return page.name if page.parent.name == "docs" else str(page.relative_to(ROOT))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,7 +37,7 @@ def prose(page: Path) -> str:
 
 def python_blocks() -> list:
     return [
-        pytest.param(code, id=f"{page.name}-{i}", marks=[OLD_PYTHON] if "huggingface" in code else [])
+        pytest.param(code, id=f"{label(page)}-{i}", marks=[OLD_PYTHON] if "huggingface" in code else [])
         for page in PAGES
         for i, code in enumerate(blocks(page, "python"))
     ]
@@ -78,7 +83,7 @@ def test_the_readme_has_an_example_on_several_ranks_that_prints():
     assert any("init_process_group" in code and "print(" in code for code in blocks(PAGES[0], "python"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_named_files_exist(page: Path):
     missing = [path for path in PATH.findall(prose(page)) if not (ROOT / path).exists()]
     assert not missing, f"{page.name} names files that do not exist: {missing}"
@@ -109,7 +114,7 @@ def test_tree_paths_reads_indentation():
     assert tree_paths("a/  one\n  b.py  two\n  c/\n    d.py\ne.md") == ["a/", "a/b.py", "a/c/", "a/c/d.py", "e.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_links_lead_somewhere(page: Path):
     for target in LINK.findall(prose(page)):
         if target.startswith(("http:", "https:")):
@@ -122,7 +127,7 @@ def test_links_lead_somewhere(page: Path):
             assert fragment in map(anchor, headings), f"{page.name} links to {target}, which has no such heading"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_make_targets_exist(page: Path):
     """Every `make x` in text or in a shell block is a target."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 from hla_dist.processes.failure import UserError
 from hla_dist.scaling.config import ScalingConfig
 from hla_dist.training.config import TrainConfig, parse_options
-from tests.test_readme import OLD_PYTHON, PAGES, ROOT, blocks
+from tests.test_readme import OLD_PYTHON, PAGES, ROOT, blocks, label
 from tests.training.corpora import write_text
 
 CONFIGS = {"launch/train.py": TrainConfig, "launch/scaling.py": ScalingConfig}
@@ -74,7 +74,7 @@ def commands(block: str) -> list[Command]:
 
 COMMANDS = [
     pytest.param(
-        command, id=f"{page.name}-{i}-{command.program}", marks=[OLD_PYTHON] if page.stem == "huggingface" else []
+        command, id=f"{label(page)}-{i}-{command.program}", marks=[OLD_PYTHON] if page.stem == "huggingface" else []
     )
     for page in PAGES
     if page.name != "tutorial.md"
