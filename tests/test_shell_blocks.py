@@ -119,7 +119,7 @@ def test_a_wrong_command_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (wrong.launcher, wrong.arguments) == (["torchrun", "--standalone"], ["--frobnicate"])
     with pytest.raises(UserError, match="unrecognized arguments: --frobnicate"):
         read(wrong, monkeypatch)
-    (wrong,) = commands("python -m benchmarks.simulator.simulate --frobnicate")
+    (wrong,) = commands("python -m benchmarks.simulator.projections --frobnicate")
     with pytest.raises(SystemExit):
         read(wrong, monkeypatch)
 

@@ -1,1 +1,1 @@
-"""Exchanges on ranks that are not at hand: a simulated network, and what it predicts."""
+"""Exchanges on ranks that are not at hand: the library's own messages on a simulated network (README.md)."""

@@ -1,23 +1,24 @@
-"""What gloo's links cost on this machine, and the simulator's programs run over gloo: the same messages, measured."""
+"""What gloo's links cost on this machine, and the exchanges' messages sent over gloo beside their simulation."""
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from benchmarks.ranks import common_start
-from benchmarks.simulator.network import Link, Network, Receive, Send
-from benchmarks.simulator.schedules import Wire, program
+from benchmarks.ranks import Ranks, common_start
+from benchmarks.simulator.network import Link, Network, Program, Receive, Send
+from benchmarks.simulator.programs import directions, program, simulate
+from hla_dist.parallel.topology import EXCHANGES
 
 SIZES = tuple(2**i for i in range(10, 24))  # bytes of a ping
-
-
-def _buffer(size: int) -> torch.Tensor:
-    return torch.zeros(size, dtype=torch.uint8)
 
 
 def ping_pong(size: int, pairs: int) -> float:
@@ -25,24 +26,45 @@ def ping_pong(size: int, pairs: int) -> float:
 
     One ping and its answer, from ranks that are asleep: so is a rank that waits for a summary.
     """
-    rank, seconds = dist.get_rank(), 0.0
-    group = _group(2 * pairs)
-    if rank >= 2 * pairs:
+    rank = dist.get_rank()
+    ping, pong = [Send(rank ^ 1, size)], [Receive(rank ^ 1, size)]
+    return replay([*ping, *pong] if rank % 2 == 0 else [*pong, *ping], 2 * pairs) / 2
+
+
+def replay(steps: Program, size: int) -> float:
+    """On a rank: send and receive as ``steps`` say; seconds from the start that ``size`` ranks share, 0 on others."""
+    rank, seconds, group = dist.get_rank(), 0.0, _group(size)
+    if rank >= size:
         return 0.0
-    x = _buffer(size)
+    out, into = torch.zeros(2, max([0, *(x.bytes for x in steps if not hasattr(x, "seconds"))]), dtype=torch.uint8)
     for _ in range(2):  # the first warms up
-        start = common_start(group)
-        for turn in (0, 1):
-            if rank % 2 == turn:
-                dist.send(x, rank ^ 1, group=group)
-            else:
-                dist.recv(x, rank ^ 1, group=group)
-        seconds = (time.monotonic() - start) / 2
+        start, works = common_start(group), []
+        for step in steps:
+            if isinstance(step, Send):
+                works.append(dist.isend(out[: step.bytes], step.to, group=group))
+            elif isinstance(step, Receive):
+                dist.recv(into[: step.bytes], step.source, group=group)
+        for work in works:
+            work.wait()
+        seconds = time.monotonic() - start
     return seconds
 
 
+def exchange(name: str, network: Network, heads: int, key_dim: int) -> float:
+    """On a rank: ``replay`` of its messages in hla2's forward exchange."""
+    rank = dist.get_rank()
+    way, _ = directions("hla2", heads, key_dim, key_dim)
+    return replay(program(name, rank, way, network) if rank < network.ranks else [], network.ranks)
+
+
+@cache
+def _group(size: int) -> Any:
+    """The first ``size`` ranks; all ranks of the world must ask for it alike."""
+    return dist.new_group(list(range(size)))
+
+
 def fit_link(points: Iterable[tuple[int, float]]) -> Link:
-    """Latency and seconds a byte, by least squares of relative errors over (bytes, seconds); neither is negative."""
+    """Latency and seconds per byte, by least squares of relative errors over (bytes, seconds); neither is negative."""
     n, t = (torch.tensor(x, dtype=torch.float64) for x in zip(*points))
     alpha, beta = (
         torch.linalg.lstsq(torch.stack([1 / t, n / t], 1), torch.ones_like(t)[:, None]).solution[:, 0].tolist()
@@ -63,32 +85,35 @@ def crowded(link: Link, slower: float, pairs: int, lanes: int) -> Link:
     return Link(link.alpha * more, link.beta * more)
 
 
-def exchange(name: str, network: Network, wire: Wire) -> float:
-    """On a rank: run its program; seconds from the common start to its end, 0 on ranks outside of the network."""
-    rank, seconds = dist.get_rank(), 0.0
-    group = _group(network.ranks)
-    if rank >= network.ranks:
-        return 0.0
-    out, into = _buffer(wire.summary()), _buffer(wire.summary())
-    for _ in range(2):  # the first warms up
-        start = common_start(group)
-        works = []
-        for step in program(name, rank, network, wire):
-            if isinstance(step, Send):
-                works.append(dist.isend(out[: step.bytes], step.to, group=group))
-            elif isinstance(step, Receive):
-                dist.recv(into[: step.bytes], step.source, group=group)
-        for work in works:
-            work.wait()
-        seconds = time.monotonic() - start
-    return seconds
+def measure(size: int, heads: int, rounds: int) -> tuple[Link, list[dict[str, Any]]]:
+    """The link, and every exchange of 2 to ``size`` ranks, measured and simulated. Pings and exchanges take turns.
 
+    The link is fitted to one pair's pings alone; where ranks share processors it is ``crowded``. Nothing is fitted to
+    the exchanges. All ranks are on one machine; hierarchical gets two nodes of it.
+    """
+    lanes, pairs = os.cpu_count() or 1, range(1, size // 2 + 1)
+    worlds = [p for p in (*range(2, 9), 16, 32) if p <= size]
+    cases = [(key_dim, p, name) for key_dim in (64, 128) for p in worlds for name in EXCHANGES[1:]]
 
-_groups: dict[int, Any] = {}
+    def network(name: str, ranks: int, link: Link) -> Network:
+        node = ranks // 2 if name == "hierarchical" and ranks % 2 == 0 else ranks
+        return Network(ranks, node, link, link, lanes=lanes)
 
-
-def _group(size: int) -> Any:
-    """The first ``size`` ranks; all ranks of the world must ask for it alike."""
-    if size not in _groups:
-        _groups[size] = dist.new_group(list(range(size)))
-    return _groups[size]
+    samples: dict[Any, list[float]] = {}
+    with Ranks(size) as ranks:
+        for _ in tqdm(range(rounds), desc="gloo", leave=False):
+            for ping in [(n, 1) for n in SIZES] + [(SIZES[-3], count) for count in pairs[1:]]:
+                samples.setdefault(ping, []).append(max(ranks.run(ping_pong, *ping)))
+            for key_dim, p, name in cases:
+                seconds = max(ranks.run(exchange, name, network(name, p, Link(0, 0)), heads, key_dim))
+                samples.setdefault((key_dim, p, name), []).append(seconds)
+    measured = {case: statistics.median(several) for case, several in samples.items()}
+    link = fit_link([(n, measured[n, 1]) for n in SIZES])
+    rows = []
+    for key_dim, p, name in cases:
+        count = min((p + 1) // 2, pairs[-1])
+        shared = crowded(link, measured[SIZES[-3], count] / measured[SIZES[-3], 1], count, lanes)
+        outcome = simulate(name, directions("hla2", heads, key_dim, key_dim)[0], network(name, p, shared))
+        row = {"K": key_dim, "ranks": p, "exchange": name, "bytes": outcome.bytes, "messages": outcome.messages}
+        rows.append(row | {"measured_s": measured[key_dim, p, name], "simulated_s": outcome.seconds})
+    return link, rows

@@ -11,8 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hla_dist
 from benchmarks.simulator.network import Link, Network, Send
-from benchmarks.simulator.schedules import program, wire_of
-from benchmarks.simulator.simulate import HEADER
+from benchmarks.simulator.programs import HEADER_BYTES, directions, frame_bytes, program
 from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
 
@@ -36,13 +35,13 @@ def test_what_is_sent_whatever_the_length(rank: int, exchange: str):
     heads, key, value = 2, 8, 6
     topology.set_ranks_per_node(dist.group.WORLD, 8)
     net = Network(RANKS, 8, Link(0, 0), Link(0, 0))
-    forward, gathered, by_messages = wire_of("hla2", heads, key, value)
-    want = []
-    for wire, position in ((forward, rank), (by_messages, RANKS - 1 - rank)):
-        sent = [x.bytes for x in program(exchange, position, net, wire) if isinstance(x, Send)]
-        want.append((1, len(sent), HEADER + sum(sent)))
-    if exchange == "all_gather":
-        want = [(1, 0, HEADER + forward.summary()), (1, 0, HEADER + gathered.summary())]
+    ways = directions("hla2", heads, key, value)
+    want = [(1, 0, frame_bytes(way)) for way in ways]
+    if exchange != "all_gather":
+        for number, (way, position) in enumerate(zip(ways, (rank, RANKS - 1 - rank))):
+            sent = [x.bytes for x in program(exchange, position, way, net) if isinstance(x, Send)]
+            posted = sent[(RANKS - 1).bit_length() :]  # after the rounds of headers
+            want[number] = (1, len(posted), HEADER_BYTES + sum(posted))
     for tokens in (5, 40):
         q, k = (torch.randn(1, tokens, heads, key, requires_grad=True) for _ in range(2))
         v = torch.randn(1, tokens, heads, value, requires_grad=True)
