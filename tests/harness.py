@@ -13,12 +13,16 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import runpy
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -248,6 +252,39 @@ def run_ranks(
         return world.run(fn, args, timeout, may_exit)
     finally:
         world.close()
+
+
+def run_program(
+    program: Path, *arguments: object, cwd: Path, environment: dict[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """``python program arguments`` as subprocess.run gives it, without the seconds that importing torch takes.
+
+    For programs whose own imports and process are not what is tested: a fork of the server that has torch already.
+    """
+    command = [str(x) for x in (program, *arguments)]
+    with tempfile.TemporaryDirectory(prefix="hla_program_") as folder:
+        streams = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        process = _context.Process(target=_program_main, args=(command, str(cwd), environment, streams))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        stdout, stderr = (Path(stream).read_text() for stream in streams)
+        return subprocess.CompletedProcess(command, process.exitcode or 0, stdout, stderr)
+
+
+def _program_main(command: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:
+    for number, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = command
+    sys.path[:0] = [os.path.dirname(command[0]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 class RankPool:

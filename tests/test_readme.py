@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import run_program
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,13 +70,14 @@ def test_python_blocks_run(code: str, tmp_path: Path):
     """Each block is a program of its own; one that makes a process group runs on two ranks under torchrun."""
     script = tmp_path / "block.py"
     script.write_text(code)
-    command = [sys.executable]
     if "init_process_group" in code:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*ranks, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+    else:
+        done = run_program(script, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "print(" not in code or done.stdout.strip(), "a block that prints must show something"
 

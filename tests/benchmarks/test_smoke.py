@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.harness import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return run_program(ROOT / f"benchmarks/{script}.py", *arguments, cwd=ROOT, timeout=240)
 
 
 @pytest.mark.parametrize(

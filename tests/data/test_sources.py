@@ -7,7 +7,6 @@ import hashlib
 import json
 import lzma
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from hla_dist.data.sources import Document, LeftOut, read_documents, total_size
 from hla_dist.data.text import JOINED
 from hla_dist.data.token_file import about_path, open_tokens, write_tokens
 from hla_dist.processes.failure import UserError
-from tests.harness import RankPool
+from tests.harness import RankPool, run_program
 from tests.training.corpora import WORDS, small_config
-from tests.training.test_program import ROOT, SECONDS, SMALL, environment, errors, start
+from tests.training.test_program import ROOT, SECONDS, SMALL, errors, start
 from tests.training.test_steps import mistakes
 
 TEXTS = [f"document {n}: " + " ".join(WORDS[: n % 9]) + " ü" for n in range(40)]
-PREPARE = [sys.executable, str(ROOT / "launch" / "prepare.py")]
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -49,8 +47,7 @@ def texts_of(*paths: object, field: str = "text") -> list[str]:
 
 
 def prepare(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*PREPARE, *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    return run_program(ROOT / "launch" / "prepare.py", *arguments, cwd=ROOT, timeout=SECONDS)
 
 
 def test_each_row_is_a_document(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from hla_dist.parallel.collectives import counter
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import parse
 from hla_dist.training.estimate import Step, estimate, planned, wire_bytes
-from tests.harness import RankPool, shifted
+from tests.harness import RankPool, run_program, shifted
 from tests.training.test_steps import layout_of, trainer_on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,9 +68,7 @@ def test_bytes_on_the_wire_are_those_counted(pool: RankPool) -> None:
 
 def test_the_program_says_it_without_the_ranks() -> None:
     flags = "--dry-run --seq-len 1048576 --sp 8 --checkpoint-activations sublayer --device cpu".split()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "train.py"), *flags], capture_output=True, text=True, timeout=150
-    )
+    done = run_program(ROOT / "launch" / "train.py", *flags, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "parameters: 468,872" in done.stdout
     (total,) = re.findall(r"memory a rank, tensors in all: ([0-9.,]+) MiB", done.stdout)

@@ -16,6 +16,7 @@ import pytest
 from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.processes.stop import StopSignal
 from hla_dist.training.config import RUN_FILES
+from tests.harness import run_program
 from tests.training.corpora import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,14 +79,11 @@ def test_torchrun_trains_and_leaves_everything(tmp_path: Path, text: str) -> Non
     assert checkpoint.open_checkpoint(out).step == 6
 
     shared = str(tmp_path / "model.safetensors")
-    export = [sys.executable, str(ROOT / "launch" / "export.py"), "--checkpoint", str(out), "--to", shared]
-    done = subprocess.run(export, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    done = run_program(ROOT / "launch" / "export.py", "--checkpoint", out, "--to", shared, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{shared}: the model of step 6\n")
-    generate = [sys.executable, str(ROOT / "launch" / "generate.py"), "--tokens", "5", "--checkpoint"]
     for directory, code in ((shared, 0), (tmp_path / "none", 1)):
-        done = subprocess.run(
-            [*generate, str(directory)], env=environment(), capture_output=True, text=True, timeout=SECONDS
-        )
+        generate = ROOT / "launch" / "generate.py"
+        done = run_program(generate, "--tokens", 5, "--checkpoint", directory, cwd=tmp_path)
         assert done.returncode == code
         assert len((done.stderr if code else done.stdout).strip("\n").splitlines()) >= code
     assert done.stderr.startswith("generate.py: error: checkpoint: expected a directory with manifest.json")
