@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import Any
 
@@ -47,6 +48,19 @@ def _train(call: Any, model: nn.Module) -> dict[str, Tensor]:
     return {"logits": logits.detach()} | {f"d {name}": p.grad.clone() for name, p in model.named_parameters()}
 
 
+def _assert_trained_alike(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """What ``_train`` gives, near float64 round-off.
+
+    The gradient of a gate's parameter sums differences of q . dq and k . dk over tokens, which cancel. Its round-off
+    is relative to the gradient of the same layer's queries, where that is larger.
+    """
+    for name in want:
+        layer = re.match(r"(.*\.)(decay_|d_proj)", name)
+        terms = want[f"{layer[1]}q_proj.weight"] if layer else want[name]
+        scale = max(want[name].norm().item(), terms.norm().item())
+        assert_close(name, got[name], want[name], FLOAT64, scale=scale)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_compiles_without_graph_breaks(form: str) -> None:
     """Training and decoding give what they give uncompiled."""
@@ -55,8 +69,7 @@ def test_a_model_compiles_without_graph_breaks(form: str) -> None:
     # aot_eager captures and differentiates the graph as the default backend does, and needs no C++ compiler
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     want, got = _train(model, model), _train(compiled, model)
-    for name in want:
-        assert_close(name, got[name], want[name], FLOAT64)
+    _assert_trained_alike(got, want)
     tokens = _text()
     with torch.no_grad():
         logits, state = model(tokens[:, :20], return_state=True)
@@ -108,7 +121,6 @@ def test_a_model_compiles_over_a_group(pool: RankPool, form: str, checkpointing:
     results = pool.run_group(2, _over_a_group, form, checkpointing)
     assert_close("logits", torch.cat([values["logits"] for values, _ in results], 1), want.pop("logits"), FLOAT64)
     for values, calls in results:
-        for name in want:
-            assert_close(name, values[name], want[name], FLOAT64)
+        _assert_trained_alike(values, want)
         # two layers forward, two backward, one count of tokens, one sum of gradients, and nothing else
         assert calls == 6
