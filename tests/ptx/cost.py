@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import hla_dist
+from tests.harness import shifted
 from tests.ptx.backend import triton_backend
 from tests.ptx.count import GHZ, SMS
 from tests.ptx.run import Launch
@@ -30,7 +31,7 @@ def variant(arguments: dict[str, Any]) -> str:
 
 def measured(K: int, arch: str, gated: bool, T: int, fused: bool) -> tuple[list[Launch], list[Launch]]:
     """Launches of hla2 forward and backward for two heads of one segment each, bf16."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     leaves = [torch.randn(1, T, 2, K).bfloat16().requires_grad_() for _ in range(3)]
     log_decay = (-0.1 * torch.rand(1, T, 2)).requires_grad_() if gated else None
     with triton_backend(arch, fused=fused) as emulator:
