@@ -75,14 +75,14 @@ def test_bit_for_bit_what_blocks_as_written_give(name: str, case: str, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(pool.Scratch, "is_worth_recording", lambda *_: False)
         want = []
-        for seed in range(4):
+        for seed in range(2):
             pool.let_go()
             want.append(stages(name, seed, CASES[case]))
     runs = []
     run = program.Program.run
     monkeypatch.setattr(program.Program, "run", lambda self, *at: (runs.append(at), run(self, *at))[1])
     pool.let_go()
-    for seed in range(4):
+    for seed in range(2):  # the first records its programs, the second runs them on other tensors
         got = stages(name, seed, CASES[case])
         assert all(torch.equal(x, y) for x, y in zip(got, want[seed], strict=True))
     assert len(runs) > 100 or CASES[case].get("documents")
