@@ -93,10 +93,11 @@ def test_every_kind_of_gate(name: str, mask: str, gates: str, gate_values: str, 
 @pytest.mark.parametrize("gates", ["none", "H", "BTH"])
 @pytest.mark.parametrize(("name", "mask"), STREAMING)
 def test_long_sequences(name: str, mask: str, gates: str) -> None:
-    """float32 keeps its tolerance at T = 4096, past every internal block of tokens."""
-    problem = Problem(name, mask, T=4096, H=2, G=1, K=8, V=8, gates=gates, dtype=torch.float32)
+    """float32 keeps its tolerance past every internal block of 512 tokens, and at T = 4096."""
+    problem = Problem(name, mask, H=2, G=1, K=8, V=8, gates=gates, dtype=torch.float32)
     for gate_values in ("mild",) if gates == "none" else ("mild", "near_one"):
-        problem = replace(problem, gate_values=gate_values)
+        longest = (gates, gate_values) == ("BTH", "near_one")  # the longest memory sums the most terms
+        problem = replace(problem, gate_values=gate_values, T=4096 if longest else 2100)
         tensors = draw(problem)
         check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
 
