@@ -12,12 +12,13 @@ ARGS ?=
 PYTEST := $(PY) -m pytest --numprocesses $${WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-portable test-all lint docs install clean
+.PHONY: help train test test-portable test-matrix test-all lint docs install clean
 
 help:
 	@echo "make train      train the small byte-level model on 8 ranks; results in out/train"
 	@echo "make test       the test suite, without tests marked slow"
-	@echo "make test-portable  the tests most at risk, computed as another processor would"
+	@echo "make test-portable   the tests most at risk, computed as another processor would"
+	@echo "make test-matrix    a core of the suite with other versions of Python and torch"
 	@echo "make test-all   every test"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in out/site"
@@ -40,6 +41,10 @@ PORTABLE := tests/laws tests/reference tests/operators/test_low_precision.py tes
     tests/training/test_model.py
 test-portable: $(STAMP)
 	@ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(PYTEST) -m "not slow" $(PORTABLE) $(ARGS)
+
+# Environments of its own under out/matrix, a few GB each.
+test-matrix: $(STAMP)
+	@$(PY) tests/matrix.py $(ARGS)
 
 test-all: $(STAMP)
 	@$(PYTEST) $(ARGS)

@@ -3,6 +3,8 @@
 Every pair has an environment of its own in out/matrix, made once. The tests' own packages are those of constraints.txt;
 what torch depends on is torch's. Prints a row of a table for each pair, and fails if any of them fails.
 
+Test files or options of pytest as arguments take the place of the core: make test-matrix ARGS="tests/laws -x".
+
     PYTHONS="python3.11 /usr/bin/python3.14"    other interpreters than the oldest and the newest found
     TORCHES="2.12 2.13"                         other versions than the oldest that pyproject.toml allows and the newest
 """
