@@ -40,8 +40,8 @@ class SequenceParallelHLA(nn.Module):
     ``group``: ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator over which sequences are sharded, in
         rank order.
     ``reduce_gradients``: sum the gradients of plain parameters over ``gradient_group`` once a backward (default
-        True). DTensor parameters are left to FSDP2, whose mesh must then contain the sequence ranks and whose
-        division must be off (``set_gradient_divide_factor(1.0)``).
+        True). DTensor parameters are left to FSDP2, whose mesh must then contain the sequence ranks. Its division
+        of gradients is turned off here, unless ``set_gradient_divide_factor`` has set one.
     ``shard_lengths``: one length a rank, where they are known: rotary positions then need no communication. May be
         set anew before any step as the attribute of that name.
     ``gradient_group``: the group over which gradients are summed and parameters agreed on, if it is not ``group``:
@@ -88,6 +88,7 @@ class SequenceParallelHLA(nn.Module):
             # whose a parameter is shows only while FSDP2 has it sharded
             if fsdp is not None and isinstance(part, fsdp.FSDPModule):
                 part.reshard()
+        self._fsdp_sums = False
         several = group_size(everyone) > 1
         if sync_parameters and several:
             broadcast_from_first([*module.parameters(), *module.buffers()], everyone)
@@ -110,6 +111,9 @@ class SequenceParallelHLA(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``module(*args, **kwargs)``; tensors are local shards."""
+        if not self._fsdp_sums and not torch.compiler.is_compiling():
+            self._fsdp_sums = True  # at the first call: fully_shard may come after the wrapper
+            _sum_under_fsdp(self)
         output = self.module(*args, **kwargs)
         if self._reduction is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._reduction.prepare(output)
@@ -201,6 +205,18 @@ def _add_module_to_keys(state_dict: dict[str, Any], prefix: str, *_: Any) -> Non
     """Lets a parent's load_state_dict find what this wrapper's state_dict left without ``module.``."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _sum_under_fsdp(module: nn.Module) -> None:
+    """Have FSDP2 sum gradients of shares, where it would divide by its ranks and nothing else was asked of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for part in module.modules():
+        if fsdp is not None and isinstance(part, fsdp.FSDPModule):
+            state: Any = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            if all(group is None or group.gradient_divide_factor is None for group in groups):
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
 
 def _length_problem(lengths: Sequence[int] | None, ranks: int) -> str:

@@ -457,13 +457,9 @@ def _fsdp(pg, wrap_first):
     model = _model()
     if wrap_first:
         model = SequenceParallelHLA(model, pg)
-    sharded = []
-    for module in (*model.layers, model):
+    for module in (*model.layers, model):  # that gradients are summed, not averaged, is the wrapper's doing
         fully_shard(module, mesh=mesh)
-        sharded.append(module)
-    for module in sharded:  # gradients are summed, not averaged
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    root = model
     if not wrap_first:
         text = _text()
         with torch.no_grad():  # leaves parameters gathered, as if they were plain
@@ -474,7 +470,6 @@ def _fsdp(pg, wrap_first):
                 layer.group = None
         model = SequenceParallelHLA(model, pg)
     # Accumulated the way FSDP2 has it: the first micro-batch's gradients stay where they are, on gathered parameters.
-    root = sharded[-1]
     root.set_requires_gradient_sync(False)
     root.set_reshard_after_backward(False)
     _step(model, pg, None, 1)
