@@ -28,6 +28,7 @@ from hla_dist.models.language_model import EMBEDDING_STD, Block
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
+from hla_dist.parallel.collectives import group_size
 
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2")  # what training scripts pass
 _ONE_BATCH = "generate_batch: expected generate(), a state has no pages of keys for continuous batching to share"
@@ -229,6 +230,11 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            _refuse_shards(
+                self.model,
+                "labels: expected none",
+                "the last label of a shard is the next rank's: cut shifted ones, hla_dist.token_loss takes the logits",
+            )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
@@ -242,6 +248,9 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         their length says; for new tokens if they do not, or as a mask of all places, [B, past + T], says. Raises
         ValueError if the cache covers the whole text already.
         """
+        _refuse_shards(
+            self.model, "generate: expected whole prompts", "it would read one per rank; inside alone() it runs on one"
+        )
         cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(cache, HLACache) and isinstance(ids, Tensor) and cache.get_seq_length():
             mask, past = kwargs.get("attention_mask"), cache.get_seq_length()
@@ -277,7 +286,9 @@ class HLAForSequenceClassification(GenericForSequenceClassification, HLAPreTrain
     """Texts to logits [B, num_labels], read at each row's last token that is not ``pad_token_id``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        _refuse_shards(self)
+        _refuse_shards(
+            self.model, "texts: expected whole ones", "their last token decides; inside alone() it runs on one rank"
+        )
         return super().forward(*args, **kwargs)
 
 
@@ -285,9 +296,8 @@ class HLAForTokenClassification(GenericForTokenClassification, HLAPreTrainedMode
     """Tokens to logits [B, T, num_labels]."""
 
 
-def _refuse_shards(model: HLAForSequenceClassification) -> None:
-    if model.model.network.blocks[0].attention.group is not None:
-        raise ValueError(
-            "HLAForSequenceClassification: expected whole texts, whose last token decides, got a group (inside alone() "
-            "it runs on one rank)"
-        )
+def _refuse_shards(model: HLAModel, expected: str, reason: str) -> None:
+    block: Any = model.network.blocks[0]
+    group = block.attention.group
+    if group is not None and group_size(group) > 1:
+        raise ValueError(f"{expected}, got a model sharded over {group_size(group)} ranks ({reason})")

@@ -147,6 +147,12 @@ def on_ranks(lengths: list[int]) -> dict[str, Tensor]:
         results[f"{name} counts"] = torch.tensor([cache.get_seq_length(), *cache.tokens])
         (logits * mask[:, here, None]).sum().backward()
         results[f"{name} gradient"] = hla.module.get_input_embeddings().weight.grad
+    with raises_value_error("labels: expected none, got a model sharded over 2 ranks", "token_loss"):
+        hla(ids[:, here], labels=ids[:, here])
+    with raises_value_error("generate: expected whole prompts, got a model sharded over 2 ranks", "alone()"):
+        hla.generate(ids[:, here], max_new_tokens=1)
+    with hla.alone() as alone:
+        assert alone(ids, labels=ids).loss > 0 and alone.generate(ids, max_new_tokens=1).shape == (2, 14)
     with raises_value_error("frobnicate: expected no argument of that name"):
         hla(ids[:, here], **({"frobnicate": 1} if rank == 0 else {}))
     return results
