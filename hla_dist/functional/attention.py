@@ -284,7 +284,7 @@ def _validate(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> 
     return cascade, documents
 
 
-def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> Place:
+def _place(o: dict[str, Any], cascade: str, documents: Documents | None, q: Tensor, k: Tensor, v: Tensor) -> Place:
     if o["group"] is None:
         return Place()
     pg = collectives.resolve_group(o["group"])
@@ -300,6 +300,8 @@ def _place(o: dict[str, Any], cascade: str, q: Tensor, k: Tensor, v: Tensor) -> 
         f"eps={o['eps']} mask={o['mask']} output_final_state={o['output_final_state']} "
         f"packed={o['cu_seqlens'] is not None} exchange={exchange} wire={wire or None}"
     )
+    if documents is not None:
+        description += agreement.contents("cu_seqlens", documents.cu)
     return Place(pg.group_name, collectives.group_rank(pg), description, exchange, wire)
 
 
@@ -338,7 +340,7 @@ def _prepare(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> t
         initial = ()
     elif o["mask"] != "full" and OPERATORS[cascade].states[0] == "S":
         initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
-    return cascade, documents, _per_query_head(o["log_decay"], q), _place(o, cascade, q, k, v), initial
+    return cascade, documents, _per_query_head(o["log_decay"], q), _place(o, cascade, documents, q, k, v), initial
 
 
 class Started(NamedTuple):

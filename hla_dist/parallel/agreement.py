@@ -1,11 +1,12 @@
 """Ranks agree on a call before its data matters, at the price of 64 bytes in front of each payload.
 
-Every exchange sends one frame a rank: a header (direction, call number, signature hash, status, length) and a
-payload of the length last agreed for its direction. A call with an agreed signature that fits is one collective.
-A new signature, or a longer payload, sends one frame more, once: all ranks enter with the old length and status
-NEW, see that everybody asks for the same thing, and send again with the new length. A rank that failed a check
-enters with status FAILED, so nobody waits for it. Whenever headers differ, ranks exchange what they wanted to do
-and all raise the same ValueError.
+Every exchange sends one frame per rank: a header (direction, call number, signature hash, status, length, hash of
+contents) and a payload of the length last agreed for its direction. A call with an agreed signature that fits is one
+collective. A new signature, or a longer payload, sends one frame more, once: all ranks enter with the old length and
+status NEW, see that everybody asks for the same thing, and send again with the new length. Contents, such as where
+documents begin, must be alike too but may change from call to call at no cost. A rank that failed a check enters with
+status FAILED, so nobody waits for it. Whenever headers differ, ranks exchange what they wanted to do and all raise the
+same ValueError.
 
 On CUDA the headers of a steady call are read one call later, or before gradients or
 losses are summed, so that nothing synchronises.
@@ -14,6 +15,7 @@ losses are summed, so that nothing synchronises.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +28,8 @@ from hla_dist.parallel import collectives, topology
 HEADER_BYTES = 64
 _OK, _NEW, _FAILED = 0, 1, 2
 _DIRECTIONS = {"forward": 0, "backward": 1}
-_MAGIC = 0x48_4C_41  # "HLA": a frame that is not ours (another collective in its place) is told apart
+_CONTENTS = " of "  # in a description, before what may change from call to call
+_MAGIC = 0x48_4C_41  # "HLA": a frame that is not the library's (another collective in its place) is told apart
 
 
 @dataclass
@@ -49,6 +52,7 @@ class _Pending:
     payload_bytes: int
     call: int
     hash: int
+    contents: int  # hash of what must be alike in this call, and may change from call to call
     description: str
 
 
@@ -65,12 +69,19 @@ _agreements = _Agreements()
 _deferred: WeakKeyDictionary[collectives.Group, tuple[Tensor, Any, _Pending]] = WeakKeyDictionary()
 
 
+def contents(name: str, numbers: Tensor) -> str:
+    """Host integers that all ranks must give alike, to end a description with: another one is no new signature."""
+    shown = [str(n) for n in (numbers if len(numbers) <= 8 else numbers[:4]).tolist()]
+    digest = "" if len(numbers) <= 8 else f",..({len(numbers)},{zlib.crc32(numbers.numpy().tobytes()):08x})"
+    return f"{_CONTENTS}{name}=[{','.join(shown)}{digest}]"
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def _frame(pending: _Pending, status: int, length: int, payload: Tensor | None, device: torch.device) -> Tensor:
-    fields = [_MAGIC, _DIRECTIONS[pending.direction], pending.call, pending.hash, status, length, 0, 0]
+    fields = [_MAGIC, _DIRECTIONS[pending.direction], pending.call, pending.hash, status, length, pending.contents, 0]
     header = torch.tensor(fields, dtype=torch.int64).view(torch.uint8).to(device, non_blocking=True)
     if payload is not None and payload.numel() == length:
         return torch.cat([header, payload])
@@ -117,15 +128,17 @@ def start(
 ) -> _Pending:
     """Send one frame a rank; returns what ``finish`` waits for.
 
-    description: everything that shapes the payload, as text; payload: flat uint8. ``failure`` (then payload is
-    None) is a local error: every rank raises it.
+    description: everything that shapes the payload, as text, and its ``contents``; payload: flat uint8. ``failure``
+    (then payload is None) is a local error: every rank raises it.
     Communication: one all-gather; one more when the signature is new or its payload outgrows the agreed length.
     """
     topology.ranks_per_node(pg)  # first of all on every rank, whatever comes next
     agreed = _agreements.of(pg)[direction]
     settle(pg)
     agreed.calls += 1
-    pending = _Pending(pg, direction, None, torch.empty(0), 0, agreed.calls, _hash(description), description)
+    signature, _, data = description.partition(_CONTENTS)
+    hashes = _hash(signature), _hash(data)
+    pending = _Pending(pg, direction, None, torch.empty(0), 0, agreed.calls, *hashes, description)
     if failure is not None:
         _send(pending, _FAILED, agreed.length, None, device)
         _wait(pending)
@@ -217,7 +230,7 @@ def settle(pg: collectives.Group) -> None:
 
 def _check(pending: _Pending, headers: Tensor, status: int) -> None:
     own = [_MAGIC, _DIRECTIONS[pending.direction], pending.call, pending.hash, status]
-    if (headers[:, :5] != torch.tensor(own)).any():
+    if (headers[:, :5] != torch.tensor(own)).any() or (headers[:, 6] != pending.contents).any():
         _raise_differences(pending, None)
 
 

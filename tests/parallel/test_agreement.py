@@ -75,6 +75,14 @@ MISMATCHES = {
     "gates": ({1: {"log_decay": torch.zeros(2)}}, ("log_decay=None", "log_decay=[2]")),
     "exchange": ({1: {"exchange": "scan"}}, ("exchange=all_gather", "exchange=scan")),
     "wire": ({2: {"wire_dtype": torch.bfloat16}}, ("wire=None", "wire=bfloat16")),
+    "documents": (
+        {r: {"cu_seqlens": torch.tensor([0, 6 + (r == 1), 18])} for r in range(3)},
+        ("cu_seqlens=[0,6,18] on rank 0, 2", "cu_seqlens=[0,7,18] on rank 1"),
+    ),
+    "many documents": (
+        {r: {"cu_seqlens": torch.tensor([*range(11), 11 + (r == 2), 18])} for r in range(3)},
+        ("cu_seqlens=[0,1,2,3,..(13,", "on rank 2"),
+    ),
     "all differ": ({0: {"K": 5}, 1: {"H": 6}}, ("K=5", "H=6", "K=3")),
 }
 
