@@ -53,12 +53,12 @@ LANES = {  # what a profiler's event is, on the main thread
     "hla_dist::exchange_start": "start",
     "hla_dist::exchange_finish": "wait and fold",
     "hla_dist::exchange_finish_backward": "wait and fold",
-    "hla_dist::finish": "finish",
-    "hla_dist::finish_backward": "finish",
+    "hla_dist::scan": "scan",
+    "hla_dist::scan_backward": "scan",
     "aten::mm": "projections",
     "aten::addmm": "projections",
 }
-COLORS = dict(zip(["summarise", "start", "projections", "wait and fold", "finish", "exchange"], plt.cm.tab10.colors))
+COLORS = dict(zip(["summarise", "start", "projections", "wait and fold", "scan", "exchange"], plt.cm.tab10.colors))
 
 
 def parse() -> argparse.Namespace:

@@ -231,7 +231,7 @@ def summarize(
     op = OPERATORS[name]
     value_dim = v.shape[3] + int(normalize)
     options["backend"] = backends.resolve(backend, name, mask, q, value_dim, chunk_size)
-    rho, *rest = stage_ops.summarize(q, k, v, log_decay, None, *_options(name, options))
+    rho, *rest = stage_ops.summarize(q, k, v, log_decay, *_options(name, options))
     return Summary(name, rho, dict(zip(op.fields, rest)))
 
 
@@ -324,7 +324,7 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     if documents is not None:
         out, state = packed.attend(documents, q, k, v, log_decay, tuple(initial), wanted, options, place)
     else:
-        out, *state = CausalFunction.apply(options, place, wanted, q, k, v, log_decay, None, *initial)
+        out, *state = CausalFunction.apply(options, place, wanted, q, k, v, log_decay, *initial)
     return out, STATES[cascade](*state) if state else None
 
 
@@ -370,7 +370,7 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started
         return Started(partial(_attend, name, q, k, v, o))
     link: list[Any] = []
     anchor, *under_way = StartFunction.apply(link, options_, place, wanted, q, k, v, log_decay, *initial)
-    inputs = tuple(x if x is None else x.detach() for x in (q, k, v, log_decay, None))
+    inputs = tuple(x if x is None else x.detach() for x in (q, k, v, log_decay))
     entering = [x.detach() for x in initial]
 
     def finish() -> tuple[Tensor, Any]:

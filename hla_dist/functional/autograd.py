@@ -1,7 +1,7 @@
 """One thin ``autograd.Function`` for every causal operator: stages and exchange, nothing else.
 
-one device     scan                                        backward: scan_backward
-a group        summarize, exchange, finish                 backward: summarize_backward, exchange, finish_backward
+one device     scan                                backward: scan_backward
+a group        summarize, exchange, scan           backward: summarize_backward, exchange, scan_backward
 
 Over a group the function also comes in halves, so that a layer's other work runs while the exchange is under way.
 """
@@ -47,9 +47,9 @@ class CausalFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, place, output_state, q, k, v, log_decay, documents, first=None, second=None, third=None):
+    def forward(ctx, options, place, output_state, q, k, v, log_decay, first=None, second=None, third=None):
         """Run the forward stages; save inputs, block carries and what backward's fold needs."""
-        inputs = (q, k, v, log_decay, documents)
+        inputs = (q, k, v, log_decay)
         initial = [x for x in (first, second, third) if x is not None]
         if place[0]:
             out, state, saved = _finish(
@@ -58,7 +58,7 @@ class CausalFunction(torch.autograd.Function):
         else:
             op = OPERATORS[options[0]]
             carry = initial or zero_fields(options, q, v, op.states)
-            out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
+            out, denominator, *rest = stage_ops.scan(*inputs, carry, [], *options)
             count = len(op.states)
             state, saved = rest[:count], [_kept_output(options, out), denominator, *rest[count:]]
         ctx.save_for_backward(*inputs, *saved)
@@ -76,8 +76,8 @@ class CausalFunction(torch.autograd.Function):
                 options, place, output_state, saved, _start_backward(options, place, saved, dstate)
             )
         else:
-            q, k, v, log_decay, documents, out, denominator, *checkpoints = tensors
-            saved = (q, k, v, log_decay, documents, out, denominator, checkpoints, dout.contiguous())
+            q, k, v, log_decay, out, denominator, *checkpoints = tensors
+            saved = (q, k, v, log_decay, out, denominator, checkpoints, dout.contiguous())
             op = OPERATORS[options[0]]
             carry = list(dstate) if output_state else zero_fields(options, q, v, op.reverses)
             grads = stage_ops.scan_backward(*saved, carry, *options)
@@ -95,7 +95,7 @@ class StartFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, link, options, place, output_state, q, k, v, log_decay, first=None, second=None, third=None):
         initial = [x for x in (first, second, third) if x is not None]
-        under_way = _start(q, k, v, log_decay, None, options, place, initial, output_state)
+        under_way = _start(q, k, v, log_decay, options, place, initial, output_state)
         ctx.mark_non_differentiable(*under_way)
         ctx.call = (link, options, place, output_state, len(initial))
         return (q.new_zeros(()), *under_way)
@@ -103,9 +103,9 @@ class StartFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         link, options, place, output_state, initial = ctx.call
-        saved, under_way = link.pop()
-        grads = _finish_backward(options, place, output_state, saved, under_way)
-        return None, None, None, None, *_by_input(place, saved[3], grads, initial, with_documents=False)
+        saved, ticket = link.pop()
+        grads = _finish_backward(options, place, output_state, saved, ticket)
+        return None, None, None, None, *_by_input(place, saved[3], grads, initial)
 
 
 class FinishFunction(torch.autograd.Function):
@@ -126,9 +126,9 @@ class FinishFunction(torch.autograd.Function):
         return None, None, None, None, dout.new_zeros(()), None, None, None
 
 
-def _start(q, k, v, log_decay, documents, options, place, initial, output_state) -> list[Tensor]:
-    """Summarize and send: ``[ticket, rho, *what finish corrects]``."""
-    summary = stage_ops.summarize(q, k, v, log_decay, documents, *options)
+def _start(q, k, v, log_decay, options, place, initial, output_state) -> list[Tensor]:
+    """Summarize and send: ``[ticket, rho, *what scan corrects]``."""
+    summary = stage_ops.summarize(q, k, v, log_decay, *options)
     sent = 1 + len(OPERATORS[options[0]].fields)
     layout = layout_of(options, place, q, v)
     start = initial if place[1] == 0 else []
@@ -145,39 +145,36 @@ def _finish(options, place, output_state, inputs, initial, under_way) -> tuple[T
     received = exchange_ops.exchange_finish(ticket, start, rho, output_state, place[0], *layout)
     carry, received = received[:count], received[count:]
     state, later = (received[:count], received[count:]) if output_state else ([], received)
-    out, denominator, *rest = stage_ops.finish(*inputs, carry, kept, *options)
+    out, denominator, *rest = stage_ops.scan(*inputs, carry, kept, *options)
     return out, state, [_kept_output(options, out), denominator, *rest[count:], *later]
 
 
 def _stages(options, saved) -> tuple[tuple, list[Tensor]]:
     """What the backward stages take, and what backward's fold does."""
-    q, k, v, log_decay, documents, out, denominator, *rest, dout = saved
+    q, k, v, log_decay, out, denominator, *rest, dout = saved
     count = len(OPERATORS[options[0]].states)
-    return (q, k, v, log_decay, documents, out, denominator, rest[:count], dout), rest[count:]
+    return (q, k, v, log_decay, out, denominator, rest[:count], dout), rest[count:]
 
 
-def _start_backward(options, place, saved, dstate) -> list[Tensor]:
-    """Summarize from right to left and send: ``[ticket, *what finish_backward corrects]``."""
+def _start_backward(options, place, saved, dstate) -> Tensor:
+    """Summarize from right to left and send; the ticket."""
     op = OPERATORS[options[0]]
-    count = len(op.states)
     stages, later = _stages(options, saved)
     if place[1] == 0:  # nothing is to its left: nobody reads its reverse summary
         summary = zero_fields(options, saved[0], saved[2], op.reverses)
     else:
         summary = stage_ops.summarize_backward(*stages, *options)
     layout = layout_of(options, place, saved[0], saved[2])
-    sent = [*summary[:count], *dstate]
-    ticket = exchange_ops.exchange_start(sent, later, bool(dstate), place[0], "backward", place[2], *layout)
-    return [ticket, *summary[count:]]
+    sent = [*summary, *dstate]
+    return exchange_ops.exchange_start(sent, later, bool(dstate), place[0], "backward", place[2], *layout)
 
 
-def _finish_backward(options, place, output_state, saved, under_way) -> list[Tensor]:
+def _finish_backward(options, place, output_state, saved, ticket) -> list[Tensor]:
     """Receive and finish: the gradients of q, k, v, log_decay and of the carry."""
     stages, later = _stages(options, saved)
-    ticket, *kept = under_way
     layout = layout_of(options, place, saved[0], saved[2])
     carry = exchange_ops.exchange_finish_backward(ticket, later, output_state, place[0], *layout)
-    return stage_ops.finish_backward(*stages, carry, kept, *options)
+    return stage_ops.scan_backward(*stages, carry, *options)
 
 
 def _kept_output(options, out: Tensor) -> Tensor:
@@ -185,14 +182,13 @@ def _kept_output(options, out: Tensor) -> Tensor:
     return out if options[3] else out.new_empty(0)
 
 
-def _by_input(place, log_decay, grads, initial: int, with_documents: bool = True) -> list[Tensor | None]:
+def _by_input(place, log_decay, grads, initial: int) -> list[Tensor | None]:
     """Gradients in the order of the arguments after the options."""
     dq, dk, dv, dlog, *dinitial = grads
     if place[1] > 0:  # an initial state is read on rank 0 only
         dinitial = [torch.zeros_like(x) for x in dinitial]
     dinitial = (dinitial if initial else []) + [None] * 3
-    documents = [None] if with_documents else []
-    return [dq, dk, dv, None if log_decay is None else dlog, *documents, *dinitial[:3]]
+    return [dq, dk, dv, None if log_decay is None else dlog, *dinitial[:3]]
 
 
 def zero_fields(options, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:

@@ -41,7 +41,7 @@ class CrossingFunction(torch.autograd.Function):
         left, ends, right = kind
         op = OPERATORS[options[0]]
         count = len(op.states)
-        a, z = (*tensors[:4], None), (*tensors[4:8], None)
+        a, z = tensors[:4], tensors[4:8]
         initial = [x for x in tensors[8:] if x is not None]
         layout = layout_of(options, place, a[0], a[2])
         fields = zero_fields(options, a[0], a[2], op.fields)
@@ -51,7 +51,7 @@ class CrossingFunction(torch.autograd.Function):
         z_rest: list[Tensor] = []
         if right:
             carry = initial or zero_fields(options, z[0], z[2], op.states)
-            out_z, denominator, *rest = stage_ops.scan(*z, carry, *options)
+            out_z, denominator, *rest = stage_ops.scan(*z, carry, [], *options)
             fields[:count] = rest[:count]
             z_rest = [out_z if options[3] else out_z.new_empty(0), denominator, *rest[count:]]
         if left and not ends:
@@ -61,10 +61,7 @@ class CrossingFunction(torch.autograd.Function):
         received = exchange_ops.exchange_finish(ticket, [], rho, False, place[0], *layout)
         carry, later = received[:count], received[count:]
         if left:
-            if ends:
-                out_a, denominator, *rest = stage_ops.scan(*a, carry, *options)
-            else:
-                out_a, denominator, *rest = stage_ops.finish(*a, carry, kept, *options)
+            out_a, denominator, *rest = stage_ops.scan(*a, carry, kept, *options)
             state = rest[:count]
             a_rest = [out_a if options[3] else out_a.new_empty(0), denominator, *rest[count:]]
         else:
@@ -79,26 +76,23 @@ class CrossingFunction(torch.autograd.Function):
         options, place, kind, a_count, z_count, initial = ctx.call
         left, ends, right = kind
         op = OPERATORS[options[0]]
-        count = len(op.states)
         tensors, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        a = (*tensors[:4], None, *_saved(rest[:a_count]), dout_a.contiguous())
-        z = (*tensors[4:8], None, *_saved(rest[a_count : a_count + z_count]), dout_z.contiguous())
+        a = (*tensors[:4], *_saved(rest[:a_count]), dout_a.contiguous())
+        z = (*tensors[4:8], *_saved(rest[a_count : a_count + z_count]), dout_z.contiguous())
         later = list(rest[a_count + z_count :])
         layout = layout_of(options, place, a[0], a[2])
         fields = zero_fields(options, a[0], a[2], op.reverses)
         # zero gradients, not missing ones, where nothing crosses
         a_grads, z_grads = ([None if x is None else torch.zeros_like(x) for x in y[:4]] for y in (a, z))
         dinitial: list[Tensor | None] = []
-        kept: list[Tensor] = []
         if left and ends:
             *a_grads, fields = _split(stage_ops.scan_backward(*a, list(dstate), *options), a[3])
         elif left:
-            summary = stage_ops.summarize_backward(*a, *options)
-            fields, kept = summary[:count], summary[count:]
+            fields = stage_ops.summarize_backward(*a, *options)
         ticket = exchange_ops.exchange_start(fields, later, False, place[0], "backward", place[2], *layout)
         carry = exchange_ops.exchange_finish_backward(ticket, later, False, place[0], *layout)
         if left and not ends:
-            *a_grads, _ = _split(stage_ops.finish_backward(*a, carry, kept, *options), a[3])
+            *a_grads, _ = _split(stage_ops.scan_backward(*a, carry, *options), a[3])
         if right:
             *z_grads, dinitial = _split(stage_ops.scan_backward(*z, carry, *options), z[3])
         if initial and not right:
@@ -144,7 +138,7 @@ def attend(
     outs, states, numbers = [], [], []
     for rows, inputs in zip(documents.rows, pieces.rows):
         start = [x.index_select(0, rows.documents.to(x.device, non_blocking=True)) for x in initial]
-        out, *state = CausalFunction.apply(options, Place(), output_state, *inputs, *gates, None, *start)
+        out, *state = CausalFunction.apply(options, Place(), output_state, *inputs, *gates, *start)
         outs.append(out.flatten(0, 1))
         states.append(state)
         numbers.append(rows.documents)

@@ -55,11 +55,6 @@ def _passes(operator: Operator) -> tuple[Pass, ...]:
 
 def _problem(segment: Segment) -> Problem:
     """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0)."""
-    if segment.documents is not None:
-        raise ValueError(
-            "documents: expected None with backend 'triton' (packed documents are rows of a batch, as "
-            f"cu_seqlens makes them), got {tuple(segment.documents.shape)}"
-        )
     q, k, v = (last_axis_contiguous(x) for x in (segment.q, segment.k, segment.v))
     if segment.settings.normalize:
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
@@ -91,10 +86,10 @@ def summarize(segment: Segment) -> Summarized:
 
 
 @_on_its_device
-def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor] | None = None) -> Scanned:
+def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``; with ``kept``, inner passes are corrected only."""
     normalize = segment.settings.normalize
-    out, state = stages.finish(_problem(segment), carry, kept or [], torch.float32 if normalize else None)
+    out, state = stages.finish(_problem(segment), carry, kept, torch.float32 if normalize else None)
     denominator = torch.empty(0, dtype=segment.dtype, device=segment.device)
     if normalize:
         denominator = out[..., -1].clone()

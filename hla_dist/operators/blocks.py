@@ -16,127 +16,110 @@ A strict pass has D and Gamma(t, start) of one token earlier throughout (``gates
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hla_dist.operators.cascade import Fields, Operator, Pass
-from hla_dist.operators.gates import BlockGates, lower
-from hla_dist.operators.pool import Pool, transposed, viewed
+from hla_dist.operators.cascade import Fields, Pass
+from hla_dist.operators.gates import flush, lower
+from hla_dist.operators.segment import Segment, Span, Tile
 
 
 class Block:
-    """Forward quantities of one block. ``sequences`` maps q, k, v and any inner result known beforehand."""
+    """Forward quantities of one block, from the states that enter it."""
 
-    def __init__(
-        self,
-        operator: Operator,
-        sequences: Mapping[str, Tensor],
-        gates: BlockGates,
-        carry: Fields,
-        ridge: float,
-        pool: Pool,
-    ):
-        self.operator = operator
-        self.pool = pool
-        self.gates = gates
-        self.ridge = ridge
+    def __init__(self, segment: Segment, tile: Tile, span: Span, carry: Fields):
+        self.operator, self.ridge = segment.operator, segment.settings.ridge
         self.carry = carry
-        self._sequences = sequences
-        self._results: Fields = {}
+        self.gates = segment.gates(tile, span)
+        self.n, self.c = self.gates.n, self.gates.c
+        self._place = (segment, tile, span)
+        self._sequences: Fields = {}
         self._weighted: dict[tuple[str, str], Tensor] = {}
         self._scores: dict[tuple[str, str, bool], Tensor] = {}
         self._states: dict[str, tuple[Tensor, Tensor]] = {}
 
     def sequence(self, name: str) -> Tensor:
         """q, k, v or the result of a pass, ``[N, L, D]``."""
-        if name in self._sequences:
-            return self._sequences[name]
-        if name not in self._results:
-            first, *more = (p for p in self.operator.passes if p.out == name)
-            result = self.output(first)
-            for p in more:
-                result.add_(self.output(p), alpha=p.sign)
-            self._results[name] = result
-        return self._results[name]
+        if name not in self._sequences:
+            segment, tile, span = self._place
+            if name in ("q", "k", "v"):
+                self._sequences[name] = segment.sequence(name, tile, span)
+            else:
+                first, *more = (self.output(p) for p in self.operator.passes if p.out == name)
+                self._sequences[name] = sum(more, first)
+        return self._sequences[name]
 
     def chunked(self, x: Tensor) -> Tensor:
         """``[N, L, D] -> [N * n, c, D]``."""
-        return viewed(x, -1, self.gates.c, x.shape[-1])
-
-    def weighted(self, name: str, towards: str) -> Tensor:
-        """A sequence times Gamma(t, start), Gamma(t - 1, start) or Gamma(end, t) of its chunk."""
-        if self.gates.start is None:
-            return self.sequence(name)
-        if (name, towards) not in self._weighted:
-            self._weighted[name, towards] = self.decay(self.sequence(name), towards)
-        return self._weighted[name, towards]
+        return x.view(-1, self.c, x.shape[-1])
 
     def decay(self, x: Tensor, towards: str) -> Tensor:
         """``x`` times Gamma towards the ``"start"`` (``"before"``: of t - 1) or ``"end"`` of each token's chunk."""
         factor = getattr(self.gates, towards)
-        if factor is None:
-            return x
-        chunked = viewed(x, -1, self.gates.n, self.gates.c, x.shape[-1])
-        return viewed(torch.mul(chunked, factor, out=self.pool.take(*chunked.shape)), *x.shape)
+        return x if factor is None else (x.view(-1, self.n, self.c, x.shape[-1]) * factor).view(x.shape)
 
-    def times(self, x: Tensor, factor: Tensor | None) -> Tensor:
-        """``x`` times a factor a token, or ``x``."""
-        return x if factor is None else torch.mul(x, factor, out=self.pool.take(*x.shape))
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b``, batched, into a buffer of the pool."""
-        return torch.bmm(a, b, out=self.pool.take(a.shape[0], a.shape[1], b.shape[2]))
+    def weighted(self, name: str, towards: str) -> Tensor:
+        """A sequence with ``decay``."""
+        if (name, towards) not in self._weighted:
+            self._weighted[name, towards] = self.decay(self.sequence(name), towards)
+        return self._weighted[name, towards]
 
     def mask(self, scores: Tensor, strict: bool) -> Tensor:
         """Multiply ``[N * n, c, c]`` by Gamma(t, i) and the causal mask (of t - 1 if ``strict``), in place."""
         within = self.gates.within_before if strict else self.gates.within
-        viewed(scores, -1, self.gates.n, self.gates.c, self.gates.c).mul_(within)
+        scores.view(-1, self.n, self.c, self.c).mul_(within)
         return scores
 
     def scores(self, p: Pass) -> Tensor:
         """``W = (a b^T) o D``, shared by passes that read the same pair."""
         key = (p.a, p.b, p.strict)
         if key not in self._scores:
-            product = self.product(self.chunked(self.sequence(p.a)), transposed(self.chunked(self.sequence(p.b))))
+            product = torch.bmm(self.chunked(self.sequence(p.a)), self.chunked(self.sequence(p.b)).mT)
             self._scores[key] = self.mask(product, p.strict)
         return self._scores[key]
 
     def states(self, p: Pass) -> tuple[Tensor, Tensor]:
         """The state entering every chunk ``[N, n, rows * columns]`` and the one leaving the block."""
         if p.state not in self._states:
-            b = self.chunked(self.sequence(p.b))
-            parts = self.product(transposed(b), self.chunked(self.weighted(p.c, "end")))
-            carry = self.carry[p.state]
-            parts = viewed(parts, carry.shape[0], self.gates.n, carry[0].numel())
-            entering = self.pool.take(*parts.shape)
-            self._states[p.state] = (entering, self.gates.scan(parts, carry.flatten(1), entering))
+            parts = torch.bmm(self.chunked(self.sequence(p.b)).mT, self.chunked(self.weighted(p.c, "end")))
+            carry = self.carry[p.state].flatten(1)
+            self._states[p.state] = self.gates.scan(parts.view(-1, self.n, carry.shape[1]), carry)
         return self._states[p.state]
 
     def entering(self, p: Pass) -> Tensor:
         """The state entering every chunk as matrices, ``[N * n, rows, columns]``."""
-        return viewed(self.states(p)[0], -1, *self.carry[p.state].shape[-2:])
+        return self.states(p)[0].view(-1, *self.carry[p.state].shape[1:])
 
-    def leaving(self, p: Pass) -> Tensor:
-        """The state after the block's last token, ``[N, rows, columns]``."""
-        return self.states(p)[1].view(self.carry[p.state].shape)
+    def leaving(self, p: Pass, inside: bool = True) -> Tensor:
+        """The state after the block's last token; where no chunk state is read ``inside``, by a single product."""
+        carry = self.carry[p.state]
+        if inside:
+            return self.states(p)[1].view(carry.shape)
+        c, end = self.sequence(p.c), self.gates.block_end
+        part = torch.bmm(self.sequence(p.b).mT, c if end is None else c * end)
+        return part.addcmul_(carry, self.gates.block[..., None])
 
-    def leaving_only(self, p: Pass) -> Tensor:
-        """The same where no chunk state is read: one product over the whole block."""
-        part = self.product(transposed(self.sequence(p.b)), self.times(self.sequence(p.c), self.gates.block_end))
-        return part.addcmul_(self.carry[p.state], self.gates.block[..., None])
+    def correct(self, p: Pass, local: Tensor, carry: Tensor, past: Tensor) -> None:
+        """Take a pass's result from an empty past for the true one: ``local + Gamma(t, segment start) a carry``.
+
+        carry ``[N, rows, columns]`` entered the segment; past ``[N, 1]`` is the product of its gates before the block.
+        """
+        factor = self.gates.block_before if p.strict else self.gates.block_start
+        if factor is None:
+            self._sequences[p.out] = torch.baddbmm(local, self.sequence(p.a), carry)
+        else:
+            weighted = self.sequence(p.a) * flush(factor * past[..., None])
+            self._sequences[p.out] = torch.baddbmm(local, weighted, carry)
 
     def output(self, p: Pass) -> Tensor:
-        """``LA(a, b, c) + ridge a``, ``[N, L, D]``."""
-        scores = self.scores(p)  # first: nothing is loaded before it is read
-        c = self.sequence(p.c)
-        out = self.product(scores, self.chunked(c))
+        """``sign (LA(a, b, c) + ridge a)``, ``[N, L, D]``."""
+        out = torch.bmm(self.scores(p), self.chunked(self.sequence(p.c)))
         out.baddbmm_(self.chunked(self.weighted(p.a, _left(p))), self.entering(p))
-        out = viewed(out, *c.shape)
+        out = out.view(self.sequence(p.c).shape)
         if p.ridge and self.ridge:
             out.add_(self.sequence(p.a), alpha=self.ridge)
-        return out
+        return out if p.sign > 0 else out.neg_()
 
 
 def _left(p: Pass) -> str:
@@ -151,21 +134,11 @@ class ReverseBlock(Block):
     these need are formed.
     """
 
-    def __init__(
-        self,
-        operator: Operator,
-        sequences: Mapping[str, Tensor],
-        gates: BlockGates,
-        carry: Fields,
-        ridge: float,
-        gradients: Fields,
-        reverse_carry: Fields,
-        pool: Pool,
-    ):
-        super().__init__(operator, sequences, gates, carry, ridge, pool)
-        self.gradients = dict(gradients)
+    def __init__(self, segment: Segment, tile: Tile, span: Span, carry: Fields, reverse_carry: Fields, dout: Tensor):
+        super().__init__(segment, tile, span, carry)
+        self.gradients = {self.operator.passes[-1].out: dout}
         self.reverse_carry = reverse_carry
-        self.gate_terms: Tensor | None = None  # sum over passes of a . da - b . db, [N, L]
+        self.gate_terms: Tensor | None = None  # sum over passes of a . da - b . db, [N * n, c]
         self.tails: Tensor | None = None  # <carry out, reverse carry> at every chunk's end, [N, n]
 
     def run(self, wanted: frozenset[str], gate: bool = False) -> Fields:
@@ -185,117 +158,88 @@ class ReverseBlock(Block):
         leaving: Fields = {}
         for p in reversed(passes):
             carry = self.reverse_carry[p.reverse]
-            before = leaving.get(p.reverse)
-            if before is not None:  # it entered with the first reader of the shared state; the readers' sums add up
-                carry = self.pool.take(*carry.shape).zero_()
-            if gate or needed & {p.a, p.b, p.c}:
-                left = self._run_pass(p, needed, gate, carry)
-            else:
-                left = self._leaving_only(p, carry)
-            leaving[p.reverse] = left if before is None else before.add_(left)
+            if p.reverse in leaving:  # it entered with the first reader of the shared state; the readers' sums add up
+                carry = torch.zeros_like(carry)
+            run = self._run_pass if gate or needed & {p.a, p.b, p.c} else self._leaving_only
+            left = run(p, needed, gate, carry)
+            leaving[p.reverse] = leaving[p.reverse] + left if p.reverse in leaving else left
         if gate:
             for name in sorted(self.always_read & needed):
-                self._gate_terms(self.chunked(self.sequence(name)), self.chunked(self.gradients[name]), 1.0)
+                self._add_gate_terms(self.sequence(name), self.gradients[name], 1.0)
         for p in passes:
             if p.ridge and self.ridge and p.a in wanted:  # the ridge has no gate: added after their terms
-                self.gradients[p.a].add_(self.gradients[p.out], alpha=self.ridge)
+                self.gradients[p.a].add_(self.gradients[p.out], alpha=p.sign * self.ridge)
         return leaving
 
     def _dout(self, p: Pass) -> Tensor:
         dout = self.gradients[p.out]
-        return dout if p.sign > 0 else torch.neg(dout, out=self.pool.take(*dout.shape))
+        return dout if p.sign > 0 else -dout
 
-    def _leaving_only(self, p: Pass, carry: Tensor) -> Tensor:
+    def _leaving_only(self, p: Pass, needed: set[str], gate: bool, carry: Tensor) -> Tensor:
         """The reverse state that leaves to the left, where none is read inside: one product over the block."""
         factor = self.gates.block_before if p.strict else self.gates.block_start
-        part = self.product(transposed(self.sequence(p.a)), self.times(self._dout(p), factor))
+        dout = self._dout(p)
+        part = torch.bmm(self.sequence(p.a).mT, dout if factor is None else dout * factor)
         return part.addcmul_(carry, self.gates.block[..., None])
 
-    def _run_pass(self, p: Pass, want: set[str], gate: bool, carry: Tensor) -> Tensor:
-        undecayed = self._dout(p)
-        dout = self.chunked(undecayed)
-        decayed = self.chunked(self.decay(undecayed, _left(p)))
+    def _run_pass(self, p: Pass, needed: set[str], gate: bool, carry: Tensor) -> Tensor:
+        """Add a pass's gradients for what is needed; return the reverse state that leaves."""
+        dout = self.chunked(self._dout(p))
+        decayed = self.chunked(self.decay(self._dout(p), _left(p)))
         a = self.chunked(self.sequence(p.a))  # b and c only where used: either may be an inner result not needed here
-        parts = self.product(transposed(a), decayed)
-        entering = self.pool.take(carry.shape[0], self.gates.n, carry[0].numel())
-        leaving = self.gates.scan_reverse(viewed(parts, *entering.shape), carry.flatten(1), entering)
-        reverse = viewed(entering, -1, *carry.shape[-2:])
+        parts = torch.bmm(a.mT, decayed).view(-1, self.n, carry[0].numel())
+        entering, leaving = self.gates.scan_reverse(parts, carry.flatten(1))
+        reverse = entering.view(-1, *carry.shape[1:])
 
-        if want & {p.a, p.b}:
-            z = self.mask(self.product(dout, transposed(self.chunked(self.sequence(p.c)))), p.strict)
-        if p.a in want:
+        if needed & {p.a, p.b}:
+            z = self.mask(torch.bmm(dout, self.chunked(self.sequence(p.c)).mT), p.strict)
+        if p.a in needed:
             apart = gate and p.a not in self.always_read
-            da = self._add(p.a, z, self.chunked(self.sequence(p.b)), apart).baddbmm_(
-                decayed, transposed(self.entering(p))
-            )
-            if apart:
-                self._gate_terms(a, da, 1.0, p.strict)
-                self._merge(p.a, da)
-        if p.b == p.c and p.b in want:
+            products = ((z, self.chunked(self.sequence(p.b))), (decayed, self.entering(p).mT))
+            self._add(p.a, products, 1.0 if apart else None, p.strict)
+        if p.b == p.c and p.b in needed:
             # One product with R + R^T stands for db + dc: LA(q, k, k) is the pass this is for.
-            both = self._add(p.b, transposed(z), a, gate).baddbmm_(transposed(self.scores(p)), dout)
-            symmetric = torch.add(reverse, transposed(reverse), out=self.pool.take(*reverse.shape))
-            both.baddbmm_(self.chunked(self.weighted(p.b, "end")), symmetric)
-            if gate:
-                self._gate_terms(self.chunked(self.sequence(p.b)), both, -0.5)
-                self._merge(p.b, both)
+            outside = (self.chunked(self.weighted(p.b, "end")), reverse + reverse.mT)
+            self._add(p.b, ((z.mT, a), (self.scores(p).mT, dout), outside), -0.5 if gate else None)
         else:
-            if p.b in want:
-                db = self._add(p.b, transposed(z), a, gate).baddbmm_(
-                    self.chunked(self.weighted(p.c, "end")), transposed(reverse)
-                )
-                if gate:
-                    self._gate_terms(self.chunked(self.sequence(p.b)), db, -1.0)
-                    self._merge(p.b, db)
-            if p.c in want:
-                dc = self._add(p.c, transposed(self.scores(p)), dout, False)
-                dc.baddbmm_(self.chunked(self.weighted(p.b, "end")), reverse)
+            if p.b in needed:
+                products = ((z.mT, a), (self.chunked(self.weighted(p.c, "end")), reverse.mT))
+                self._add(p.b, products, -1.0 if gate else None)
+            if p.c in needed:
+                self._add(p.c, ((self.scores(p).mT, dout), (self.chunked(self.weighted(p.b, "end")), reverse)), None)
         if gate:
-            self._tail(p, entering)
+            states, last = self.states(p)
+            ends = torch.cat([states[:, 1:], last[:, None]], 1)
+            tails = (ends * entering).sum(-1)
+            self.tails = tails if self.tails is None else self.tails + tails
         return leaving.view(carry.shape)
 
-    def _add(self, name: str, x: Tensor, y: Tensor, apart: bool) -> Tensor:
-        """``x @ y`` onto the gradient of ``name``, or (``apart``, or the first) into a buffer of its own."""
-        if name in self.gradients and not apart:
-            return self.chunked(self.gradients[name]).baddbmm_(x, y)
-        product = self.product(x, y)
-        if not apart:
-            self._merge(name, product)
-        return product
-
-    def _merge(self, name: str, gradient: Tensor) -> None:
-        gradient = viewed(gradient, -1, self.gates.n * self.gates.c, gradient.shape[-1])
-        if name in self.gradients:
-            self.gradients[name].add_(gradient)
+    def _add(
+        self, name: str, products: tuple[tuple[Tensor, Tensor], ...], gate_weight: float | None, strict: bool = False
+    ) -> None:
+        """Add products ``x @ y`` to a gradient; with ``gate_weight`` their pairing with the sequence to the terms."""
+        (x, y), *rest = products
+        known = self.gradients.get(name)
+        if known is None or gate_weight is not None:
+            total = torch.bmm(x, y)
         else:
-            self.gradients[name] = gradient
+            total = self.chunked(known).baddbmm_(x, y)
+        for x, y in rest:
+            total.baddbmm_(x, y)
+        total = total.view(-1, self.n * self.c, total.shape[-1])
+        if gate_weight is not None:
+            self._add_gate_terms(self.sequence(name), total, gate_weight, strict)
+            total = total if known is None else known.add_(total)
+        self.gradients[name] = total
 
-    def _gate_terms(self, x: Tensor, dx: Tensor, weight: float, strict: bool = False) -> None:
-        products = torch.mul(x, dx, out=self.pool.take(*x.shape))
-        terms = torch.sum(products, -1, out=self.pool.take(*x.shape[:-1]))
+    def _add_gate_terms(self, x: Tensor, dx: Tensor, weight: float, strict: bool = False) -> None:
+        terms = (x * dx).sum(-1).view(-1, self.c)
         if strict:  # a chunk's first term belongs to the chunk before, whose tail has it
-            later = self.pool.take(*terms.shape)
-            later[:, :-1] = terms[:, 1:]
-            later[:, -1:] = 0
-            terms = later
-        if self.gate_terms is None:
-            self.gate_terms = terms.mul_(weight)
-        else:
-            self.gate_terms.add_(terms, alpha=weight)
-
-    def _tail(self, p: Pass, reverse: Tensor) -> None:
-        entering, leaving = self.states(p)
-        tails = self.pool.take(*reverse.shape[:2])
-        products = torch.mul(entering[:, 1:], reverse[:, :-1], out=self.pool.take(*entering[:, 1:].shape))
-        torch.sum(products, -1, out=tails[:, :-1])
-        last = torch.mul(leaving, reverse[:, -1], out=self.pool.take(*leaving.shape))
-        torch.sum(last, -1, out=tails[:, -1])
-        self.tails = tails if self.tails is None else self.tails.add_(tails)
+            terms = F.pad(terms[:, 1:], (0, 1))
+        self.gate_terms = weight * terms if self.gate_terms is None else self.gate_terms.add_(terms, alpha=weight)
 
     def gate_gradient(self) -> Tensor:
         """d log g of every token, ``[N, L]``; the running sum restarts at every chunk with that chunk's tail."""
         assert self.gate_terms is not None and self.tails is not None
-        c = self.gates.c
-        terms = self.gate_terms.view(-1, c)
-        after = torch.mm(terms, lower(c, c, 0, terms.dtype, terms.device), out=self.pool.take(*terms.shape))
-        return after.view(*self.tails.shape, c).add_(self.tails[..., None]).flatten(1)
+        after = self.gate_terms @ lower(self.c, self.c, 0, self.gate_terms.dtype, self.gate_terms.device)
+        return after.view(*self.tails.shape, self.c).add_(self.tails[..., None]).flatten(1)

@@ -1,4 +1,4 @@
-"""The torch backend's three backward stages: the mirrors of ``stages.py``, right to left.
+"""The torch backend's two backward stages: the mirrors of ``stages.py``, right to left.
 
 Reverse carries enter from the right and start from the gradient of the final state; what leaves the first token is
 the gradient of the initial state. Equations: docs/algebra.md, gradients.
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hla_dist.operators.blocks import ReverseBlock
 from hla_dist.operators.cascade import Fields
-from hla_dist.operators.segment import Segment, Sequences, Span, Tile
+from hla_dist.operators.gates import CUT
+from hla_dist.operators.segment import Segment, Span, Tile
 
 
 class Saved(NamedTuple):
@@ -37,83 +38,58 @@ class Gradients(NamedTuple):
 def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
     """Reverse fields of the segment with nothing to its right, one ``[B, H, rows, columns]`` a pass.
 
-    Inner gradients are not kept for ``finish_backward``: storing, loading and correcting them was measured to cost
+    Inner gradients are not kept for ``scan_backward``: storing, loading and correcting them was measured to cost
     what computing them again does.
     """
     op = segment.operator
-    fields = {name: segment.state(name) for name in op.reverses}
+    fields = {name: segment.empty_state(name) for name in op.reverses}
     inner = frozenset(p.out for p in op.passes[:-1])
-    _read(segment, saved, dout)
-
-    def run_block(tile: Tile, span: Span) -> None:
-        for name, value in _block(segment, tile, span, carry).run(inner).items():
-            carry[name].copy_(value)
-
     for tile in segment.tiles:
-        carry = {name: segment.held_state(tile, name, None) for name in op.reverses}
+        reverse = {name: segment.zero_rows(tile, name) for name in op.reverses}
         for span in reversed(segment.spans):
-            segment.run("summarize_backward", run_block, tile, span)
-        for name, value in carry.items():
-            segment.put_rows(tile, fields[name], value)
+            reverse = _block(segment, saved, dout, tile, span, reverse).run(inner)
+        for name in op.reverses:
+            segment.put_rows(tile, fields[name], reverse[name])
     return list(fields.values())
 
 
 def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor]) -> Gradients:
     """Every gradient of the segment whose reverse carry (one field a pass) enters from the right."""
-    op = segment.operator
+    op, log_decay = segment.operator, segment.log_decay
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (segment.q, segment.k, segment.v))
-    log_decay = segment.log_decay
     dlog: Tensor | None = None
     if log_decay is not None:
         shape = (segment.B, segment.H) if log_decay.dim() == 1 else log_decay.shape
         dlog = torch.zeros(shape, dtype=segment.dtype, device=segment.device)
-        segment.tensors["dlog_decay"] = dlog
-    segment.tensors |= {"dq": dq, "dk": dk, "dv": dv}
-    dcarry = {name: segment.state(name) for name in op.reverses}
-    _read(segment, saved, dout)
-
-    def run_block(tile: Tile, span: Span) -> None:
-        block = _block(segment, tile, span, current)
-        leaving = block.run(frozenset("qkv"), gate=dlog is not None)
-        if segment.settings.scale != 1.0:
-            block.gradients["q"].mul_(segment.settings.scale)
-        segment.store("dq", tile, span, block.gradients["q"])
-        segment.store("dk", tile, span, block.gradients["k"])
-        segment.store("dv", tile, span, block.gradients["v"][..., : segment.v.shape[3]])
-        if dlog is not None:
-            segment.store_gate("dlog_decay", tile, span, block.gate_gradient())
-        for name, value in leaving.items():
-            current[name].copy_(value)
-
+    dcarry = {name: segment.empty_state(name) for name in op.reverses}
     for tile in segment.tiles:
-        current = {name: segment.held_state(tile, name, c) for name, c in zip(op.reverses, carry)}
+        reverse = {name: segment.rows(tile, c) for name, c in zip(op.reverses, carry)}
         for span in reversed(segment.spans):
-            segment.run("backward", run_block, tile, span)
+            block = _block(segment, saved, dout, tile, span, reverse)
+            reverse = block.run(frozenset("qkv"), gate=dlog is not None)
+            if segment.settings.scale != 1.0:
+                block.gradients["q"].mul_(segment.settings.scale)
+            segment.store(dq, tile, span, block.gradients["q"])
+            segment.store(dk, tile, span, block.gradients["k"])
+            segment.store(dv, tile, span, block.gradients["v"][..., : dv.shape[3]])
+            if dlog is not None:
+                segment.store_gate(dlog, tile, span, block.gate_gradient())
         for name in op.reverses:
-            segment.put_rows(tile, dcarry[name], current[name])
+            segment.put_rows(tile, dcarry[name], reverse[name])
     if dlog is not None and log_decay is not None:
-        dlog = (dlog.sum(0) if log_decay.dim() == 1 else dlog).to(log_decay.dtype)
-    return Gradients(dq, dk, dv, dlog, [dcarry[name] for name in op.reverses])
+        dlog = dlog.sum(0) if log_decay.dim() == 1 else dlog
+        dlog = dlog.masked_fill_(log_decay <= CUT, 0).to(log_decay.dtype)
+    return Gradients(dq, dk, dv, dlog, list(dcarry.values()))
 
 
-def _read(segment: Segment, saved: Saved, dout: Tensor) -> None:
-    """Name what blocks load."""
-    segment.tensors |= {"dout": dout, "out": saved.out, "denominator": saved.denominator.unsqueeze(-1)}
-    segment.tensors |= zip(segment.operator.states, saved.checkpoints)
-
-
-def _block(segment: Segment, tile: Tile, span: Span, reverse: Fields) -> ReverseBlock:
+def _block(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span, reverse: Fields) -> ReverseBlock:
     """A block with the reverse carry entering from its right."""
-    op, pool, normalize = segment.operator, segment.pool, segment.settings.normalize
-    gates = segment.gates(tile, span)
-    carry = {name: segment.load_state(name, tile, span) for name in op.states}
-    gradient = segment.load("dout", tile, span, extra=int(normalize))
-    if normalize:
+    carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(segment.operator.states, saved.checkpoints)}
+    gradient = segment.load(dout, tile, span)
+    if segment.settings.normalize:
         # o = num / (den + eps): dnum = do / (den + eps), dden = -do . o / (den + eps)
-        o = segment.load("out", tile, span)
-        den = segment.load("denominator", tile, span).add_(segment.settings.eps)
-        total = torch.sum(o.mul_(gradient[..., :-1]), -1, keepdim=True, out=pool.take(*o.shape[:-1], 1))
-        gradient[..., -1:] = total.neg_()
-        gradient.div_(den)
-    sequences = Sequences(segment, tile, span)
-    return ReverseBlock(op, sequences, gates, carry, segment.settings.ridge, {"o": gradient}, reverse, pool)
+        o = segment.load(saved.out, tile, span)
+        denominator = segment.load(saved.denominator.unsqueeze(-1), tile, span) + segment.settings.eps
+        own = -(o * gradient).sum(-1, keepdim=True)
+        gradient = torch.cat([gradient, own], -1) / denominator
+    return ReverseBlock(segment, tile, span, carry, reverse, gradient)

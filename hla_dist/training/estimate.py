@@ -32,7 +32,7 @@ from hla_dist.training.config import TrainConfig, flag
 TRACED = 4096  # tokens of the shorter trace
 # K and V sizes of the first-order passes of an operator
 _PASSES = {"linear_attention": "V", "hla2": "KV", "ahla": "VV", "hla3": "KVV"}
-_BLOCK_BUFFERS = 54  # sequences of a block that the torch backend holds: counted, hla2's backward, when it is recorded
+_BLOCK_BUFFERS = 26  # sequences of a block that the torch backend holds: counted, hla2's backward, gates per token
 _BACKWARD = 2.5  # of a pass's forward: products with both operands' gradients, and the scores again
 
 

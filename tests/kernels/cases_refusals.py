@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import hla_dist
-from hla_dist.functional import stage_ops
 from hla_kernels import device, tiles
 from tests.harness import raises_value_error
 
@@ -45,14 +44,6 @@ def test_options_without_kernels() -> None:
         hla_dist.hla2(*_inputs(), decay_form="paper", backend="triton")
     with raises_value_error("chunk_size: expected None", "triton", "got 64"):
         hla_dist.hla2(*_inputs(), chunk_size=64, backend="triton")
-
-
-def test_document_numbers() -> None:
-    """The torch stages cut at them inside a segment; here every document is a row of a batch."""
-    numbers = torch.ones(3, dtype=torch.int64)
-    options = ("hla2", 1.0, 0.0, False, 1e-6, 0, "triton")
-    with raises_value_error("documents: expected None", "'triton'", "cu_seqlens", "(3,)"):
-        stage_ops.summarize(*_inputs(), None, numbers, *options)
 
 
 def test_an_entry_proven_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

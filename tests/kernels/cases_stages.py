@@ -85,27 +85,27 @@ def test_packed_documents(name, gates) -> None:
 
 @pytest.mark.parametrize("gates", ["none", "BTH"])
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
-def test_finish_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
+def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
     """Over several segments, from a carry: equal to a scan from it, or one where the table says so."""
     problem = Problem(
         name, mask, T=75, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=ridge_of(name), dtype=torch.float32
     )
     t = draw(problem)
-    inputs = (t.q, t.k, t.v, t.log_decay, None)
+    inputs = (t.q, t.k, t.v, t.log_decay)
     cascade_name = "hla2_prefix" if mask == "prefix" else name
     options = (cascade_name, 0.7, problem.ridge, False, 1e-6, 0, "triton")
     summary = stage_ops.summarize(*inputs, *options)
     kept = summary[1 + len(OPERATORS[cascade_name].fields) :]
     assert len(kept) == 2 * (len(problem.state_names) - 1)
     carry = list(t.initial_state or ())
-    got = stage_ops.finish(*inputs, carry, kept, *options)
-    want = stage_ops.scan(*inputs, carry, *options)
+    got = stage_ops.scan(*inputs, carry, kept, *options)
+    want = stage_ops.scan(*inputs, carry, [], *options)
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
         if y.numel():
             assert_close(f"result {i}", x, y, FLOAT32)
     if name == "ahla":
         monkeypatch.setitem(tiles.LATE_CARRY, "interpreter", "again")
-        again = stage_ops.finish(*inputs, carry, kept, *options)
+        again = stage_ops.scan(*inputs, carry, kept, *options)
         assert all(torch.equal(x, y) for x, y in zip(again, want, strict=True))
 
 
@@ -113,20 +113,19 @@ def test_finish_corrects_what_summarize_kept(name, mask, gates, short_segments, 
 def test_what_the_ops_say_of_their_results(name, normalize) -> None:
     """Shapes, dtypes and layouts without running, as compilers ask for them, and that no input is written."""
     t = draw(Problem(name, T=20, H=2, G=1, K=6, V=5, scale=0.7, normalize=normalize, dtype=torch.float32))
-    inputs = (t.q, t.k, t.v, t.log_decay, None)
+    inputs = (t.q, t.k, t.v, t.log_decay)
     options = (name, 0.7, 0.3, normalize, 1e-3, 0, "triton")
     carry = list(t.initial_state or ())
     kept = stage_ops.summarize(*inputs, *options)[1 + len(OPERATORS[name].fields) :]
-    out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
+    out, denominator, *rest = stage_ops.scan(*inputs, carry, [], *options)
     saved = (*inputs, out if normalize else out.new_empty(0), denominator, rest[len(carry) :], t.weight_out)
     ops = torch.ops.hla_dist
     for op, arguments in (
         (ops.summarize, inputs),
-        (ops.scan, (*inputs, carry)),
-        (ops.finish, (*inputs, carry, kept)),
+        (ops.scan, (*inputs, carry, [])),
+        (ops.scan, (*inputs, carry, kept)),
         (ops.summarize_backward, saved),
         (ops.scan_backward, (*saved, carry)),
-        (ops.finish_backward, (*saved, carry, [])),
     ):
         torch.library.opcheck(op.default, (*arguments, *options), test_utils=("test_schema", "test_faketensor"))
 

@@ -57,9 +57,9 @@ def _everything(name: str, T: int, heads_first: bool, normalize: bool = False) -
     saved = Saved(dout, empty(B, T, H), [x[None] for x in carry])
 
     def segment() -> Segment:
-        return Segment(op, q, k, v, empty(B, T, H), None, Settings(0.5, 0.3, normalize))
+        return Segment(op, q, k, v, empty(B, T, H), Settings(0.5, 0.3, normalize))
 
-    triton_stages.scan(segment(), carry)
+    triton_stages.scan(segment(), carry, [])
     triton_stages.scan(segment(), carry, triton_stages.summarize(segment()).kept)
     triton_stages.summarize_backward(segment(), saved, dout.contiguous())
     triton_stages.scan_backward(segment(), saved, dout.contiguous(), carry)

@@ -9,7 +9,6 @@ import torch
 
 import hla_dist
 from hla_dist import HLA2PaperState, HLA2State, summarize
-from hla_dist.functional import stage_ops
 from hla_dist.reference import serial
 from tests.harness import assert_bitwise, assert_close, relative_error, shifted
 from tests.problems import GATE_VALUES, Problem, check, draw, run
@@ -85,34 +84,3 @@ def test_fields_by_their_definition() -> None:
                 G += to_end * logs[j + 1 : i].sum().exp() * (k[i] @ q[j]) * k[i].outer(v[j])
         for letter, want in (("Shat", Shat), ("C", C), ("G", G)):
             assert_close(f"{letter} of head {h}", getattr(got, letter)[0, h], want, 10 * ROUND_OFF)
-
-
-@pytest.mark.parametrize("gates", ["none", "BTH"])
-def test_a_document_start_cuts_what_the_strict_pass_reads(gates: str) -> None:
-    """A first token's gate is not in the C that it reads: a gate of zero would let the document before through."""
-    lengths = [60, 4, 1, 63, 70]  # starts inside chunks, at a chunk's start, and one right after another
-    problem = Problem("hla2", "paper", T=sum(lengths), H=2, G=2, gates=gates, gate_values="near_one", state=False)
-    t = draw(problem)
-    documents = torch.repeat_interleave(torch.arange(1, 6), torch.tensor(lengths))
-    options = ("hla2_paper", 1.0, 0.0, False, 0.0, 0, "torch")
-    carry = [torch.ones(1, 2, 4, n, dtype=torch.float64) for n in (4, 3, 3)]  # of a sequence that ended before
-    inputs = (t.q, t.k, t.v, t.log_decay, documents)
-    out, denominator, *rest = stage_ops.scan(*inputs, carry, *options)
-    saved = (out.new_empty(0), denominator, rest[3:], t.weight_out)
-    zeros = [torch.zeros_like(x) for x in carry]
-    dq, dk, dv, _, *dcarry = stage_ops.scan_backward(*inputs, *saved, zeros, *options)
-    start = 0
-    for n in lengths:
-        part = slice(start, start + n)
-        own = replace(problem, T=n)
-        gate = None if t.log_decay is None else t.log_decay[:, part]
-        alone = replace(t, q=t.q[:, part], k=t.k[:, part], v=t.v[:, part], log_decay=gate)
-        alone.weight_out = t.weight_out[:, part]
-        got = {"out": out[:, part], "dq": dq[:, part], "dk": dk[:, part], "dv": dv[:, part]}
-        want = run(own, alone, hla_dist.hla2)
-        for name, x in got.items():
-            assert_close(f"{name} of {n} tokens from {start}", x, want[name], FLOAT64)
-        start += n
-    assert not any(x.any() for x in dcarry), "the sequence before has got a gradient"
-    rho, *fields = stage_ops.summarize(*inputs, *options)
-    assert not rho.any() and not fields[3].any()  # Shat: nothing passes a document start

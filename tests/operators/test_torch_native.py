@@ -25,7 +25,7 @@ from tests.parallel.sharded import shard_of
 from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT32, FLOAT64
 
-STAGES = ("summarize", "scan", "finish", "summarize_backward", "scan_backward", "finish_backward")
+STAGES = ("summarize", "scan", "summarize_backward", "scan_backward")
 
 
 class _Calls(TorchDispatchMode):
@@ -76,20 +76,18 @@ def test_opcheck_of_the_stages(name: str, mask: str, changes: dict[str, Any]) ->
     """The two stages of one device, as a call makes them, and the four of a group on the same segment."""
     calls = _calls(_problem(name, mask, **changes))
     assert set(calls) == {"scan", "scan_backward"}
-    scan, (*inputs, carry, cascade, scale, ridge, norm, eps, chunk, backend) = calls["scan"]
+    scan, (*inputs, carry, _, cascade, scale, ridge, norm, eps, chunk, backend) = calls["scan"]
     options = (cascade, scale, ridge, norm, eps, chunk, backend)
     ops = torch.ops.hla_dist
     fields = OPERATORS[cascade].fields
     kept = ops.summarize(*inputs, *options)[1 + len(fields) :]
     _, backward = calls["scan_backward"]
-    saved = backward[5:9]
+    saved = backward[4:8]
     arguments = {
         "summarize": (*inputs, *options),
-        "scan": (*inputs, carry, *options),
-        "finish": (*inputs, carry, kept, *options),
+        "scan": (*inputs, carry, kept, *options),
         "summarize_backward": (*inputs, *saved, *options),
         "scan_backward": backward,
-        "finish_backward": (*inputs, *saved, backward[9], [], *options),
     }
     assert tuple(arguments) == STAGES
     for stage, args in arguments.items():
@@ -133,7 +131,7 @@ def test_opcheck_of_the_exchange(pool: RankPool) -> None:
     causal, full = _problem("hla3", "causal"), _problem("hla2", "full")
     first, last = pool.run_group(2, _opcheck_exchange, causal, full)
     exchange = {"exchange_start", "exchange_finish", "exchange_finish_backward", "exchange_gather"}
-    assert last == exchange | {"summarize", "finish", "summarize_backward", "finish_backward"}
+    assert last == exchange | {"summarize", "scan", "summarize_backward", "scan_backward"}
     assert first == last - {"summarize_backward"}  # nobody reads the reverse summary of the first rank
 
 

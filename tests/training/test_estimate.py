@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.operators import pool
 from hla_dist.parallel.collectives import counter
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import parse
@@ -26,7 +25,6 @@ MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2)
 def allocated(model: LanguageModel, tokens: int) -> int:
     """Most bytes that torch's allocator held at once in a forward and backward."""
     text, labels = torch.randint(64, (2, 1, tokens))
-    pool.let_go()  # or the operators' blocks may be there already
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(text, labels=labels).backward()
     events = profiler.profiler.kineto_results.events()
