@@ -37,8 +37,8 @@ STREAMING = tuple(kind for kind in KINDS if kind[1] != "full")
 GATE_FORMS = ("none", "H", "G", "BTH", "BTG")
 # mild: memory of a few tokens. near_one: longer than the sequence. near_zero: no memory to speak of.
 # hard_cut: the past is gone at some tokens, with ordinary gates between them. zero: gate exactly 1.
-# per_head: every head another of these.
-GATE_VALUES = ("mild", "near_one", "near_zero", "hard_cut", "zero", "per_head")
+# least: cuts of -inf and of the least finite number, whose sums overflow. per_head: every head another of these.
+GATE_VALUES = ("mild", "near_one", "near_zero", "hard_cut", "zero", "least", "per_head")
 
 
 def mask_options(mask: str) -> dict[str, str]:
@@ -162,12 +162,14 @@ def _draw_gates(p: Problem, generator: torch.Generator) -> Tensor | None:
     shape = (p.B, p.T, heads) if "BT" in p.gates else (heads,)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     cut = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.15
+    least = torch.full_like(uniform, torch.finfo(p.dtype if p.dtype == torch.float64 else torch.float32).min)
     values = {
         "mild": -0.6 * uniform,
         "near_one": -1e-6 * uniform,
         "near_zero": -30.0 - 10.0 * uniform,
         "hard_cut": torch.where(cut, -1e4 * (1 + uniform), -0.3 * uniform),
         "zero": 0.0 * uniform,
+        "least": torch.where(cut, torch.where(uniform < 0.5, least, -torch.inf), -0.3 * uniform),
     }
     if p.gate_values != "per_head":
         return values[p.gate_values]
@@ -257,7 +259,7 @@ def check(p: Problem, t: Tensors, got: Values, which: Callable[..., Any] = seria
         terms = terms | {"dinitial C": minuend["dinitial C"]}
     for name in want:
         scale = max(want[name].norm().item(), terms[name].norm().item())
-        nothing_passes = p.gate_values in ("near_zero", "hard_cut") or (p.T == 1 and not p.state)
+        nothing_passes = p.gate_values in ("near_zero", "hard_cut", "least") or (p.T == 1 and not p.state)
         if name == "dlog_decay" and nothing_passes:
             scale = max(scale, terms["dq"].norm().item())  # it is a sum of differences of q . dq and k . dk
         assert_close(f"{name} of {p}", got[name], want[name], tolerance(p.dtype, name), scale=scale)

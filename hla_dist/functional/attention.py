@@ -84,7 +84,8 @@ def hla2(
     q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, G divides H. Returns ``out [B, T, H, V]`` in q's dtype
     and the state, None unless asked for. Differentiable in q, k, v, log_decay and initial_state; not twice.
 
-    log_decay           natural log of the gates, finite, <= 0: ``[H]`` or ``[B, T, H]`` (``[G]``, ``[B, T, G]``)
+    log_decay           natural log of the gates, <= 0: ``[H]`` or ``[B, T, H]`` (``[G]``, ``[B, T, G]``); -1e4 or less,
+                        -inf included, cuts the past off, with a gradient of 0
     decay_form          "masked", the equations above; "paper", the paper's recurrence with decay to the letter:
                         S_t = g S + k k^T, C_t = g C + q v^T, G_t = g G + k k^T C_{t-1}, o = q^T ((S + ridge I) C - G);
                         with gates it is another operator, without them the same one. Nothing differs with mask="prefix"

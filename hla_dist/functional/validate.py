@@ -77,7 +77,7 @@ def check_inputs(q: Any, k: Any, v: Any) -> None:
 
 
 def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
-    """A natural log of gates: ``[H]``, ``[B, T, H]``, ``[G]`` or ``[B, T, G]``, finite, <= 0."""
+    """A natural log of gates: ``[H]``, ``[B, T, H]``, ``[G]`` or ``[B, T, G]``, <= 0; -inf is a cut."""
     if log_decay is None:
         return
     B, T, H, _ = q.shape
@@ -92,11 +92,13 @@ def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
             expected += f" (or [G] = [{G}], [B, T, G])"
         refuse("log_decay", expected, f"shape {tuple(log_decay.shape)}")
     if contents_visible(log_decay):
-        bad = ~(torch.isfinite(log_decay) & (log_decay <= 0))
+        bad = ~(log_decay <= 0)
         if bool(bad.any()):
             index = tuple(bad.nonzero()[0].tolist())
             value = log_decay[index].item()
-            raise ValueError(f"log_decay: expected finite values <= 0 (logs of gates), got {value} at index {index}")
+            raise ValueError(
+                f"log_decay: expected values <= 0 (logs of gates, -inf cuts), got {value} at index {index}"
+            )
 
 
 def contents_visible(x: Tensor) -> bool:

@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 
 import hla_dist
 from tests.harness import assert_bitwise, assert_close
-from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, ORACLES, RIDGED, STREAMING, Problem, check, draw, oracle, run
+from tests.problems import (
+    GATE_FORMS,
+    GATE_VALUES,
+    KINDS,
+    ORACLES,
+    RIDGED,
+    STREAMING,
+    Problem,
+    check,
+    draw,
+    mask_options,
+    oracle,
+    run,
+)
 from tests.tolerances import tolerance
 
 LENGTHS = (1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 200)
@@ -88,6 +101,26 @@ def test_every_kind_of_gate(name: str, mask: str, gates: str, gate_values: str, 
     problem = Problem(name, mask, B=2, T=150, H=10, G=5, gates=gates, gate_values=gate_values, dtype=dtype)
     tensors = draw(problem)
     check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_a_cut_is_a_cut(name: str, mask: str, dtype: torch.dtype) -> None:
+    """Any two log gates of -1e4 or less are alike, to the bit, wherever they stand; their gradient is 0."""
+    problem = Problem(name, mask, T=150, dtype=torch.float32)
+    tensors, results = draw(problem), []
+    cuts = torch.tensor([3, 4, 63, 64, 65, 128])
+    for value in (-1e5, torch.finfo(dtype).min, -torch.inf):
+        gates = tensors.log_decay.index_fill(1, cuts, value).to(dtype)
+        got = run(problem, replace(tensors, log_decay=gates), getattr(hla_dist, name))
+        assert not got["dlog_decay"][:, cuts].any()
+        form = mask_options(mask)
+        summary = hla_dist.summarize(name, tensors.q, tensors.k, tensors.v, log_decay=gates, **form)
+        results.append(got | {"rho": summary.rho} | summary.fields)
+    for name in results[0]:
+        assert results[0][name].isfinite().all(), name
+        assert_bitwise(name, results[1][name], results[0][name])
+        assert_bitwise(name, results[2][name], results[0][name])
 
 
 @pytest.mark.parametrize("gates", ["none", "H", "BTH"])

@@ -83,7 +83,7 @@ def test_splits(pool: RankPool, name: str, mask: str, ranks: int) -> None:
             check_sharded(pool, ranks, problem, lengths)
 
 
-@pytest.mark.parametrize("gate_values", ["near_one", "zero", "hard_cut"])
+@pytest.mark.parametrize("gate_values", ["near_one", "zero", "hard_cut", "least"])
 @pytest.mark.parametrize(("name", "mask"), STREAMING)
 def test_gates_that_leak_or_cut(pool: RankPool, name: str, mask: str, gate_values: str) -> None:
     """Gates near one carry every rank's tokens to the last; cuts make a whole shard's product zero."""
