@@ -114,20 +114,37 @@ class BlockGates:
     def scan(self, parts: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The states entering every chunk ``[N, n, M]``, left to right, and the one leaving the block ``[N, M]``.
 
-        parts ``[N, n, M]``: what each chunk adds to the state at its own end; carry ``[N, M]``. One small matrix
-        product over chunks instead of a loop.
+        parts ``[N, n, M]``: what each chunk adds to the state at its own end (overwritten); carry ``[N, M]``. One
+        small matrix product over chunks instead of a loop.
         """
-        n = self.n
-        later = self.chunks[:, :n, 1:n].expand(len(parts), -1, -1)  # [j, i]: the chunks strictly between i < j
-        entering = torch.baddbmm(carry[:, None] * self.chunks[:, :n, :1], later, parts[:, :-1])
-        return entering, torch.addcmul(parts[:, -1], entering[:, -1], self.chunks[:, n, n - 1, None])
+        parts[:, 0].addcmul_(carry, self._first)
+        entering = torch.bmm(self._between.expand(len(parts), -1, -1), parts)
+        leaving = torch.addcmul(parts[:, -1], entering[:, -1], self._last)
+        entering[:, 0] = carry
+        return entering, leaving
 
     def scan_reverse(self, parts: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The reverse states entering every chunk from the right, and the one leaving the block to the left.
 
-        parts ``[N, n, M]``: what each chunk adds to the reverse state at its own start.
+        parts ``[N, n, M]``: what each chunk adds to the reverse state at its own start (overwritten).
         """
-        n = self.n
-        later = self.chunks[:, 1:n, 1:].expand(len(parts), -1, -1).mT
-        entering = torch.baddbmm(carry[:, None] * self.chunks[:, n, 1:, None], later, parts[:, 1:])
-        return entering, torch.addcmul(parts[:, 0], entering[:, 0], self.chunks[:, 1, :1])
+        parts[:, -1].addcmul_(carry, self._last)
+        entering = torch.bmm(self._between.expand(len(parts), -1, -1).mT, parts)
+        leaving = torch.addcmul(parts[:, 0], entering[:, 0], self._first)
+        entering[:, -1] = carry
+        return entering, leaving
+
+    @property
+    def _between(self) -> Tensor:
+        """``[N, n, n]``: the product of the chunks strictly between i and j at [j, i], 0 unless i < j."""
+        return self.chunks[:, :-1, 1:]
+
+    @property
+    def _first(self) -> Tensor:
+        """The product of the first chunk's gates, ``[N, 1]``."""
+        return self.chunks[:, 1, :1]
+
+    @property
+    def _last(self) -> Tensor:
+        """The product of the last chunk's gates, ``[N, 1]``."""
+        return self.chunks[:, -1, -2, None]
