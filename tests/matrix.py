@@ -29,7 +29,7 @@ CORE = (
     "tests/nn/test_compile.py", "tests/nn/test_shard.py", "tests/parallel/test_collectives.py",
     "tests/parallel/test_covering.py", "tests/parallel/test_fake_world.py",
 )  # fmt: skip
-PACKAGES = ("einops", "expecttest", "hypothesis", "numpy", "pytest", "pytest-xdist")
+PACKAGES = ("einops", "expecttest", "hypothesis", "numpy", "pytest", "pytest-xdist", "simpy")
 VERSIONS = "import sys, torch; print('%d.%d.%d' % sys.version_info[:3], torch.__version__)"
 
 
@@ -56,18 +56,19 @@ def torches() -> list[str]:
 
 def install(python: str, torch: str, environment: Path) -> str:
     """Make the environment; what pip said last where it could not be made, else nothing."""
-    if (environment / "installed").exists():
-        return ""
     constraints = MATRIX / "constraints.txt"
     pins = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
     constraints.write_text("".join(pin for pin in pins if pin.partition("==")[0] in PACKAGES))
     wanted = [f"torch=={torch}.*" if torch else "torch", *PACKAGES]
+    stamp = environment / "installed"
+    if stamp.exists() and stamp.read_text().split() == wanted:
+        return ""
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
     for command in ([python, "-m", "venv", "--clear", str(environment)], [*pip, *wanted]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    (environment / "installed").touch()
+    stamp.write_text(" ".join(wanted))
     return ""
 
 
