@@ -62,7 +62,9 @@ class HLAPreTrainedModel(PreTrainedModel):
             module._reset_gates()
             if bias is not None and loaded is not None:
                 bias.copy_(loaded)
-        elif "reset_parameters" in module.__dict__ or isinstance(module, (nn.RMSNorm, HeadNorm)):
+        elif "reset_parameters" in module.__dict__:
+            module.__dict__["reset_parameters"]()
+        elif isinstance(module, (nn.RMSNorm, HeadNorm)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):  # heads, and embeddings that were resized
             nn.init.normal_(module.weight, std=EMBEDDING_STD)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def normal_on_reset(module: nn.Module, std: float) -> None:
@@ -31,5 +31,5 @@ def normal_linear(in_features: int, out_features: int, std: float, **factory: An
     return linear
 
 
-def _normal(parameters: dict[str, Tensor], std: float) -> None:
+def _normal(parameters: dict[str, Any], std: float) -> None:
     nn.init.normal_(parameters["weight"], std=std)
