@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 __all__ = ["AHLAState", "HLA2PaperState", "HLA2State", "HLA3State", "KVState", "LinearState", "PrefixState"]
 
@@ -97,3 +98,8 @@ class PrefixState(NamedTuple):
 
     S: Tensor
     C: Tensor
+
+
+for _state in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, KVState, PrefixState):
+    # exported programs that take or return states are stored with the names of these types
+    _register_namedtuple(_state, serialized_type_name=f"hla_dist.states.{_state.__name__}")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional import backend as backends
-from hla_dist.functional import packed, stage_ops, validate
+from hla_dist.functional import exported, packed, stage_ops, validate
 from hla_dist.functional.autograd import CausalFunction, FinishFunction, Options, Place, StartFunction
 from hla_dist.functional.documents import Documents
 from hla_dist.functional.full import Full
 from hla_dist.functional.transforms import refuse_transforms
 from hla_dist.operators import OPERATORS
-from hla_dist.operators.precision import without_autocast
+from hla_dist.operators.precision import as_autocast, without_autocast
 from hla_dist.operators.summary import STATES, Summary
 from hla_dist.parallel import agreement, collectives, topology
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
@@ -315,6 +315,7 @@ def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:
 
 
 def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Tensor, Any]:
+    q, k, v = as_autocast(q, k, v)
     cascade, documents, log_decay, place, initial = _prepare(name, q, k, v, o)
     if o["mask"] == "full":
         with without_autocast(q.device):
@@ -322,6 +323,10 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         k, v = k.view_as(k), v.view_as(v)
     options, wanted = _options(cascade, o), o["output_final_state"]
+    if torch.compiler.is_exporting() and documents is None and not place.group_name:
+        how = (name, o["mask"], o.get("decay_form", "masked"))
+        out, *state = exported.attend(q, k, v, log_decay, list(initial), *how, *options)
+        return out, STATES[cascade](*state) if wanted else None
     if documents is not None:
         out, state = packed.attend(documents, q, k, v, log_decay, tuple(initial), wanted, options, place)
     else:
@@ -365,6 +370,7 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started
     o = {n: p.default for n, p in inspect.signature(globals()[name]).parameters.items() if n not in "qkv"} | options
     if o["group"] is None or o["cu_seqlens"] is not None or o["mask"] == "full" or torch.compiler.is_compiling():
         return Started(partial(_attend, name, q, k, v, o))
+    q, k, v = as_autocast(q, k, v)
     cascade, _, log_decay, place, initial = _prepare(name, q, k, v, o)
     options_, wanted = _options(cascade, o), o["output_final_state"]
     if not place.group_name:  # a group of one

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+import hla_dist
 from hla_dist.nn import HLAAttention
 from hla_dist.nn.attention import _FEATURE_MAPS as FEATURE_MAPS
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
@@ -316,3 +317,18 @@ def test_bad_inputs_are_named():
         rotary(_tokens(1), rotary(_tokens(5))[1])
     with raises_value_error("positions", "[T] or [B, T]", "[2, 5, 32]", "[4]"):
         rotary(_tokens(5), positions=torch.arange(4))
+
+
+def test_operands_of_two_dtypes_under_autocast_are_cast_as_torchs_attention_casts_them() -> None:
+    """Norms give float32 beside projections' bf16; without autocast, and for float64, a mixture is refused."""
+    q, k, v = torch.randn(3, 1, 70, 2, 4).unbind(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = hla_dist.hla2(q, k, v.bfloat16())
+        with raises_value_error("expected q's dtype torch.float64, got torch.bfloat16"):
+            hla_dist.hla2(q.double(), k.double(), v.bfloat16())
+        layer = HLAAttention(8, 2, feature_map="softmax")  # float32 under autocast
+        assert layer(torch.randn(1, 70, 8))[0].dtype == torch.bfloat16
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, hla_dist.hla2(q.bfloat16(), k.bfloat16(), v.bfloat16())[0])
+    with raises_value_error("v: expected q's dtype torch.float32, got torch.bfloat16"):
+        hla_dist.hla2(q, k, v.bfloat16())

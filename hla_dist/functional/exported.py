@@ -1,0 +1,47 @@
+"""A whole operator as one custom op, for programs that ``torch.export`` makes.
+
+The stages' results depend on how T is cut into chunks and blocks, so a program traced through them holds for some T
+only. Nothing that this op takes or returns does: one program serves every length. It has no gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hla_dist.operators import OPERATORS
+
+_OPTIONS = "str cascade, float scale, float ridge, bool normalize, float eps, int chunk_size, str backend"
+
+
+@torch.library.custom_op(
+    "hla_dist::attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor[] initial, str name, str mask, str decay_form, "
+    f"{_OPTIONS}) -> Tensor[]",
+)
+def attend(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> list[Tensor]:
+    """``hla_dist.<name>`` on one device from ``initial``, or from nothing: ``[out, *state]``."""
+    from hla_dist.functional import attention
+
+    cascade, scale, ridge, normalize, eps, chunk_size, backend = options
+    operator = getattr(attention, name)
+    arguments: dict[str, Any] = {
+        "log_decay": log_decay, "mask": mask, "decay_form": decay_form, "scale": scale, "ridge": ridge,
+        "normalize": normalize, "eps": eps, "chunk_size": chunk_size or None, "backend": backend,
+        "initial_state": attention.STATES[cascade](*initial) if initial else None, "output_final_state": True,
+    }  # fmt: skip
+    taken = inspect.signature(operator).parameters
+    out, state = operator(q, k, v, **{n: value for n, value in arguments.items() if n in taken})
+    return [out, *(field.clone() for field in state)]
+
+
+@attend.register_fake
+def _(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> list[Tensor]:
+    op, dims = OPERATORS[options[0]], (q.shape[3], v.shape[3] + int(options[3]))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    fields = [torch.empty(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in op.states]
+    return [torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device), *fields]
