@@ -21,11 +21,9 @@ def normal_on_reset(module: nn.Module, std: float) -> None:
 
 def normal_linear(in_features: int, out_features: int, std: float, **factory: Any) -> nn.Linear:
     """Return a linear map without bias whose weight is drawn with deviation ``std``, now and on reset."""
-    device = torch.empty(0, device=factory.pop("device", None)).device
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta", **factory)
-    linear.weight = nn.Parameter(
-        torch.empty_like(linear.weight, device=device)
-    )  # to_empty swaps: not under fake tensors
+    weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")  # draws nothing
+    linear.weight = weight
     normal_on_reset(linear, std)
     linear.reset_parameters()
     return linear
