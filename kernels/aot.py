@@ -1,11 +1,14 @@
 """Compiling a launch ahead of time for a target that is not there, and what the machine code says of itself.
 
-    registers   per thread            spills    bytes a thread keeps in local memory (stack) for want of registers
-    shared      bytes a program       matrix    matrix-unit instructions by name, as often as they stand in the code
+    registers   per thread            spills    bytes per thread kept in local memory (stack) for want of registers
+    shared      bytes per program     matrix    matrix-unit instructions by name, as often as they stand in the code
     narrow      addresses whose 32-bit offset grows with the problem: from 2^31 elements on they would be wrong
+    reloads     reads of local memory in the main loop, of what was put there before it
+    restores    writes of local memory in the main loop
+    early       copies that begin while a matrix instruction still reads what they overwrite
 
-NVIDIA: the bundled ``cuobjdump`` and the PTX. AMD: the assembly's metadata. Offsets: Triton's own intermediate form.
-No GPU, no driver.
+NVIDIA: the bundled ``cuobjdump`` and the PTX. AMD: the assembly's metadata, local memory in loops is not looked for.
+Offsets and copies: Triton's own intermediate forms. No GPU, no driver.
 """
 
 from __future__ import annotations
@@ -44,6 +47,9 @@ class Resources(NamedTuple):
     shared: int
     matrix: dict[str, int]
     narrow: int
+    reloads: int
+    restores: int
+    early: int
 
 
 class _AbsentDevice:
@@ -73,11 +79,14 @@ def compile_launch(arch: str, kernel: Any, arguments: dict[str, Any], options: d
         text = compiled.asm["amdgcn"]
         registers = _number(text, r"\.vgpr_count:\s*(\d+)")
         spills = _number(text, r"\.private_segment_fixed_size:\s*(\d+)")
+        reloads = restores = 0
     else:
         text = compiled.asm["ptx"]
         registers, spills = _cubin_usage(compiled.asm["cubin"])
+        reloads, restores = local_in_main_loop(compiled.asm["cubin"]) if spills else (0, 0)
     matrix = {name: text.count(name) for name in MATRIX[arch]}
-    return Resources(registers, spills, shared, matrix, len(growing_offsets(compiled.asm["ttir"])))
+    narrow, early = growing_offsets(compiled.asm["ttir"]), early_copies(compiled.asm["ttgir"])
+    return Resources(registers, spills, shared, matrix, len(narrow), reloads, restores, len(early))
 
 
 def compile_only(arch: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Any:
@@ -94,8 +103,13 @@ def compile_key(arch: str, kernel: Any, arguments: dict[str, Any], options: dict
     return f"{kernel.fn.__name__} {specialization} {parsed}"
 
 
-def _pretend(arch: str, kernel: Any) -> None:
+def pretend(arch: str) -> None:
+    """Let Triton compile for a device of ``arch`` from now on, and run nothing."""
     driver.set_active(_AbsentDevice(ARCHITECTURES[arch]))
+
+
+def _pretend(arch: str, kernel: Any) -> None:
+    pretend(arch)
     kernel.device_caches.clear()
 
 
@@ -124,6 +138,59 @@ def growing_offsets(ttir: str) -> list[str]:
     return [line.strip() for line in ttir.splitlines() if (at := _ADDRESS.search(line)) and not bounded(at[1])]
 
 
+_SLOTS = re.compile(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x")
+_VIEW = re.compile(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)")
+_DOT = re.compile(r"ttng\.warp_group_dot (%\w+), (%\w+),.*isAsync = true")
+_DOT_WAIT = re.compile(r"ttng\.warp_group_dot_wait .*pendings = (\d+)")
+_COPY = re.compile(r"ttg\.async_copy_global_to_local %\w+, (%\w+)")
+
+
+def early_copies(ttgir: str) -> list[str]:
+    """Copies into a buffer of one slot that start, in a loop, while a wgmma that reads it may be under way.
+
+    Triton's pipeliner lets a product whose sum is carried run into the next iteration. It gives a second slot to what
+    such a product reads, but not where a product by mma.sync reads the same: then the next copy races with it.
+    """
+    slots = {m[1]: int(m[2]) for m in map(_SLOTS.search, ttgir.splitlines()) if m}
+    buffer = dict(zip(slots, slots))
+    for m in filter(None, map(_VIEW.search, ttgir.splitlines())):
+        buffer[m[1]] = buffer.get(m[2], "")
+    found: dict[str, None] = {}
+    for body in _loop_bodies(ttgir):
+        flying: list[set[str]] = []  # buffers that each product under way reads
+        for line in body + body:  # what the first iteration leaves under way meets the second
+            if dot := _DOT.search(line):
+                flying.append({buffer.get(name, "") for name in dot.groups()})
+            elif wait := _DOT_WAIT.search(line):
+                flying = flying[max(0, len(flying) - int(wait[1])) :]
+            elif (copy := _COPY.search(line)) and (target := buffer.get(copy[1], "")):
+                if slots[target] == 1 and any(target in read for read in flying):
+                    found[line.strip()] = None
+    return list(found)
+
+
+def _loop_bodies(ttgir: str) -> list[list[str]]:
+    """The lines of every ``scf.for``, found by their indentation."""
+    lines, bodies = ttgir.splitlines(), []
+    for i, line in enumerate(lines):
+        if "scf.for" in line:
+            end = line[: len(line) - len(line.lstrip())] + "}"
+            bodies.append(lines[i + 1 : next(j for j in range(i + 1, len(lines)) if lines[j].startswith(end))])
+    return bodies
+
+
+_MACHINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(\w+)[^;]*?(?:(0x[0-9a-f]+)\s*)?;")
+
+
+def local_in_main_loop(cubin: bytes) -> tuple[int, int]:
+    """How many reads and writes of local memory stand in the longest loop of the machine code."""
+    code = [(int(m[1], 16), m[2], m[3]) for m in _MACHINE.finditer(_cuobjdump(cubin, "-sass"))]
+    jumps = [(int(to, 16), at) for at, name, to in code if name == "BRA" and to and int(to, 16) < at]
+    first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, -1))
+    names = [name for at, name, _ in code if first <= at <= last]
+    return names.count("LDL"), names.count("STL")
+
+
 def _number(text: str, pattern: str) -> int:
     found = re.search(pattern, text)
     assert found, f"{pattern} is not in the assembly"
@@ -131,9 +198,13 @@ def _number(text: str, pattern: str) -> int:
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    text = _cuobjdump(cubin, "--dump-resource-usage")
+    return _number(text, r"REG:(\d+)"), _number(text, r"STACK:(\d+)")
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _number(text, r"REG:(\d+)"), _number(text, r"STACK:(\d+)")
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

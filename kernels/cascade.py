@@ -5,7 +5,7 @@ pass gives ``o``. Everything follows from the list (docs/algebra.md, gradients):
 
     forward    out = LA(a, b, c)
     backward   da = LA(dout, c, b)      db = rLA(c, dout, a)      dc = rLA(b, a, dout)
-    gates      x  = sum over passes of a . da - b . db  (halved and shared by db and dc where b and c are one sequence)
+    gates      x  = sum over passes of a . da - b . db
 
 A sequence in several places gets its gradient from several launches, each adding to what is there. With several
 segments a pass is three launches: the segments' states in parallel, a scan over them, outputs in parallel from what
@@ -33,7 +33,9 @@ from hla_kernels.segments import (
 )
 from hla_kernels.sequences import INNER, gates, matrices, sequence
 
-RESTART = 512  # tokens after which a gate gradient's running sum starts anew
+# tokens after which a gate gradient's running sum starts anew, from what the states say: terms in float32 carry the
+# errors of their products, lower precision compensates for them (first_order.py)
+RESTART = {torch.float32: 512, torch.float16: 8192, torch.bfloat16: 8192}
 SHORTEST = 256  # tokens of the shortest segment: its state's traffic stays below its sequences'
 
 
@@ -47,8 +49,18 @@ class Pass(NamedTuple):
     ridge: bool = False
 
 
+# the operators by their passes, for what runs without hla_dist
+CASCADES: dict[str, tuple[Pass, ...]] = {
+    "linear_attention": (Pass("o", "q", "k", "v"),),
+    "hla2": (Pass("u", "q", "k", "k", True), Pass("o", "q", "u", "v")),
+    "hla2_prefix": (Pass("w", "q", "k", "k", True), Pass("o", "w", "q", "v")),
+    "ahla": (Pass("r", "q", "k", "v"), Pass("o", "q", "k", "r")),
+    "hla3": (Pass("u", "q", "k", "k", True), Pass("r", "q", "k", "v"), Pass("o", "q", "u", "r")),
+}
+
+
 @dataclass
-class Carry:
+class SegmentStates:
     """States at segment boundaries, ``[segments + 1, B H, rows, columns]``; ``known``: filled in by then."""
 
     value: Tensor
@@ -82,6 +94,7 @@ class Problem:
             self.q, self.scale = torch.zeros_like(self.q), 1.0
         self.sequences |= {"q": self.q, "k": self.k, "v": self.v}
         self.chunk = max(self._tile(a, c).BT for a in "kv" for c in "kv")
+        self.value_tiles = max(-(-self.sequences[c].shape[3] // self._tile(a, c).BV) for a in "kv" for c in "kv")
         self._rho: dict[int, Tensor] = {}
 
     def _tile(self, a: str, c: str) -> tiles.Tile:
@@ -96,7 +109,7 @@ class Problem:
         """``(segments, tokens of a segment)``: enough to fill the device, none shorter than ``SHORTEST``."""
         tokens = self.segment_tokens
         if tokens is None:
-            wanted = max(1, 2 * self.target.processors // self.rows)
+            wanted = max(1, 2 * self.target.processors // (self.rows * self.value_tiles))
             tokens = max(SHORTEST, -(-self.T // wanted))
         tokens = min(tokens, longest or tokens)
         tokens = -(-tokens // self.chunk) * self.chunk
@@ -140,7 +153,9 @@ class Problem:
             self._rho[tokens] = rho
         return self._rho[tokens]
 
-    def carry(self, left: Tensor, right: Tensor, initial: Tensor | None, cut: tuple[int, int], reverse: bool) -> Carry:
+    def carry(
+        self, left: Tensor, right: Tensor, initial: Tensor | None, cut: tuple[int, int], reverse: bool
+    ) -> SegmentStates:
         """Room for the carries ``sum left right^T`` of every segment, the one that enters set, the others not known."""
         segments, _ = cut
         shape = (segments + 1, self.rows, left.shape[3], right.shape[3])
@@ -148,10 +163,10 @@ class Problem:
         if segments == 1:
             edge = value[1 if reverse else 0]
             edge.zero_() if initial is None else edge.copy_(initial.reshape(edge.shape))
-        return Carry(value, reverse)
+        return SegmentStates(value, reverse)
 
     def find(
-        self, carry: Carry, b: Tensor, c: Tensor, scale: float, initial: Tensor | None, cut: tuple[int, int]
+        self, carry: SegmentStates, b: Tensor, c: Tensor, scale: float, initial: Tensor | None, cut: tuple[int, int]
     ) -> None:
         """Fill the carries of every segment: states in parallel, then the scan. One segment: left to the pass."""
         if cut[0] > 1:
@@ -159,7 +174,7 @@ class Problem:
 
     def find_alone(
         self,
-        carry: Carry,
+        carry: SegmentStates,
         b: Tensor,
         c: Tensor,
         scale: float,
@@ -194,7 +209,7 @@ class Problem:
         b: Tensor,
         c: Tensor,
         out: Tensor,
-        carry: Carry,
+        carry: SegmentStates,
         swapped: bool,
         cut: tuple[int, int],
         *,
@@ -202,14 +217,16 @@ class Problem:
         into_state: float,
         add: tuple[Tensor, float] | None = None,
         pair: tuple[Tensor, float, Tensor] | None = None,
+        ends: Tensor | None = None,
     ) -> None:
         """``out = alpha LA(a, b, c) + beta add``; rLA where the carry is a reverse one.
 
         ``swapped``: the transpose of the carry is read.
 
         ``pair``: a sequence, a weight and where ``weight (sequence . alpha LA)`` goes, ``[tiles, B H, T]``.
+        ``ends``: where the states go that this walk itself ends its segments with, laid out as the carries are.
         """
-        self._launch(a, b, c, out, carry, swapped, cut, True, into_state, alpha, add, pair)
+        self._launch(a, b, c, out, carry, swapped, cut, True, into_state, alpha, add, pair, ends=ends)
         carry.known = True
 
     def correct(
@@ -230,7 +247,7 @@ class Problem:
             rho = self.decay(tokens)
             past = torch.cat([torch.ones_like(rho[:1]), rho.cumprod(0)])
             value = value * past[..., None, None]
-        carry = Carry(value, reverse=False, known=True)
+        carry = SegmentStates(value, reverse=False, known=True)
         self._launch(a, a, local, out, carry, False, cut, True, into_state, alpha, (local, 1.0), inner=False)
 
     def _launch(
@@ -239,7 +256,7 @@ class Problem:
         b: Tensor,
         c: Tensor,
         out: Tensor | None,
-        carry: Carry,
+        carry: SegmentStates,
         swapped: bool,
         cut: tuple[int, int],
         emit: bool = True,
@@ -249,6 +266,7 @@ class Problem:
         pair: tuple[Tensor, float, Tensor] | None = None,
         decayed: bool = True,
         inner: bool = True,
+        ends: Tensor | None = None,
     ) -> None:
         segments, tokens = cut
         key_dim, value_dim = b.shape[3], c.shape[3]
@@ -262,7 +280,6 @@ class Problem:
             "add": stand_in if add is None else sequence(add[0], self.H),
             "pair": stand_in if pair is None else sequence(pair[0], self.H),
         }
-        state = matrices(carry.value, swapped)
         launch(
             first_order_kernel,
             triton.cdiv(value_dim, tile.BV) * segments * self.rows,
@@ -270,8 +287,8 @@ class Problem:
             stages=tile.stages,
             registers=tiles.registers(self.target),
             **sequences,
-            carry=state,
-            leaving=state,
+            carry=matrices(carry.value, swapped),
+            leaving=matrices(carry.value if ends is None else ends, swapped),
             x=carry.value if pair is None else pair[2],
             T=self.T,
             segment_chunks=tokens // tile.BT,
@@ -293,7 +310,8 @@ class Problem:
             INNER=inner,
             ADD=add is not None,
             PAIR=pair is not None,
-            LEAVE=not emit or not carry.known,
+            EARLY=not (decayed and self.gated),  # with gates there are no registers for it
+            LEAVE=not emit or not carry.known or ends is not None,
             DTYPE=TRITON_DTYPES[self.inner_dtype],
             PRECISION=self.precision,
             **self.gate_arguments(decayed),

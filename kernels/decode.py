@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hla_kernels.cascade import CASCADES, Pass
 from hla_kernels.device import Target, launch
 from hla_kernels.sequences import base, gates, sequence, token_gates
 from hla_kernels.tiles import power_of_two, registers
@@ -117,17 +118,18 @@ class Reads(NamedTuple):
     """An operator's states in order, what the last one's rows pair with, and what its output is read with."""
 
     states: tuple[str, ...]
-    write: str = "k"
-    read: str = "q"
+    write: str
+    read: str
 
 
-READS = {
-    "linear_attention": Reads(("P",)),
-    "hla2": Reads(("S", "F"), "u"),
-    "hla2_prefix": Reads(("S", "C"), "q", "u"),
-    "ahla": Reads(("P", "E")),
-    "hla3": Reads(("S", "P", "F"), "u"),
-}
+def _reads(passes: tuple[Pass, ...]) -> Reads:
+    """From the passes: ``k k`` makes S and ``k v`` makes P, whatever the last one makes stands last."""
+    *inner, last = passes
+    names = ["S" if p.c == "k" else "P" for p in inner]
+    return Reads((*names, "F" if inner else "P"), last.b, "q" if last.a == "q" else "u")
+
+
+READS = {name: _reads(passes) for name, passes in CASCADES.items()}
 
 
 def decode(

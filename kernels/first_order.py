@@ -13,6 +13,10 @@ Grid: one program for each (tile of BV columns, segment, batch element and head)
 tokens with its part of the state, [BK, BV] float32, in registers. Each output element is written by one program, once:
 results are bitwise repeatable.
 
+The terms of the gates' gradient are summed over a segment, where they must cancel down to what the states at its ends
+say, or the sum drifts. So in them a state is a factor twice, as rounded and as what rounding lost, and the pair times
+its gates is rounded exactly as the walk of the other state rounds it: there it is ``c``.
+
 Precision: bf16 inputs meet the tensor cores as bf16, and so do the state and the chunk's scores where they enter a
 product; float16 inputs as tf32, whose mantissa is float16's and whose range is float32's; float32 as tf32x3 (ieee on
 AMD). Sums and states are float32. No product takes the transpose of a computed value: what is needed transposed is
@@ -102,11 +106,13 @@ def first_order_kernel(
     INNER: tl.constexpr,
     ADD: tl.constexpr,
     PAIR: tl.constexpr,
+    EARLY: tl.constexpr,
     LEAVE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """See the top of the file. The state in registers is the true one divided by ``into_state``, the scale of b c."""
+    COMPENSATED: tl.constexpr = PAIR and PRECISION == "tf32"  # float32's factors are rounded too little to matter
     SLICED: tl.constexpr = BS < BK  # scores sum slices of columns: a and b are whole only after them, one at a time
     tiles: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % tiles
@@ -134,8 +140,21 @@ def first_order_kernel(
             b_c = factor(rows(c, i_b, i_h, t0, T, o_i, o_v, V), DTYPE, PRECISION)  # [BT, BV]
         sums, marks, to_start, to_end, whole = chunk_gates(log_decay, i_b, i_h, t0, T, o_i, BT, GATED)
         if EMIT:
+            if ADD and EARLY:
+                b_add = rows(add, i_b, i_h, t0, T, o_i, o_v, V)  # [BT, BV]
             if not SLICED:
                 b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)  # [BT, BK]
+            if COMPENSATED:
+                weights = to_end if REVERSE else to_start
+                if SLICED:
+                    b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)
+                b_s = factor(state, DTYPE, PRECISION)
+                b_o = tl.dot(b_a, b_s, input_precision=PRECISION)
+                b_s = factor(state - b_s.to(tl.float32), DTYPE, PRECISION)  # what rounding the state lost
+                b_o = tl.dot(b_a, b_s, b_o, input_precision=PRECISION)
+                b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32) * weights[:, None]  # [BT, BV]
+                b_x = alpha * tl.sum((factor(b_p, DTYPE, PRECISION).to(tl.float32) - b_p) * b_o, 1)  # [BT]
+                b_o *= weights[:, None]
             if INNER:
                 if SLICED:
                     b_w = tl.zeros([BT, BT], tl.float32)
@@ -147,20 +166,26 @@ def first_order_kernel(
                 else:
                     b_w = tl.dot(b_a, b_b, input_precision=PRECISION)  # [BT, BT]
                 b_w = factor(weigh(b_w, sums, marks, t0, o_i, REVERSE, GATED), DTYPE, PRECISION)
-            if SLICED:
+            if SLICED and not COMPENSATED:
                 b_a = factor(rows(a, i_b, i_h, t0, T, o_i, o_k, K), DTYPE, PRECISION)
-            b_o = tl.dot(b_a, factor(state, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BV]
-            if GATED:
-                b_o *= (to_end if REVERSE else to_start)[:, None]
+            if not COMPENSATED:
+                b_o = tl.dot(b_a, factor(state, DTYPE, PRECISION), input_precision=PRECISION)  # [BT, BV]
+                if GATED:
+                    b_o *= (to_end if REVERSE else to_start)[:, None]
             if INNER:
                 b_o = tl.dot(b_w, b_c, b_o, input_precision=PRECISION)
             b_o *= alpha
             if PAIR:
                 b_p = rows(pair, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32)  # [BT, BV]
+                terms = tl.sum(b_p * b_o, 1)
+                if COMPENSATED:
+                    terms += b_x
                 row = i_v * (tl.num_programs(0) // tiles // segments) + i_bh
-                tl.store(x + (row.to(tl.int64) * T + t0) + o_i, tl.sum(b_p * b_o, 1) * weight, mask=o_i < T - t0)
+                tl.store(x + (row.to(tl.int64) * T + t0) + o_i, terms * weight, mask=o_i < T - t0)
             if ADD:
-                b_o += beta * rows(add, i_b, i_h, t0, T, o_i, o_v, V).to(tl.float32)
+                if not EARLY:
+                    b_add = rows(add, i_b, i_h, t0, T, o_i, o_v, V)  # [BT, BV]
+                b_o += beta * b_add.to(tl.float32)
             store_rows(out, b_o, i_b, i_h, t0, T, o_i, o_v, V)
         if GATED:
             if INNER:

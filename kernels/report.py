@@ -7,11 +7,14 @@ written as JSON. Exit status 1 if a kernel breaks a rule:
 
     shared memory over the architecture's limit
     no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
-    spills on sm_90 or sm_100 at K, V <= 128; elsewhere more than ``SPILLS`` allows
+    a copy into a buffer that a matrix instruction under way may still read (tiles.py says where Triton did that)
+    on sm_90 or sm_100 at K, V <= 128 a main loop that writes local memory, or reads more than ``RELOADS`` times what
+    was put there before it; elsewhere more bytes spilled than ``SPILLS`` allows
     a 32-bit offset that grows with the problem
 
-Results are kept by a hash of the kernels' sources, Triton's version and the case: unchanged kernels cost nothing. They
-lie in ``--cache`` and, by ``--keep``, in ``compiled.json`` beside this file, which is committed; ``--fresh`` compiles.
+What a kernel takes is kept by a hash of its source, its compile key and Triton's version: unchanged kernels cost
+nothing. It lies in ``--cache`` and, by ``--keep``, in ``compiled.json`` beside this file, which is committed;
+``--fresh`` compiles.
 """
 
 from __future__ import annotations
@@ -30,15 +33,11 @@ import torch
 import triton
 
 from hla_kernels import aot, device, fused, stages, tiles
-from hla_kernels.cascade import Pass, Problem
+from hla_kernels.cascade import CASCADES, Problem
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
 from hla_kernels.sequences import Sequence
 
-CASCADES = {
-    "linear_attention": (Pass("o", "q", "k", "v"),),
-    "hla2": (Pass("u", "q", "k", "k", True), Pass("o", "q", "u", "v")),
-}
 # bytes a thread may spill where it is not forbidden, (arch, dtype, rows) -> the most seen with Triton 3.6.0 and 3.7.1.
 # float32 is tf32x3, whose operands are three times as many; 256 rows hold a state that leaves nothing for the rest
 SPILLS: dict[tuple[str, str, int], int] = {
@@ -56,6 +55,7 @@ SPILLS: dict[tuple[str, str, int], int] = {
     ("gfx942", "float16", 256): 772,
     ("gfx942", "float32", 256): 640,
 }
+RELOADS = 32  # reads of local memory in a step that is to spill nothing: addresses put aside before the loop
 COMMITTED = Path(__file__).with_name("compiled.json")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
@@ -85,6 +85,9 @@ class Row(NamedTuple):
     shared: int
     matrix: dict[str, int]
     narrow: int
+    reloads: int = 0
+    restores: int = 0
+    early: int = 0
 
 
 def cases(archs: tuple[str, ...]) -> list[Case]:
@@ -163,27 +166,34 @@ def _wanted(case: Case, arguments: dict[str, Any]) -> bool:
     return arguments["ADD"] and (arguments["PAIR"] or not case.gated or not arguments["INNER"])
 
 
-def compile_case(case: Case) -> list[Row]:
-    """Every distinct demanding kernel of a case."""
+def compile_case(
+    case: Case, known: dict[str, aot.Resources] | None = None
+) -> tuple[list[Row], dict[str, aot.Resources]]:
+    """Every distinct demanding kernel of a case, and by its key what each takes: from ``known``, or compiled."""
     rows: dict[tuple[Any, ...], Row] = {}
+    taken: dict[str, aot.Resources] = {}
     for kernel, arguments, options in _launches(case):
         name = kernel.fn.__name__.removesuffix("_kernel")
         key_dim, value_dim = arguments.get("K", 0), arguments.get("V", 0)
-        key = (name, _variant(arguments), key_dim, value_dim, _repeats(arguments))
-        if key in rows or not _wanted(case, arguments):
+        variant = (name, _variant(arguments), key_dim, value_dim, _repeats(arguments))
+        if variant in rows or not _wanted(case, arguments):
             continue
-        got = aot.compile_launch(case.arch, kernel, arguments, options)
+        key = _key(case.arch, kernel, arguments, options)
+        got = (known or {}).get(key) or aot.compile_launch(case.arch, kernel, arguments, options)
+        taken[key] = got
         tile = [str(arguments[x]) for x in ("BT", "BV") if x in arguments]
         text = f"{'x'.join(tile)} w{options['num_warps']} s{options['num_stages']}"
-        rows[key] = Row(case.arch, case.dtype, name, key[1], key_dim, value_dim, text, *got)
-    return list(rows.values())
+        rows[variant] = Row(case.arch, case.dtype, name, variant[1], key_dim, value_dim, text, *got)
+    return list(rows.values()), taken
 
 
-def _source_hash() -> str:
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+_MEASURE = hashlib.sha256(Path(aot.__file__).read_bytes()).hexdigest()
+
+
+def _key(arch: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> str:
+    """Names a kernel as compiled: its source and what it calls, its compile key, the compiler, and what is asked."""
+    text = (triton.__version__, arch, _MEASURE, kernel.cache_key, aot.compile_key(arch, kernel, arguments, options))
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:20]
 
 
 def case_name(case: Case) -> str:
@@ -191,46 +201,43 @@ def case_name(case: Case) -> str:
     return "_".join(map(str, case))
 
 
-def committed() -> dict[str, list[Row]]:
-    """Rows by case as last kept; none if the sources or Triton have changed since."""
+def committed() -> dict[str, aot.Resources]:
+    """What kernels take, by their keys, as last kept."""
     if not COMMITTED.exists():
         return {}
-    kept = json.loads(COMMITTED.read_text())
-    if kept["sources"] != _source_hash():
-        return {}
-    return {name: [Row(*row) for row in rows] for name, rows in kept["cases"].items()}
+    return {key: aot.Resources(*found) for key, found in json.loads(COMMITTED.read_text()).items()}
 
 
-def _keep(found: dict[str, list[Row]]) -> None:
-    kept = {"triton": triton.__version__, "sources": _source_hash(), "cases": found}
-    lines = json.dumps(kept).replace("]], ", "]],\n").replace("]]}}", "]]}}\n")  # one case a line
-    COMMITTED.write_text(lines)
+def _keep(taken: dict[str, aot.Resources]) -> None:
+    lines = (f"{json.dumps(key)}: {json.dumps(taken[key])}" for key in sorted(taken))
+    COMMITTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _cached(case: Case, cache: Path, fresh: bool) -> list[Row]:
-    path = cache / _source_hash() / (case_name(case) + ".json")
+def _cached(case: Case, cache: Path, fresh: bool) -> tuple[list[Row], dict[str, aot.Resources]]:
+    path = cache / (case_name(case) + ".json")
+    known = {}
     if not fresh:
-        if case_name(case) in (known := committed()):
-            return known[case_name(case)]
         if path.exists():
-            return [Row(**row) for row in json.loads(path.read_text())]
-    rows = compile_case(case)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps([row._asdict() for row in rows]))
-    whole.replace(path)
-    return rows
+            known = {key: aot.Resources(*found) for key, found in json.loads(path.read_text()).items()}
+        known |= committed()
+    rows, taken = compile_case(case, known)
+    if taken.keys() - known.keys():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps(taken))
+        whole.replace(path)
+    return rows, taken
 
 
 def compile_all(
     archs: tuple[str, ...], cache: Path, processes: int = 2, fresh: bool = False
-) -> tuple[dict[str, list[Row]], list[Row]]:
-    """Rows by case of some architectures, kept ones where the sources have not changed; and each different row once."""
+) -> tuple[dict[str, aot.Resources], list[Row]]:
+    """What the kernels of some architectures take, by their keys; and each different row once."""
     wanted = cases(archs)
     with ProcessPoolExecutor(processes) as pool:
         found = list(pool.map(_cached, wanted, [cache] * len(wanted), [fresh] * len(wanted)))
-    rows = list(dict.fromkeys(_hashable(row) for case in found for row in case))
-    return {case_name(case): rows for case, rows in zip(wanted, found, strict=True)}, rows
+    rows = list(dict.fromkeys(_hashable(row) for case, _ in found for row in case))
+    return {key: got for _, taken in found for key, got in taken.items()}, rows
 
 
 def _hashable(row: Row) -> Row:
@@ -253,9 +260,14 @@ def broken_rules(row: Row) -> Iterator[str]:
         formed = "inner" in row.variant or row.kernel == "fused_forward"  # not a correction alone, of few tokens
         if row.arch == "sm_90" and (formed or row.tile.startswith("64x")) and not row.matrix["wgmma.mma_async"]:
             yield f"{label}: no wgmma"
+    if row.early:
+        yield f"{label}: {row.early} copies begin into what a matrix instruction may still read"
     rows = next((r for r in tiles.ROWS if r >= row.K), 0)
-    allowed = 0 if _no_spills(row) else SPILLS.get((row.arch, row.dtype, rows), 0)
-    if row.spills > allowed:
+    allowed = SPILLS.get((row.arch, row.dtype, rows), 0)
+    if _no_spills(row):
+        if row.restores or row.reloads > RELOADS:
+            yield f"{label}: the main loop reads local memory {row.reloads} times and writes it {row.restores} times"
+    elif row.spills > allowed:
         yield f"{label}: {row.spills} bytes spilled, allowed are {allowed}"
     if row.narrow:
         yield f"{label}: {row.narrow} offsets of 32 bits that grow with the problem"
@@ -264,13 +276,15 @@ def broken_rules(row: Row) -> Iterator[str]:
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| arch | dtype | kernel | variant | K | V | tile | registers | spills, bytes | shared, KiB | matrix |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arch | dtype | kernel | variant | K | V | tile | registers | spills, bytes | local reads, writes a step "
+        "| shared, KiB | matrix |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         matrix = ", ".join(f"{count} {name}" for name, count in row.matrix.items() if count) or "none"
         shared = f"{row.shared / 1024:.0f}"
-        cells = (*row[:7], row.registers, row.spills, shared, matrix)
+        local = f"{row.reloads}, {row.restores}"
+        cells = (*row[:7], row.registers, row.spills, local, shared, matrix)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -283,13 +297,11 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("out/kernel_report"), help="where results are kept")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="compile everything, whatever is kept")
-    parser.add_argument("--keep", action="store_true", help=f"write {COMMITTED.name} anew, of all architectures")
+    parser.add_argument("--keep", action="store_true", help=f"write {COMMITTED.name}, of all architectures")
     options = parser.parse_args()
     if options.keep and options.arch:
         parser.error("--keep: expected all architectures, got --arch")
-    found, rows = compile_all(
-        tuple(options.arch or device.SUPPORTED), options.cache, options.processes, options.fresh or options.keep
-    )
+    found, rows = compile_all(tuple(options.arch or device.SUPPORTED), options.cache, options.processes, options.fresh)
     if options.keep:
         _keep(found)
     print(table(rows))

@@ -93,8 +93,10 @@ def inner_products_kernel(left, right, out, E: tl.constexpr, BE: tl.constexpr, A
 
 
 @triton.jit(do_not_specialize=["T", "segment_tokens", "segments", "slots", "slot_stride"])
-def gate_gradient_kernel(x, tails, out, T, segment_tokens, segments, slots, slot_stride, BT: tl.constexpr):
-    """``d log g_t = tail + sum of x over the segment's tokens from t on``; x is summed over its slots in order.
+def gate_gradient_kernel(
+    x, tails, out, log_decay, H, T, segment_tokens, segments, slots, slot_stride, BT: tl.constexpr
+):
+    """``d log g_t = tail + sum of x over the segment's tokens from t on``, 0 for a cut; x is summed over its slots.
 
     x [slots, B H, T], tails [segments, B H], out [B H, T]. Grid: one program for each (segment, batch element and
     head). The sum starts anew in every segment with that segment's exact tail: long sums of rounded terms drift.
@@ -113,5 +115,7 @@ def gate_gradient_kernel(x, tails, out, T, segment_tokens, segments, slots, slot
         terms = tl.zeros([BT], tl.float32)
         for i in range(slots):
             terms += tl.load(x + i * slot_stride.to(tl.int64) + here, mask=m_t, other=0.0)
-        tl.store(out + here, after + tl.cumsum(terms, 0, reverse=True), mask=m_t)
+        _, cut = token_gates(log_decay, i_bh // H, i_bh % H, o_t, m_t)
+        value = tl.where(cut == 0, after + tl.cumsum(terms, 0, reverse=True), 0.0)
+        tl.store(out + here, value, mask=m_t)
         after += tl.sum(terms, 0)

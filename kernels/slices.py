@@ -15,7 +15,7 @@ from torch import Tensor
 from hla_kernels.cascade import Problem
 from hla_kernels.stages import Gradients, scan_backward
 
-SLICED = 1 << 24  # elements of q from which a backward is sliced: below, its memory is nothing and launches are much
+SLICED = 1 << 28  # elements of q from which a backward is sliced: below, u and du are 512 MB each and launches are much
 
 
 class Slicing(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from hla_kernels import fused, tiles
-from hla_kernels.cascade import RESTART, Carry, Pass, Problem
+from hla_kernels.cascade import RESTART, Pass, Problem, SegmentStates
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import launch
 from hla_kernels.segments import gate_gradient_kernel, inner_products_kernel
-from hla_kernels.sequences import last_axis_contiguous
+from hla_kernels.sequences import gates, last_axis_contiguous
 
 
 class Gradients(NamedTuple):
@@ -35,7 +35,9 @@ class Gradients(NamedTuple):
     carry: list[Tensor]
 
 
-def _forward_pass(problem: Problem, p: Pass, initial: Tensor | None, cut: tuple[int, int], out: Tensor) -> Carry:
+def _forward_pass(
+    problem: Problem, p: Pass, initial: Tensor | None, cut: tuple[int, int], out: Tensor
+) -> SegmentStates:
     """``out = LA(a, b, c) + ridge a`` and the carries of every segment."""
     a, b, c = (problem.sequences[name] for name in (p.a, p.b, p.c))
     carry = problem.carry(b, c, initial, cut, reverse=False)
@@ -56,7 +58,7 @@ def _forward_pass(problem: Problem, p: Pass, initial: Tensor | None, cut: tuple[
     return carry
 
 
-def _inner_forward(problem: Problem, carry: list[Tensor | None], cut: tuple[int, int]) -> list[Carry]:
+def _inner_forward(problem: Problem, carry: list[Tensor | None], cut: tuple[int, int]) -> list[SegmentStates]:
     """Every pass but the last; results go to ``problem.sequences``."""
     carries = []
     for p, initial in zip(problem.passes[:-1], carry):
@@ -66,7 +68,7 @@ def _inner_forward(problem: Problem, carry: list[Tensor | None], cut: tuple[int,
     return carries
 
 
-def _edge(problem: Problem, carry: Carry) -> Tensor:
+def _edge(problem: Problem, carry: SegmentStates) -> Tensor:
     """What leaves the last segment in walking order, ``[B, H, rows, columns]``."""
     value = carry.value[0 if carry.reverse else -1]
     return value.view(problem.B, problem.H, *value.shape[1:]).clone()
@@ -128,6 +130,7 @@ class _Backward:
         self.problem, self.cut, self.gate, self.into = problem, cut, gate, into or {}
         self.gradients = {"o": dout}
         self.terms: list[Tensor] = []
+        self.ends: dict[str, Tensor] = {}  # by pass, the states at the ends of segments as its gates' terms know them
 
     def buffer(self, name: str) -> Tensor:
         x = self.problem.sequences[name]
@@ -138,9 +141,18 @@ class _Backward:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     def add(
-        self, name: str, a: str, b: str, c: str, carry: Carry, swapped: bool, scale: float, p: Pass, weight: float
+        self,
+        name: str,
+        a: str,
+        b: str,
+        c: str,
+        carry: SegmentStates,
+        swapped: bool,
+        scale: float,
+        p: Pass,
+        weight: float | None,
     ) -> None:
-        """``dname += LA or rLA (a, b, c)``; ``weight``: its share of the gates' terms. ``scale``: that of b c.
+        """``dname += LA or rLA (a, b, c)``; ``weight``: of the gates' terms it has, if any. ``scale``: that of b c.
 
         ``swapped``: the carry at hand is the transpose of the one needed.
         """
@@ -155,14 +167,16 @@ class _Backward:
             self.gradients[name] = self.buffer(name)
             ridge = problem.ridge * own if p.ridge and name == p.a else 0.0
             add = (x[f"d{p.out}"], ridge) if ridge else None
-        pair = None
-        if self.gate:
+        pair = ends = None
+        if self.gate and weight is not None:
             width = problem.sequences[name].shape[3]
             tile = problem.tile(x[b].shape[3], width)
             shape = (-(-width // tile.BV), problem.rows, problem.T)
             terms = torch.empty(shape, dtype=torch.float32, device=x[c].device)
             self.terms.append(terms)
             pair = (problem.sequences[name], weight, terms)
+            if name == p.a:
+                ends = self.ends[p.out] = torch.empty_like(carry.value) if carry.known else carry.value
         problem.run(
             x[a],
             x[b],
@@ -175,27 +189,22 @@ class _Backward:
             into_state=scale,
             add=add,
             pair=pair,
+            ends=ends,
         )
 
-    def add_all(self, p: Pass, forward: Carry, reverse: Carry, wanted: set[str]) -> None:
+    def add_all(self, p: Pass, forward: SegmentStates, reverse: SegmentStates, wanted: set[str]) -> None:
         """What pass ``p`` adds to the gradients of ``wanted`` among its a, b and c."""
         into_p, into_r = self.problem.times_scale(p.b, p.c), self.problem.times_scale(p.a)
         dout = f"d{p.out}"
-        share = -0.5 if p.b == p.c else -1.0
         if p.a in wanted:
             self.add(p.a, dout, p.c, p.b, forward, True, into_p, p, 1.0)
         if p.b in wanted:
-            self.add(p.b, p.c, dout, p.a, reverse, True, into_r, p, share)
+            self.add(p.b, p.c, dout, p.a, reverse, True, into_r, p, -1.0)
         if p.c in wanted:
-            self._add_c(p, dout, reverse, into_r)
-
-    def _add_c(self, p: Pass, dout: str, reverse: Carry, scale: float) -> None:
-        gate, self.gate = self.gate, self.gate and p.b == p.c  # c . dc is b . db: it is counted there
-        self.add(p.c, p.b, p.a, dout, reverse, False, scale, p, -0.5)
-        self.gate = gate
+            self.add(p.c, p.b, p.a, dout, reverse, False, into_r, p, None)  # c . dc is b . db: counted there
 
 
-def _reverse_carry(backward: _Backward, p: Pass, entering: Tensor | None) -> Carry:
+def _reverse_carry(backward: _Backward, p: Pass, entering: Tensor | None) -> SegmentStates:
     """The reverse carries of pass ``p``, once the gradient of its result is known."""
     problem = backward.problem
     a, dout = problem.sequences[p.a], backward.gradients[p.out]
@@ -217,7 +226,7 @@ def scan_backward(
     Gradients of q, k and v are written ``into`` where given.
     """
     into = into or {}
-    cut = problem.segments(RESTART if gate else None)
+    cut = problem.segments(RESTART[problem.dtype] if gate else None)
     forward = _inner_forward(problem, list(carry), cut)
     last = problem.passes[-1]
     b, c = problem.sequences[last.b], problem.sequences[last.c]
@@ -225,14 +234,14 @@ def scan_backward(
     problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
     backward = _Backward(problem, last_axis_contiguous(dout), cut, gate, into)
     inner = {p.out for p in problem.passes[:-1]}
-    reverse: dict[str, Carry] = {}
+    reverse: dict[str, SegmentStates] = {}
     steps = list(zip(problem.passes, forward, reverse_carry))
     for p, carry_in, entering in reversed(steps):
         reverse[p.out] = _reverse_carry(backward, p, entering)
         backward.add_all(p, carry_in, reverse[p.out], inner)
     for p, carry_in, _ in steps:
         backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
-    dlog = _gate_gradient(backward, forward, [reverse[p.out] for p in problem.passes]) if gate else None
+    dlog = _gate_gradient(backward, [reverse[p.out] for p in problem.passes]) if gate else None
     dq, dk, dv = (_own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
     return Gradients(dq, dk, dv, dlog, [_edge(problem, reverse[p.out]) for p in problem.passes])
 
@@ -245,16 +254,18 @@ def _own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     return total.to(x.dtype) if into is None else into.copy_(total)
 
 
-def _gate_gradient(backward: _Backward, forward: list[Carry], reverse: list[Carry]) -> Tensor:
+def _gate_gradient(backward: _Backward, reverse: list[SegmentStates]) -> Tensor:
     problem, (segments, tokens) = backward.problem, backward.cut
+    assert problem.log_decay is not None
     device = problem.q.device
     tails = torch.empty(segments, problem.rows, dtype=torch.float32, device=device)
-    for i, (left, right) in enumerate(zip(forward, reverse)):
-        elements = left.value[0, 0].numel() if problem.rows else 0
+    for i, (p, right) in enumerate(zip(problem.passes, reverse)):
+        left = backward.ends[p.out]
+        elements = left[0, 0].numel() if problem.rows else 0
         launch(
             inner_products_kernel,
             segments * problem.rows,
-            left=left.value[1:],
+            left=left[1:],
             right=right.value[1:],
             out=tails,
             E=elements,
@@ -269,6 +280,8 @@ def _gate_gradient(backward: _Backward, forward: list[Carry], reverse: list[Carr
         x=terms,
         tails=tails,
         out=dlog,
+        log_decay=gates(problem.log_decay),
+        H=problem.H,
         T=problem.T,
         segment_tokens=tokens,
         segments=segments,

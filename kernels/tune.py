@@ -22,15 +22,9 @@ import torch
 from torch import Tensor
 
 from hla_kernels import device, stages, tiles
-from hla_kernels.cascade import Pass, Problem
-from hla_kernels.tiles import Pair, Tile
+from hla_kernels.cascade import CASCADES, Pass, Problem
+from hla_kernels.tiles import Tile
 
-PASSES = {
-    "hla2": (Pass("u", "q", "k", "k"), Pass("o", "q", "u", "v")),
-    "hla2_prefix": (Pass("w", "q", "k", "k"), Pass("o", "w", "q", "v")),
-    "ahla": (Pass("r", "q", "k", "v"), Pass("o", "q", "k", "r")),
-    "hla3": (Pass("u", "q", "k", "k"), Pass("r", "q", "k", "v"), Pass("o", "q", "u", "r")),
-}
 ROUNDS = 7
 BATCH, TOKENS, HEADS = 4, 4096, 16
 FUSED_DTYPE = torch.bfloat16  # of whole cascades in one walk, and of late carries
@@ -78,7 +72,7 @@ def _timed(run: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
 
 def _results(dtype: torch.dtype, rows: int, gated: bool, target: device.Target) -> tuple[float, list[Tensor]]:
     """Forward and backward with the table as it is."""
-    problem, dout, carry = _problem(PASSES["hla2"], "", dtype, rows, gated, target, BATCH)
+    problem, dout, carry = _problem(CASCADES["hla2"], "", dtype, rows, gated, target, BATCH)
 
     def run() -> list[Tensor]:
         out, _ = stages.scan(problem, carry)
@@ -91,7 +85,7 @@ def _results(dtype: torch.dtype, rows: int, gated: bool, target: device.Target) 
 def _fused_results(operator: str, rows: int, gated: bool, target: device.Target) -> tuple[float, list[Tensor]]:
     """Forward in bf16, of enough heads for one segment each to fill the device."""
     B = -(-2 * target.processors // HEADS)
-    problem, _, carry = _problem(PASSES[operator], operator, FUSED_DTYPE, rows, gated, target, B)
+    problem, _, carry = _problem(CASCADES[operator], operator, FUSED_DTYPE, rows, gated, target, B)
     return _timed(lambda: [stages.scan(problem, carry)[0]])
 
 
@@ -134,7 +128,7 @@ def tune(dtype: torch.dtype, rows: int, gated: bool, target: device.Target) -> F
 
     def put(tile: Tile | None) -> None:
         assert tile is not None
-        table[rows] = Pair(committed.plain, tile) if gated else Pair(tile, committed.decayed)
+        table[rows] = committed._replace(**{"decayed" if gated else "plain": tile})
 
     every = [committed[gated], *candidates(rows, committed[gated].BS)]
     return _try(every, put, lambda: _results(dtype, rows, gated, target), DIFFERENCE[dtype])
@@ -157,7 +151,7 @@ def _schedules(target: device.Target) -> str:
     """The line of tiles.LATE_CARRY: hla2 over the four thousand tokens of a rank, with and without gates."""
     total = dict.fromkeys(tiles.SCHEDULES, 0.0)
     for gated in (False, True):
-        problem, _, carry = _problem(PASSES["hla2"], "", FUSED_DTYPE, 128, gated, target, BATCH)
+        problem, _, carry = _problem(CASCADES["hla2"], "", FUSED_DTYPE, 128, gated, target, BATCH)
 
         def run(schedule: str, problem: Problem = problem, carry: list[Tensor] = carry) -> list[Tensor]:
             fresh = (dataclasses.replace(problem, sequences={}) for _ in range(2))
@@ -199,7 +193,7 @@ def main() -> int:
         return 0
     dtype, lines = getattr(torch, options.dtype), []
     for rows in options.rows or tiles.ROWS:
-        for operator in [name for name in PASSES if rows <= 128] if options.fused else [""]:
+        for operator in [x for x in CASCADES if rows <= 128 and len(CASCADES[x]) > 1] if options.fused else [""]:
             best = []
             for gated in (False, True):
                 print(f"{target.arch} {operator} {rows} rows, {'with' if gated else 'without'} gates:", flush=True)

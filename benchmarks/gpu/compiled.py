@@ -23,7 +23,6 @@ import hla_dist
 from hla_dist.functional import triton_stages
 from hla_dist.operators import OPERATORS
 from hla_kernels import aot, cascade, device, stages
-from hla_kernels.cascade import Pass
 from hla_kernels.device import Target
 from hla_kernels.slices import sliced_backward
 from tests.problems import Problem, draw, run
@@ -68,8 +67,9 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
     q, k, v, dout = (empty(B, T, H, K, of=dtype) for _ in range(4))
     log_decay = empty(B, T, H) if gated else None
     carry = [empty(B, H, K, K) for _ in op.states]
-    passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in op.passes)
-    calls = [cascade.Problem(passes, q, k, v, log_decay, 0.5, 0.0, target, operator=name) for _ in range(2)]
+    calls = [
+        cascade.Problem(cascade.CASCADES[name], q, k, v, log_decay, 0.5, 0.0, target, operator=name) for _ in range(2)
+    ]
     with _collected() as found:
         stages.scan(calls[0], carry)
         sliced_backward(calls[1], carry, dout, carry, gated)

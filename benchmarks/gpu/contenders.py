@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hla_dist
+from hla_kernels.cascade import CASCADES
 
 CHUNK = 64  # of the rule by which operations are counted, whatever the kernels use
-# passes LA(a, b, c) of each operator
-PASSES = {"linear_attention": ("qkv",), "hla2": ("qkk", "quv"), "ahla": ("qkv", "qkr"), "hla3": ("qkk", "qkv", "qur")}
+PASSES = {name: passes for name, passes in CASCADES.items() if name != "hla2_prefix"}  # what is timed
 
 
 class Shape(NamedTuple):
@@ -75,11 +75,9 @@ def peers(operator: str, gated: bool) -> Callable[..., Tensor]:
 
     def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None) -> Tensor:
         x = {"q": q, "k": k, "v": v}
-        result = v
-        for a, b, c in PASSES[operator]:
-            result = first_order(x[a], x[b], x[c], g if gated else None)
-            x["u" if c == "k" else "r"] = result
-        return result
+        for p in PASSES[operator]:
+            x[p.out] = first_order(x[p.a], x[p.b], x[p.c], g if gated else None)
+        return x["o"]
 
     return call
 

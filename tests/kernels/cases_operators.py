@@ -86,6 +86,25 @@ def test_gates_of_every_strength(gate_values, short_segments) -> None:
 
 
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+def test_a_cut_is_a_cut_whatever_its_number(name, mask, short_segments) -> None:
+    """Two in one chunk, one that ends a segment, the first token: results alike, no gradient, never NaN."""
+    inputs = torch.randn(3, 1, 70, 2, 8) / 3
+    found = []
+    for number in (-1e4, torch.finfo(torch.float32).min, -float("inf")):
+        log = torch.full((1, 70, 2), -0.1)
+        log[:, [0, 3, 5, 32, 69]] = number
+        leaves = [x.clone().requires_grad_() for x in (*inputs, log)]
+        out, state = getattr(hla_dist, name)(
+            *leaves[:3], log_decay=leaves[3], mask=mask, output_final_state=True, backend="triton"
+        )
+        loss = out.square().sum() + sum(x.sum() for x in state)
+        found.append([out, *state, *torch.autograd.grad(loss, leaves)])
+        assert not found[-1][-1][:, [0, 3, 5, 32, 69]].any() and found[-1][-1].any()
+    for x, *others in zip(*found, strict=True):
+        assert x.isfinite().all() and all(torch.equal(x, other) for other in others)
+
+
+@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_float16_at_most_twice_the_error_of_plain_torch(name, mask, monkeypatch) -> None:
     """Pass by pass, as on a GPU: only bfloat16 walks a whole cascade at once."""
     monkeypatch.setattr(tiles, "fused", lambda *args: None)

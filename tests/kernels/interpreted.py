@@ -16,7 +16,7 @@ import torch
 from triton.runtime import interpreter
 
 import hla_dist
-from hla_kernels import cascade
+from hla_kernels import cascade, stages
 from hla_kernels.device import INTERPRETED
 from tests.problems import RIDGED, STREAMING, Problem, check, draw, run
 
@@ -74,4 +74,4 @@ def cut_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of one or two chunks."""
     monkeypatch.setattr(cascade, "SHORTEST", 32)
-    monkeypatch.setattr(cascade, "RESTART", 64)
+    monkeypatch.setattr(stages, "RESTART", dict.fromkeys(cascade.RESTART, 64))

@@ -51,7 +51,7 @@ def triton_backend(
             stack.enter_context(patch.object(torch, name, _poisoning(getattr(torch, name))))
         if segment is not None:
             stack.enter_context(patch.object(cascade, "SHORTEST", segment))
-            stack.enter_context(patch("hla_kernels.stages.RESTART", segment))
+            stack.enter_context(patch("hla_kernels.stages.RESTART", dict.fromkeys(cascade.RESTART, segment)))
         if not fused:
             stack.enter_context(patch.object(tiles, "fused", lambda *arguments: None))
         yield emulator

@@ -1,0 +1,38 @@
+"""Every entry of the tile tables, executed as each Triton compiles it. Slow: hours of two cores.
+
+Both Tritons are installed beside the environment, by pip into a folder, and run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
+from tests.ptx import memory  # not before Triton is known to be there
+
+ROOT = Path(__file__).parents[2]
+TRITONS = {"3.6.0": [memory.FENCE_AFTER_COPIES], "3.7.1": []}  # and the rules that its code does not keep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("version", TRITONS)
+def test_every_entry(version: str, arch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"triton-{version}"
+    if not folder.exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*install, f"triton=={version}"], check=True, timeout=600)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-m", "tests.ptx.check", "--arch", arch]
+    if TRITONS[version]:
+        command += ["--suspend", *TRITONS[version]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    print(done.stdout)
+    assert f"Triton {version}" in done.stdout, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
