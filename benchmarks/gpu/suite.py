@@ -7,7 +7,9 @@
 3. The device's own copy bandwidth and bf16 matrix rate: what percents below are of.
 4. Interleaved timings, forward and forward + backward, beside flash-linear-attention's kernels, FlashAttention and the
    torch backend; decoding; peak memory; one head with a million tokens against a full device (timing.py).
-5. DIR/gpu_suite.md, .json and .png (report.py), whatever failed: it is named. At the time limit, what there is.
+5. compute-sanitizer over small and odd shapes (sanitized.py), where it is installed; the static model's rates fitted,
+   its predictions beside what was measured (model/).
+6. DIR/gpu_suite.md, .json and .png (report.py), whatever failed: it is named. At the time limit, what there is.
 
 A worker process does this step by step, and what it found is in DIR/gpu_suite_progress.json after each: a kernel that
 breaks the device or never ends costs its own step, or its own row, and another worker goes on (steps.py).
@@ -51,6 +53,7 @@ import torch  # noqa: E402
 from benchmarks.gpu import checks as gpu_checks  # noqa: E402
 from benchmarks.gpu import compiled as gpu_compile  # noqa: E402
 from benchmarks.gpu import report as gpu_report  # noqa: E402
+from benchmarks.gpu import sanitized as gpu_sanitized  # noqa: E402
 from benchmarks.gpu import steps as gpu_steps  # noqa: E402
 from benchmarks.gpu import timing as gpu_timing  # noqa: E402
 from benchmarks.gpu.contenders import PASSES, Shape, call_peers_once  # noqa: E402
@@ -66,6 +69,7 @@ COMPILE_S = 170.0
 CHECKS_END_S = 340.0  # no check begins after this
 STEP_S = 60.0  # the longest of any other step
 COMPILING = "compiling"
+PREDICTED = "predicted"  # a folder beside the report: files of the model's processes
 NAN = float("nan")
 
 
@@ -103,6 +107,8 @@ def measure(steps: gpu_steps.Steps, target: Target) -> None:
             steps.run(name, check, lambda c: found["checks"].append(asdict(c) | {"good": c.good}))
         elif name not in found["done"] and name not in found["unchecked"]:
             found["unchecked"].append(name)
+    for tool in () if d.smoke else gpu_sanitized.TOOLS:
+        steps.run(f"compute-sanitizer, {tool}", functools.partial(gpu_sanitized.watched, tool), found["watched"].append)
     steps.run("copy bandwidth and matrix rate", lambda: gpu_timing.rates(d), put("rate"))
     rate = tuple(found["rate"])
     shapes = (Shape(1, 96, 2, 16),) if d.smoke else SHAPES
@@ -130,6 +136,11 @@ def measure(steps: gpu_steps.Steps, target: Target) -> None:
         steps.run(f"schedules{', gated' * gated}", schedules, found["schedules"].update)
     for operator in ("linear_attention", "ahla", "hla3"):
         time_operator(operator)
+    if not d.smoke:
+        from benchmarks.gpu.model.fit import fit  # it compiles with Triton, which smoke interprets
+
+        steps.run("the model's rates", lambda: fit(d, rate[0]), found["fit"].update)
+        steps.run("predictions", lambda: gpu_report.predicted(steps.path.parent / PREDICTED), found["predicted"].update)
 
 
 def conclude(found: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check: bool) -> int:
@@ -166,6 +177,7 @@ def nothing_yet(smoke: bool) -> dict[str, Any]:
     about["GPU"] = "none: interpreted, nothing here is a measurement" if smoke else "not known"
     lists: dict[str, Any] = {name: [] for name in ("done", "barred", "left_out", "crashed", "unchecked", "checks")}
     lists |= {"rows": [], "lengths": [], "decoding": {}, "memory": {}, "schedules": {}, "about": about}
+    lists |= {"watched": [], "fit": {}, "predicted": {}}
     seed = time.time_ns() % 2**31
     return lists | {
         "step": "",
@@ -216,9 +228,13 @@ def main() -> int:
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out), "--worker", str(start)]
     end = float("inf") if options.smoke else start + LIMIT_S
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worker is ended too
+    predicting = [] if options.smoke else gpu_report.predicting(options.out / PREDICTED, SHAPES)
     try:
         status = gpu_steps.supervise(command + ["--smoke"] * options.smoke, progress, found, end, longest_step_s)
     finally:
+        for process in predicting:
+            process.kill()
+            process.wait()
         found = gpu_steps.load(progress, found)
         found["about"]["seconds"] = f"{time.monotonic() - start:.0f}"
         concluded = conclude(found, () if options.smoke else SHAPES, options.out, options.check)

@@ -14,7 +14,7 @@ import hla_dist
 from benchmarks.gpu.contenders import Contender, Shape, contenders, inputs, operations, ours, softmax, traffic
 from hla_dist.operators import OPERATORS
 from hla_kernels import stages, tiles
-from hla_kernels.cascade import Pass, Problem
+from hla_kernels.cascade import CASCADES, Problem
 from hla_kernels.device import Target
 
 # the device waits while a call's launches are queued, since its own time is what counts: for half as long again as the
@@ -260,13 +260,12 @@ def schedules(d: Device, target: Target, gated: bool) -> dict[str, float]:
     q, k, v, *gates = (x.detach() for x in inputs(Shape(B, T, H, K), d.dtype, d.device, gated))
     carry = [torch.randn(B, H, K, K, device=d.device) for _ in range(2)]
     op = OPERATORS["hla2"]
-    passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in op.passes)
     moments = tuple((m.left, m.right, m.from_start) for m in op.moments)
 
     def call(schedule: str) -> Any:
         def both() -> Any:
             problems = [
-                Problem(passes, q, k, v, gates[0] if gates else None, 1.0, 0.0, target, operator="hla2")
+                Problem(CASCADES["hla2"], q, k, v, gates[0] if gates else None, 1.0, 0.0, target, operator="hla2")
                 for _ in range(2)
             ]
             kept = stages.summarize(problems[0], moments)[3]

@@ -202,9 +202,17 @@ def test_the_report_of_what_there_is(tmp_path: Path) -> None:
         | {"contender": name, "ms": ms, "percent_of_bound": 10.0, "percent_of_matrix_rate": 55.0, "difference": far}
         for name, ms, far in (("hla2", 1.0, 0.0), ("fla, 2 calls", 4.0, 0.2))
     ]
+    found["rows"] += [
+        found["rows"][0] | {"what": "forward + backward", "contender": "hla2, gated", "ms": 2.0, "difference": 0.0},
+        found["rows"][1] | {"what": "forward + backward", "ms": 7.0, "difference": 0.0},
+    ]
+    found["predicted"] = {"hla2_8_4096_16_128": {"forward": 0.278}}
+    found["watched"], found["fit"] = ["ERROR SUMMARY: 0 errors"], {"copy, TB/s": (4.1, 4.3)}
     goals = gpu_report.targets(found, gpu_suite.SHAPES)
     assert {goal.name for goal in goals if goal.met} == {
         f"hla2 against fla, 2 calls, forward, {gpu_suite.SHAPES[0]}: times as fast",
+        # fla's backward with gates failed: its time without them
+        f"hla2, gated against fla, 2 calls without gates, forward + backward, {gpu_suite.SHAPES[0]}: times as fast",
         f"hla2 forward, {gpu_suite.SHAPES[0]}: % of the matrix rate",
         "decoding: % of copy bandwidth",
     }
@@ -215,6 +223,8 @@ def test_the_report_of_what_there_is(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "gpu_suite.json").read_text(), parse_constant=lambda x: pytest.fail(x))
     assert record["one_head"] is None
     page = (tmp_path / "gpu_suite.md").read_text()
+    assert "| 1.000 | 0.278 | 10 |" in page and "compute-sanitizer: ERROR SUMMARY: 0 errors" in page
+    assert "| copy, TB/s | 4.1 | 4.3 |" in page
     assert "FAILED or left out: fla gated, 2 calls: ImportError: no fla" in page
     assert all((tmp_path / f"gpu_suite_{key}.png").stat().st_size > 1000 for key in ("ms", "percent_of_bound"))
     found |= {"checks": [], "rows": [], "crashed": ["hla2: gone"], "unchecked": ["check 7: ahla"]}

@@ -1,0 +1,150 @@
+"""The launches of ``hla2`` as this project makes them, forward and backward, put through the model.
+
+python -m benchmarks.gpu.model.ours [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.model import predict as model
+from hla_kernels import device, slices, stages
+from hla_kernels.cascade import CASCADES, Problem
+
+
+def launches_of(call: Callable[[], object], shape: tuple[int, int, int, int]) -> list[model.Launch]:
+    """Every launch of a call on meta tensors, in order, not run."""
+    found: list[tuple[Any, int, dict, dict]] = []
+    device.replace_launcher(lambda *launch: found.append(launch))
+    try:
+        call()
+    finally:
+        device.replace_launcher(None)
+    return [_launch(*one, shape) for one in found]
+
+
+def launches(
+    shape: tuple[int, int, int, int], gated: bool, backward: bool, operator: str = "hla2"
+) -> list[model.Launch]:
+    """Every launch of an operator's forward, or of its backward."""
+    B, T, H, K = shape
+    passes = CASCADES[operator]
+    with torch.device("meta"):
+        q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
+        log = torch.empty(B, T, H) if gated else None
+        carry = [torch.empty(B, H, K, K) for _ in passes]
+    problem = Problem(passes, q, k, v, log, 1.0, 0.0, device.Target("sm_90", 132), operator=operator)
+    if backward:
+        return launches_of(lambda: slices.sliced_backward(problem, carry, do, carry, gated), shape)
+    return launches_of(lambda: stages.scan(problem, carry), shape)
+
+
+def predicted_ms(operator: str, shape: tuple[int, int, int, int], gated: bool, backward: bool) -> float:
+    """Predicted milliseconds of a forward, or of a forward and a backward."""
+    found = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator)]
+    kinds: dict[tuple, float] = {}
+    total = 0.0
+    for x in found:
+        key = (x.name, x.compiled.hash, x.grid, x.steps, x.unique_bytes)
+        if key not in kinds:
+            kinds[key] = model.predict(x).ms
+        total += kinds[key]
+    return total
+
+
+def _launch(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, int, int, int]) -> model.Launch:
+    name = kernel.fn.__name__.removesuffix("_kernel")
+    heads = a["b"].p.shape[2] if "b" in a else shape[2]
+    steps, unique = 0, 0.0
+    if name == "first_order":
+        steps = min(a["segment_chunks"], -(-a["T"] // a["BT"]))
+        reads = {id(a[x].p) for x in "abc" if x != "a" or a["EMIT"]} | ({id(a["add"].p)} if a["ADD"] else set())
+        sequences = len(reads) + (2 if a["PAIR"] else 0) * 0.5 + (1 if a["EMIT"] else 0)
+        unique = sequences * a["b"].p.shape[0] * a["T"] * heads * a["K"] * 2
+        flags = [f for f in ("EMIT", "REVERSE", "ADD", "PAIR", "LEAVE", "GATED") if a[f]]
+        name = "first_order " + "+".join(flags).lower()
+    elif name == "fused_forward":
+        steps = -(-a["T"] // a["BT"])
+        unique = 4 * shape[0] * shape[1] * shape[2] * shape[3] * 2
+    elif name == "scan_states":
+        unique = 2 * 4 * a["E"] * a["row_of_heads"] * (a["segments"] + 1)
+    elif name == "gate_gradient":
+        unique = 4 * (a["slots"] + 1) * a["x"].numel() / max(1, a["slots"])
+    elif name == "inner_products":
+        unique = 8 * a["left"].numel()
+    elif name == "segment_decay":
+        unique = 4 * shape[0] * shape[1] * shape[2]
+    if name in ("scan_states", "inner_products", "segment_decay", "gate_gradient"):
+        steps = model.BYTES_ONLY
+    compiled = model.compile_launch(kernel, _stand_in(a), options)
+    return model.Launch(name, compiled, grid, options["num_warps"], steps, unique)
+
+
+def _stand_in(arguments: dict) -> dict:
+    """Meta tensors have no address to specialise on: what allocators give is a multiple of 16."""
+    made: dict[int, Any] = {}
+
+    def real(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return made.setdefault(id(x), Pointer(x.dtype))
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*(real(y) for y in x))
+        return x
+
+    return {name: real(x) for name, x in arguments.items()}
+
+
+class Pointer:
+    """What Triton asks of a tensor when it compiles."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 16
+
+
+def report(found: list[model.Launch]) -> tuple[float, list[model.Prediction]]:
+    """Print a table; total milliseconds."""
+    seen: dict[tuple, model.Prediction] = {}
+    total, rows = 0.0, []
+    print(model.HEAD, model.RULE, sep="\n")
+    for x in found:
+        key = (x.name, x.compiled.hash, x.grid, x.steps, x.unique_bytes)
+        p = seen[key] = seen.get(key) or model.predict(x)
+        total += p.ms
+        rows.append(p)
+        print(model.line(p, x.grid), flush=True)
+    return total, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="8,4096,16,128")
+    parser.add_argument("--gated", action="store_true")
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--operator", default="hla2", choices=CASCADES)
+    parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
+    o = parser.parse_args()
+    shape = tuple(map(int, o.shape.split(",")))
+    if o.into:
+        both = [predicted_ms(o.operator, shape, o.gated, way) for way in (False, True)]
+        o.into.write_text(json.dumps({"forward": both[0], "forward + backward": both[1]}))
+        return
+    total, rows = report(launches(shape, o.gated, o.backward, o.operator))
+    B, T, H, K = shape
+    work = len(CASCADES[o.operator]) * (2 * 64 * K + 4 * K * K) * B * T * H * (3 if o.backward else 1)
+    print(
+        f"predicted: total {total:.3f} ms; counted operations at {work / total / 1e9:.0f} TFLOP/s, "
+        f"{100 * work / total / 1e-3 / model.H200.matrix:.0f} % of the measured matrix rate"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Small and odd shapes of every kernel, for compute-sanitizer to watch: ``compute-sanitizer python THIS``.
+
+The suite starts it under memcheck, racecheck and initcheck, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck", "initcheck")
+SECONDS = 50.0
+
+
+def watched(tool: str) -> str:
+    """What compute-sanitizer says, its last line; RuntimeError where it finds something or is not there."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        raise RuntimeError("compute-sanitizer is not installed")
+    command = [program, "--tool", tool, "--error-exitcode", "3", sys.executable, "-m", "benchmarks.gpu.sanitized"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=ROOT)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode:
+        raise RuntimeError(f"{last} {done.stderr[-200:]}")
+    return last
+
+
+def main() -> None:
+    """Forward and backward of shapes whose tokens, rows and columns fill no tile."""
+    import torch
+
+    import hla_dist
+
+    for K, V, T, gated in ((64, 64, 130, True), (128, 128, 70, False), (128, 128, 70, True), (20, 33, 65, True)):
+        for operator in ("linear_attention", "hla2", "ahla", "hla3"):
+            sizes = ((2, K), (1, K), (1, V))
+            leaves = [torch.randn(2, T, *size, device="cuda", dtype=torch.bfloat16).requires_grad_() for size in sizes]
+            options = {"log_decay": -torch.rand(2, T, 2, device="cuda")} if gated else {}
+            out, state = getattr(hla_dist, operator)(
+                *leaves, scale=0.3 / K, backend="triton", output_final_state=True, **options
+            )
+            torch.autograd.grad(out.float().sum() + sum(x.sum() for x in state), leaves)
+            with torch.no_grad():
+                one = [x[:, :1] for x in leaves]
+                getattr(hla_dist, operator)(*one, initial_state=state, backend="triton")
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

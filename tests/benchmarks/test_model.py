@@ -1,0 +1,29 @@
+"""The static model of Hopper kernels: it predicts from machine code, and slower parts never make a kernel faster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
+from benchmarks.gpu.model import ours, predict  # not before Triton is known to be there
+
+
+def test_a_prediction_is_bound_by_its_slowest_part() -> None:
+    (launch,) = ours.launches((16, 4096, 16, 64), False, False, "linear_attention")
+    chip = predict.H200
+    found = predict.predict(launch, chip)
+    assert launch.steps == 64 and launch.grid == 256 and found.spills == 0 and found.resident == 2
+    assert 0 < found.tensor_ms < found.sm_ms and 0 < found.hbm_ms and found.ms >= max(found.sm_ms, found.hbm_ms)
+    assert max(found.step_bounds.values()) <= found.cycles_a_step * 1.01
+    slower = replace(chip, machine=replace(chip.machine, global_rate=chip.machine.global_rate / 4))
+    assert predict.predict(launch, slower).sm_ms > 1.5 * found.sm_ms
+    assert predict.predict(launch, replace(chip, hbm=chip.hbm / 100)).limiter == "HBM"
+
+
+@pytest.mark.slow
+def test_a_rate_is_found_again() -> None:
+    from benchmarks.gpu.model import fit
+
+    assert fit.fitted_rate(fit.predicted_steps(2, predict.H200), predict.H200) == pytest.approx(28.0, rel=0.05)
