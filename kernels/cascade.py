@@ -184,7 +184,10 @@ class Problem:
     ) -> None:
         """The same for any number of segments, where no pass follows."""
         segments, tokens = cut
-        self._launch(None, b, c, None, carry, False, cut, emit=False, into_state=scale, decayed=decayed)
+        # P with gates: transposed, so that b is rounded with its gates and not c, as where terms of their gradient are
+        swapped = self.gated and decayed and not carry.reverse
+        left, right = (c, b) if swapped else (b, c)
+        self._launch(None, left, right, None, carry, swapped, cut, emit=False, into_state=scale, decayed=decayed)
         elements = carry.value.shape[2] * carry.value.shape[3]
         block = 1024 if self.target is not INTERPRETER else tiles.power_of_two(elements)
         launch(
@@ -217,16 +220,14 @@ class Problem:
         into_state: float,
         add: tuple[Tensor, float] | None = None,
         pair: tuple[Tensor, float, Tensor] | None = None,
-        ends: Tensor | None = None,
     ) -> None:
         """``out = alpha LA(a, b, c) + beta add``; rLA where the carry is a reverse one.
 
         ``swapped``: the transpose of the carry is read.
 
         ``pair``: a sequence, a weight and where ``weight (sequence . alpha LA)`` goes, ``[tiles, B H, T]``.
-        ``ends``: where the states go that this walk itself ends its segments with, laid out as the carries are.
         """
-        self._launch(a, b, c, out, carry, swapped, cut, True, into_state, alpha, add, pair, ends=ends)
+        self._launch(a, b, c, out, carry, swapped, cut, True, into_state, alpha, add, pair)
         carry.known = True
 
     def correct(
@@ -266,7 +267,6 @@ class Problem:
         pair: tuple[Tensor, float, Tensor] | None = None,
         decayed: bool = True,
         inner: bool = True,
-        ends: Tensor | None = None,
     ) -> None:
         segments, tokens = cut
         key_dim, value_dim = b.shape[3], c.shape[3]
@@ -280,6 +280,7 @@ class Problem:
             "add": stand_in if add is None else sequence(add[0], self.H),
             "pair": stand_in if pair is None else sequence(pair[0], self.H),
         }
+        state = matrices(carry.value, swapped)
         launch(
             first_order_kernel,
             triton.cdiv(value_dim, tile.BV) * segments * self.rows,
@@ -287,8 +288,8 @@ class Problem:
             stages=tile.stages,
             registers=tiles.registers(self.target),
             **sequences,
-            carry=matrices(carry.value, swapped),
-            leaving=matrices(carry.value if ends is None else ends, swapped),
+            carry=state,
+            leaving=state,
             x=carry.value if pair is None else pair[2],
             T=self.T,
             segment_chunks=tokens // tile.BT,
@@ -311,7 +312,7 @@ class Problem:
             ADD=add is not None,
             PAIR=pair is not None,
             EARLY=not (decayed and self.gated),  # with gates there are no registers for it
-            LEAVE=not emit or not carry.known or ends is not None,
+            LEAVE=not emit or not carry.known,
             DTYPE=TRITON_DTYPES[self.inner_dtype],
             PRECISION=self.precision,
             **self.gate_arguments(decayed),

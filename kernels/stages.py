@@ -130,7 +130,6 @@ class _Backward:
         self.problem, self.cut, self.gate, self.into = problem, cut, gate, into or {}
         self.gradients = {"o": dout}
         self.terms: list[Tensor] = []
-        self.ends: dict[str, Tensor] = {}  # by pass, the states at the ends of segments as its gates' terms know them
 
     def buffer(self, name: str) -> Tensor:
         x = self.problem.sequences[name]
@@ -167,7 +166,7 @@ class _Backward:
             self.gradients[name] = self.buffer(name)
             ridge = problem.ridge * own if p.ridge and name == p.a else 0.0
             add = (x[f"d{p.out}"], ridge) if ridge else None
-        pair = ends = None
+        pair = None
         if self.gate and weight is not None:
             width = problem.sequences[name].shape[3]
             tile = problem.tile(x[b].shape[3], width)
@@ -175,8 +174,8 @@ class _Backward:
             terms = torch.empty(shape, dtype=torch.float32, device=x[c].device)
             self.terms.append(terms)
             pair = (problem.sequences[name], weight, terms)
-            if name == p.a:
-                ends = self.ends[p.out] = torch.empty_like(carry.value) if carry.known else carry.value
+            if self.cut[0] == 1 and name == p.a:
+                carry.known = False  # the tail wants the state as this walk rounds it
         problem.run(
             x[a],
             x[b],
@@ -189,7 +188,6 @@ class _Backward:
             into_state=scale,
             add=add,
             pair=pair,
-            ends=ends,
         )
 
     def add_all(self, p: Pass, forward: SegmentStates, reverse: SegmentStates, wanted: set[str]) -> None:
@@ -241,7 +239,7 @@ def scan_backward(
         backward.add_all(p, carry_in, reverse[p.out], inner)
     for p, carry_in, _ in steps:
         backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
-    dlog = _gate_gradient(backward, [reverse[p.out] for p in problem.passes]) if gate else None
+    dlog = _gate_gradient(backward, forward, [reverse[p.out] for p in problem.passes]) if gate else None
     dq, dk, dv = (_own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
     return Gradients(dq, dk, dv, dlog, [_edge(problem, reverse[p.out]) for p in problem.passes])
 
@@ -254,18 +252,17 @@ def _own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     return total.to(x.dtype) if into is None else into.copy_(total)
 
 
-def _gate_gradient(backward: _Backward, reverse: list[SegmentStates]) -> Tensor:
+def _gate_gradient(backward: _Backward, forward: list[SegmentStates], reverse: list[SegmentStates]) -> Tensor:
     problem, (segments, tokens) = backward.problem, backward.cut
     assert problem.log_decay is not None
     device = problem.q.device
     tails = torch.empty(segments, problem.rows, dtype=torch.float32, device=device)
-    for i, (p, right) in enumerate(zip(problem.passes, reverse)):
-        left = backward.ends[p.out]
-        elements = left[0, 0].numel() if problem.rows else 0
+    for i, (left, right) in enumerate(zip(forward, reverse)):
+        elements = left.value[0, 0].numel() if problem.rows else 0
         launch(
             inner_products_kernel,
             segments * problem.rows,
-            left=left[1:],
+            left=left.value[1:],
             right=right.value[1:],
             out=tails,
             E=elements,
