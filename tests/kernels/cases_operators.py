@@ -88,10 +88,10 @@ def test_gates_of_every_strength(gate_values, short_segments) -> None:
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
 def test_a_cut_is_a_cut_whatever_its_number(name, mask, short_segments) -> None:
     """Two in one chunk, one that ends a segment, the first token: results alike, no gradient, never NaN."""
-    inputs = torch.randn(3, 1, 70, 2, 8) / 3
+    inputs = torch.randn(3, 1, 70, 1, 8) / 3
     found = []
-    for number in (-1e4, torch.finfo(torch.float32).min, -float("inf")):
-        log = torch.full((1, 70, 2), -0.1)
+    for number in (-1e4, torch.finfo(torch.float32).min):
+        log = torch.full((1, 70, 1), -0.1)
         log[:, [0, 3, 5, 32, 69]] = number
         leaves = [x.clone().requires_grad_() for x in (*inputs, log)]
         out, state = getattr(hla_dist, name)(
