@@ -16,9 +16,9 @@ from hla_dist.functional.autograd import CausalFunction, FinishFunction, Options
 from hla_dist.functional.documents import Documents
 from hla_dist.functional.full import Full
 from hla_dist.functional.transforms import refuse_transforms
-from hla_dist.operators import OPERATORS
+from hla_dist.operators import NAMED, OPERATORS
 from hla_dist.operators.precision import as_autocast, without_autocast
-from hla_dist.operators.summary import STATES, Summary
+from hla_dist.operators.summary import Summary
 from hla_dist.parallel import agreement, collectives, topology
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
@@ -210,8 +210,7 @@ def summarize(
     Arguments as for the operator named. float32, or float64 for float64 inputs; not differentiable (autograd says
     so if asked). No communication.
     """
-    names = tuple(name for name in STATES if name not in ("hla2_prefix", "hla2_paper"))
-    validate.require(operator in names, "operator", f"one of {names}", repr(operator))
+    validate.require(operator in NAMED, "operator", f"one of {tuple(NAMED)}", repr(operator))
     options = dict.fromkeys(("cu_seqlens", "cu_seqlens_cpu", "shard_lengths", "initial_state"))
     options |= {
         "decay_form": decay_form,
@@ -238,9 +237,10 @@ def summarize(
 
 def _cascade(name: str, o: dict[str, Any]) -> str:
     """The cascade that an operator's mask and decay form choose."""
-    if o["mask"] == "prefix":
-        return "hla2_prefix"
-    return "hla2_paper" if o["decay_form"] == "paper" else name
+    forms = NAMED[name].forms
+    if o["mask"] in forms:
+        return forms[o["mask"]].name
+    return forms["paper"].name if o["decay_form"] == "paper" else name
 
 
 def _options(name: str, o: dict[str, Any]) -> Options:
@@ -326,12 +326,12 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tu
     if torch.compiler.is_exporting() and documents is None and not place.group_name:
         how = (name, o["mask"], o.get("decay_form", "masked"))
         out, *state = exported.attend(q, k, v, log_decay, list(initial), *how, *options)
-        return out, STATES[cascade](*state) if wanted else None
+        return out, OPERATORS[cascade].state(*state) if wanted else None
     if documents is not None:
         out, state = packed.attend(documents, q, k, v, log_decay, tuple(initial), wanted, options, place)
     else:
         out, *state = CausalFunction.apply(options, place, wanted, q, k, v, log_decay, *initial)
-    return out, STATES[cascade](*state) if state else None
+    return out, OPERATORS[cascade].state(*state) if state else None
 
 
 def _prepare(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
@@ -347,6 +347,14 @@ def _prepare(name: str, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> t
     elif o["mask"] != "full" and OPERATORS[cascade].states[0] == "S":
         initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])  # S enters symmetric; so does its gradient
     return cascade, documents, _per_query_head(o["log_decay"], q), _place(o, cascade, documents, q, k, v), initial
+
+
+_DEFAULTS = {n: p.default for n, p in inspect.signature(hla2).parameters.items() if n not in "qkv"}
+
+
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    """``hla_dist.<name>(q, k, v, **options)`` for any operator that is registered (``hla_dist.operators``)."""
+    return _attend(name, q, k, v, _DEFAULTS | options)
 
 
 class Started(NamedTuple):
@@ -367,7 +375,7 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started
     torch.compile, everything happens in ``finish()``. Every rank makes the same starts and finishes in the same order.
     Communication and errors: those of the operator.
     """
-    o = {n: p.default for n, p in inspect.signature(globals()[name]).parameters.items() if n not in "qkv"} | options
+    o = _DEFAULTS | options
     if o["group"] is None or o["cu_seqlens"] is not None or o["mask"] == "full" or torch.compiler.is_compiling():
         return Started(partial(_attend, name, q, k, v, o))
     q, k, v = as_autocast(q, k, v)
@@ -382,6 +390,6 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Started
 
     def finish() -> tuple[Tensor, Any]:
         out, *state = FinishFunction.apply(link, options_, place, wanted, anchor, under_way, inputs, entering)
-        return out, STATES[cascade](*state) if state else None
+        return out, OPERATORS[cascade].state(*state) if state else None
 
     return Started(finish)

@@ -6,7 +6,6 @@ only. Nothing that this op takes or returns does: one program serves every lengt
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -28,14 +27,12 @@ def attend(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> lis
     from hla_dist.functional import attention
 
     cascade, scale, ridge, normalize, eps, chunk_size, backend = options
-    operator = getattr(attention, name)
     arguments: dict[str, Any] = {
         "log_decay": log_decay, "mask": mask, "decay_form": decay_form, "scale": scale, "ridge": ridge,
         "normalize": normalize, "eps": eps, "chunk_size": chunk_size or None, "backend": backend,
-        "initial_state": attention.STATES[cascade](*initial) if initial else None, "output_final_state": True,
+        "initial_state": OPERATORS[cascade].state(*initial) if initial else None, "output_final_state": True,
     }  # fmt: skip
-    taken = inspect.signature(operator).parameters
-    out, state = operator(q, k, v, **{n: value for n, value in arguments.items() if n in taken})
+    out, state = attention.attend(name, q, k, v, **arguments)
     return [out, *(field.clone() for field in state)]
 
 

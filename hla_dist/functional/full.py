@@ -15,13 +15,7 @@ from torch import Tensor
 
 from hla_dist.functional import exchange_ops
 from hla_dist.functional.documents import Documents
-
-_MOMENTS = {
-    "linear_attention": (("k", "v"),),
-    "hla2": (("k", "k"), ("q", "v")),
-    "ahla": (("k", "q"), ("k", "v")),
-    "hla3": (("k", "k"), ("q", "q"), ("k", "v")),
-}
+from hla_dist.operators import NAMED
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -65,7 +59,7 @@ class Full:
     """
 
     def __init__(self, name: str, o: dict[str, Any]):
-        self.name, self.scale, self.ridge = name, o["scale"], o["ridge"]
+        self.operator, self.scale, self.ridge = NAMED[name], o["scale"], o["ridge"]
         self.normalize, self.eps = o["normalize"], o["eps"]
 
     def _wide(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -79,7 +73,7 @@ class Full:
     def moments(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """``[B, H, rows, columns]`` each."""
         x, repeat = self._wide(q, k, v), q.shape[2] // k.shape[2]
-        moments = [x[left].mT @ x[right] for left, right in _MOMENTS[self.name]]
+        moments = [x[left].mT @ x[right] for left, right in self.operator.full]
         return [m.expand(-1, -1, repeat, -1, -1).flatten(1, 2) for m in moments]
 
     def read(self, q: Tensor, moments: list[Tensor]) -> Tensor:

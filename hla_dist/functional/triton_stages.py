@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Operator
 from hla_dist.operators.segment import Segment
 from hla_dist.operators.stages import Scanned, Summarized
@@ -26,12 +27,16 @@ from hla_kernels.device import check, target_of
 from hla_kernels.sequences import last_axis_contiguous
 from hla_kernels.slices import sliced_backward
 
-OPERATORS = ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3")
+
+def has_kernels(operator: Operator) -> bool:
+    """Whether the kernels compute its kind of cascade: no strict pass, no sign, a state of its own for every pass."""
+    passes = operator.passes
+    return len(operator.states) == len(passes) and not any(p.strict or p.sign < 0 for p in passes)
 
 
 def require_supported(operator: str, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
     """ValueError naming the argument unless the kernels compute this operator for such tensors on this device."""
-    if operator not in OPERATORS:
+    if not has_kernels(OPERATORS[operator]):
         raise ValueError(f"backend: expected 'auto' or 'torch' for {operator}, which has no kernels, got 'triton'")
     target = target_of(device)
     check(dtype, key_dim, value_dim, target)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from hla_dist.functional.documents import Documents
-from hla_dist.operators import OPERATORS
-from hla_dist.operators.summary import STATES
+from hla_dist.operators import NAMED, OPERATORS
 from hla_dist.parallel.topology import EXCHANGES
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -121,16 +120,17 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     check_number("scale", o["scale"])
     check_number("ridge", o["ridge"])
     check_number("eps", o["eps"], 0.0)
-    if name in ("linear_attention", "ahla"):
-        require(o["ridge"] == 0.0, "ridge", f"0.0 ({name} has no ridge; hla2 and hla3 do)", o["ridge"])
+    op = NAMED[name]
+    if not op.ridged:
+        ridged = " and ".join(other.name for other in NAMED.values() if other.ridged)
+        require(o["ridge"] == 0.0, "ridge", f"0.0 ({name} has no ridge; {ridged} do)", o["ridge"])
     for flag in ("normalize", "output_final_state"):
         require(isinstance(o[flag], bool), flag, "True or False", repr(o[flag]))
-    masks = ("causal", "prefix", "full") if name == "hla2" else ("causal", "full")
+    masks = ("causal", *(mask for mask in ("prefix",) if mask in op.forms), *(("full",) if op.full else ()))
     require(o["mask"] in masks, "mask", f"one of {masks} for {name}", repr(o["mask"]))
     require(o["decay_form"] in ("masked", "paper"), "decay_form", "'masked' or 'paper'", repr(o["decay_form"]))
-    require(
-        o["decay_form"] == "masked" or name == "hla2", "decay_form", f"'masked' for {name} (hla2 has both)", "'paper'"
-    )
+    if "paper" not in op.forms:
+        require(o["decay_form"] == "masked", "decay_form", f"'masked' for {name} (hla2 has both)", "'paper'")
     require(o["exchange"] in EXCHANGES, "exchange", f"one of {EXCHANGES}", repr(o["exchange"]))
     wire = o["wire_dtype"]
     require(wire in (None, torch.bfloat16), "wire_dtype", "None or torch.bfloat16", repr(wire))
@@ -198,12 +198,12 @@ def check_state(state: Any, operator: str, q: Tensor, value_dim: int, documents:
     """The named tuple of the operator, ``[B, H, rows, columns]`` each, in the state dtype."""
     if state is None:
         return
-    kind = STATES[operator]
+    op = OPERATORS[operator]
+    kind = op.state
     require(isinstance(state, kind), "initial_state", f"a {kind.__name__}", type(state).__name__)
     B, _, H, K = q.shape
     rows = B if documents is None else documents.count
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    op = OPERATORS[operator]
     for letter, x in zip(op.states, state):
         name = f"initial_state.{letter}"
         shape = (rows, H, *op.shape(letter, K, value_dim))

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-MIXERS = ("hla2", "ahla", "hla3", "linear_attention", "softmax")
+from hla_dist.operators import NAMED
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ def read_pattern(pattern: str) -> list[str]:
     for item in pattern.split(",") if pattern else []:
         name, star, count = item.strip().partition("*")
         name, count = name.strip(), count.strip() if star else "1"
-        if name not in MIXERS or not (count.isascii() and count.isdigit() and int(count) >= 1):
+        mixers = (*NAMED, "softmax")
+        if name not in mixers or not (count.isascii() and count.isdigit() and int(count) >= 1):
             raise ValueError(
-                f"pattern: expected a comma-separated list of {', '.join(MIXERS)}, each alone or as in hla2*3, got "
+                f"pattern: expected a comma-separated list of {', '.join(mixers)}, each alone or as in hla2*3, got "
                 f"{pattern!r}"
             )
         period += [name] * int(count)

@@ -23,12 +23,12 @@ from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.operators import NAMED
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
 
 __all__ = ["HLAAttention"]
 
-_OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
 _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "elu+1": lambda x: F.elu(x) + 1,
@@ -144,12 +144,12 @@ class HLAAttention(RenamesOnLoad):
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.decay_heads = num_heads if decay_heads is None else decay_heads
-        _one_of("op", op, tuple(name for name in _OPERATORS if hasattr(functional, name)))
+        _one_of("op", op, tuple(NAMED))
         _one_of("qk_norm", qk_norm, ("l2", "rms", None))
         _one_of("decay", decay, ("token", "head", None))
         _one_of("output_gate", output_gate, (*_GATES, None))
         _one_of("mask", mask, ("causal", "prefix", "full"))
-        _one_of("decay_form", decay_form, ("masked", "paper") if op == "hla2" else ("masked",))
+        _one_of("decay_form", decay_form, ("masked", "paper") if "paper" in NAMED[op].forms else ("masked",))
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {self.num_kv_heads}")
         _one_of("decay_heads", self.decay_heads, (num_heads, self.num_kv_heads))
@@ -282,7 +282,7 @@ class HLAAttention(RenamesOnLoad):
         }
         ahead: tuple[Tensor, ...] = ()
         if group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():
-            o, state = getattr(functional, self.op)(q, k, v, **options)
+            o, state = functional.attend(self.op, q, k, v, **options)
         else:  # the output gate needs no summaries: it is computed while they travel, its gradient too
             call = functional.start(self.op, q, k, v, **options)
             ahead = (self._gate(x),)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from hla_dist.operators.ahla import AHLA
 from hla_dist.operators.cascade import Operator
-from hla_dist.operators.hla2 import HLA2, HLA2_PREFIX
-from hla_dist.operators.hla2_paper import HLA2_PAPER
+from hla_dist.operators.hla2 import HLA2
 from hla_dist.operators.hla3 import HLA3
 from hla_dist.operators.linear_attention import LINEAR_ATTENTION
 
-OPERATORS: dict[str, Operator] = {op.name: op for op in (LINEAR_ATTENTION, HLA2, HLA2_PREFIX, HLA2_PAPER, AHLA, HLA3)}
+NAMED: dict[str, Operator] = {}  # those with a public function, by its name
+OPERATORS: dict[str, Operator] = {}  # every cascade: also the forms that a mask or a decay form chooses
+
+
+def register(operator: Operator) -> None:
+    """Make an operator known: functions, layers and programs find it by its name."""
+    NAMED[operator.name] = operator
+    OPERATORS.update({form.name: form for form in (operator, *operator.forms.values())})
+
+
+for _operator in (LINEAR_ATTENTION, HLA2, AHLA, HLA3):
+    register(_operator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
+from hla_dist.states import AHLAState
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
@@ -26,6 +27,7 @@ def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) 
 
 AHLA = Operator(
     name="ahla",
+    state=AHLAState,
     passes=(
         Pass("r", "q", "k", "v", state="P", reverse="R2"),
         Pass("o", "q", "k", "r", state="E", reverse="R1"),
@@ -33,5 +35,6 @@ AHLA = Operator(
     moments=(Moment("R", "k", "q"),),
     combine=_combine,
     combine_reverse=_combine_reverse,
+    full=(("k", "q"), ("k", "v")),
     backward_fields=("R",),
 )

@@ -16,9 +16,9 @@ carries and every gradient. What cannot be derived from the list, how two segmen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -66,17 +66,29 @@ class Operator:
     fields ``[..., rows, columns]`` that also hold ``rho [...]``. ``backward_fields`` are the forward fields of a
     segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries. Where they depend on the
     carry, ``settle(summary, before)`` gives them from the segment's own summary and that of all tokens before it.
+
+    ``state`` makes the public state from ``states``. ``full`` lists the moments ``sum_i left_i right_i^T`` of the full
+    mask in the order in which q reads them (none: it has no full mask). ``forms`` are further cascades of the public
+    function, by the option that chooses one: the mask ``"prefix"``, the decay form ``"paper"``.
     """
 
     name: str
+    state: Callable[..., Any]
     passes: tuple[Pass, ...]
     moments: tuple[Moment, ...]
     combine: Callable[[Fields, Fields], Fields]
     combine_reverse: Callable[[Fields, Fields, Fields], Fields]
+    full: tuple[tuple[str, str], ...] = ()
+    forms: Mapping[str, Operator] = field(default_factory=dict, hash=False)
     backward_fields: tuple[str, ...] = ()
     settle: Callable[[Fields, Fields], Fields] | None = None
     symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
     combine_kept: Callable[[Fields, Fields], Fields] = _add_kept  # of rho and settled ``backward_fields``
+
+    @property
+    def ridged(self) -> bool:
+        """Whether some pass has a ridge."""
+        return any(p.ridge for p in self.passes)
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ prefix:  w = LA(q, k, k) + ridge q,   o = LA(w, q, v)     state (S, C)
 from __future__ import annotations
 
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
+from hla_dist.operators.hla2_paper import HLA2_PAPER
+from hla_dist.states import HLA2State, PrefixState
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
@@ -32,20 +34,6 @@ def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) 
     return {"R1": left_reverse["R1"] + r1, "R2": r2}
 
 
-HLA2 = Operator(
-    name="hla2",
-    passes=(
-        Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True),
-        Pass("o", "q", "u", "v", state="F", reverse="R1"),
-    ),
-    moments=(Moment("C", "q", "v"),),
-    combine=_combine,
-    combine_reverse=_combine_reverse,
-    backward_fields=("C",),
-    symmetric=frozenset({"S", "R2"}),
-)
-
-
 def _combine_prefix(left: Fields, right: Fields) -> Fields:
     """Both carries are additive: ``S_AB = rho_B S_A + S_B``, ``C_AB = rho_B C_A + C_B`` (C decayed here)."""
     rho = right["rho"]
@@ -63,6 +51,7 @@ def _combine_prefix_reverse(left: Fields, left_reverse: Fields, right_reverse: F
 
 HLA2_PREFIX = Operator(
     name="hla2_prefix",
+    state=PrefixState,
     passes=(
         Pass("w", "q", "k", "k", state="S", reverse="R2", ridge=True),
         Pass("o", "w", "q", "v", state="C", reverse="R1"),
@@ -70,5 +59,21 @@ HLA2_PREFIX = Operator(
     moments=(),
     combine=_combine_prefix,
     combine_reverse=_combine_prefix_reverse,
+    symmetric=frozenset({"S", "R2"}),
+)
+
+HLA2 = Operator(
+    name="hla2",
+    state=HLA2State,
+    passes=(
+        Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True),
+        Pass("o", "q", "u", "v", state="F", reverse="R1"),
+    ),
+    moments=(Moment("C", "q", "v"),),
+    combine=_combine,
+    combine_reverse=_combine_reverse,
+    full=(("k", "k"), ("q", "v")),
+    forms={"prefix": HLA2_PREFIX, "paper": HLA2_PAPER},
+    backward_fields=("C",),
     symmetric=frozenset({"S", "R2"}),
 )

@@ -9,6 +9,7 @@ Without decay o is that of ``hla2``. ``LA(w, q, v)`` and the strict pass y read 
 from __future__ import annotations
 
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
+from hla_dist.states import HLA2PaperState
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
@@ -40,6 +41,7 @@ def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) 
 
 HLA2_PAPER = Operator(
     name="hla2_paper",
+    state=HLA2PaperState,
     passes=(
         Pass("w", "q", "k", "k", state="S", reverse="R2", ridge=True),
         Pass("y", "k", "q", "v", state="C", reverse="R1", strict=True),

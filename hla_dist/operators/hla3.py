@@ -6,6 +6,7 @@ The cascade equals the masked matrix form and combines with 3 K^2 + 3 K V number
 from __future__ import annotations
 
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
+from hla_dist.states import HLA3State
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
@@ -49,6 +50,7 @@ def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) 
 
 HLA3 = Operator(
     name="hla3",
+    state=HLA3State,
     passes=(
         Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True),
         Pass("r", "q", "k", "v", state="P", reverse="R3"),
@@ -57,6 +59,7 @@ HLA3 = Operator(
     moments=(Moment("Q", "q", "q", from_start=True), Moment("X", "q", "r"), Moment("Y", "u", "q")),
     combine=_combine,
     combine_reverse=_combine_reverse,
+    full=(("k", "k"), ("q", "q"), ("k", "v")),
     backward_fields=("X", "Y"),
     settle=_settle,
     symmetric=frozenset({"S", "Q", "R2"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hla_dist.operators.cascade import Fields, Operator, Pass, decayed
+from hla_dist.states import LinearState
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
@@ -17,8 +18,10 @@ def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) 
 
 LINEAR_ATTENTION = Operator(
     name="linear_attention",
+    state=LinearState,
     passes=(Pass("o", "q", "k", "v", state="P", reverse="R1"),),
     moments=(),
     combine=_combine,
     combine_reverse=_combine_reverse,
+    full=(("k", "v"),),
 )

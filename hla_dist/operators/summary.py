@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +16,6 @@ from torch import Tensor
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
 from hla_dist.operators.precision import without_autocast
-from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
-
-STATES = {
-    "linear_attention": LinearState,
-    "hla2": HLA2State,
-    "hla2_prefix": PrefixState,
-    "hla2_paper": HLA2PaperState,
-    "ahla": AHLAState,
-    "hla3": HLA3State,
-}
-State = LinearState | HLA2State | PrefixState | HLA2PaperState | AHLAState | HLA3State
 
 
 @dataclass(frozen=True)
@@ -53,9 +43,10 @@ class Summary:
         )
 
     @property
-    def state(self) -> State:
+    def state(self) -> Any:
         """The carry this segment leaves behind when nothing came before it."""
-        return STATES[self.operator](*(self.fields[name] for name in OPERATORS[self.operator].states))
+        op = OPERATORS[self.operator]
+        return op.state(*(self.fields[name] for name in op.states))
 
 
 def combine(left: Summary, right: Summary) -> Summary:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import flag, option, parse_options
@@ -36,7 +37,7 @@ class ScalingConfig:
     )  # fmt: skip
     rounds: int = option(1, "cases", "measured calls of a case; the fastest counts, and the largest peak")
 
-    op: str = option("hla2", "operator", "operator", choices=["hla2", "ahla", "hla3", "linear_attention"])
+    op: str = option("hla2", "operator", "operator", choices=list(NAMED))
     heads: int = option(4, "operator", "query heads")
     kv_heads: int = option(0, "operator", "key/value heads; 0: as many")
     head_dim: int = option(64, "operator", "size of a head's keys and values")

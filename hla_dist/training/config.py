@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from hla_dist.data.packing import PACKINGS
 from hla_dist.models.config import SIZES, ModelConfig
+from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError
 
@@ -53,9 +54,7 @@ class TrainConfig:
     seq_len: int = option(8192, "data", "tokens of a sequence, over all ranks that share it")
 
     size: str = option("tiny", "model", "named size, which the options below change", choices=list(SIZES))
-    op: str = option(
-        "hla2", "model", "operator of the attention layers", choices=["hla2", "ahla", "hla3", "linear_attention"]
-    )
+    op: str = option("hla2", "model", "operator of the attention layers", choices=list(NAMED))
     pattern: str = option(
         "", "model", "a hybrid: operators and softmax by layer, over again to the last one, such as hla2*3,softmax; "
         "none: --op throughout"

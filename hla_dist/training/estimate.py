@@ -30,8 +30,6 @@ from hla_dist.processes.failure import UserError
 from hla_dist.training.config import TrainConfig, flag
 
 TRACED = 4096  # tokens of the shorter trace
-# K and V sizes of the first-order passes of an operator
-_PASSES = {"linear_attention": "V", "hla2": "KV", "ahla": "VV", "hla3": "KVV"}
 _BLOCK_BUFFERS = 26  # sequences of a block that the torch backend holds: counted, hla2's backward, gates per token
 _BACKWARD = 2.5  # of a pass's forward: products with both operands' gradients, and the scores again
 
@@ -151,8 +149,8 @@ def step_flops(step: Step) -> dict[str, float]:
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the embedding counts as the output
     passes = 0
     for layer in _layers(model):
-        K, V, c = layer.head_dim, layer.value_dim, layer.chunk_size or CHUNK
-        for size in (K if kind == "K" else V for kind in _PASSES[layer.op]):
+        op, K, V, c = OPERATORS[layer.op], layer.head_dim, layer.value_dim, layer.chunk_size or CHUNK
+        for size in (op.columns(p.c, K, V) for p in op.passes):
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
     tokens = float(step.seq_len * step.batch_size * step.accumulate)
     again = 0 if step.checkpointing == "none" else 1
