@@ -65,6 +65,7 @@ class TrainConfig:
     heads: int = option(0, "model", "query heads; 0: the named size's")
     kv_heads: int = option(0, "model", "key/value heads; 0: as many as query heads")
     head_dim: int = option(0, "model", "dimension of a head; 0: width / heads")
+    tie_embeddings: bool = option(True, "model", "the output layer is the embedding; off: a matrix of its own")
 
     steps: int = option(DEMO_STEPS, "optimisation", "optimiser steps")
     max_minutes: float | None = option(
@@ -192,6 +193,7 @@ class TrainConfig:
                  "head_dim": "head_dim"}  # fmt: skip
         changes: dict[str, Any] = {theirs: getattr(self, ours) for ours, theirs in names.items() if getattr(self, ours)}
         changes |= {"softmax": {"window": self.window}} if self.window else {}
+        changes |= {"tie_word_embeddings": self.tie_embeddings}
         try:
             return ModelConfig.named(self.size, vocab_size=vocab_size, op=self.op, pattern=self.pattern, **changes)
         except ValueError as exc:

@@ -146,7 +146,8 @@ def _layers(model: nn.Module) -> list[HLAAttention]:
 def step_flops(step: Step) -> dict[str, float]:
     """Two per multiply-add; whole chunk squares counted, as they are computed."""
     model = _build(step.model)
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)  # the embedding counts as the output
+    output = model.embedding if model.lm_head is None else model.lm_head
+    matrices = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
     passes = 0
     for layer in _layers(model):
         op, K, V, c = OPERATORS[layer.op], layer.head_dim, layer.value_dim, layer.chunk_size or CHUNK

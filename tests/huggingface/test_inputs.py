@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hla_dist import HLAAttention, SequenceParallelHLA, SoftmaxAttention
+from hla_dist.huggingface import HLAConfig, HLAForSequenceClassification
 from tests.harness import assert_close, raises_value_error, run_ranks
-from tests.huggingface.models import left_padded, model, tokens
+from tests.huggingface.models import SIZES, left_padded, model, tokens
 from tests.tolerances import FLOAT64
 
 ROTARY: dict[str, Any] = {"attention": {"rope_theta": 1e4}}
@@ -153,6 +154,9 @@ def on_ranks(lengths: list[int]) -> dict[str, Tensor]:
         hla.generate(ids[:, here], max_new_tokens=1)
     with hla.alone() as alone:
         assert alone(ids, labels=ids).loss > 0 and alone.generate(ids, max_new_tokens=1).shape == (2, 14)
+    texts = HLAForSequenceClassification(HLAConfig(**SIZES))
+    with raises_value_error("HLAForSequenceClassification: expected whole texts"):
+        SequenceParallelHLA(texts, group)(ids[:, here])
     with raises_value_error("frobnicate: expected no argument of that name"):
         hla(ids[:, here], **({"frobnicate": 1} if rank == 0 else {}))
     return results

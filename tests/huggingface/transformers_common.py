@@ -27,7 +27,6 @@ NOT_OURS = {
     "test_training_gradient_checkpointing_use_reentrant_false": CHECKPOINTING,
     "test_training_gradient_checkpointing_use_reentrant_true": CHECKPOINTING,
     "test_peft_gradient_checkpointing_enable_disable": CHECKPOINTING,
-    "test_load_save_without_tied_weights": "the output layer is the embedding: untied weights are refused",
     "test_generation_tester_mixin_inheritance": "the archive has no GenerationTesterMixin",
 }
 

@@ -8,6 +8,7 @@ import pytest
 
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import RUN_FILES, TrainConfig, flag, parse
+from hla_dist.training.estimate import Step, step_flops
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,3 +56,9 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
 def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
     with pytest.raises(UserError, match="expected hidden_size divisible by num_heads"):
         TrainConfig(hidden_size=30, heads=4).model_config(256)
+
+
+def test_untied_embeddings_are_an_option_and_cost_no_arithmetic() -> None:
+    tied, untied = (TrainConfig(tie_embeddings=tie).model_config(256) for tie in (True, False))
+    assert tied.tie_word_embeddings and not untied.tie_word_embeddings
+    assert step_flops(Step(tied, 64)) == step_flops(Step(untied, 64))
