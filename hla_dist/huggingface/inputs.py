@@ -62,7 +62,7 @@ def read(
         group = resolve_group(group)
     try:
         _refuse_unknown(named)
-        here = None if attention_mask is None else _this_call(attention_mask, rows, past, tokens)
+        filled = None if attention_mask is None else _this_call(attention_mask, rows, past, tokens)
         if position_ids is not None:
             if position_ids.dim() != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != tokens:
                 raise ValueError(f"position_ids: expected [B, T] = {[rows, tokens]}, got {list(position_ids.shape)}")
@@ -71,14 +71,14 @@ def read(
         seq_idx = _seq_idx(named.get("seq_idx"), rows, tokens, past)
     except ValueError as error:
         raise_everywhere(error, x, group)
-    batch = _counted(x, here, position_ids, cache, counted, positions_matter, hybrid, group)
+    batch = _counted(x, filled, position_ids, cache, counted, positions_matter, hybrid, group)
     documents = given
     if seq_idx is not None:
-        documents = _starts(seq_idx, here, False, group)
+        documents = _starts(seq_idx, filled, False, group)
+        if given is not None and not (len(given) == 2 if documents is None else _same(given, documents)):
+            raise_everywhere(ValueError("seq_idx: expected the documents that cu_seq_lens tells, got others"), x, group)
     elif given is None and position_ids is not None and not past and not torch.compiler.is_compiling():
-        documents = _starts(position_ids, here, True, group)
-    if given is not None and documents is not None and not _same(given, documents):
-        raise_everywhere(ValueError("seq_idx: expected the documents that cu_seq_lens tells, got others"), x, group)
+        documents = _starts(position_ids, filled, True, group)
     return replace(batch, documents=documents)
 
 
@@ -129,7 +129,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _counted(
     x: Tensor,
-    here: Tensor | None,
+    filled: Tensor | None,
     position_ids: Tensor | None,
     cache: HLACache | None,
     counted: bool,
@@ -143,13 +143,13 @@ def _counted(
     marks no padding on any rank is dropped; elsewhere nothing is read, so that the host never waits.
     """
     rows, tokens = x.shape[:2]
-    if here is None and not counted:
+    if filled is None and not counted:
         return Batch(position_ids, None, None, None, tokens)
     may_read = not torch.compiler.is_compiling() and (x.device.type == "cpu" or hybrid)
-    count = torch.full((rows,), tokens, device=x.device) if here is None else here.sum(1)
+    count = torch.full((rows,), tokens, device=x.device) if filled is None else filled.sum(1)
     before = torch.zeros_like(count) if cache is None or cache.tokens is None else cache.tokens.to(x.device)
     after, places = before + count, tokens
-    padded = here is not None
+    padded = filled is not None
     if group is not None and group_size(group) > 1:
         if counted or positions_matter:
             table = _gather([torch.tensor([tokens], device=x.device), count], f"tokens, rows={rows}", group)
@@ -160,20 +160,20 @@ def _counted(
     else:
         padded = padded and not (may_read and bool((count == tokens).all()))
     positions = position_ids
-    if positions is None and here is not None and padded:
-        positions = (here.cumsum(1) - 1).clamp(min=0) + before.view(-1, 1)
+    if positions is None and filled is not None and padded:
+        positions = (filled.cumsum(1) - 1).clamp(min=0) + before.view(-1, 1)
     elif positions is None and cache is not None and cache.tokens is not None:
         positions = torch.arange(tokens, device=x.device) + before.view(-1, 1)  # else layers count
-    return Batch(positions, here if padded else None, None, after, places)
+    return Batch(positions, filled if padded else None, None, after, places)
 
 
-def _starts(marks: Tensor, here: Tensor | None, rising: bool, group: Any) -> Tensor | None:
+def _starts(marks: Tensor, filled: Tensor | None, rising: bool, group: Any) -> Tensor | None:
     """Bounds [N + 1] of the documents whose tokens have equal ``marks`` [B, T], or with ``rising`` consecutive ones.
 
     Rows follow one another, as if they were one; None where every row is one document. Padding is not asked.
     """
     rows, tokens = marks.shape
-    index = torch.arange(rows * tokens, device=marks.device) if here is None else here.flatten().nonzero().flatten()
+    index = torch.arange(rows * tokens, device=marks.device) if filled is None else filled.flatten().nonzero().flatten()
     marks = marks.flatten()[index].long()
     if rising:
         marks = marks - torch.arange(len(marks), device=marks.device)

@@ -170,19 +170,19 @@ class SoftmaxAttention(RenamesOnLoad):
             return self._attend(x, call)
         return self._among_padding(x, present(attention_mask, x.shape[:2]), call)
 
-    def _among_padding(self, x: Tensor, there: Tensor, call: Call) -> tuple[Tensor, KVState | None]:
+    def _among_padding(self, x: Tensor, filled: Tensor, call: Call) -> tuple[Tensor, KVState | None]:
         """The tokens of each row as one document; over a group row by row, since rows lie side by side on the ranks.
 
         Communication over a group: one all-gather of two integers, with documents another of N + 1.
         """
-        batch, tokens = there.shape
-        numbers = call.gather(torch.tensor([tokens * batch, int(there.sum())], device=x.device)).tolist()
-        if all(places == filled for places, filled in numbers):
+        batch, tokens = filled.shape
+        numbers = call.gather(torch.tensor([tokens * batch, int(filled.sum())], device=x.device)).tolist()
+        if all(places == count for places, count in numbers):
             return self._attend(x, call)
         start = sum(places for places, _ in numbers[: call.rank])
-        index = there.flatten().nonzero().flatten()
+        index = filled.flatten().nonzero().flatten()
         cu = torch.arange(batch + 1) * tokens if call.cu is None else call.cu
-        before = F.pad(there.flatten().cumsum(0), (1, 0))  # tokens before each place
+        before = F.pad(filled.flatten().cumsum(0), (1, 0))  # tokens before each place
         if call.cu is not None:
             cu = call.gather(before[(cu.to(x.device) - start).clamp(0, tokens)]).sum(0).cpu()
         elif call.ranks == 1:
@@ -192,7 +192,7 @@ class SoftmaxAttention(RenamesOnLoad):
         if call.ranks == 1 or call.cu is not None:
             y, after = self._attend(rows, call._replace(cu=cu, positions=positions))
         else:
-            counts = there.sum(1).tolist()
+            counts = filled.sum(1).tolist()
             parts = [
                 self._attend(row, call._replace(state=_row(call.state, n), positions=position))
                 for n, (row, position) in enumerate(

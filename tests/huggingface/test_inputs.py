@@ -70,6 +70,8 @@ def test_keywords_that_nobody_reads_are_refused_by_name():
         hla(ids, cu_seq_lens_q=CU, cu_seqlens=CU[:2])
     with raises_value_error("seq_idx: expected the documents that cu_seq_lens tells"):
         hla(ids, cu_seqlens=CU, seq_idx=NUMBERS.flip(1))
+    with raises_value_error("seq_idx: expected the documents that cu_seq_lens tells"):
+        hla(ids, cu_seqlens=CU, seq_idx=torch.zeros_like(NUMBERS))
     with raises_value_error("cu_seqlens: expected one row (B = 1)"):
         hla(tokens(2, 11), cu_seqlens=CU)
 
@@ -155,7 +157,7 @@ def on_ranks(lengths: list[int]) -> dict[str, Tensor]:
     with hla.alone() as alone:
         assert alone(ids, labels=ids).loss > 0 and alone.generate(ids, max_new_tokens=1).shape == (2, 14)
     texts = HLAForSequenceClassification(HLAConfig(**SIZES))
-    with raises_value_error("HLAForSequenceClassification: expected whole texts"):
+    with raises_value_error("texts: expected whole ones", "sharded over 2 ranks"):
         SequenceParallelHLA(texts, group)(ids[:, here])
     with raises_value_error("frobnicate: expected no argument of that name"):
         hla(ids[:, here], **({"frobnicate": 1} if rank == 0 else {}))
