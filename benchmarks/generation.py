@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
-from hla_dist.generation.generate import Carry, Sampling, follow, read
+from hla_dist.generation.generate import Reading, Sampling, follow, read
 from hla_dist.models import SIZES, LanguageModel, ModelConfig
 from hla_dist.scaling.memory import PeakMemory
 
@@ -48,7 +48,7 @@ def read_lengths(model: LanguageModel, lengths: Sequence[int], seconds: float) -
         done = 0 if carry is None else carry.position + 1
         row: dict[str, Any] = {"context": length, "how": "read", "read_tokens_per_s": None, "read_peak": None}
         if carry is not None and rate and spent + (length - done) / rate > seconds:
-            carry = Carry(carry.state, length - 1, carry.last)
+            carry = Reading(carry.state, length - 1, carry.last)
             row["how"] = "synthetic"
         else:
             peak.start()

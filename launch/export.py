@@ -7,35 +7,45 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from tyro.conf import arg
+
 from hla_dist.checkpoints.export import export, load_trained
-from hla_dist.processes.failure import UserError, describe
-from hla_dist.training.config import Parser
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.program import Program
+
+
+@dataclass
+class ExportConfig:
+    """What is written, and where."""
+
+    checkpoint: Annotated[str, arg(metavar="DIR")]  # a checkpoint, or the --out of a run
+    to: Annotated[str, arg(metavar="FILE")]  # the file to write, ending in .safetensors
+
+    def __post_init__(self) -> None:
+        if not self.to.endswith(".safetensors"):
+            raise UserError(f"--to: expected a name ending in .safetensors, got {self.to}")
 
 
 def main() -> int:
-    parser = Parser(
-        prog="launch/export.py", description="Write a trained model into one safetensors file.", allow_abbrev=False
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
-    parser.add_argument("--to", required=True, metavar="FILE", help="the file to write, ending in .safetensors")
-    try:
-        options = parser.parse_args()
-        if not options.to.endswith(".safetensors"):
-            raise UserError(f"--to: expected a name ending in .safetensors, got {options.to}")
-        trained = load_trained(Path(options.checkpoint))
-        export(trained, Path(options.to))
-    except (UserError, ValueError, OSError, RuntimeError) as exc:
-        print(f"export.py: error: {describe(exc)}", file=sys.stderr)
-        return 1
+    program = Program("export.py", "Write a trained model into one safetensors file.")
+    return program.run(lambda: write(program))
+
+
+def write(program: Program) -> int:
+    config = program.options(ExportConfig)
+    trained = load_trained(Path(config.checkpoint))
+    export(trained, Path(config.to))
     for line in trained.warnings:
-        print(f"export.py: warning: {line}", file=sys.stderr)
-    print(f"{options.to}: the model of step {trained.step}")
+        program.say(f"warning: {line}")
+    print(f"{config.to}: the model of step {trained.step}")
     return 0
 
 

@@ -8,50 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 with contextlib.suppress(ImportError):  # an installed package needs no path
     import hla_dist  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.options import Checked, Count, File, one_of
+from hla_dist.processes.program import Program
 from hla_dist.training.compare import AXES, PANELS, draw, load_runs, table
-from hla_dist.training.config import option, parse_options
 
 
 @dataclass
-class PlotConfig:
+class PlotConfig(Checked):
     """Which runs, and what of them."""
 
-    runs: list[str] = option(
-        [], "runs", "the --out directory of each run", nargs="+", metavar="DIR", required=True
-    )  # fmt: skip
-    metrics: list[str] = option(
-        list(PANELS), "plot", "a panel for each; what no run has is left out", nargs="+", metavar="NAME"
-    )
-    x: str = option("tokens", "plot", "what they are drawn over", choices=AXES)
-    smooth: int = option(1, "plot", "steps of a moving mean, drawn over the values themselves")
-    out: str | None = option(None, "plot", "the PNG; none: metrics.png in the first run's directory", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        if self.smooth < 1:
-            raise UserError(f"--smooth: expected at least 1, got {self.smooth}")
+    runs: list[str]  # the --out directory of each run
+    metrics: list[str] = field(default_factory=lambda: list(PANELS))  # a panel for each; what no run has is left out
+    x: Annotated[str, one_of(*AXES)] = "tokens"  # what they are drawn over
+    smooth: Count = 1  # steps of a moving mean, drawn over the values themselves
+    out: File = None  # the PNG; none: metrics.png in the first run's directory
 
 
 def main() -> int:
-    try:
-        arguments = sys.argv[1:]
-        if arguments and not arguments[0].startswith("-"):  # runs may be given without --runs
-            arguments = ["--runs", *arguments]
-        config = parse_options(PlotConfig, "launch/plot.py", "Draw and compare training runs.", arguments)
-        runs = load_runs([Path(path) for path in config.runs])
-        first = Path(config.runs[0])
-        out = Path(config.out) if config.out else (first if first.is_dir() else first.parent) / "metrics.png"
-        draw(runs, out, config.metrics, config.x, config.smooth)
-    except (UserError, OSError) as exc:
-        print(f"plot.py: error: {describe(exc)}", file=sys.stderr)
-        return 1
+    program = Program("plot.py", "Draw and compare training runs.")
+    return program.run(lambda: plot(program))
+
+
+def plot(program: Program) -> int:
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):  # runs may be given without --runs
+        arguments = ["--runs", *arguments]
+    config = program.options(PlotConfig, arguments)
+    runs = load_runs([Path(path) for path in config.runs])
+    first = Path(config.runs[0])
+    out = Path(config.out) if config.out else (first if first.is_dir() else first.parent) / "metrics.png"
+    draw(runs, out, config.metrics, config.x, config.smooth)
     print("\n".join([*table(runs), f"plot: {out}"]))
     return 0
 

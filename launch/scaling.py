@@ -9,11 +9,9 @@ table; with --out it writes a report (Markdown, JSON) and a plot. What the figur
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,75 +23,41 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import report
-from hla_dist.processes import mpirun
-from hla_dist.processes.failure import UserError, describe
-from hla_dist.processes.mesh import connect
-from hla_dist.processes.rendezvous import NotMet, place
-from hla_dist.scaling.config import SERIES, ScalingConfig, parse, plan
-from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, plot, text_table
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.program import Program
+from hla_dist.scaling.config import ABOUT, SERIES, ScalingConfig, plan
+from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, described, plot, text_table
 from hla_dist.scaling.run import run_cases
 
 MILLION = 1 << 20
 
 
 def main() -> int:
+    program = Program("scaling.py", ABOUT)
+    return program.run(lambda: scale(program))
+
+
+def scale(program: Program) -> int:
+    config = program.options(ScalingConfig)
+    rank, world_size, _, _ = program.ranks
+    cases = plan(config, world_size)
+    device = program.device(config.device)
     try:
-        store = mpirun.join(os.environ)
-        rank, world_size, _, local = place(os.environ)
-    except (UserError, ValueError) as exc:
-        return mistake(0, str(exc))
-    try:
-        with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(io.StringIO()):
-            config = parse()
-        cases = plan(config, world_size)
-        device = choose_device(config, local)
         if config.out is not None and rank == 0:  # before the minutes that measuring takes
             Path(config.out).mkdir(parents=True, exist_ok=True)
-    except UserError as exc:
-        return mistake(rank, str(exc))
-    except OSError as exc:
-        return mistake(rank, f"--out: cannot write {config.out}: {exc.strerror or exc}")
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // local))
-    about = report.context("launch/scaling.py", torch.get_num_threads())
-    about |= {"command": command(world_size), "ranks": world_size, "device": device.type, "case": described(config)}
-    try:
-        connect(rank, world_size, device, config.timeout, from_env="RANK" in os.environ, store=store)
+        program.share_cores(config.threads)
+        about = report.context("launch/scaling.py", torch.get_num_threads())
+        about |= {"command": command(world_size), "ranks": world_size, "device": device.type, "case": described(config)}
+        program.connect(device, config.timeout)
         rows = run_cases(config, cases, device)
-    except (UserError, ValueError) as exc:  # the library's own checks: raised alike on every rank
-        return mistake(0 if isinstance(exc, NotMet) else rank, describe(exc))
-    if rank == 0:
-        print(text_table(rows), flush=True)
-        try:
+        if rank == 0:
+            print(text_table(rows), flush=True)
             if config.out is not None:
                 write(config, about, rows)
-        except OSError as exc:
-            return mistake(rank, f"--out: cannot write {config.out}: {exc.strerror or exc}")
+    except OSError as exc:
+        raise UserError(f"--out: cannot write {config.out}: {exc.strerror or exc}") from exc
     dist.barrier()
-    dist.destroy_process_group()
-    mpirun.meet()
     return 0
-
-
-def choose_device(config: ScalingConfig, local: int) -> torch.device:
-    """This rank's device; UserError if the GPUs do not suffice for one a rank."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if gpus < local:
-        raise UserError(f"--device: expected a GPU for each of {local} rank(s) here (or --device cpu), got {gpus}")
-    device = torch.device("cuda", place(os.environ).local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def mistake(rank: int, message: str) -> int:
-    """One line from rank 0; the others give it a moment, as torchrun ends all ranks when one has failed."""
-    if rank == 0:
-        print(f"scaling.py: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)
-    mpirun.end(1)
-    os._exit(1)
 
 
 def command(world_size: int) -> str:
@@ -103,42 +67,23 @@ def command(world_size: int) -> str:
     return shlex.join(["python", *arguments])
 
 
-def described(config: ScalingConfig) -> str:
-    kv_heads = config.kv_heads or config.heads
-    parts = []
-    if "operator" in config.what:
-        parts.append(
-            f"operator {config.op}, forward and backward, B = 1, H = {config.heads}, G = {kv_heads}, K = V = "
-            f"{config.head_dim}, {config.dtype}, gates: {config.gates}"
-        )
-    if "model" in config.what:
-        parts.append(
-            f"training step (forward, backward, AdamW), {config.layers} layers of {config.op}, hidden size "
-            f"{config.hidden_size}, {config.heads} heads, vocabulary {config.vocab_size}, float32, checkpointing "
-            f"{config.checkpoint_activations}"
-        )
-    return "; ".join(parts) + f"; exchange {config.exchange}"
-
-
 def targets(rows: list[dict[str, Any]]) -> list[report.Target]:
     """What a million tokens on a CPU machine may cost, and how exact float32 is, where rows tell."""
-    found = []
+    results = []
     for row in rows:
         name = f"{row['what']}, {row['tokens']:,} tokens over {row['ranks']} rank(s): "
         if row["tokens"] >= MILLION and row["ranks"] == max(r["ranks"] for r in rows):
-            found.append(report.Target(name + "seconds", row["seconds"], 300, False))
-            found.append(report.Target(name + "GiB peak, all ranks", row["peak_sum"] / GIB, 12, False))
+            results.append(report.Target(name + "seconds", row["seconds"], 300, False))
+            results.append(report.Target(name + "GiB peak, all ranks", row["peak_sum"] / GIB, 12, False))
             shorter = [r for r in rows if r["what"] == row["what"] and r["ranks"] == row["ranks"]]
-            for other in (r for r in shorter if r["tokens"] * 8 == row["tokens"]):
-                ratio = row["us_per_token"] / other["us_per_token"]
-                found.append(report.Target(name + f"time a token over {other['tokens']:,} tokens'", ratio, 1.1, False))
-                ratio = row["cpu_s"] / other["cpu_s"] * other["tokens"] / row["tokens"]
-                name_of = f"CPU seconds a token over {other['tokens']:,} tokens'"
-                found.append(report.Target(name + name_of, ratio, 1.1, False))
+            for eighth in (r for r in shorter if r["tokens"] * 8 == row["tokens"]):
+                for figure, key in (("time", "seconds"), ("CPU seconds", "cpu_s")):
+                    text = f"{figure} per token over {eighth['tokens']:,} tokens'"
+                    results.append(report.Target(name + text, row[key] / eighth[key] / 8, 1.1, False))
         for tensor, error in row["errors"].items():
             bound = 3e-5 if tensor == "dlog_decay" else 1e-5
-            found.append(report.Target(name + f"error of {tensor}", error, bound, False))
-    return found
+            results.append(report.Target(name + f"error of {tensor}", error, bound, False))
+    return results
 
 
 def write(config: ScalingConfig, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:

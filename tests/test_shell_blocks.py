@@ -16,18 +16,16 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tyro
 from torch.distributed.run import get_args_parser
 
-from hla_dist.processes.failure import UserError
-from hla_dist.scaling.config import ScalingConfig
-from hla_dist.training.config import TrainConfig, parse_options
 from tests.test_readme import OLD_PYTHON, PAGES, ROOT, blocks, label
 from tests.training.corpora import write_text
 
-CONFIGS = {"launch/train.py": TrainConfig, "launch/scaling.py": ScalingConfig}
 SET_UP = {"make", "pip"}  # test_readme.py knows the targets, test_packaging.py the extras
 MEASURING = ("benchmarks/", "benchmarks.", "hla_kernels.")  # minutes, or a GPU: they have tests of their own
 MODEL = "--layers 1 --hidden-size 16 --heads 2 --seq-len 128 --eval-tokens 128 --device cpu --threads 1"
@@ -94,16 +92,17 @@ def test_programs_take_their_arguments(command: Command, monkeypatch: pytest.Mon
 
 def read(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hands a command to the program's own parser."""
-    if command.program in CONFIGS:  # the programs themselves would leave by os._exit
-        parse_options(CONFIGS[command.program], command.program, "", command.arguments)
-        return
-    original = argparse.ArgumentParser.parse_args
 
-    def parse_args(self: argparse.ArgumentParser, *arguments: object) -> None:
-        original(self, *arguments)  # type: ignore[arg-type]
-        raise Parsed
+    def until_parsed(parse: Callable[..., object]) -> Callable[..., None]:
+        def parsed(*arguments: object, **options: object) -> None:
+            parse(*arguments, **options)
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        return parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", until_parsed(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(tyro, "cli", until_parsed(tyro.cli))  # the programs of launch/
+    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", [command.program, *command.arguments])
     with pytest.raises(Parsed):
         if command.program.endswith(".py"):
@@ -112,13 +111,14 @@ def read(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
             runpy.run_module(command.program, run_name="__main__")
 
 
-def test_a_wrong_command_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_command_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="expected a command of this repository, got 'python launch/tarin.txt'"):
         commands("python launch/tarin.txt")
     (wrong,) = commands("torchrun --standalone launch/train.py \\\n    --frobnicate  # a comment")
     assert (wrong.launcher, wrong.arguments) == (["torchrun", "--standalone"], ["--frobnicate"])
-    with pytest.raises(UserError, match="unrecognized arguments: --frobnicate"):
+    with pytest.raises(SystemExit):
         read(wrong, monkeypatch)
+    assert "train.py: error: unrecognized arguments: --frobnicate" in capsys.readouterr().err
     (wrong,) = commands("python -m benchmarks.simulator.projections --frobnicate")
     with pytest.raises(SystemExit):
         read(wrong, monkeypatch)

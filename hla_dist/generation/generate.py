@@ -24,7 +24,7 @@ PIECE = 8192  # tokens of a prompt that a rank reads at a time; bounds the memor
 
 
 @dataclass(frozen=True)
-class Carry:
+class Reading:
     """Where a text stands: all but its last token has been read.
 
     That token waits to be read: its logits decide the first new one. So nothing but a state and a number needs to be
@@ -59,11 +59,11 @@ class Sampling:
 
 @torch.no_grad()
 def read(
-    model: LanguageModel | SequenceParallelHLA, tokens: Sequence[int], before: Carry | None = None, piece: int = PIECE
-) -> Carry:
-    """The carry after ``tokens``, which follow the text of ``before`` if there is one.
+    model: LanguageModel | SequenceParallelHLA, tokens: Sequence[int], before: Reading | None = None, piece: int = PIECE
+) -> Reading:
+    """The reading after ``tokens``, which follow the text of ``before`` if there is one.
 
-    With a SequenceParallelHLA every rank gives all tokens: pieces are cut into shards over its group, and the carry,
+    With a SequenceParallelHLA every rank gives all tokens: pieces are cut into shards over its group, and the reading,
     the whole text's, is returned on every rank. A rank has at most ``piece`` tokens at a time, however long the text.
     No logits are computed. Communication: a piece's summaries, an exchange a layer. Raises ValueError if there is
     neither a token nor a text before, for tokens that are not in the vocabulary, and for ``piece`` below 1.
@@ -96,12 +96,12 @@ def read(
         _, state = alone.features(alone.embedding(mine.to(device)), state, positions=positions, return_state=True)
     alone.train(training)
     assert state is not None
-    return Carry(state, start + len(text) - 1, text[-1])
+    return Reading(state, start + len(text) - 1, text[-1])
 
 
 @torch.no_grad()
 def follow(
-    model: LanguageModel, carries: Sequence[Carry], new_tokens: int, sampling: Sampling, seed: int = 0
+    model: LanguageModel, readings: Sequence[Reading], new_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[list[int]]:
     """``new_tokens`` times the next token of each of B texts, as they come; text b draws with seed + b.
 
@@ -109,11 +109,11 @@ def follow(
     kept. The model must not be sharded.
     """
     device = model.embedding.weight.device
-    draws = [torch.Generator().manual_seed(seed + row) for row in range(len(carries))]
-    layers = zip(*(carry.state for carry in carries), strict=True)
+    draws = [torch.Generator().manual_seed(seed + row) for row in range(len(readings))]
+    layers = zip(*(reading.state for reading in readings), strict=True)
     state = [as_rows(states) for states in layers]
-    positions = torch.tensor([[carry.position] for carry in carries], device=device)
-    following = [carry.last for carry in carries]
+    positions = torch.tensor([[reading.position] for reading in readings], device=device)
+    following = [reading.last for reading in readings]
     training = model.training
     model.eval()
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hla_dist import states
-from hla_dist.generation.generate import Carry
+from hla_dist.generation.generate import Reading
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
 
@@ -28,17 +28,17 @@ def fingerprint(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-def save_state(carry: Carry, model: LanguageModel, path: Path) -> None:
+def save_state(reading: Reading, model: LanguageModel, path: Path) -> None:
     """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
     from safetensors.torch import save_file
 
     about = {
-        "model": fingerprint(model), "kinds": [type(layer).__name__ for layer in carry.state],
-        "position": carry.position, "last": carry.last,
+        "model": fingerprint(model), "kinds": [type(layer).__name__ for layer in reading.state],
+        "position": reading.position, "last": reading.last,
     }  # fmt: skip
     tensors = {
         f"layers.{index}.{name}": field.detach().cpu().contiguous()
-        for index, layer in enumerate(carry.state)
+        for index, layer in enumerate(reading.state)
         for name, field in layer._asdict().items()
     }
     partial = path.with_name(f".partial-{path.name}")
@@ -53,8 +53,8 @@ def save_state(carry: Carry, model: LanguageModel, path: Path) -> None:
         raise UserError(f"--save-state: cannot write {path}: {describe(exc)}") from exc
 
 
-def load_state(path: Path, model: LanguageModel) -> Carry:
-    """The carry in a file of :func:`save_state`, on the model's device.
+def load_state(path: Path, model: LanguageModel) -> Reading:
+    """The reading in a file of :func:`save_state`, on the model's device.
 
     Raises UserError in one line for a file that is none, and for another model's: its state would be read as numbers
     that mean something else.
@@ -85,4 +85,4 @@ def load_state(path: Path, model: LanguageModel) -> Carry:
             state.append(of(*(tensors[f"layers.{index}.{name}"].to(device) for name in of._fields)))
     except KeyError as exc:
         raise UserError(f"--state: expected {exc} to be in {path} and known, it is not") from exc
-    return Carry(state, int(about["position"]), int(about["last"]))
+    return Reading(state, int(about["position"]), int(about["last"]))

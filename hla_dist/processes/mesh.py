@@ -35,7 +35,7 @@ class Degrees:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MeshPlace:
     """This rank's place in the mesh."""
 
     world: Group
@@ -112,7 +112,7 @@ def connect(
     dist.init_process_group(backend, **options)
 
 
-def build_layout(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> Layout:
+def build_mesh(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> MeshPlace:
     """One mesh over the world, whose process groups must be initialised."""
     sizes = (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
@@ -126,7 +126,7 @@ def build_layout(degrees: Degrees, device: torch.device, save_timeout_s: float =
             ranks = mesh.mesh.view(degrees.dp_replicate, -1)
             names = ("dp_replicate", "dp_shard_cp")
             parameters = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
-    return Layout(
+    return MeshPlace(
         world=resolve_group(dist.group.WORLD),
         sequence=mesh["cp"].get_group(),
         rank=dist.get_rank(),

@@ -26,7 +26,7 @@ class NotMet(UserError):
     """This rank has not found the others, who may know nothing of it: each says so for itself."""
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Which rank of how many this process is, in the job and on its machine."""
 
     rank: int
@@ -35,10 +35,10 @@ class Place(NamedTuple):
     local_size: int
 
 
-def place(environ: Mapping[str, str]) -> Place:
+def rank_info(environ: Mapping[str, str]) -> RankInfo:
     """This process by torchrun's variables, the only one where there are none. Raises UserError for a wrong one."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    found = Place(*(number(environ, name, default) for name, default in names.items()))
+    found = RankInfo(*(number(environ, name, default) for name, default in names.items()))
     if found.rank >= found.world_size:
         raise UserError(f"RANK: expected less than WORLD_SIZE {found.world_size}, got {found.rank}")
     return found

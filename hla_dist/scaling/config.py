@@ -3,80 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError
-from hla_dist.training.config import flag, option, parse_options
+from hla_dist.processes.options import Checked, Count, Directory, Natural, Seconds, flag, one_of, parse_options
 
-SERIES = ("strong", "weak", "length")
-SERIES_HELP = (
-    "strong: --seq-len tokens on every number of ranks; weak: as many tokens a rank as --seq-len over all ranks has; "
-    "length: all ranks, every one of --lengths"
+ABOUT = (
+    "Measure how an operator, and a training step, scale with ranks and tokens: time, CPU seconds, bytes on the wire, "
+    "time blocked in exchanges, peak memory, error against float64."
 )
+SERIES = ("strong", "weak", "length")
+KINDS = ("operator", "model")
 
 
 @dataclass
-class ScalingConfig:
+class ScalingConfig(Checked):
     """The defaults take about ten minutes on two CPU cores."""
 
-    seq_len: int = option(1 << 20, "cases", "the longest sequence, in tokens")
-    what: list[str] = option(
-        ["operator", "model"], "cases", "operator: forward and backward of one; model: a whole training step",
-        nargs="+", choices=["operator", "model"]
-    )  # fmt: skip
-    series: list[str] = option(list(SERIES), "cases", SERIES_HELP, nargs="+", choices=list(SERIES))
-    ranks: list[int] = option(
-        [], "cases", "numbers of ranks, each the first so many of torchrun's; none: its number and the powers of two "
-        "below", nargs="+"
-    )  # fmt: skip
-    lengths: list[int] = option(
-        [], "cases", "tokens of series length; none: --seq-len and its half, quarter and eighth", nargs="+"
-    )  # fmt: skip
-    rounds: int = option(1, "cases", "measured calls of a case; the fastest counts, and the largest peak")
+    seq_len: Count = 1 << 20  # the longest sequence, in tokens
+    # operator: forward and backward of one; model: a whole training step
+    what: list[Annotated[str, one_of(*KINDS)]] = field(default_factory=lambda: list(KINDS))
+    # strong: --seq-len tokens on every number of ranks; weak: as many tokens per rank as --seq-len over all ranks has;
+    # length: all ranks, every one of --lengths
+    series: list[Annotated[str, one_of(*SERIES)]] = field(default_factory=lambda: list(SERIES))
+    # numbers of ranks, each the first so many of torchrun's; none: its number and the powers of two below
+    ranks: list[int] = field(default_factory=list)
+    # tokens of series length; none: --seq-len and its half, quarter and eighth
+    lengths: list[int] = field(default_factory=list)
+    rounds: Count = 1  # measured calls of a case; the fastest counts, and the largest peak
 
-    op: str = option("hla2", "operator", "operator", choices=list(NAMED))
-    heads: int = option(4, "operator", "query heads")
-    kv_heads: int = option(0, "operator", "key/value heads; 0: as many")
-    head_dim: int = option(64, "operator", "size of a head's keys and values")
-    gates: str = option("token", "operator", "decay: one gate a head, one a token and head, or none",
-                        choices=["none", "head", "token"])  # fmt: skip
-    dtype: str = option("float32", "operator", "type of q, k and v", choices=["float32", "bfloat16", "float64"])
-    exchange: str = option(
-        "auto", "operator", "how summaries travel, in the model too",
-        choices=list(EXCHANGES)
-    )  # fmt: skip
-
-    layers: int = option(2, "model", "layers")
-    hidden_size: int = option(128, "model", "width; heads are --heads")
-    vocab_size: int = option(256, "model", "vocabulary; tokens are random")
-    checkpoint_activations: str = option(
-        "sublayer",
-        "model",
-        "what backward computes again, as in launch/train.py",
-        choices=["none", "layer", "sublayer"],
+    op: Annotated[str, one_of(*NAMED)] = "hla2"  # operator
+    heads: Count = 4  # query heads
+    kv_heads: Natural = 0  # key/value heads; 0: as many
+    head_dim: Count = 64  # size of a head's keys and values
+    gates: Annotated[str, one_of("none", "head", "token")] = (
+        "token"  # decay: one gate per head, per token and head, or none
     )
+    dtype: Annotated[str, one_of("float32", "bfloat16", "float64")] = "float32"  # type of q, k and v
+    exchange: Annotated[str, one_of(*EXCHANGES)] = "auto"  # how summaries travel, in the model too
 
-    check: bool = option(True, "errors", "compare with float64, handed from rank to rank: no second full run")
-    seed: int = option(0, "errors", "seed of inputs and parameters")
+    layers: Count = 2  # layers of the model
+    hidden_size: Count = 128  # width of the model; heads are --heads
+    vocab_size: Count = 256  # vocabulary of the model; tokens are random
+    # what the model's backward computes again, as in launch/train.py
+    checkpoint_activations: Annotated[str, one_of("none", "layer", "sublayer")] = "sublayer"
 
-    device: str = option("auto", "ranks", "auto: a GPU a rank where there are GPUs", choices=["auto", "cpu", "cuda"])
-    threads: int = option(0, "ranks", "CPU threads a rank; 0: the machine's cores over its ranks")
-    timeout: float = option(600.0, "ranks", "seconds after which a collective that cannot finish is an error")
-
-    out: str | None = option(
-        None, "output", "directory for the report: Markdown, JSON and a plot; none: the table alone", metavar="DIR"
-    )
+    check: bool = True  # compare with float64, handed from rank to rank: no second full run
+    seed: Natural = 0  # seed of inputs and parameters
+    device: Annotated[str, one_of("auto", "cpu", "cuda")] = "auto"  # auto: a GPU per rank where there are GPUs
+    threads: Natural = 0  # CPU threads per rank; 0: the machine's cores over its ranks
+    timeout: Seconds = 600.0  # seconds after which a collective that cannot finish is an error
+    out: Directory = None  # directory for the report: Markdown, JSON and a plot; none: the table alone
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "rounds", "heads", "head_dim", "layers", "hidden_size", "vocab_size", "timeout"):
-            if not getattr(self, name) >= 1:
-                raise UserError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
-        for name in ("kv_heads", "threads", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{flag(name)}: expected at least 0, got {getattr(self, name)}")
+        super().__post_init__()
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"--kv-heads: expected a divisor of --heads {self.heads}, got {self.kv_heads}")
         if "model" in self.what and self.hidden_size % self.heads:
@@ -99,13 +82,9 @@ class Case:
     series: tuple[str, ...]
 
 
-def parse(arguments: Sequence[str] | None = None) -> ScalingConfig:
-    """A configuration from the command line; raises UserError in one line."""
-    about = (
-        "Measure how an operator, and a training step, scale with ranks and tokens: time, CPU seconds, bytes on the "
-        "wire, time blocked in exchanges, peak memory, error against float64."
-    )
-    return parse_options(ScalingConfig, "launch/scaling.py", about, arguments)
+def parse(arguments: Sequence[str]) -> ScalingConfig:
+    """A configuration from command-line arguments; UserError in one line for what it does not take."""
+    return parse_options(ScalingConfig, "launch/scaling.py", ABOUT, arguments)
 
 
 def plan(config: ScalingConfig, world_size: int) -> list[Case]:

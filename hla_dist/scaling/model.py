@@ -19,7 +19,7 @@ from hla_dist import SequenceParallelHLA, shard_batch
 from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import broadcast, group_rank, group_size
-from hla_dist.processes.mesh import Layout
+from hla_dist.processes.mesh import MeshPlace
 from hla_dist.scaling.config import ScalingConfig
 from hla_dist.scaling.measure import Clock, Sample, measure
 from hla_dist.training.loop import Trainer
@@ -33,7 +33,7 @@ class ModelCase:
 
     def __init__(self, config: ScalingConfig, group: dist.ProcessGroup, tokens: int, device: torch.device) -> None:
         self.group, self.device, self.rank = group, device, group_rank(group)
-        layout = Layout(group, group, self.rank, 0, 1, device)
+        mesh = MeshPlace(group, group, self.rank, 0, 1, device)
         torch.manual_seed(config.seed)
         attention = {"exchange": config.exchange}
         model = LanguageModel(
@@ -50,7 +50,7 @@ class ModelCase:
         self.windows = Windows(text, tokens, config.vocab_size, config.seed)
         optimizer = build_adamw(wrapped, 1e-3, 0.1)
         self.trainer = Trainer(
-            wrapped, optimizer, self.windows, layout, batch_size=1, accumulate=1, clip=1.0, bf16=False
+            wrapped, optimizer, self.windows, mesh, batch_size=1, accumulate=1, clip=1.0, bf16=False
         )  # fmt: skip
         self.parameters = sum(p.numel() for p in model.parameters())
 

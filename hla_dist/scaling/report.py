@@ -23,6 +23,24 @@ LEGEND = (
 )
 
 
+def described(config: ScalingConfig) -> str:
+    """The cases in words."""
+    kv_heads = config.kv_heads or config.heads
+    parts = []
+    if "operator" in config.what:
+        parts.append(
+            f"operator {config.op}, forward and backward, B = 1, H = {config.heads}, G = {kv_heads}, K = V = "
+            f"{config.head_dim}, {config.dtype}, gates: {config.gates}"
+        )
+    if "model" in config.what:
+        parts.append(
+            f"training step (forward, backward, AdamW), {config.layers} layers of {config.op}, hidden size "
+            f"{config.hidden_size}, {config.heads} heads, vocabulary {config.vocab_size}, float32, checkpointing "
+            f"{config.checkpoint_activations}"
+        )
+    return "; ".join(parts) + f"; exchange {config.exchange}"
+
+
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     errors = row["errors"]

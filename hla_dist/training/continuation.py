@@ -9,7 +9,7 @@ from typing import Any
 
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.parallel.collectives import all_gather_objects
-from hla_dist.processes.failure import together
+from hla_dist.processes.failure import UserError, together
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.faults import Faults
 
@@ -34,35 +34,36 @@ class Start:
 
 def decide(config: TrainConfig, launch: Launch, world: Any) -> Start:
     """What the first rank of ``world`` finds, for all. One small gather of objects."""
-    here = together(world, lambda: _look(config, launch))
-    return all_gather_objects(here, world)[0]
+    start = together(world, lambda: _look(config, launch))
+    return all_gather_objects(start, world)[0]
 
 
 def _look(config: TrainConfig, launch: Launch) -> Start:
-    out = None if config.out is None else Path(config.out)
+    resume = config.output.resume
+    out = None if config.output.out is None else Path(config.output.out)
     if out is not None and _was_here(out, config, launch):
         if checkpoints.find(out / "checkpoints"):
             return Start(out, in_place=True, by_itself=True)
-        source = Path(config.resume) if config.resume not in (None, "", "auto") else None
+        source = Path(resume) if resume and resume != "auto" else None
         return Start(source, in_place=True, by_itself=True)
-    if config.resume is None:
+    if resume is None:
         return Start(None, in_place=False, by_itself=False)
-    if config.resume == "auto":
+    if resume == "auto":
         assert out is not None  # the configuration has seen to it
-        found = bool(checkpoints.find(out / "checkpoints"))
-        return Start(out if found else None, in_place=found, by_itself=True)
-    source = Path(config.resume or config.out or "")
+        begun = bool(checkpoints.find(out / "checkpoints"))
+        return Start(out if begun else None, in_place=begun, by_itself=True)
+    source = Path(resume or config.output.out or "")
     in_place = out is not None and source.resolve().is_relative_to(out.resolve())
     return Start(source, in_place, by_itself=False)
 
 
 def _was_here(out: Path, config: TrainConfig, launch: Launch) -> bool:
-    """Whether an earlier life of this launch has opened ``out``; another run's results are not ours to go on from."""
+    """Whether an earlier life of this launch has opened ``out``; another run's results are nothing to go on from."""
     if not launch.restart and not launch.name:
         return False
     try:
         before = json.loads((out / "config.json").read_text())
-        same = before["launch"] == launch.name and before["run"] == json.loads(json.dumps(config.to_dict()))
-    except (OSError, ValueError, KeyError, TypeError):
+        same = before["launch"] == launch.name and TrainConfig.from_dict(before["run"]) == config
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
     return bool(same)

@@ -27,7 +27,8 @@ from hla_dist.parallel.agreement import HEADER_BYTES
 from hla_dist.parallel.topology import set_ranks_per_node
 from hla_dist.parallel.wire import WireLayout
 from hla_dist.processes.failure import UserError
-from hla_dist.training.config import TrainConfig, flag
+from hla_dist.processes.options import flag
+from hla_dist.training.config import TrainConfig
 
 TRACED = 4096  # tokens of the shorter trace
 _BLOCK_BUFFERS = 26  # sequences of a block that the torch backend holds: counted, hla2's backward, gates per token
@@ -49,16 +50,18 @@ class Step:
 
 def planned(config: TrainConfig, world_size: int) -> Step:
     """The step that launch/train.py's options describe; UserError for what is not estimated."""
+    options = config.to_dict()
     for name, wanted in (("dp_shard", (0,)), ("exchange", ("auto", "all_gather")), ("bf16_wire", (False,)),
                          ("offload_activations", (False,)), ("offload_parameters", (False,))):  # fmt: skip
-        if getattr(config, name) not in wanted:
-            raise UserError(f"--dry-run: expected {flag(name)} {wanted[-1]}, got {getattr(config, name)}")
-    model = config.model_config(config.vocab_size or Codec(config.tokenizer).vocab_size)
+        if options[name] not in wanted:
+            raise UserError(f"--dry-run: expected {flag(name)} {wanted[-1]}, got {options[name]}")
+    model = config.model_config(config.data.vocab_size or Codec(config.data.tokenizer).vocab_size)
     if "softmax" in model.mixers:
-        raise UserError(f"--dry-run: expected a --pattern without softmax, got {config.pattern}")
+        raise UserError(f"--dry-run: expected a --pattern without softmax, got {config.model.pattern}")
+    step = config.optimisation
     return Step(
-        model, config.seq_len, config.sp or world_size, config.batch_size, config.accumulate,
-        config.checkpoint_activations, config.bf16,
+        model, config.data.seq_len, config.ranks.sp or world_size, step.batch_size, step.accumulate,
+        step.checkpoint_activations, step.bf16,
     )  # fmt: skip
 
 

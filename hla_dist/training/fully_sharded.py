@@ -10,43 +10,43 @@ from torch import Tensor, nn
 from hla_dist import HLAAttention, SequenceParallelHLA
 from hla_dist.models import LanguageModel
 from hla_dist.nn.gradient_reduction import is_dtensor
-from hla_dist.processes.mesh import Layout
+from hla_dist.processes.mesh import MeshPlace
 
 
 def distributed(
-    model: LanguageModel, layout: Layout, sync_parameters: bool = True, on_host: bool = False, **options: Any
+    model: LanguageModel, mesh: MeshPlace, sync_parameters: bool = True, on_host: bool = False, **options: Any
 ) -> SequenceParallelHLA:
-    """``model`` over the mesh: sequences sharded over ``layout.sequence``, gradients summed over all ranks.
+    """``model`` over the mesh: sequences sharded over ``mesh.sequence``, gradients summed over all ranks.
 
-    With ``layout.parameters`` every block, and what is around them, becomes a unit of FSDP2, sharded over that mesh:
+    With ``mesh.parameters`` every block, and what is around them, becomes a unit of FSDP2, sharded over that mesh:
     before it runs its parameters are gathered, after its backward its gradients are summed and sharded. Losses are
     shares of the whole (``token_loss``), so nothing is divided. ``on_host`` keeps the shards, their gradients and so
     the optimiser's moments in host memory. Call it before the optimiser is made.
     """
-    if layout.parameters is not None:
+    if mesh.parameters is not None:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # late: seconds of imports
 
-        policy = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu") if on_host else OffloadPolicy()
+        policy = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu") if on_host else OffloadPolicy()
         for unit in (*model.blocks, model):
-            fully_shard(unit, mesh=layout.parameters, offload_policy=policy)
+            fully_shard(unit, mesh=mesh.parameters, offload_policy=policy)
             unit.set_gradient_divide_factor(1.0)
             # gloo has no sum with a factor: without a division there need not be one
             unit.set_force_sum_reduction_for_comms(True)
     return SequenceParallelHLA(
-        model, layout.sequence, gradient_group=layout.world, sync_parameters=sync_parameters, **options
+        model, mesh.sequence, gradient_group=mesh.world, sync_parameters=sync_parameters, **options
     )
 
 
-def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, layout: Layout) -> SequenceParallelHLA:
+def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, mesh: MeshPlace) -> SequenceParallelHLA:
     """A copy of a sharded model in another dtype: FSDP2 remembers the one in which a model first ran."""
     original = model.module
     assert isinstance(original, LanguageModel)
-    copy = LanguageModel(original.config).to(dtype).to(layout.device)
+    copy = LanguageModel(original.config).to(dtype).to(mesh.device)
     copy.activation_checkpointing = original.activation_checkpointing
     for layer, its in zip(copy.modules(), original.modules(), strict=True):
         if isinstance(layer, HLAAttention) and isinstance(its, HLAAttention):
             layer.exchange, layer.wire_dtype = its.exchange, its.wire_dtype
-    twin = distributed(copy, layout, sync_parameters=False, shard_lengths=model.shard_lengths)
+    twin = distributed(copy, mesh, sync_parameters=False, shard_lengths=model.shard_lengths)
     with torch.no_grad():
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             local(ours).copy_(local(theirs))

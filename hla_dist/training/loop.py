@@ -18,7 +18,7 @@ from hla_dist import SequenceParallelHLA, shard_batch, validation
 from hla_dist.data.packing import cu_seqlens_of, cuts_between, inside_documents
 from hla_dist.data.windows import Mixture, Windows, cut
 from hla_dist.parallel.collectives import all_reduce_sum
-from hla_dist.processes.mesh import Layout
+from hla_dist.processes.mesh import MeshPlace
 from hla_dist.training.fully_sharded import whole
 from hla_dist.training.offload import SavedOnHost
 from hla_dist.training.watch import Watch
@@ -51,7 +51,7 @@ class Trainer:
         model: SequenceParallelHLA,
         optimizer: torch.optim.Optimizer,
         windows: Windows | Mixture,
-        layout: Layout,
+        mesh: MeshPlace,
         *,
         batch_size: int,
         accumulate: int,
@@ -62,7 +62,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.windows = windows
-        self.layout = layout
+        self.mesh = mesh
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.clip = clip
@@ -74,41 +74,41 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.accumulate * self.layout.replicas * self.windows.seq_len
+        return self.batch_size * self.accumulate * self.mesh.replicas * self.windows.seq_len
 
     def compute_gradients(self, stop: bool = False, clock: float = 0.0) -> Agreed:
         """Forward and backward of the next samples; afterwards ``.grad`` is the whole step's on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
         self.watch.clear()
         # of the whole step, as every rank knows without a word
-        labels = self.windows.labels(self.samples, self.batch_size * self.accumulate * self.layout.replicas)
+        labels = self.windows.labels(self.samples, self.batch_size * self.accumulate * self.mesh.replicas)
         shares = []
         for micro in range(self.accumulate):
-            first = self.samples + (micro * self.layout.replicas + self.layout.replica) * self.batch_size
+            first = self.samples + (micro * self.mesh.replicas + self.mesh.replica) * self.batch_size
             began = time.monotonic()
-            tokens = self.windows.batch(first, self.batch_size).to(self.layout.device)
+            tokens = self.windows.batch(first, self.batch_size).to(self.mesh.device)
             self.data_seconds += time.monotonic() - began
             last = micro == self.accumulate - 1
             # NaN passes to the end of the step, where every rank learns of it
             with nullcontext() if last else self.model.no_sync(), validation(False, cpu=False):
                 with SavedOnHost() if self.offload else nullcontext():  # not backward, which may compute again
                     cuts = self.windows.cuts(first)
-                    share = micro_batch_loss(self.model, tokens, self.layout, labels, self.bf16, cuts)
+                    share = micro_batch_loss(self.model, tokens, self.mesh, labels, self.bf16, cuts)
                 share.backward()
             shares.append(share.detach())
-        self.samples += self.batch_size * self.accumulate * self.layout.replicas
+        self.samples += self.batch_size * self.accumulate * self.mesh.replicas
         norm = float(gradient_norm(self.model.parameters()))
         return self._agree(float(torch.stack(shares).sum()), norm, stop, clock)
 
     def _agree(self, loss: float, norm: float, stop: bool, clock: float) -> Agreed:
         # The norm is that of summed gradients, the same on every rank; that each finds it finite is part of the sum.
         unfit = not (math.isfinite(loss) and math.isfinite(norm))
-        numbers = [loss, float(unfit), float(stop), clock if self.layout.rank == 0 else 0.0]
-        summed = torch.tensor(numbers, dtype=torch.float64, device=self.layout.device)
-        all_reduce_sum(summed, self.layout.world)
+        numbers = [loss, float(unfit), float(stop), clock if self.mesh.rank == 0 else 0.0]
+        summed = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device)
+        all_reduce_sum(summed, self.mesh.world)
         mine = math.isfinite(loss)
         loss, unfits, stops, clock = summed.tolist()
-        blame = self.watch.blame(mine, self.layout.world) if unfits else ""
+        blame = self.watch.blame(mine, self.mesh.world) if unfits else ""
         return Agreed(loss, norm, unfits == 0, stops > 0, clock, blame)
 
     def step(self, agreed: Agreed, lr: float) -> bool:
@@ -132,9 +132,9 @@ class Trainer:
         """
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-        mine = starts[self.layout.replica :: self.layout.replicas]
+        mine = starts[self.mesh.replica :: self.mesh.replicas]
         # Replicas without a window in the last round take one that does not count: with FSDP2 a forward is everybody's.
-        windows = mine + starts[: -(-len(starts) // self.layout.replicas) - len(mine)]
+        windows = mine + starts[: -(-len(starts) // self.mesh.replicas) - len(mine)]
         for begin in range(0, len(windows), self.batch_size):
             cuts = [
                 cut(tokens, start, self.windows.seq_len, self.windows.vocab_size)
@@ -143,37 +143,37 @@ class Trainer:
             inside = None
             if documents is not None:
                 inside = cuts_between(documents, windows[begin], self.windows.seq_len)
-            inputs, labels, cu_seqlens = model_inputs(torch.stack(cuts), self.layout, inside)
+            inputs, labels, cu_seqlens = model_inputs(torch.stack(cuts), self.mesh, inside)
             labels = labels.clone()
             labels[max(len(mine) - begin, 0) :] = -100
-            with autocast(self.layout.device, self.bf16):
+            with autocast(self.mesh.device, self.bf16):
                 losses = self.model(inputs, None, cu_seqlens, labels=labels)
             total += torch.tensor([float(losses), float((labels != -100).sum())], dtype=torch.float64)
-        total = total.to(self.layout.device)
-        all_reduce_sum(total, self.layout.world)
+        total = total.to(self.mesh.device)
+        all_reduce_sum(total, self.mesh.world)
         self.model.train()
         return float(total[0] / total[1])
 
 
 def micro_batch_loss(
-    model: nn.Module, tokens: Tensor, layout: Layout, labels: int, bf16: bool = False, cuts: Tensor | None = None
+    model: nn.Module, tokens: Tensor, mesh: MeshPlace, labels: int, bf16: bool = False, cuts: Tensor | None = None
 ) -> Tensor:
     """This rank's share of a mean loss: of ``tokens`` [B, seq_len + 1], the same on every rank of a sequence group.
 
     ``labels`` is how many labels the mean is over: those of all shards, replicas and micro-batches. ``cuts``: where
     documents begin inside the one sequence of ``tokens`` (``packing.py``).
     """
-    inputs, wanted, cu_seqlens = model_inputs(tokens, layout, cuts)
-    with autocast(layout.device, bf16):
+    inputs, wanted, cu_seqlens = model_inputs(tokens, mesh, cuts)
+    with autocast(mesh.device, bf16):
         return model(inputs, None, cu_seqlens, labels=wanted) / max(labels, 1)
 
 
-def model_inputs(tokens: Tensor, layout: Layout, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def model_inputs(tokens: Tensor, mesh: MeshPlace, cuts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """This rank's inputs and labels of ``tokens`` [B, T + 1], and with cuts the whole sequence's ``cu_seqlens``."""
-    batch = shard_batch(tokens.to(layout.device), layout.sequence)
+    batch = shard_batch(tokens.to(mesh.device), mesh.sequence)
     if cuts is None:
         return batch.inputs, batch.labels, None
-    cuts = cuts.to(layout.device)
+    cuts = cuts.to(mesh.device)
     labels = inside_documents(batch.labels, batch.positions, cuts)
     return batch.inputs, labels, cu_seqlens_of(cuts, tokens.shape[1] - 1)
 

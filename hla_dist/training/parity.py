@@ -21,7 +21,7 @@ from hla_dist import SequenceParallelHLA
 from hla_dist.data.windows import Mixture, Windows
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
-from hla_dist.processes.mesh import Layout
+from hla_dist.processes.mesh import MeshPlace
 from hla_dist.training.fully_sharded import twin_in, whole
 from hla_dist.training.loop import gradient_norm, micro_batch_loss, wide
 
@@ -110,7 +110,7 @@ class Parity:
 
 
 def check_parity(
-    model: nn.Module, alone: LanguageModel | None, windows: Windows | Mixture, first: int, layout: Layout
+    model: nn.Module, alone: LanguageModel | None, windows: Windows | Mixture, first: int, mesh: MeshPlace
 ) -> Parity:
     """Compares samples ``first ...``, one a replica, on all ranks with ``alone`` on rank 0.
 
@@ -118,35 +118,35 @@ def check_parity(
     gradients are cleared, its parameters keep their bits. Communication: two training steps', and one gather of
     objects.
     """
-    numbers = [first + replica for replica in range(layout.replicas)]
-    tokens = [windows.batch(number, 1).to(layout.device) for number in numbers]
+    numbers = [first + replica for replica in range(mesh.replicas)]
+    tokens = [windows.batch(number, 1).to(mesh.device) for number in numbers]
     cuts = [windows.cuts(number) for number in numbers]
-    labels = windows.labels(first, layout.replicas)
+    labels = windows.labels(first, mesh.replicas)
     sharded, single = [], []
     for dtype in (torch.float64, torch.float32):
-        with computing_in(dtype, model, layout) as model_in_dtype:
-            mine = (tokens[layout.replica], cuts[layout.replica])
-            sharded.append(_gradients_of_all(model_in_dtype, *mine, labels, layout))
+        with computing_in(dtype, model, mesh) as model_in_dtype:
+            mine = (tokens[mesh.replica], cuts[mesh.replica])
+            sharded.append(_gradients_of_all(model_in_dtype, *mine, labels, mesh))
         if alone is not None:
             with computing_in(dtype, alone):
                 single.append(_gradients_of_one(alone, tokens, cuts, labels))
     report = None
     if alone is not None:
         float64, float32 = (compare(one, other) for one, other in zip(sharded, single, strict=True))
-        report = Parity(group_size(layout.world), float64, float32, rounding=compare(single[1], single[0]))
-    return all_gather_objects(report, layout.world)[0]
+        report = Parity(group_size(mesh.world), float64, float32, rounding=compare(single[1], single[0]))
+    return all_gather_objects(report, mesh.world)[0]
 
 
 @contextmanager
-def computing_in(dtype: torch.dtype, model: nn.Module, layout: Layout | None = None) -> Iterator[nn.Module]:
+def computing_in(dtype: torch.dtype, model: nn.Module, mesh: MeshPlace | None = None) -> Iterator[nn.Module]:
     """The model with parameters in ``dtype`` inside; afterwards as they were, without gradients.
 
     Where FSDP2 has sharded them, a sharded copy.
     """
     before = next(model.parameters()).dtype
     model.zero_grad(set_to_none=True)
-    if layout is not None and layout.parameters is not None and isinstance(model, SequenceParallelHLA):
-        yield twin_in(dtype, model, layout)
+    if mesh is not None and mesh.parameters is not None and isinstance(model, SequenceParallelHLA):
+        yield twin_in(dtype, model, mesh)
         return
     model.to(dtype)
     try:
@@ -169,11 +169,11 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
     return 0.0 if float(difference) == 0.0 else float(difference / size) if float(size) > 0 else float("inf")
 
 
-def _gradients_of_all(model: nn.Module, sample: Tensor, cuts: Tensor | None, labels: int, layout: Layout) -> Gradients:
-    share = micro_batch_loss(model, sample, layout, labels, cuts=cuts)
+def _gradients_of_all(model: nn.Module, sample: Tensor, cuts: Tensor | None, labels: int, mesh: MeshPlace) -> Gradients:
+    share = micro_batch_loss(model, sample, mesh, labels, cuts=cuts)
     share.backward()
     loss = share.detach().double()
-    all_reduce_sum(loss, layout.world)
+    all_reduce_sum(loss, mesh.world)
     return _collected(model, float(loss))
 
 

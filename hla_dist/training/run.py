@@ -26,7 +26,7 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.processes.failure import UserError, together
-from hla_dist.processes.mesh import Layout
+from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
 from hla_dist.training.config import RUN_FILES, TrainConfig
 from hla_dist.training.continuation import Launch, decide
@@ -43,62 +43,66 @@ class Run:
     """State of one run on one rank. Rank 0 writes and prints; all ranks compute."""
 
     def __init__(
-        self, config: TrainConfig, layout: Layout, stop: StopSignal, started: float, launch: Launch | None = None
+        self, config: TrainConfig, mesh: MeshPlace, stop: StopSignal, started: float, launch: Launch | None = None
     ) -> None:
+        data, optimisation, ranks, output = config.data, config.optimisation, config.ranks, config.output
         self.config = config
         self.launch = launch or Launch()
-        self.layout = layout
+        self.mesh = mesh
         self.stop = stop
         self.started = started  # time.monotonic() at the start of the program
-        self.main = layout.rank == 0
+        self.main = mesh.rank == 0
         self.step = 0
         self.saved = -1  # the step of the last checkpoint
         self.log: MetricsLog | None = None
-        self.out = None if config.out is None else Path(config.out)
-        self.corpus: Corpus = together(layout.world, self._load_corpus)
-        self.model_config: ModelConfig = together(layout.world, lambda: config.model_config(self._vocabulary()))
-        if config.deterministic:
+        self.out = None if output.out is None else Path(output.out)
+        self.corpus: Corpus = together(mesh.world, self._load_corpus)
+        self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(self._vocabulary()))
+        if optimisation.deterministic:
             be_deterministic()
-        torch.manual_seed(config.seed)  # the same on every rank: parameters start equal
-        model = together(layout.world, lambda: LanguageModel(self.model_config)).to(layout.device)
-        model.activation_checkpointing = config.checkpoint_activations
+        torch.manual_seed(optimisation.seed)  # the same on every rank: parameters start equal
+        model = together(mesh.world, lambda: LanguageModel(self.model_config)).to(mesh.device)
+        model.activation_checkpointing = optimisation.checkpoint_activations
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = distributed(
-            model, layout, shard_lengths=default_lengths(config.seq_len, layout.shards), exchange=config.exchange,
-            wire_dtype=torch.bfloat16 if config.bf16_wire else None, on_host=config.offload_parameters,
+            model, mesh, shard_lengths=default_lengths(data.seq_len, mesh.shards), exchange=ranks.exchange,
+            wire_dtype=torch.bfloat16 if ranks.bf16_wire else None, on_host=optimisation.offload_parameters,
         )  # fmt: skip
-        optimizer = build_adamw(self.model, config.lr, config.weight_decay)
-        together(layout.world, self._check_data)
-        windows = self.corpus.windows(config.seq_len, self.model_config.vocab_size, config.seed, self.packed)
+        optimizer = build_adamw(self.model, optimisation.lr, optimisation.weight_decay)
+        together(mesh.world, self._check_data)
+        windows = self.corpus.windows(data.seq_len, self.model_config.vocab_size, optimisation.seed, self.packed)
         self.trainer = Trainer(
-            self.model, optimizer, windows, layout, batch_size=config.batch_size, accumulate=config.accumulate,
-            clip=config.clip, bf16=config.bf16, offload=config.offload_activations,
+            self.model, optimizer, windows, mesh, batch_size=optimisation.batch_size,
+            accumulate=optimisation.accumulate, clip=optimisation.clip, bf16=optimisation.bf16,
+            offload=optimisation.offload_activations,
         )  # fmt: skip
-        self.starts = held_out_windows(self.corpus.held_out, config.seq_len, config.eval_tokens)
+        self.starts = held_out_windows(self.corpus.held_out, data.seq_len, output.eval_tokens)
         # bits per byte, or per token where the text behind the tokens is not known
         self.unit = "bits per byte" if self.corpus.bytes_per_token else "bits per token"
         self.per_unit = 1 / (math.log(2) * (self.corpus.bytes_per_token or 1.0))
-        self.meter = Meter(self.model_config, config.seq_len, group_size(layout.world), layout.device)
+        self.meter = Meter(self.model_config, data.seq_len, group_size(mesh.world), mesh.device)
         self.saver = None
         if self.out is not None:
             # without a group for it there is no second thread
             self.saver = Saver(
-                self.out / "checkpoints", config.keep, layout.saving or layout.world,
-                config.async_save and layout.saving is not None, self.launch.faults.saving,
+                self.out / "checkpoints", output.keep, mesh.saving or mesh.world,
+                output.async_save and mesh.saving is not None, self.launch.faults.saving,
             )  # fmt: skip
         self._resume()
-        together(layout.world, self._open_output)
+        together(mesh.world, self._open_output)
 
     def _load_corpus(self) -> Corpus:
-        c = self.config
+        data = self.config.data
         return load_corpus(
-            c.data, seq_len=c.seq_len, held_out=c.held_out, tokenizer=c.tokenizer, vocab_size=c.vocab_size,
-            token_dtype=c.token_dtype, text_field=c.text_field, verify=c.verify_data and self.main,
+            data.data, seq_len=data.seq_len, held_out=data.held_out, tokenizer=data.tokenizer,
+            vocab_size=data.vocab_size, token_dtype=None if data.token_dtype == "none" else data.token_dtype,
+            text_field=data.text_field, end_token=data.end_token, verify=data.verify_data and self.main,
+            weights=data.data_weights,
         )  # fmt: skip
 
     @property
     def packed(self) -> bool:
-        return self.config.packing == "documents"
+        return self.config.data.packing == "documents"
 
     def _check_data(self) -> None:
         if self.packed and not self.corpus.has_documents:
@@ -106,20 +110,20 @@ class Run:
                 f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
                 f"{self.corpus.description} without"
             )
-        if self.config.sample:  # not at the end of the run
-            tokens, size = self.corpus.codec.encode(self.config.prompt), self.model_config.vocab_size
+        if self.config.output.sample:  # not at the end of the run
+            tokens, size = self.corpus.codec.encode(self.config.output.prompt), self.model_config.vocab_size
             if not tokens or max(tokens) >= size:
                 raise UserError(
                     f"--prompt: expected at least one token to continue, all of the vocabulary of {size}, got "
-                    f"{self.config.prompt!r}: {tokens}"
+                    f"{self.config.output.prompt!r}: {tokens}"
                 )
 
     def _vocabulary(self) -> int:
-        return self.config.vocab_size or self.corpus.vocab_size
+        return self.config.data.vocab_size or self.corpus.vocab_size
 
     def _resume(self) -> None:
         """Goes on from a checkpoint if the options say so, or if this launch has been here before."""
-        world = self.layout.world
+        world = self.mesh.world
         self.start = decide(self.config, self.launch, world)
         if self.start.source is None:
             return
@@ -135,9 +139,10 @@ class Run:
                 raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {theirs}, got {ours}")
             self.step, self.trainer.samples = saved.step, int(saved.state["samples"])
             self.saved = self.step if self.start.in_place else -1
-            if self.step >= self.config.steps and not self.start.by_itself:
-                raise UserError(f"--steps: expected more than the {self.step} of {saved.path}, got {self.config.steps}")
-            random = read_random(saved.path, self.layout.rank)
+            steps = self.config.optimisation.steps
+            if self.step >= steps and not self.start.by_itself:
+                raise UserError(f"--steps: expected more than the {self.step} of {saved.path}, got {steps}")
+            random = read_random(saved.path, self.mesh.rank)
             if random is not None and int(saved.state["ranks"]) == group_size(world):
                 set_random_state(random)
 
@@ -167,10 +172,10 @@ class Run:
             "run": self.config.to_dict(),
             "model": self.model_config.to_dict(),
             "parameters": self.parameters,
-            "ranks": group_size(self.layout.world),
-            "shards": self.layout.shards,
-            "mesh": self.layout.degrees and asdict(self.layout.degrees),
-            "device": self.layout.device.type,
+            "ranks": group_size(self.mesh.world),
+            "shards": self.mesh.shards,
+            "mesh": self.mesh.degrees and asdict(self.mesh.degrees),
+            "device": self.mesh.device.type,
             "data": self.corpus.description,
             "torch": torch.__version__,
             "launch": self.launch.name,
@@ -178,7 +183,7 @@ class Run:
         partial = out / ".partial-config.json"
         partial.write_text(json.dumps(resolved, indent=2) + "\n")
         partial.replace(out / "config.json")
-        self.log = MetricsLog(out, self.step if own else None, self.config.wandb, resolved)
+        self.log = MetricsLog(out, self.step if own else None, self.config.output.wandb, resolved)
 
     def train(self) -> int:
         """The whole run; returns the exit code. Raises UserError alike on every rank."""
@@ -190,22 +195,25 @@ class Run:
             raise
 
     def _train(self) -> int:
-        mixers = self.config.pattern or self.config.op
+        mixers = self.config.model.pattern or self.config.model.op
         self.say(
-            f"{self.parameters:,} parameters, {mixers}; {self.config.seq_len:,} tokens a sequence over "
-            f"{self.layout.shards} rank(s), {self.layout.replicas} replica(s)" + self.layout.sharding
+            f"{self.parameters:,} parameters, {mixers}; {self.config.data.seq_len:,} tokens a sequence over "
+            f"{self.mesh.shards} rank(s), {self.mesh.replicas} replica(s)" + self.mesh.sharding
         )
+        evaluated = len(self.starts) * self.config.data.seq_len
         self.say(
             f"text: {self.corpus.description}; {self.corpus.train_tokens:,} tokens to train on, "
-            f"{len(self.corpus.held_out):,} held out, evaluation on {len(self.starts) * self.config.seq_len:,} of them"
+            f"{len(self.corpus.held_out):,} held out, evaluation on {evaluated:,} of them"
         )
+        for note in self.corpus.notes:
+            self.warn(note, all_ranks=False)
         first = self.evaluate()
         history = self.log.history if self.log is not None else []
         before = next((line["held_out"] for line in history if line.get("held_out") is not None), first)
         if not history or history[-1]["step"] < self.step:  # a run resumed in place has this line
             self.write(held_out=first, tokens=self.tokens)
         # a restart may find that nothing but the end is left to do
-        last, speed = self._loop(first) if self.step < self.config.steps else (first, 0.0)
+        last, speed = self._loop(first) if self.step < self.config.optimisation.steps else (first, 0.0)
         self.save(wait=True)
         if last is None:
             how = f"; continue with --resume --out {self.out}" if self.out else ""
@@ -217,16 +225,17 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.trainer.samples * self.config.seq_len
+        return self.trainer.samples * self.config.data.seq_len
 
     def _loop(self, loss: float) -> tuple[float | None, float]:
         """Steps until the end; returns the last held-out loss (None if stopped by a signal) and tokens per second."""
-        with tqdm(total=self.config.steps, initial=self.step, disable=not self.main, unit="step", dynamic_ncols=True,
-                  mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:  # fmt: skip
+        steps, often = self.config.optimisation.steps, 0.5 if sys.stderr.isatty() else 10.0
+        with tqdm(total=steps, initial=self.step, disable=not self.main, unit="step", dynamic_ncols=True,
+                  mininterval=often) as bar:  # fmt: skip
             return self._steps(bar, loss)  # closed after an error too, which then has a line of its own
 
     def _steps(self, bar: Any, loss: float) -> tuple[float | None, float]:
-        c = self.config
+        optimisation, output, check_every = self.config.optimisation, self.config.output, self.config.ranks.check_every
         tokens = seconds = 0.0
         bad_steps = 0
         while True:
@@ -234,8 +243,9 @@ class Run:
             self.launch.faults.before(self.step + 1, self.model.module)
             failed = self.saver is not None and self.saver.failed  # only all ranks together can find out why
             agreed = self.trainer.compute_gradients(bool(self.stop) or failed, self._clock())
-            progress = max((self.step - c.warmup) / max(c.steps - c.warmup, 1), agreed.clock)
-            lr = c.lr * lr_factor(self.step, c.warmup, progress, c.min_lr)
+            after_warmup = (self.step - optimisation.warmup) / max(optimisation.steps - optimisation.warmup, 1)
+            progress = max(after_warmup, agreed.clock)
+            lr = optimisation.lr * lr_factor(self.step, optimisation.warmup, progress, optimisation.min_lr)
             bad_steps = 0 if self.trainer.step(agreed, lr) else bad_steps + 1
             self.step += 1
             cost = self.meter.read(self.trainer.tokens_per_step, self.trainer.data_seconds)
@@ -243,11 +253,11 @@ class Run:
             tokens += self.trainer.tokens_per_step
             if bad_steps:
                 self._skipped(bad_steps, agreed.blame)
-            if c.check_every and self.step % c.check_every == 0:
-                check_equal_parameters(self.model.module, self.layout.world)
-            end = self.step >= c.steps or agreed.clock >= 1
+            if check_every and self.step % check_every == 0:
+                check_equal_parameters(self.model.module, self.mesh.world)
+            end = self.step >= optimisation.steps or agreed.clock >= 1
             held_out = None
-            if not agreed.stop and (end or self.step % c.eval_every == 0):
+            if not agreed.stop and (end or self.step % output.eval_every == 0):
                 held_out = loss = self.evaluate()
             self.write(
                 loss=agreed.loss, **{self.unit.replace(" ", "_"): agreed.loss * self.per_unit},
@@ -258,12 +268,13 @@ class Run:
             bar.update()
             if end or agreed.stop:
                 return (None if agreed.stop else loss), tokens / seconds
-            if c.save_every and self.step % c.save_every == 0:
+            if output.save_every and self.step % output.save_every == 0:
                 self.save()
 
     def _clock(self) -> float:
         """Share of the time budget that is over; 0 without a budget."""
-        return (time.monotonic() - self.started) / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        minutes = self.config.optimisation.max_minutes
+        return (time.monotonic() - self.started) / (60 * minutes) if minutes else 0.0
 
     def evaluate(self) -> float:
         """Held-out loss in the run's unit, the same on every rank."""
@@ -273,9 +284,9 @@ class Run:
     def bigram(self) -> float | None:
         """The bigram model's held-out loss in the run's unit, on the labels that :meth:`evaluate` scores."""
         size = self.model_config.vocab_size
-        windows = [cut(self.corpus.held_out, start, self.config.seq_len, size).numpy() for start in self.starts]
+        windows = [cut(self.corpus.held_out, start, self.config.data.seq_len, size).numpy() for start in self.starts]
         if self.packed and (documents := self.corpus.held_out_documents) is not None:
-            cuts = [cuts_between(documents, start, self.config.seq_len).numpy() for start in self.starts]
+            cuts = [cuts_between(documents, start, self.config.data.seq_len).numpy() for start in self.starts]
             pieces = [piece for window, inside in zip(windows, cuts, strict=True) for piece in np.split(window, inside)]
             windows = [piece for piece in pieces if len(piece) > 1]
         if len(self.corpus.texts) > 1:
@@ -287,27 +298,27 @@ class Run:
         """Every rank says where the step went wrong; one too many in a row ends the run."""
         text = f"step {self.step} is skipped, loss or gradients are not finite: {blame}"
         self.warn(text)
-        if in_a_row > self.config.max_skips:
+        if in_a_row > self.config.optimisation.max_skips:
             if self.saver is not None:
                 self.saver.wait()
-            raise UserError(f"{text}; {in_a_row} steps in a row, --max-skips is {self.config.max_skips}: lower --lr?")
+            raise UserError(f"{text}; {in_a_row} steps in a row, --max-skips is {in_a_row - 1}: lower --lr?")
 
     def save(self, wait: bool = False) -> None:
         """A checkpoint, each rank its part; every rank raises UserError if that, or the save before, fails."""
         if self.saver is None:
             return
-        c = self.config
+        schedule = ("lr", "min_lr", "warmup", "steps")
         if self.saved != self.step:
             values = {
                 "samples": self.trainer.samples,
-                "ranks": group_size(self.layout.world),
-                "schedule": {"lr": c.lr, "min_lr": c.min_lr, "warmup": c.warmup, "steps": c.steps},
+                "ranks": group_size(self.mesh.world),
+                "schedule": {name: getattr(self.config.optimisation, name) for name in schedule},
                 "model": self.model_config.to_dict(),
-                "run": c.to_dict(),
+                "run": self.config.to_dict(),
             }
             self.saver.wait()  # before the copy: two would be twice the memory
-            random = random_state(self.layout.device)
-            tensors = capture(self.model, self.trainer.optimizer, random, self.layout.rank)
+            random = random_state(self.mesh.device)
+            tensors = capture(self.model, self.trainer.optimizer, random, self.mesh.rank)
             self.saver.start(self.step, tensors, values)
             self.saved = self.step
         if wait:
@@ -318,13 +329,13 @@ class Run:
         alone = None
         parameters = whole_state(self.model)
         if self.main:
-            alone = LanguageModel(self.model_config).to(self.layout.device)
+            alone = LanguageModel(self.model_config).to(self.mesh.device)
             alone.load_state_dict(parameters)
         del parameters
         parity = None
-        if self.config.parity:
-            parity = check_parity(self.model, alone, self.trainer.windows, self.trainer.samples, self.layout)
-        together(self.layout.world, lambda: self._report(alone, parity, first, last, speed))
+        if self.config.output.parity:
+            parity = check_parity(self.model, alone, self.trainer.windows, self.trainer.samples, self.mesh)
+        together(self.mesh.world, lambda: self._report(alone, parity, first, last, speed))
         self._close()
         return 0 if parity is None or parity.ok else 1
 
@@ -335,10 +346,12 @@ class Run:
             return
         bigram = self.bigram()
         text = ""
-        if self.config.sample:
-            prompt = self.corpus.codec.encode(self.config.prompt)
-            text = self.corpus.codec.decode(prompt + generate(alone, prompt, self.config.sample, seed=self.config.seed))
-            self.say(f"sample after {self.config.prompt!r}:\n" + "".join(f"    {line}\n" for line in text.splitlines()))
+        output = self.config.output
+        if output.sample:
+            prompt = self.corpus.codec.encode(output.prompt)
+            more = generate(alone, prompt, output.sample, seed=self.config.optimisation.seed)
+            text = self.corpus.codec.decode(prompt + more)
+            self.say(f"sample after {output.prompt!r}:\n" + "".join(f"    {line}\n" for line in text.splitlines()))
         self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}" + against(bigram, last))
         self.say(f"training: {self.step} steps, {self.tokens:,} tokens, {speed:,.0f} tokens per second")
         if parity is not None:
@@ -360,9 +373,7 @@ class Run:
     def warn(self, text: str, all_ranks: bool = True) -> None:
         """A line on standard error, of every rank or of the first."""
         if self.main or all_ranks:
-            tqdm.write(
-                f"train.py: warning{f' (rank {self.layout.rank})' if all_ranks else ''}: {text}", file=sys.stderr
-            )
+            tqdm.write(f"train.py: warning{f' (rank {self.mesh.rank})' if all_ranks else ''}: {text}", file=sys.stderr)
             sys.stderr.flush()
 
     def say(self, text: str) -> None:

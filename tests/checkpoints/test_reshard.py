@@ -19,7 +19,7 @@ from hla_dist.checkpoints.tensors import capture
 from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError
-from hla_dist.processes.mesh import Degrees, Layout, build_layout
+from hla_dist.processes.mesh import Degrees, MeshPlace, build_mesh
 from hla_dist.training.determinism import check_equal_parameters
 from hla_dist.training.faults import Faults
 from hla_dist.training.fully_sharded import distributed, local, whole
@@ -61,13 +61,13 @@ def test_eight_ranks_go_on_as_one_two_and_four(pool: RankPool, tmp_path: Path) -
 
 def trainer_on_mesh(degrees: Degrees, accumulate: int) -> Trainer:
     """Four samples a step in float64, one a micro-batch."""
-    layout = build_layout(degrees, torch.device("cpu"))
+    mesh = build_mesh(degrees, torch.device("cpu"))
     torch.manual_seed(shifted(5))
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
-    wrapped = distributed(model, layout)
+    wrapped = distributed(model, mesh)
     windows = Windows(np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
     optimizer = build_adamw(wrapped, 1e-2, 0.1)
-    return Trainer(wrapped, optimizer, windows, layout, batch_size=1, accumulate=accumulate, clip=1.0, bf16=False)
+    return Trainer(wrapped, optimizer, windows, mesh, batch_size=1, accumulate=accumulate, clip=1.0, bf16=False)
 
 
 def steps(trainer: Trainer, number: int) -> None:
@@ -79,7 +79,7 @@ def on_other_meshes(directory: str) -> list[Any]:
     """Five steps on 2 x 2; two there, and three on other meshes. Relative differences of parameters; the last one."""
     reference = trainer_on_mesh(Degrees(2, 1, 2), 2)
     steps(reference, 2)
-    rank, world = reference.layout.rank, reference.layout.world
+    rank, world = reference.mesh.rank, reference.mesh.world
     tensors = capture(reference.model, reference.optimizer, torch.get_rng_state(), rank)
     checkpoint.save(Path(directory), 2, tensors, {"samples": reference.samples}, world)
     steps(reference, 3)
@@ -98,7 +98,7 @@ def on_other_meshes(directory: str) -> list[Any]:
 
 def poisoned(trainer: Trainer) -> tuple[bool, str]:
     """Whether a step is taken with a NaN in a sharded model on one rank, and who is said to have it."""
-    faults = Faults("nan-output:rank=2,step=1,at=blocks.0.mlp", trainer.layout.rank)
+    faults = Faults("nan-output:rank=2,step=1,at=blocks.0.mlp", trainer.mesh.rank)
     faults.before(1, trainer.model.module)
     agreed = trainer.compute_gradients()
     stepped = trainer.step(agreed, 1e-2)
@@ -109,10 +109,10 @@ def poisoned(trainer: Trainer) -> tuple[bool, str]:
 def drifting(trainer: Trainer) -> str:
     """What the check says of parameters sharded in two and held twice, when rank 3 has another bit."""
     weight = local(trainer.model.get_parameter("blocks.1.mlp.down.weight")).detach()
-    if trainer.layout.rank == 3:
+    if trainer.mesh.rank == 3:
         weight.view(-1).view(torch.int64)[5] ^= 1
     try:
-        check_equal_parameters(trainer.model.module, trainer.layout.world)
+        check_equal_parameters(trainer.model.module, trainer.mesh.world)
     except UserError as exc:
         return str(exc)
     return "nothing was raised"
@@ -150,15 +150,15 @@ def between_sharded_and_replicated(directory: str) -> None:
         model, optimizer = other, other_optimizer
 
 
-def failing_in_the_background(layout: Layout, directory: str) -> str:
+def failing_in_the_background(mesh: MeshPlace, directory: str) -> str:
     """One save that succeeds, and one that rank 2 cannot write."""
 
     def at(moment: str, step: int) -> None:
-        if step == 2 and moment == "writing" and layout.rank == 2:
+        if step == 2 and moment == "writing" and mesh.rank == 2:
             raise OSError(28, "No space left on device")
 
-    saver = Saver(Path(directory), 2, layout.saving, background=True, at=at)
-    tensors = {"model.x": torch.ones(3), f"random.{layout.rank}": torch.get_rng_state()}
+    saver = Saver(Path(directory), 2, mesh.saving, background=True, at=at)
+    tensors = {"model.x": torch.ones(3), f"random.{mesh.rank}": torch.get_rng_state()}
     saver.start(1, tensors, {})
     saver.wait()
     saver.start(2, tensors, {})
@@ -178,7 +178,7 @@ def everything_on_four_ranks(directory: str) -> Any:
     assert not stepped and blame.startswith("first on rank 2 in the output of blocks.0.mlp"), blame
     drift = drifting(last)
     between_sharded_and_replicated(directory + "/sharded")
-    said = failing_in_the_background(build_layout(Degrees(1, 1, 4), torch.device("cpu")), directory + "/failing")
+    said = failing_in_the_background(build_mesh(Degrees(1, 1, 4), torch.device("cpu")), directory + "/failing")
     return differences, drift, said
 
 

@@ -18,13 +18,13 @@ from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.processes.failure import UserError
-from hla_dist.processes.mesh import Layout, build_layout, factorise
+from hla_dist.processes.mesh import MeshPlace, build_mesh, factorise
 from hla_dist.training.loop import Trainer
 from hla_dist.training.optim import build_adamw
 from tests.harness import RankPool, assert_close, run_ranks, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
-from tests.training.test_steps import layout_of, model_bytes, run_config
+from tests.training.test_steps import mesh_of, model_bytes, run_config
 
 T, SAMPLES, VOCABULARY, SEED = 45, 8, 30, 0
 LENGTHS = [1, 1, 2, 7, 130, 3, 19, 1, 64, 11, 5, 90, 2, 33, 8, 15, 45, 45, 3, 60, 1, 27, 12, 9]
@@ -51,15 +51,15 @@ def model() -> LanguageModel:
     return LanguageModel(ModelConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2)).double()
 
 
-def packed_step(layout: Layout) -> tuple[float, list[torch.Tensor], list[int], float]:
+def packed_step(mesh: MeshPlace) -> tuple[float, list[torch.Tensor], list[int], float]:
     """Loss and gradients of one step over SAMPLES samples, where this rank has read, and an evaluation."""
-    lengths = default_lengths(T, layout.shards)
-    wrapped = SequenceParallelHLA(model(), layout.sequence, gradient_group=layout.world, shard_lengths=lengths)
+    lengths = default_lengths(T, mesh.shards)
+    wrapped = SequenceParallelHLA(model(), mesh.sequence, gradient_group=mesh.world, shard_lengths=lengths)
     tokens: Any = Counted()
     windows = Windows(tokens, T, VOCABULARY, SEED, DOCUMENTS)
-    accumulate = SAMPLES // layout.replicas
+    accumulate = SAMPLES // mesh.replicas
     trainer = Trainer(
-        wrapped, build_adamw(wrapped, 1e-2, 0.1), windows, layout, batch_size=1, accumulate=accumulate, clip=0.0,
+        wrapped, build_adamw(wrapped, 1e-2, 0.1), windows, mesh, batch_size=1, accumulate=accumulate, clip=0.0,
         bf16=False,
     )  # fmt: skip
     agreed = trainer.compute_gradients()
@@ -68,11 +68,11 @@ def packed_step(layout: Layout) -> tuple[float, list[torch.Tensor], list[int], f
 
 
 def on_ranks(pg: dist.ProcessGroup) -> Any:
-    return packed_step(layout_of(pg))
+    return packed_step(mesh_of(pg))
 
 
 def on_a_mesh() -> Any:
-    return packed_step(build_layout(factorise(4, sp=2), torch.device("cpu")))
+    return packed_step(build_mesh(factorise(4, sp=2), torch.device("cpu")))
 
 
 def pieces_at(starts: list[int]) -> list[torch.Tensor]:
@@ -174,7 +174,7 @@ def test_a_packed_run_goes_on_where_it_was(pool: RankPool, tmp_path: Path) -> No
 
 def test_packing_needs_documents_and_one_sequence_a_batch(pool: RankPool, tmp_path: Path) -> None:
     np.arange(500, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
-    config = small_config(tmp_path / "tokens.bin", packing="documents", vocab_size=500)
+    config = small_config(tmp_path / "tokens.bin", packing="documents", vocab_size=500, token_dtype="uint16")
     said = pool.run_group(2, run_config, config)
     assert said[0] == said[1] and said[0].startswith("--packing documents: expected text, or a memmap with the JSON")
     with pytest.raises(UserError, match="--batch-size: expected 1 with --packing documents .*, got 2"):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from hla_dist import SequenceParallelHLA
 from hla_dist.checkpoints.export import Trained, export
 from hla_dist.data.text import Codec, TextStream
-from hla_dist.generation.generate import Carry, Sampling, follow, generate, pick, read
+from hla_dist.generation.generate import Reading, Sampling, follow, generate, pick, read
 from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError
@@ -36,7 +36,7 @@ def small(seed: int = 0, **changes: Any) -> LanguageModel:
     return LanguageModel(config).double()
 
 
-def same(got: Carry, want: Carry) -> None:
+def same(got: Reading, want: Reading) -> None:
     assert (got.position, got.last) == (want.position, want.last)
     for index, (mine, other) in enumerate(zip(got.state, want.state, strict=True)):
         assert type(mine) is type(other)
@@ -44,7 +44,7 @@ def same(got: Carry, want: Carry) -> None:
             assert_close(f"layer {index} {name}", a, b, FLOAT64)
 
 
-def read_over_ranks(ranks: int, attention: dict[str, Any], split: int) -> Carry | None:
+def read_over_ranks(ranks: int, attention: dict[str, Any], split: int) -> Reading | None:
     if (pg := group(ranks)) is None:
         return None
     model = SequenceParallelHLA(small(attention=attention), pg, reduce_gradients=False)
@@ -58,11 +58,11 @@ def test_ranks_and_pieces_read_what_one_pass_reads(pool: RankPool, attention: di
     want = read(model, TEXT)
     same(read(model, TEXT[20:], read(model, TEXT[:20], piece=6), piece=13), want)
     for ranks, split in ((3, 40), (8, 1)):  # with one token nothing is read yet, and shards are empty
-        carries = [c for c in pool.run(read_over_ranks, ranks, attention, split) if c is not None]
-        assert len(carries) == ranks
-        for carry in carries:  # every rank's
-            same(carry, want)
-    new = [row[0] for row in follow(model, [carries[0]], 8, GREEDY)]
+        readings = [c for c in pool.run(read_over_ranks, ranks, attention, split) if c is not None]
+        assert len(readings) == ranks
+        for reading in readings:  # every rank's
+            same(reading, want)
+    new = [row[0] for row in follow(model, [readings[0]], 8, GREEDY)]
     text = list(TEXT)
     with torch.no_grad():
         for _ in range(8):
@@ -102,11 +102,11 @@ def test_top_p_draws_the_fewest_that_reach_it() -> None:
 @pytest.mark.parametrize("op", ["hla2", "ahla", "hla3", "linear_attention"])
 def test_a_kept_state_goes_on_bit_for_bit(tmp_path: Path, op: str) -> None:
     model = small(op=op)
-    carry = read(model, TEXT)
-    save_state(carry, model, tmp_path / "deep" / "text.safetensors")
+    reading = read(model, TEXT)
+    save_state(reading, model, tmp_path / "deep" / "text.safetensors")
     loaded = load_state(tmp_path / "deep" / "text.safetensors", model)
     assert (loaded.position, loaded.last) == (len(TEXT) - 1, TEXT[-1])
-    for mine, other in zip(loaded.state, carry.state, strict=True):
+    for mine, other in zip(loaded.state, reading.state, strict=True):
         assert type(mine) is type(other)
         for name, a, b in zip(mine._fields, mine, other, strict=True):
             assert_bitwise(name, a, b)

@@ -16,7 +16,7 @@ from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.parallel.topology import set_ranks_per_node
-from hla_dist.processes.mesh import AXES, Degrees, build_layout
+from hla_dist.processes.mesh import AXES, Degrees, build_mesh
 from hla_dist.training import offload
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.fully_sharded import distributed, local, twin_in, whole
@@ -48,20 +48,20 @@ CASES += [((1, 4, 2), 1, {"exchange": "scan"}), ((2, 1, 4), 2, {"exchange": "hie
 
 def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_host: bool = False) -> dict[str, Any]:
     """Loss and gradient norm of every step, and the first one's gradients."""
-    layout = build_layout(degrees, torch.device("cpu"))
+    mesh = build_mesh(degrees, torch.device("cpu"))
     torch.manual_seed(shifted(5))
     config = ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2, **MODELS[number])
     model = LanguageModel(config).double()
     model.activation_checkpointing = degrees == ALL_THREE
     if exchange == "hierarchical":
-        set_ranks_per_node(layout.sequence, 2)
-    wrapped = distributed(model, layout, on_host=on_host, exchange=exchange)
+        set_ranks_per_node(mesh.sequence, 2)
+    wrapped = distributed(model, mesh, on_host=on_host, exchange=exchange)
     windows = Windows(np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
-    each = SAMPLES // layout.replicas
+    each = SAMPLES // mesh.replicas
     batch = each // 2 if degrees == ALL_THREE else each
     optimizer = build_adamw(wrapped, 1e-2, 0.1)
     trainer = Trainer(
-        wrapped, optimizer, windows, layout, batch_size=batch, accumulate=each // batch, clip=1.0, bf16=False,
+        wrapped, optimizer, windows, mesh, batch_size=batch, accumulate=each // batch, clip=1.0, bf16=False,
         offload=on_host,
     )  # fmt: skip
     if degrees.fully_sharded:
@@ -70,10 +70,10 @@ def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_h
         shared = degrees.dp_shard * degrees.cp
         weight = parameters["blocks.0.mlp.down.weight"]
         assert local(weight).numel() * shared == weight.numel() == 16 * 64
-        assert layout.parameters is not None
-        groups = layout.parameters.get_all_groups()
-        assert list(layout.parameters.get_coordinate() or ()) == [pg.rank() for pg in groups]
-        assert layout.parameters.mesh_dim_names in (("dp_shard_cp",), (AXES[0], "dp_shard_cp"))
+        assert mesh.parameters is not None
+        groups = mesh.parameters.get_all_groups()
+        assert list(mesh.parameters.get_coordinate() or ()) == [pg.rank() for pg in groups]
+        assert mesh.parameters.mesh_dim_names in (("dp_shard_cp",), (AXES[0], "dp_shard_cp"))
     steps, grads = [], {}
     for step in range(2 if degrees in (ALL_THREE, Degrees(1, 1, 1)) else 1):
         agreed = trainer.compute_gradients()
@@ -82,7 +82,7 @@ def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_h
             grads = {name: whole(p.grad).clone() for name, p in wrapped.named_parameters()}
         assert trainer.step(agreed, 1e-2)
     if exchange is not None:  # a copy in another precision travels as the model does
-        twin = twin_in(torch.float32, wrapped, layout)
+        twin = twin_in(torch.float32, wrapped, mesh)
         assert [m.exchange for m in twin.modules() if isinstance(m, HLAAttention)] == [exchange]
     return {"steps": steps, "grads": grads}
 
@@ -111,7 +111,7 @@ def test_every_factorisation_of_eight_equals_one_process() -> None:
 
 
 def run_on(degrees: Degrees, config: TrainConfig, stop_after: int | None = None) -> int:
-    return Run(config, build_layout(degrees, torch.device("cpu")), NoSignal(stop_after), time.monotonic()).train()
+    return Run(config, build_mesh(degrees, torch.device("cpu")), NoSignal(stop_after), time.monotonic()).train()
 
 
 def run_three(whole_run: TrainConfig, stopped: TrainConfig, resumed: TrainConfig) -> list[int]:

@@ -28,4 +28,4 @@ def small_config(data: Path, **changes: Any) -> TrainConfig:
         data=[str(data)], seq_len=48, hidden_size=32, layers=2, heads=2, steps=6, warmup=2, eval_every=3,
         eval_tokens=96, sample=4, device="cpu", lr=1e-2, timeout=30.0, threads=1,
     )  # fmt: skip
-    return TrainConfig(**(values | changes))
+    return TrainConfig.from_dict(values | changes)

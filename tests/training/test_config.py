@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from dataclasses import asdict
 
 import pytest
 
 from hla_dist.processes.failure import UserError
-from hla_dist.training.config import RUN_FILES, TrainConfig, flag, parse
+from hla_dist.processes.options import flag
+from hla_dist.training.config import RUN_FILES, Model, TrainConfig, parse
 from hla_dist.training.estimate import Step, step_flops
 
 
@@ -15,10 +17,11 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse(["--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
-    for item in fields(TrainConfig):
-        assert f"  {flag(item.name)}" in text
-        assert item.metadata["help"].split()[0] in text
+    text = capsys.readouterr().out.replace("│", " ")
+    for group, options in asdict(TrainConfig()).items():
+        assert f" {group} options " in text
+        for name in options:  # the flag, perhaps others and a value, and then words that explain it
+            assert re.search(rf" {flag(name)}\b[^\n]*?(\s{{2,}}|\n\s+)\w+", text), name
     assert f"directory of the run: {', '.join(RUN_FILES)}; none" in " ".join(text.split())
 
 
@@ -26,9 +29,26 @@ def test_values_are_typed() -> None:
     config = parse(
         ["--data", "a", "b", "--seq-len", "64", "--lr", "1e-3", "--bf16", "--no-parity", "--max-minutes", "2"]
     )
-    assert (config.data, config.seq_len, config.lr, config.bf16, config.parity) == (["a", "b"], 64, 1e-3, True, False)
-    assert parse(["--steps", "9"]).max_minutes == 0.0  # the demonstration's limit is for the demonstration
-    assert parse([]).max_minutes > 0
+    assert (config.data.data, config.data.seq_len, config.optimisation.lr) == (["a", "b"], 64, 1e-3)
+    assert (config.optimisation.bf16, config.output.parity) == (True, False)
+    assert parse(["--steps", "9"]).optimisation.max_minutes == 0.0  # the demonstration's limit is for the demonstration
+    assert parse([]).optimisation.max_minutes > 0
+
+
+def test_values_may_look_like_other_things() -> None:
+    config = parse(["--out", "None", "--prompt=--a_b", "--resume", "--checkpoint-activations", "--steps", "9"])
+    assert (config.output.out, config.output.prompt, config.output.resume) == ("None", "--a_b", "")
+    assert config.optimisation.checkpoint_activations == "layer"
+
+
+def test_options_are_flat_in_json_and_read_again() -> None:
+    config = parse(["--seq-len", "64", "--steps", "9"])
+    flat = config.to_dict()
+    assert (flat["seq_len"], flat["steps"], flat["data"]) == (64, 9, [])
+    del flat["max_skips"]  # an older run's file, which does not know every option
+    assert TrainConfig.from_dict(flat) == config
+    with pytest.raises(UserError, match="expected those of launch/train.py, got also colour"):
+        TrainConfig.from_dict(flat | {"colour": 1})
 
 
 @pytest.mark.parametrize(
@@ -36,6 +56,9 @@ def test_values_are_typed() -> None:
     [
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--seq", "4"], "unrecognized arguments: --seq"),
+        (["--seq_len", "4"], "unrecognized arguments: --seq_len"),
+        (["--data"], "--data: expected at least one argument"),
+        (["--steps"], "--steps: expected one argument"),
         (["--seq-len", "x"], "--seq-len: invalid int value: 'x'"),
         (["--seq-len", "0"], "--seq-len: expected at least 1, got 0"),
         (["--lr", "nan"], "--lr: expected at least 0, got nan"),
@@ -55,10 +78,10 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
 
 def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
     with pytest.raises(UserError, match="expected hidden_size divisible by num_heads"):
-        TrainConfig(hidden_size=30, heads=4).model_config(256)
+        TrainConfig(model=Model(hidden_size=30, heads=4)).model_config(256)
 
 
 def test_untied_embeddings_are_an_option_and_cost_no_arithmetic() -> None:
-    tied, untied = (TrainConfig(tie_embeddings=tie).model_config(256) for tie in (True, False))
+    tied, untied = (parse([f"--{no}tie-embeddings"]).model_config(256) for no in ("", "no-"))
     assert tied.tie_word_embeddings and not untied.tie_word_embeddings
     assert step_flops(Step(tied, 64)) == step_flops(Step(untied, 64))

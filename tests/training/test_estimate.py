@@ -16,7 +16,7 @@ from hla_dist.processes.failure import UserError
 from hla_dist.training.config import parse
 from hla_dist.training.estimate import Step, estimate, planned, wire_bytes
 from tests.harness import RankPool, run_program, shifted
-from tests.training.test_steps import layout_of, trainer_on
+from tests.training.test_steps import mesh_of, trainer_on
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2)
@@ -49,7 +49,7 @@ def test_memory_is_what_the_allocator_counts(policy: str) -> None:
 
 
 def sent_in_a_step(pg: dist.ProcessGroup) -> tuple[int, int]:
-    trainer = trainer_on(layout_of(pg), 2, 3)
+    trainer = trainer_on(mesh_of(pg), 2, 3)
     trainer.model.module.float()
     trainer.compute_gradients()
     counter.reset()

@@ -27,7 +27,7 @@ from hla_dist.training.run import Run
 from tests.harness import RankPool, shifted
 from tests.training.corpora import small_config, write_text
 from tests.training.test_program import SECONDS, SMALL, command, environment, errors
-from tests.training.test_steps import NoSignal, layout_of, model_bytes, run_config
+from tests.training.test_steps import NoSignal, mesh_of, model_bytes, run_config
 
 STEPS = 8
 
@@ -131,7 +131,7 @@ def run_with_faults(pg: dist.ProcessGroup, config: TrainConfig, faults: str) -> 
     said: list[str] = []
     launch = Launch(faults=Faults(faults, dist.get_rank(pg)))
     try:
-        run = Run(config, layout_of(pg), NoSignal(), time.monotonic(), launch)
+        run = Run(config, mesh_of(pg), NoSignal(), time.monotonic(), launch)
         run.warn = lambda text, all_ranks=True: said.append(text)
         return run.train(), said
     except UserError as exc:
@@ -238,7 +238,7 @@ def test_a_restarted_job_never_reads_the_keys_of_its_last_life() -> None:
 
 def went_on(pg: dist.ProcessGroup, config: TrainConfig, launch: Launch) -> tuple[int, str]:
     """The step a run would start after, and where from."""
-    run = Run(config, layout_of(pg), NoSignal(), time.monotonic(), launch)
+    run = Run(config, mesh_of(pg), NoSignal(), time.monotonic(), launch)
     return run.step, str(run.start.source)
 
 

@@ -19,7 +19,7 @@ from hla_dist.training.run import Run
 from tests.harness import RankPool, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
-from tests.training.test_steps import NoSignal, layout_of
+from tests.training.test_steps import NoSignal, mesh_of
 
 TOKENS = 43
 SPLITS = {1: None, 2: [40, 3], 3: [21, 0, 22], 4: None, 8: [0, 9, 1, 0, 21, 5, 7, 0]}
@@ -108,7 +108,7 @@ def test_texts_of_unequal_length_are_one_batch() -> None:
 
 
 def run(pg: dist.ProcessGroup, config: Any) -> int:
-    return Run(config, layout_of(pg), NoSignal(None), time.monotonic()).train()
+    return Run(config, mesh_of(pg), NoSignal(None), time.monotonic()).train()
 
 
 def test_a_run_trains_saves_and_keeps_parity(pool: RankPool, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hla_dist.parallel.collectives import counter
 from hla_dist.processes.failure import UserError
-from hla_dist.processes.mesh import build_layout, factorise
+from hla_dist.processes.mesh import build_mesh, factorise
 from hla_dist.training import meter
 from hla_dist.training.compare import distinct, smoothed
-from hla_dist.training.config import TrainConfig
+from hla_dist.training.config import Output, TrainConfig
 from hla_dist.training.metrics import MetricsLog, perplexity, read_metrics
 from hla_dist.training.run import Run
 from tests.harness import run_ranks
@@ -36,8 +36,8 @@ COST = {"step_s", "tokens_per_s", "tokens_per_s_device", "tflops_per_s_device", 
 
 
 def train(config: TrainConfig, ranks: int) -> None:
-    layout = build_layout(factorise(ranks), torch.device("cpu"))
-    Run(config, layout, NoSignal(), 0.0).train()
+    mesh = build_mesh(factorise(ranks), torch.device("cpu"))
+    Run(config, mesh, NoSignal(), 0.0).train()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_every_step_says_what_it_cost(out: Path) -> None:
 
 
 def test_waiting_and_reading_are_of_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig(seq_len=64).model_config(256)
+    config = TrainConfig().model_config(256)
     clock = iter([0.0, 10.0, 14.0])
     monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
     one = meter.Meter(config, 64, 4, torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="--wandb: expected the package 'wandb', got none"):
         MetricsLog(tmp_path, None, "project", {})
     with pytest.raises(UserError, match="--wandb: expected --out too"):
-        TrainConfig(wandb="project")
+        TrainConfig(output=Output(wandb="project"))
     told: list[Any] = []
     fake = types.ModuleType("wandb")
     run = types.SimpleNamespace(

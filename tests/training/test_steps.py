@@ -21,7 +21,7 @@ from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import counter
 from hla_dist.processes.failure import UserError, together
-from hla_dist.processes.mesh import Degrees, Layout, build_layout, factorise
+from hla_dist.processes.mesh import Degrees, MeshPlace, build_mesh, factorise
 from hla_dist.training import run as run_module
 from hla_dist.training.config import TrainConfig
 from hla_dist.training.loop import Trainer
@@ -46,19 +46,19 @@ class NoSignal:
         return self.after is not None and self.asked >= self.after
 
 
-def layout_of(pg: dist.ProcessGroup) -> Layout:
-    return Layout(pg, pg, dist.get_rank(pg), 0, 1, torch.device("cpu"))
+def mesh_of(pg: dist.ProcessGroup) -> MeshPlace:
+    return MeshPlace(pg, pg, dist.get_rank(pg), 0, 1, torch.device("cpu"))
 
 
-def trainer_on(layout: Layout, batch_size: int, accumulate: int, **changes: Any) -> Trainer:
+def trainer_on(mesh: MeshPlace, batch_size: int, accumulate: int, **changes: Any) -> Trainer:
     torch.manual_seed(shifted(5))
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)).double()
     model.activation_checkpointing = changes.pop("checkpointing", "none")
-    wrapped = SequenceParallelHLA(model, layout.sequence, gradient_group=layout.world)
+    wrapped = SequenceParallelHLA(model, mesh.sequence, gradient_group=mesh.world)
     tokens = np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8)
     windows = Windows(tokens, changes.pop("seq_len", 45), 30, seed=1)
     options = dict(batch_size=batch_size, accumulate=accumulate, clip=1.0, bf16=False) | changes
-    return Trainer(wrapped, build_adamw(wrapped, 1e-2, 0.1), windows, layout, **options)
+    return Trainer(wrapped, build_adamw(wrapped, 1e-2, 0.1), windows, mesh, **options)
 
 
 def gradients(trainer: Trainer) -> tuple[float, float, list[torch.Tensor]]:
@@ -67,14 +67,14 @@ def gradients(trainer: Trainer) -> tuple[float, float, list[torch.Tensor]]:
 
 
 def gradients_of_four_samples(pg: dist.ProcessGroup, batch_size: int, accumulate: int, checkpointing: str) -> Any:
-    return gradients(trainer_on(layout_of(pg), batch_size, accumulate, checkpointing=checkpointing))
+    return gradients(trainer_on(mesh_of(pg), batch_size, accumulate, checkpointing=checkpointing))
 
 
 def gradients_on_a_mesh() -> Any:
-    layout = build_layout(factorise(4, sp=2), torch.device("cpu"))
-    assert (layout.replicas, layout.shards) == (2, 2)
-    assert (layout.replica, layout.shard) == divmod(layout.rank, 2)
-    return gradients(trainer_on(layout, 1, 2))
+    mesh = build_mesh(factorise(4, sp=2), torch.device("cpu"))
+    assert (mesh.replicas, mesh.shards) == (2, 2)
+    assert (mesh.replica, mesh.shard) == divmod(mesh.rank, 2)
+    return gradients(trainer_on(mesh, 1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_mesh_of_data_and_sequence_axes_gives_the_same_gradients(alone: Any) -
 
 
 def calls_of_a_step(pg: dist.ProcessGroup) -> int:
-    trainer = trainer_on(layout_of(pg), 2, 3)
+    trainer = trainer_on(mesh_of(pg), 2, 3)
     for _ in range(2):  # the first step also agrees on signatures
         counter.reset()
         trainer.compute_gradients()
@@ -120,7 +120,7 @@ def test_gradients_are_summed_once_a_step(pool: RankPool) -> None:
 
 
 def poisoned_step(pg: dist.ProcessGroup) -> tuple[bool, bool, bool]:
-    trainer = trainer_on(layout_of(pg), 1, 1)
+    trainer = trainer_on(mesh_of(pg), 1, 1)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     if dist.get_rank(pg) == 1:
         hook = trainer.model.module.norm.register_forward_hook(lambda *_: _[2] * float("nan"))
@@ -138,7 +138,7 @@ def test_no_rank_steps_where_one_has_no_finite_loss(pool: RankPool) -> None:
 
 
 def clipped_updates(pg: dist.ProcessGroup) -> list[float]:
-    trainer = trainer_on(layout_of(pg), 1, 1, clip=1e-3)
+    trainer = trainer_on(mesh_of(pg), 1, 1, clip=1e-3)
     agreed = trainer.compute_gradients()
     trainer.step(agreed, 1e-2)
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
@@ -152,12 +152,12 @@ def test_clipping_is_by_the_global_norm_and_the_same_on_all_ranks(pool: RankPool
 
 
 def parity_of(pg: dist.ProcessGroup, factor: float) -> Any:
-    trainer = trainer_on(layout_of(pg), 1, 1)
+    trainer = trainer_on(mesh_of(pg), 1, 1)
     copy = LanguageModel(trainer.model.module.config).double()
     copy.load_state_dict(trainer.model.state_dict())
     with torch.no_grad():
         copy.blocks[1].attention.o_proj.weight *= factor
-    return check_parity(trainer.model, copy, trainer.windows, 3, layout_of(pg))
+    return check_parity(trainer.model, copy, trainer.windows, 3, mesh_of(pg))
 
 
 def test_parity_holds_and_can_fail(pool: RankPool) -> None:
@@ -174,7 +174,7 @@ def test_parity_holds_and_can_fail(pool: RankPool) -> None:
 
 def run_config(pg: dist.ProcessGroup, config: TrainConfig, stop_after: int | None = None) -> int | str:
     try:
-        return Run(config, layout_of(pg), NoSignal(stop_after), time.monotonic()).train()
+        return Run(config, mesh_of(pg), NoSignal(stop_after), time.monotonic()).train()
     except UserError as exc:
         return str(exc)
 

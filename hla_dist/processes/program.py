@@ -1,0 +1,119 @@
+"""What the programs of launch/ share: which rank this is, its device and threads, and one line for what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hla_dist.processes import mpirun
+from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.mesh import connect
+from hla_dist.processes.options import parse_options
+from hla_dist.processes.recorder import write_flight_record
+from hla_dist.processes.rendezvous import NotMet, RankInfo, rank_info
+
+Options = TypeVar("Options")
+
+# How torch reports a peer that has gone, or has not come in time: the mistake itself is that peer's to report.
+PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timeout", "NCCL", "recvBytes", "sendBytes")
+
+
+class Program:
+    """This process as a rank of a program, by the variables of torchrun or mpirun, or alone."""
+
+    def __init__(self, name: str, about: str) -> None:
+        self.name, self.about = name, about
+        self.ranks = RankInfo(0, 1, 0, 1)
+        self.flight: Path | None = None  # where to write down the last collectives when another rank is gone
+        try:
+            self.store = mpirun.join(os.environ)
+            self.ranks = rank_info(os.environ)
+        except (UserError, ValueError) as exc:
+            self.leave(str(exc))
+
+    def options(self, kind: type[Options], arguments: list[str] | None = None) -> Options:
+        """The command line as ``kind``; rank 0 alone prints --help."""
+        return parse_options(kind, f"launch/{self.name}", self.about, arguments, quiet=self.ranks.rank > 0)
+
+    def device(self, name: str) -> torch.device:
+        """This rank's device for ``name``: auto, cpu, cuda (a GPU per rank) or cuda:1. UserError if there is none."""
+        try:
+            device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        except RuntimeError as exc:
+            raise UserError(f"--device: expected cpu, cuda, cuda:1, ..., got {name}") from exc
+        if device.type != "cuda":
+            return device
+        gpus, ranks = torch.cuda.device_count(), self.ranks.local_size
+        if gpus < max(ranks, (device.index or 0) + 1):
+            raise UserError(
+                f"--device: expected a GPU for each of {ranks} rank(s) here (or --device cpu), got {name} and {gpus} "
+                f"GPU(s)"
+            )
+        device = torch.device("cuda", self.ranks.local_rank) if device.index is None or ranks > 1 else device
+        torch.cuda.set_device(device)
+        return device
+
+    def share_cores(self, threads: int) -> None:
+        """Use ``threads`` of the machine's cores; 0: as many as there are for each of its ranks."""
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.ranks.local_size))
+
+    def connect(self, device: torch.device, timeout_s: float, on_host: bool = False) -> None:
+        """Join the other ranks; see :func:`hla_dist.processes.mesh.connect`."""
+        rank, world_size, _, _ = self.ranks
+        connect(rank, world_size, device, timeout_s, from_env="RANK" in os.environ, store=self.store, on_host=on_host)
+
+    def run(self, work: Callable[[], int]) -> int:
+        """The exit code of ``work``; whatever it raises ends the process with one line and exit code 1."""
+        try:
+            code = work()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            mpirun.meet()
+            return code
+        except BrokenPipeError:  # who reads has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except KeyboardInterrupt:
+            print(flush=True)
+            return 130
+        except (UserError, ValueError) as exc:  # the library's own checks: raised alike on every rank of a group
+            self.leave(describe(exc), alike=not isinstance(exc, NotMet))
+        except OSError as exc:
+            self.leave(describe(exc), alike=False)
+        except Exception as exc:
+            if isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in PEER_GONE):
+                record = self.flight and write_flight_record(self.flight, self.ranks.rank)
+                where = f"; its last collectives are in {record}" if record else ""
+                self.leave(f"another rank is gone or did not come in time: {describe(exc)}{where}", alike=False)
+            traceback.print_exc()
+            self.leave(describe(exc), alike=False)
+
+    def leave(self, message: str, alike: bool = True) -> NoReturn:
+        """End this process with one line and exit code 1; of a mistake that all ranks share, rank 0 speaks.
+
+        The others give it a moment first: torchrun and mpirun end all ranks as soon as one has failed. os._exit, since
+        tearing down a process group whose peers may be gone can wait for them.
+        """
+        rank, world_size, _, _ = self.ranks
+        if rank == 0 or not alike:
+            self.say(f"error{'' if alike or world_size == 1 else f' (rank {rank})'}: {message}")
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        sys.stdout.flush()
+        mpirun.end(1)
+        os._exit(1)
+
+    def say(self, text: str) -> None:
+        """A line on standard error, in one piece: another thread's does not come between it and its end."""
+        sys.stderr.write(f"{self.name}: {text}\n")
+        sys.stderr.flush()
