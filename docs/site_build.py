@@ -47,7 +47,8 @@ def _block(match: re.Match[str]) -> str:
 
 
 def _prose(text: str) -> str:
-    return INLINE.sub(lambda match: _mathml(match[1], "inline"), OUTSIDE.sub(r"\1", text))
+    # in a span: Markdown takes a line that begins with <math> for a block
+    return INLINE.sub(lambda match: f"<span>{_mathml(match[1], 'inline')}</span>", OUTSIDE.sub(r"\1", text))
 
 
 def _mathml(latex: str, display: str) -> str:
