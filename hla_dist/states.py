@@ -21,7 +21,8 @@ __all__ = ["AHLAState", "HLA2PaperState", "HLA2State", "HLA3State", "KVState", "
 class LinearState(NamedTuple):
     """State of ``linear_attention``.
 
-    P = sum_i Gamma(end, i) k_i v_i^T                                  [N, H, K, V]
+    Attributes:
+        P: ``sum_i Gamma(end, i) k_i v_i^T``, ``[N, H, K, V]``.
     """
 
     P: Tensor
@@ -30,10 +31,11 @@ class LinearState(NamedTuple):
 class HLA2State(NamedTuple):
     """State of ``hla2`` under the causal mask.
 
-    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
-    F = sum_i Gamma(end, i) u_i v_i^T,   u_i = (S_i + ridge I) q_i     [N, H, K, V]
+    A given S enters as (S + S^T) / 2, and its gradient is symmetric too.
 
-    A given S enters as (S + S^T) / 2, and its gradient is symmetric likewise.
+    Attributes:
+        S: ``sum_i Gamma(end, i) k_i k_i^T``, ``[N, H, K, K]``, symmetric.
+        F: ``sum_i Gamma(end, i) u_i v_i^T`` with ``u_i = (S_i + ridge I) q_i``, ``[N, H, K, V]``.
     """
 
     S: Tensor
@@ -43,9 +45,10 @@ class HLA2State(NamedTuple):
 class HLA2PaperState(NamedTuple):
     """State of ``hla2`` with ``decay_form="paper"``: the triple of the paper's recurrence.
 
-    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
-    C = sum_i Gamma(end, i) q_i v_i^T                                  [N, H, K, V]
-    G = sum_i Gamma(end, i) k_i k_i^T C_{i-1}                          [N, H, K, V]
+    Attributes:
+        S: ``sum_i Gamma(end, i) k_i k_i^T``, ``[N, H, K, K]``, symmetric.
+        C: ``sum_i Gamma(end, i) q_i v_i^T``, ``[N, H, K, V]``.
+        G: ``sum_i Gamma(end, i) k_i k_i^T C_{i-1}``, ``[N, H, K, V]``.
     """
 
     S: Tensor
@@ -56,8 +59,9 @@ class HLA2PaperState(NamedTuple):
 class AHLAState(NamedTuple):
     """State of ``ahla``.
 
-    P = sum_i Gamma(end, i) k_i v_i^T                                  [N, H, K, V]
-    E = sum_i Gamma(end, i) k_i r_i^T,   r_i = P_i^T q_i               [N, H, K, V]
+    Attributes:
+        P: ``sum_i Gamma(end, i) k_i v_i^T``, ``[N, H, K, V]``.
+        E: ``sum_i Gamma(end, i) k_i r_i^T`` with ``r_i = P_i^T q_i``, ``[N, H, K, V]``.
     """
 
     P: Tensor
@@ -67,9 +71,10 @@ class AHLAState(NamedTuple):
 class HLA3State(NamedTuple):
     """State of ``hla3``; u and r as in ``HLA2State`` and ``AHLAState``.
 
-    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
-    P = sum_i Gamma(end, i) k_i v_i^T                                  [N, H, K, V]
-    F = sum_i Gamma(end, i) u_i r_i^T                                  [N, H, K, V]
+    Attributes:
+        S: ``sum_i Gamma(end, i) k_i k_i^T``, ``[N, H, K, K]``, symmetric.
+        P: ``sum_i Gamma(end, i) k_i v_i^T``, ``[N, H, K, V]``.
+        F: ``sum_i Gamma(end, i) u_i r_i^T``, ``[N, H, K, V]``.
     """
 
     S: Tensor
@@ -78,10 +83,15 @@ class HLA3State(NamedTuple):
 
 
 class KVState(NamedTuple):
-    """State of a softmax layer: the keys and values that later queries may see. It grows with the text up to a window.
+    """State of a softmax layer: the keys and values that later queries may see.
 
-    k, v    [N, S, G, K], in the layer's dtype; row n has min(tokens[n], window - 1) of them, then zeros
-    tokens  [N] int64 on the host: how many tokens have gone into each row
+    It grows with the text, up to the layer's window.
+
+    Attributes:
+        k: Keys ``[N, S, G, K]``, in the layer's dtype; row n has min(tokens[n], window - 1) of them,
+            then zeros.
+        v: Values of the same shape.
+        tokens: ``[N]`` int64 on the host, the number of tokens read in each row.
     """
 
     k: Tensor
@@ -92,8 +102,9 @@ class KVState(NamedTuple):
 class PrefixState(NamedTuple):
     """State of ``hla2`` under the prefix mask, where both moments decay.
 
-    S = sum_i Gamma(end, i) k_i k_i^T                                  [N, H, K, K], symmetric
-    C = sum_i Gamma(end, i) q_i v_i^T                                  [N, H, K, V]
+    Attributes:
+        S: ``sum_i Gamma(end, i) k_i k_i^T``, ``[N, H, K, K]``, symmetric.
+        C: ``sum_i Gamma(end, i) q_i v_i^T``, ``[N, H, K, V]``.
     """
 
     S: Tensor

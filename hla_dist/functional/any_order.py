@@ -29,12 +29,19 @@ _OPTIONS = (
 
 
 class CausalPass(NamedTuple):
-    """One pass over the tokens; a, b and c name sequences given to the cascade, or results of earlier passes.
+    """One pass over the tokens; a, b and c name sequences given to the cascade, or results of earlier
+    passes.
 
-        out_t = LA(a, b, c)_t (+ ridge a_t),   LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i
-        a, b [B, T, ., D]   c, out [B, T, ., E]   state P = sum_i Gamma(end, i) b_i c_i^T  [N, ., D, E]
+        out_t = LA(a, b, c)_t (+ ridge a_t)
+        LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i
+        state P = sum_i Gamma(end, i) b_i c_i^T                    [N, heads, D, E]
 
-    ``ridge=True`` adds the cascade's ``ridge`` times a; then D = E.
+    Attributes:
+        out: The name of the result ``[B, T, heads, E]``.
+        a: The sequence ``[B, T, heads, D]`` that reads.
+        b: The sequence ``[B, T, heads, D]`` that is read by.
+        c: The sequence ``[B, T, heads, E]`` of what is read.
+        ridge: Add the cascade's ``ridge`` times a; then D = E.
     """
 
     out: str
@@ -45,27 +52,34 @@ class CausalPass(NamedTuple):
 
 
 class Cascade:
-    """An operator of any order: causal passes in order, the last one's result is the output.
+    """An operator of any order: causal passes in order, of which the last one's result is the output.
 
-        out, state = cascade(q=q, k=k, v=v, ..., log_decay=..., initial_state=..., output_final_state=..., group=...)
+    Sequences ``[B, T, heads, width]`` come by the names that the passes use. Head counts may differ. A
+    pass has the largest count of its three sequences and its gates, and repeats the others for
+    consecutive heads; they must divide it.
 
-    Sequences ``[B, T, heads, width]`` come by the names the passes use. Head counts may differ: a pass has the largest
-    of its three and its gates', and repeats the others, which must divide it, for consecutive heads. ``state`` is a
-    dictionary, one carry a pass by the pass's name, ``[N, heads, D, E]``; None unless asked for. Where b and c are one
-    sequence the carry is symmetric: one given from outside enters as (P + P^T) / 2.
+    Precision: results between passes, sums and states are float32 (float64 for float64 inputs). ``out``
+    has the dtype of the sequences.
 
-    log_decay    gates of every pass, or a dictionary of gates by pass (a pass left out has none), shapes as for
-                 ``linear_attention``
-    scale        the sequence called q is replaced by scale * q
-    ridge        for the passes that have one
-    others       as for ``linear_attention``
+    Communication: with a group, one all-gather per pass forward and one backward, of the pass's state.
+    Passes with the same a, b and gates (one tensor) that do not wait for one another share one. Bytes
+    are independent of T. The named operators need one each way for the whole cascade.
 
-    Precision: results between passes, sums and states in float32 (float64 for float64 inputs), ``out`` in the dtype
-    of the sequences.
-    Communication: with a group, one all-gather a pass forward and one backward, of the pass's state; one for several
-    passes with the same a, b and gates (one tensor) that do not wait for one another. Bytes are independent of T. The
-    named operators need one each way for the whole cascade.
-    Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
+    Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank
+    alike.
+
+    Args:
+        passes: The passes, in the order in which they run.
+
+    Examples:
+        >>> import torch
+        >>> from hla_dist import Cascade, CausalPass
+        >>> passes = [CausalPass("u", a="q", b="k", c="k"), CausalPass("o", a="q", b="u", c="v")]
+        >>> hla2 = Cascade(passes)
+        >>> q, k, v = torch.randn(3, 1, 10, 2, 4).unbind()
+        >>> out, state = hla2(q=q, k=k, v=v, output_final_state=True)
+        >>> out.shape, list(state)
+        (torch.Size([1, 10, 2, 4]), ['u', 'o'])
     """
 
     def __init__(self, passes: Sequence[CausalPass]):

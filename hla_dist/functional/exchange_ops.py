@@ -230,12 +230,18 @@ for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_g
 
 
 def checkpoint_context() -> tuple[Any, Any]:
-    """Contexts that keep exchanged summaries through activation checkpointing, so recomputation sends nothing.
+    """Return contexts that keep exchanged summaries through activation checkpointing.
 
-        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=hla_dist.checkpoint_context)
+    Recomputation then sends nothing. Everything else is recomputed. Kept per layer: the carry that entered this
+    rank and, of the ranks to the right, what backward's fold needs. Plain checkpointing is exact too, but repeats
+    the forward collective in backward.
 
-    Everything else is recomputed. Kept per layer: the carry that entered this rank and, of the ranks to the right,
-    what backward's fold needs. Plain checkpointing is exact too, but replays the forward collective in backward.
+    Examples:
+        >>> import torch, hla_dist
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> block, x = hla_dist.HLAAttention(16, 2), torch.randn(1, 5, 16)
+        >>> keep = hla_dist.checkpoint_context
+        >>> y, _ = checkpoint(block, x, use_reentrant=False, context_fn=keep)
     """
     ops = torch.ops.hla_dist
     saved = {ops.exchange_start.default, ops.exchange_finish.default, ops.exchange_gather.default}

@@ -24,10 +24,19 @@ _check_cpu_contents = True
 
 
 class validation(AbstractContextManager["validation"]):
-    """Switch content checks of CUDA tensors on or off: ``hla_dist.validation(True)``, or as a context manager.
+    """Switch checks of what tensors contain on or off, for good or as a context manager.
 
-    Costs a host synchronisation a call while on. CPU tensors are checked unless ``cpu`` is False: for a training step
-    that looks for NaN at its end, on all ranks together.
+    Contents are signs of ``log_decay`` and the order of ``cu_seqlens``.
+
+    Args:
+        enabled: Check CUDA tensors too. While on, each call costs a host synchronisation.
+        cpu: Check CPU tensors. A training step that looks for NaN at its end, on all ranks together,
+            sets it False.
+
+    Examples:
+        >>> import hla_dist
+        >>> with hla_dist.validation(True):
+        ...     pass  # calls in here check CUDA tensors
     """
 
     def __init__(self, enabled: bool, cpu: bool = True):

@@ -18,7 +18,9 @@ BEGINNING = 16  # token numbers that a cache keeps of each row's beginning
 
 
 class HLACacheLayer(CacheLayerMixin):
-    """One layer's state, a NamedTuple of [B, H, K, K or V] as of hla_dist.states; None before the first token."""
+    """One layer's state, a NamedTuple of [B, H, K, K or V] as of hla_dist.states; None before the first
+    token.
+    """
 
     supports_early_init = False
 
@@ -77,11 +79,15 @@ class HLACacheLayer(CacheLayerMixin):
 
 
 class HLACache(Cache):
-    """``past_key_values`` of an HLA model: pass it to the next call to go on where the last one stopped.
+    """``past_key_values`` of an HLA model: pass it to the next call to continue where the last one
+    stopped.
 
-    Its size does not depend on how many tokens were read. States are float32 (float64 in a float64 model).
-    ``tokens`` [B]: how many tokens each row has read, padding left out; None before the first. ``beginning``: the
-    first few token numbers of each row, if they are known.
+    Its size does not depend on how many tokens were read. States are float32 (float64 in a float64
+    model).
+
+    Attributes:
+        tokens: ``[B]``, the number of tokens read in each row, padding left out; None before the first.
+        beginning: The first few token numbers of each row, if they are known.
     """
 
     def __init__(self, config: HLAConfig) -> None:
@@ -91,14 +97,18 @@ class HLACache(Cache):
 
     @property
     def states(self) -> list[Any] | None:
-        """One state a layer, as :class:`hla_dist.models.LanguageModel` takes them; None before the first token."""
+        """Return one state per layer, as LanguageModel takes them; None before the first token."""
         states = [layer.state for layer in self.layers]
         return None if states[0] is None else states
 
     def replace(self, states: list[Any], places: int, tokens: Tensor | None = None, ids: Tensor | None = None) -> None:
-        """Take over the states after ``places`` more places, and each row's number of tokens so far, [B].
+        """Take over the states after ``places`` more places, and each row's number of tokens so far.
 
-        ``tokens`` leaves padding out; None: every place was one. ``ids`` [B, T]: the token numbers read.
+        Args:
+            states: One per layer.
+            places: How many more places were read.
+            tokens: ``[B]``, without padding; None: every place was one.
+            ids: ``[B, T]``, the token numbers read.
         """
         if not self.get_seq_length() and ids is not None:
             self.beginning = ids[:, :BEGINNING].clone()
@@ -110,14 +120,14 @@ class HLACache(Cache):
         self.tokens = tokens
 
     def is_continued_by(self, ids: Tensor) -> bool:
-        """Whether ``ids`` [B, T] are known to follow the text that was read: they begin in another way than it did."""
+        """Whether ``ids`` ``[B, T]`` follow the text that was read: they begin in another way."""
         if self.beginning is None or len(self.beginning) != len(ids):
             return False
         shown = min(self.beginning.shape[1], ids.shape[1])
         return not torch.equal(self.beginning[:, :shown].to(ids.device), ids[:, :shown])
 
     def mask(self) -> Tensor:
-        """An attention mask [B, P] of the places read so far, of which as many are tokens as there were."""
+        """Return an attention mask ``[B, P]`` of the places read so far, with as many ones as tokens."""
         assert self.tokens is not None
         past = self.get_seq_length()
         return (torch.arange(past, device=self.tokens.device) >= past - self.tokens[:, None]).long()

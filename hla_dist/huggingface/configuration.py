@@ -24,16 +24,21 @@ _CLASSES = {
 
 @strict
 class HLAConfig(PreTrainedConfig):
-    """:class:`hla_dist.models.ModelConfig` with what transformers adds to it: special tokens, ``use_cache``, dtype.
+    """:class:`hla_dist.models.ModelConfig` with what transformers adds: special tokens, ``use_cache``,
+    dtype.
 
-    The fields of ModelConfig keep their names and meanings; transformers' own names for some of them
-    (``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``) work too. Options of the layers,
-    ``attention`` and ``softmax``, must be such that JSON can hold them.
+    The fields of ModelConfig keep their names and meanings. transformers' own names for some of them
+    (``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``) work too. JSON must be
+    able to hold the options of the layers, ``attention`` and ``softmax``.
 
-    ``pattern``: which layers are of which operator or ``softmax``, as ``"hla2*3,softmax"``, from the first layer on and
-    over again (default "": ``op`` throughout); ``softmax`` holds the options of :class:`hla_dist.SoftmaxAttention`.
-    ``tie_word_embeddings``: whether the output layer is the embedding (default True).
-    Raises ValueError for a shape that cannot be built.
+    Attributes:
+        pattern: Which layers are of which operator or ``softmax``, as ``"hla2*3,softmax"``; empty:
+            ``op`` throughout.
+        softmax: The options of :class:`hla_dist.SoftmaxAttention`.
+        tie_word_embeddings: Whether the output layer is the embedding.
+
+    Raises:
+        ValueError: The shape cannot be built.
     """
 
     model_type = "hla"
@@ -74,20 +79,20 @@ class HLAConfig(PreTrainedConfig):
         self.auto_map = {auto: f"{CODE}.{name}" for auto, name in _CLASSES.items()}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with a file through which ``trust_remote_code=True`` finds the installed library."""
+        """As transformers', with a file by which ``trust_remote_code=True`` finds the library."""
         super().save_pretrained(save_directory, *args, **kwargs)
         names = ", ".join(sorted(_CLASSES.values()))
         Path(save_directory, f"{CODE}.py").write_text(f"from hla_dist.huggingface import {names}  # noqa: F401\n")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing: the classes are in the library, and no copy of its files belongs into a folder."""
+        """Do nothing: the classes are in the library, and no copy of its files belongs into a folder."""
 
     def to_model_config(self) -> ModelConfig:
-        """The library's own configuration of the same model."""
+        """Return the library's own configuration of the same model."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig) if hasattr(self, f.name)})
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **changes: Any) -> HLAConfig:
-        """Inverse of :meth:`to_model_config`; ``changes`` are transformers' further options."""
+        """Undo :meth:`to_model_config`; ``changes`` are transformers' further options."""
         return cls(**config.to_dict(), **changes)

@@ -141,13 +141,22 @@ class HLAModel(HLAPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states, and with ``use_cache`` (by default outside of training) the states after the last token.
+        """Return hidden states, and with ``use_cache`` the states after the last token.
 
-        ``attention_mask`` [B, past + T] is 0 (as floats: -inf) at padding, wherever it lies: it leaves the states as
-        they are, and the results at tokens are those without it. ``position_ids`` matter with rotary attention only, by
-        default counted without padding, over all ranks of a group. Packed documents have a state each; they are told
-        by ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``cu_seqlens`` (B = 1), by ``seq_idx`` [B, T] or by position_ids that
-        start again. Raises ValueError naming the argument; one that is not known is refused.
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, past + T]``, 0 (as floats: -inf) at padding, wherever it lies. Padding
+                leaves the states as they are, and the results at tokens are those without it.
+            position_ids: Matter with rotary attention only; by default counted without padding, over all
+                ranks of a group. Positions that start again begin a new document.
+            past_key_values: An HLACache.
+            inputs_embeds: Instead of ``input_ids``.
+            use_cache: By default outside of training.
+            **kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``cu_seqlens`` (B = 1), or ``seq_idx`` ``[B,
+                T]``, say where packed documents begin; each has a state.
+
+        Raises:
+            ValueError: An argument is wrong, or unknown; the message names it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
@@ -187,7 +196,9 @@ class HLAModel(HLAPreTrainedModel):
 
 
 class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
-    """Tokens to next-token logits [B, T, N]; the output layer is the embedding, or its own if that is not tied."""
+    """Tokens to next-token logits [B, T, N]; the output layer is the embedding, or its own if that is not
+    tied.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.network.embedding.weight"}
 
@@ -216,9 +227,10 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As :meth:`HLAModel.forward`; with ``labels`` [B, T] (shifted here, -100 left out) also the mean loss.
+        """As :meth:`HLAModel.forward`; with ``labels`` ``[B, T]`` also the mean loss.
 
-        ``logits_to_keep``: only the last so many places' logits, or those at the given indices; 0 is all.
+        Labels are shifted inside, and -100 is left out. ``logits_to_keep``: only the last so many places'
+        logits, or those at the given indices; 0 is all.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -243,12 +255,11 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. With ``past_key_values``, ``inputs`` are the whole text, of which the cache has the
-        beginning, or new tokens alone.
+        """As transformers'; with ``past_key_values``, ``inputs`` are the whole text or new tokens alone.
 
-        They are taken for the whole text if they begin as the text in the cache did, or as an ``attention_mask`` of
-        their length says; for new tokens if they do not, or as a mask of all places, [B, past + T], says. Raises
-        ValueError if the cache covers the whole text already.
+        They are the whole text if they begin as the text in the cache did, or if an ``attention_mask`` has
+        their length. They are new tokens if they begin otherwise, or if the mask covers all places, ``[B,
+        past + T]``. Raises ValueError if the cache covers the whole text already.
         """
         _refuse_shards(
             self.model, "generate: expected whole prompts", "it would read one per rank; inside alone() it runs on one"

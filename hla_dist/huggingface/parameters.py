@@ -15,7 +15,7 @@ PREFIX, OUTPUT = "model.network.", "lm_head.weight"
 
 
 def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLAForCausalLM:
-    """A transformers model that holds copies of a :class:`hla_dist.models.LanguageModel`'s parameters.
+    """Return a transformers model with copies of a :class:`hla_dist.models.LanguageModel`'s parameters.
 
     Raises ValueError if names or shapes are not those of ``config``.
     """
@@ -34,7 +34,7 @@ def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLA
 
 
 def from_huggingface(model: HLAForCausalLM) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Copies of the parameters as LanguageModel names them, and the configuration; undoes :func:`to_huggingface`."""
+    """Return copies of the parameters as LanguageModel names them, and the configuration."""
     tensors = {
         name.removeprefix(PREFIX): tensor.detach().clone()
         for name, tensor in model.state_dict().items()

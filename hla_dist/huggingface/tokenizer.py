@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 tokens that ``save_pretrained`` can store beside a model; it has no special tokens.
+    """Return a tokenizer of 256 tokens, which ``save_pretrained`` can store beside a model.
 
-    For padded batches set ``pad_token_id = 0`` on the one in use, not on one that is saved: a loaded special token is
-    also looked for in the text, by its printable stand-in.
+    It has no special tokens. For padded batches set ``pad_token_id = 0`` on the tokenizer in use, not
+    on one that is saved: a loaded special token is also looked for in the text, by its printable
+    stand-in.
     """
     # GPT-2's printable stand-ins: bytes that print stand for themselves, the others follow from 256 on
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
@@ -25,7 +26,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def for_models(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """With what transformers adds to a tokenizer: a model's inputs by name, and padding in front for generation."""
+    """With what transformers adds to a tokenizer: a model's inputs by name, and padding in front for
+    generation.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,

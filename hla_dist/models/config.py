@@ -13,14 +13,27 @@ from hla_dist.operators import NAMED
 class ModelConfig:
     """Everything that decides a model's parameters and their meaning; saved with every checkpoint.
 
-    ``mlp_size`` 0 means 8/3 of ``hidden_size`` rounded up to a multiple of 32, so that a SwiGLU block has as many
-    parameters as a two-matrix block four times as wide. ``attention`` holds further keyword options of
-    :class:`hla_dist.HLAAttention`, ``softmax`` of :class:`hla_dist.SoftmaxAttention`.
+    Attributes:
+        vocab_size: Number of tokens.
+        hidden_size: D.
+        num_layers: Number of blocks.
+        num_heads: H.
+        num_kv_heads: G, a divisor of H; None: H.
+        head_dim: K; None: D / H.
+        mlp_size: Width of SwiGLU. 0: 8/3 of ``hidden_size`` rounded up to a multiple of 32, so that a
+            block has as many parameters as a two-matrix block four times as wide.
+        op: The operator of every layer, unless ``pattern`` says otherwise.
+        norm_eps: Epsilon of every norm.
+        attention: Further options of :class:`hla_dist.HLAAttention`.
+        pattern: Makes a hybrid: names of operators or ``softmax``, separated by commas, each perhaps
+            with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``. Empty: ``op``
+            throughout.
+        softmax: Further options of :class:`hla_dist.SoftmaxAttention`.
+        tie_word_embeddings: False gives the output layer a matrix of its own instead of the
+            embedding's.
 
-    ``pattern`` makes a hybrid: names of operators or ``softmax``, separated by commas, each perhaps with a count, from
-    the first layer on and over again until there are ``num_layers``: ``"hla2*3,softmax*1"``. Empty: ``op`` throughout.
-    ``tie_word_embeddings`` False gives the output layer a matrix of its own instead of the embedding's.
-    Raises ValueError for sizes that cannot be built.
+    Raises:
+        ValueError: The sizes cannot be built.
     """
 
     vocab_size: int = 256
@@ -56,17 +69,20 @@ class ModelConfig:
 
     @property
     def mixers(self) -> list[str]:
-        """The operator of every layer, or ``softmax``."""
+        """Return the operator of every layer, or ``softmax``."""
         period = read_pattern(self.pattern) or [self.op]
         return [period[layer % len(period)] for layer in range(self.num_layers)]
 
     @property
     def resolved_mlp_size(self) -> int:
-        """Width of the SwiGLU hidden layer."""
+        """Return the width of the SwiGLU hidden layer."""
         return self.mlp_size or -(-8 * self.hidden_size // (3 * 32)) * 32
 
     def differences(self, other: ModelConfig) -> list[str]:
-        """Fields in which ``other`` is another network, though its parameters may have the same names and shapes."""
+        """Return the fields in which ``other`` is another network.
+
+        Its parameters may have the same names and shapes.
+        """
         one, two = ({f.name: getattr(c, f.name) for f in fields(c)} | c._resolved() for c in (self, other))
         # by their JSON: a tuple comes back from a file as a list
         return [name for name in one if json.dumps(one[name], sort_keys=True) != json.dumps(two[name], sort_keys=True)]
@@ -81,12 +97,12 @@ class ModelConfig:
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for JSON."""
+        """Return plain types only, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Inverse of :meth:`to_dict`; raises ValueError naming a field that this version does not know."""
+        """Undo :meth:`to_dict`; raise ValueError naming a field that this version does not know."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"ModelConfig: unknown field(s) {', '.join(unknown)}")
@@ -94,7 +110,7 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> ModelConfig:
-        """A named size with some fields changed; raises ValueError listing the names if there is none such."""
+        """Return a named size with some fields changed; raise ValueError listing the names otherwise."""
         if name not in SIZES:
             raise ValueError(f"model size: expected one of {', '.join(SIZES)}, got {name!r}")
         return cls(**{**SIZES[name], **changes})

@@ -109,14 +109,18 @@ class Block(nn.Module):
 
 
 def recomputed(fn: Any, *arguments: Any) -> Any:
-    """``fn(*arguments)``, where gradients are on keeping the arguments only; backward computes it again, silently."""
+    """``fn(*arguments)``, where gradients are on keeping the arguments only; backward computes it again,
+    silently.
+    """
     if not torch.is_grad_enabled():
         return fn(*arguments)
     return checkpoint(fn, *arguments, use_reentrant=False, context_fn=checkpoint_context)
 
 
 def residual_scale(config: ModelConfig) -> float:
-    """1/sqrt(writers): with it the residual stream's variance at initialisation does not grow with depth (GPT-2)."""
+    """1/sqrt(writers): with it the residual stream's variance at initialisation does not grow with depth
+    (GPT-2).
+    """
     return 1.0 / math.sqrt(2 * config.num_layers)
 
 
@@ -125,11 +129,22 @@ class LanguageModel(nn.Module):
 
         logits = norm(blocks(E[tokens])) E^T                      tokens [B, T] -> logits [B, T, N]
 
-    With ``tie_word_embeddings=False`` a matrix of its own, ``lm_head``, stands in E's place at the output.
+    With ``tie_word_embeddings=False`` a matrix of its own, ``lm_head``, stands in E's place at the
+    output.
 
-    It has no position embeddings of its own: order comes from the attention layers (causal, with decay), so nothing
-    here depends on where a shard begins. Wrap it in :class:`hla_dist.SequenceParallelHLA` to run it on
-    shards of a sequence; its communication is that of its attention layers.
+    The model has no position embeddings. Order comes from the attention layers (causal, with decay), so
+    nothing depends on where a shard begins. Wrap it in :class:`hla_dist.SequenceParallelHLA` to run it
+    on shards of a sequence; its communication is that of its attention layers.
+
+    Args:
+        config: The shape.
+
+    Examples:
+        >>> import torch
+        >>> from hla_dist.models import LanguageModel, ModelConfig
+        >>> model = LanguageModel(ModelConfig(vocab_size=100, hidden_size=32, num_layers=2))
+        >>> model(torch.randint(100, (1, 50))).shape
+        torch.Size([1, 50, 100])
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -147,12 +162,16 @@ class LanguageModel(nn.Module):
 
     @property
     def activation_checkpointing(self) -> str:
-        """What backward computes again instead of forward keeping it; the loss and the gradients do not change.
+        """What backward computes again instead of forward keeping it; loss and gradients do not change.
 
-        "none" (default, False too): nothing. "layer" (True): each block from its input. "sublayer", for the longest
-        shards: each attention and each SwiGLU layer from its input, and all that treats tokens alone in chunks of
-        CHUNK_TOKENS, in evaluation too; projections are then computed three times. No policy sends a summary
-        twice; a softmax layer gets its keys and values anew, since those of all ranks would be more than its input.
+        - "none" (or False), the default: nothing.
+        - "layer" (or True): each block, from its input.
+        - "sublayer", for the longest shards: each attention and each SwiGLU layer, from its input. All that
+          treats tokens alone runs in chunks of CHUNK_TOKENS, in evaluation too; projections are then
+          computed three times.
+
+        No policy sends a summary twice. A softmax layer gets its keys and values again, since those of all
+        ranks would be more than its input.
         """
         return self._checkpointing
 
@@ -169,10 +188,10 @@ class LanguageModel(nn.Module):
             block.attention.chunk_tokens = CHUNK_TOKENS if policy == "sublayer" else 0
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter anew; after ``to_empty`` on a model built on the meta device, for example.
+        """Initialise every parameter anew, for example after ``to_empty`` on a model built on the meta device.
 
-        What writes to the residual stream is scaled by :func:`residual_scale`; the embedding's deviation is 0.02, as
-        usual where it is the output too.
+        What writes to the residual stream is scaled by :func:`residual_scale`. The embedding's deviation is
+        0.02, as usual where it is the output too.
         """
         self._reset(nn.Embedding, SwiGLU, HLAAttention, SoftmaxAttention, nn.RMSNorm)
         if self.lm_head is not None:
@@ -193,15 +212,24 @@ class LanguageModel(nn.Module):
         return_state: bool = False,
         labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Any]]:
-        """Logits [B, T, N]; with ``return_state`` also one state a layer, the ``state`` of the next call.
+        """Return logits ``[B, T, N]``, and with ``return_state`` one state per layer, the next call's
+        ``state``.
 
-        With ``labels`` [B, T], instead of logits the sum of the cross-entropies of these tokens' labels, those of -100
-        left out: logits then exist for a chunk of tokens at a time (:func:`summed_cross_entropy`).
+        Streaming a text in pieces of any length, each with the state that the last one returned, gives the
+        logits of the whole text. T = 1 is the decode step.
 
-        Streaming a text in pieces of any length, each with the state the last one returned, gives the logits of
-        the whole text; T = 1 is the decode step. ``positions``, the tokens' global ones, matter with rotary
-        attention only, and there must be given with a state. Raises ValueError for tokens that are not integers
-        [B, T], or a state of another depth.
+        Args:
+            tokens: Integers ``[B, T]``.
+            state: What an earlier call returned.
+            cu_seqlens: As for :class:`hla_dist.HLAAttention`.
+            positions: The tokens' global positions. They matter with rotary attention only, which needs
+                them with a state.
+            return_state: Return the states too.
+            labels: ``[B, T]``. The result is then the sum of the cross-entropies of these labels, -100 left
+                out, instead of logits, which exist for a chunk of tokens at a time.
+
+        Raises:
+            ValueError: Tokens are not integers ``[B, T]``, or the state has another depth.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
@@ -225,9 +253,10 @@ class LanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, list[Any]]:
-        """What the blocks make of embeddings x [B, T, D], before the last norm, and the states (None each if unwanted).
+        """Return what the blocks make of embeddings x ``[B, T, D]``, before the last norm, and the states.
 
-        ``attention_mask`` [B, T] is 0 where there is no token: such a place leaves every state as it is.
+        States are None unless asked for. ``attention_mask`` ``[B, T]`` is 0 where there is no token: such a
+        place leaves every state as it is.
         """
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state: expected one state for each of {len(self.blocks)} layers, got {len(state)}")

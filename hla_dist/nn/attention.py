@@ -44,55 +44,86 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torc
 class HLAAttention(RenamesOnLoad):
     """Multi-head attention of order 1, 2 or 3 with a state of constant size.
 
-        q = rotary(norm(phi(x W_q)))       [B, T, H, K]        k likewise [B, T, G, K],  v = x W_v [B, T, G, V]
-        o = op(q, k, v, log_decay)         [B, T, H, V]        float32 states inside, whatever x's dtype
+        q = rotary(norm(phi(x W_q)))       [B, T, H, K]
+        k = rotary(norm(phi(x W_k)))       [B, T, G, K],  v = x W_v [B, T, G, V]
+        o = op(q, k, v, log_decay)         [B, T, H, V]   float32 states inside, whatever x's dtype
         y = (rms_norm(o) * act(x W_g)) W_o                     [B, T, D]
 
-    Every parameter's gradient on a rank is that of the rank's own tokens: ``SequenceParallelHLA`` adds them up.
-    Communication: that of the operator over ``group``, one all-gather forward and one backward; see ``rope_theta``.
-    Raises ValueError naming the option, what was expected and what came.
+    Every parameter's gradient on a rank is that of the rank's own tokens; ``SequenceParallelHLA`` adds
+    them up. fp16 activations are widened to float32 for the operator alone, because sums inside grow
+    like T, beyond fp16's 65504.
 
-    Options, and why they are what they are:
+    The plain attributes ``group`` and ``shard_lengths`` are None until ``SequenceParallelHLA`` sets
+    them. They are not in the state_dict, not pickled, and shared by deepcopy. ``chunk_tokens`` (0: off)
+    has all but the operator itself done for so many tokens at a time and computed again in backward, so
+    that no copies of a long shard are kept.
 
-    ``op``: ``"hla2"`` (default), ``"linear_attention"``, and any further operator of the library by name. First order
-        with ``decay="head"`` is RetNet's retention, with ``decay="token"`` Mamba-2's and simple GLA's scalar gates;
-        with ``decay=None``, ``qk_norm=None``, ``feature_map="elu+1"`` and ``normalize`` the first linear transformer.
-    ``num_kv_heads``: G, dividing H (default H); fewer key/value heads, less to store and to send.
-    ``head_dim``: K (default D / H). ``value_dim``: V, per head (default K); the state is K x V a head.
-    ``feature_map``: on queries and keys before their norm: ``"identity"``, ``"elu+1"``, ``"relu"``, ``"relu_squared"``,
-        ``"sigmoid"``, ``"silu"``, ``"softmax"`` (over the K features), or a callable ``[..., K] -> [..., K']``, a
-        kernel trick of your own (default None, the identity: the operators need no positivity; ``normalize`` does).
-    ``qk_norm``: ``"l2"`` (default) gives q and k length 1, which bounds every state by powers of the token count
-        whatever the weights do; ``"rms"`` gives them length sqrt(K) times a learned weight a channel; None leaves
-        them, and bounding them, to the caller.
-    ``scale``: multiplies q (default: 1/sqrt(K), with ``"l2"`` sqrt(K); either way scale * (q . k) of unrelated q and
-        k has variance 1, so that the first tokens' outputs are of order 1 for every K, order and norm).
-    ``decay``: ``"token"`` (default): log g = log_sigmoid(x W_d + b) / temperature for each token and head, in float32
-        (a slow gate is 1 - 10^-4, which bf16 rounds to 1); ``"head"``: the same without x W_d; None: no decay.
-    ``decay_heads``: gates per query head (H, default) or per key/value head (G; S is then shared within each).
-    ``decay_temperature``: how hard a token can cut (default 1: a gate moves freely between 0 and 1; GLA's 16 keeps
-        every gate near 1).
-    ``decay_range``: memory of the first and the last head at initialisation, in tokens (default 2 to 4096; the
-        others between, in equal ratios), so that some heads read locally and some far from the start.
-    ``norm_eps``: epsilon of ``qk_norm`` (default 1e-6).
-    ``output_norm``: RMS norm of each head's output, in float32 (default True). Outputs of order n grow like T^n without
-        decay; with it the first token and the millionth leave this layer at the same scale.
-    ``output_norm_eps``: its epsilon, added to the mean square (default 1e-3): little beside a first token's output of
-        order 1, yet an output whose terms happen to cancel, and its gradient, are not blown up more than 30 times.
-    ``output_gate``: ``"silu"`` (default) or ``"sigmoid"`` of a further projection of x, or None.
-    ``residual_scale``: factor on W_o's initialisation (default 1; 1/sqrt(2 layers) keeps a deep residual stream's
-        variance from growing).
-    ``rope_theta``: base of rotary positions (default None: the decay tells order; 10000 is usual). Positions are
-        global: ``positions`` given to forward, else counted from the shard's start, which is known from
-        ``shard_lengths`` or else asked for by one all-gather of one integer a call; a call with ``state`` needs them.
-    ``mask``, ``decay_form``, ``ridge``, ``normalize``, ``eps``, ``chunk_size``, ``exchange``, ``wire_dtype``,
-        ``backend``: the operator's.
+    Communication: that of the operator over ``group``, one all-gather forward and one backward; see
+    ``rope_theta``.
 
-    fp16 activations are widened to float32 for the operator alone: what is inside grows like T, beyond fp16's 65504.
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        op: ``"hla2"``, ``"linear_attention"``, ``"ahla"`` or ``"hla3"``. First order with
+            ``decay="head"`` is RetNet's retention, with ``decay="token"`` the scalar gates of Mamba-2
+            and simple GLA; with ``decay=None, qk_norm=None, feature_map="elu+1"`` and ``normalize`` the
+            first linear transformer.
+        num_kv_heads: G, a divisor of H; None: H. Fewer key/value heads are less to store and to send.
+        head_dim: K; None: D / H.
+        value_dim: V; None: K. The state is K x V per head.
+        feature_map: Applied to queries and keys before their norm: ``"identity"``, ``"elu+1"``,
+            ``"relu"``, ``"relu_squared"``, ``"sigmoid"``, ``"silu"``, ``"softmax"`` (over the K
+            features), or a callable ``[..., K] -> [..., K']``. None: the identity. The operators need
+            no positivity; ``normalize`` does.
+        qk_norm: ``"l2"`` gives q and k length 1, which bounds every state by powers of the token count
+            whatever the weights do. ``"rms"`` gives them length sqrt(K) times a learned weight per
+            channel. None leaves them, and bounding them, to the caller.
+        scale: Multiplies q; None: sqrt(K) with ``"l2"``, else 1/sqrt(K). Either way scale * (q . k) of
+            unrelated q and k has variance 1, so that the first tokens' outputs are of order 1.
+        decay: ``"token"``: log g = log_sigmoid(x W_d + b) / temperature for each token and head, in
+            float32, because bf16 rounds a slow gate of 1 - 10^-4 to 1. ``"head"``: the same without x
+            W_d. None: no decay.
+        decay_heads: Gates per query head (H) or per key/value head (G; S is then shared within each);
+            None: H.
+        decay_temperature: How hard a token can cut. At 1 a gate moves freely between 0 and 1; GLA's 16
+            keeps every gate near 1.
+        decay_range: Memory of the first and the last head at initialisation, in tokens; the others lie
+            between, in equal ratios. So some heads read locally and some far from the start.
+        norm_eps: Epsilon of ``qk_norm``.
+        output_norm: RMS norm of each head's output, in float32. Outputs of order n grow like T^n
+            without decay; with it the first token and the millionth leave this layer at the same scale.
+        output_norm_eps: Its epsilon, added to the mean square. It is small beside a first token's
+            output of order 1; yet an output whose terms happen to cancel, and its gradient, grow by 30
+            times at most.
+        output_gate: ``"silu"`` or ``"sigmoid"`` of a further projection of x; None: no gate.
+        residual_scale: Factor on W_o's initialisation. 1/sqrt(2 layers) keeps a deep residual stream's
+            variance from growing.
+        rope_theta: Base of rotary positions; None: no positions, the decay tells order. Positions are
+            global: those given to forward, or else counted from the shard's start. ``shard_lengths``
+            tell where that is; without them one all-gather of one integer per call asks. A call with
+            ``state`` needs positions.
+        mask: The operator's, as all below.
+        decay_form: See :func:`hla_dist.hla2`.
+        ridge: See :func:`hla_dist.hla2`.
+        normalize: See :func:`hla_dist.hla2`.
+        eps: See :func:`hla_dist.hla2`.
+        chunk_size: See :func:`hla_dist.hla2`.
+        exchange: See :func:`hla_dist.hla2`.
+        wire_dtype: See :func:`hla_dist.hla2`.
+        backend: See :func:`hla_dist.hla2`.
+        device: Of the parameters.
+        dtype: Of the parameters.
 
-    Plain attributes ``group`` and ``shard_lengths`` (None; not in the state_dict, not pickled, shared by deepcopy) are
-    set by ``SequenceParallelHLA``. ``chunk_tokens`` (0: off): all but the operator itself is done for so many tokens at
-    a time and computed again in backward, so that no copies of a long shard are kept.
+    Raises:
+        ValueError: An option is wrong; the message names it, what was expected and what came.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> attention = hla_dist.HLAAttention(hidden_size=32, num_heads=4)
+        >>> x = torch.randn(2, 100, 32)
+        >>> y, state = attention(x)
+        >>> y.shape
+        torch.Size([2, 100, 32])
     """
 
     def __init__(
@@ -195,9 +226,11 @@ class HLAAttention(RenamesOnLoad):
         self._reset_gates()
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter anew; after ``to_empty`` on a module built on the meta device, for example.
+        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
+        device.
 
-        The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, tau from ``decay_range`` in equal ratios.
+        The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, with tau from ``decay_range`` in
+        equal ratios.
         """
         for child in self.children():
             if isinstance(child, (nn.Linear, HeadNorm)):
@@ -227,16 +260,22 @@ class HLAAttention(RenamesOnLoad):
         group: Any = None,
         output_final_state: bool | None = None,
     ) -> tuple[Tensor, Any]:
-        """``y [B, T, D]`` and the state after the last token, for ``x [B, T, D]``, this rank's shard with a group.
+        """Return ``y [B, T, D]`` and the state after the last token.
 
-        ``state`` is what an earlier call returned, for text that goes on; T = 1 with it is the decode step.
-        ``output_final_state`` None means: if a state came in, or gradients are off (a training step does not pay for
-        it). ``cu_seqlens`` [N + 1]: documents packed into one sequence (B = 1, over a group the whole one), a state
-        each; unequal shards need ``shard_lengths``. ``positions`` [T] or [B, T] are global, by default since the
-        document's start, and used with ``rope_theta`` only. ``attention_mask`` [B, T] is 0, False or -inf where there
-        is no token (padding; see :func:`present`): the state passes through as it is, and y is 0 there; ``positions``
-        that are not given count it. ``group`` wins over the
-        attribute. Errors, communication and numerics are the operator's; see the class.
+        Errors, communication and numerics are the operator's; see the class.
+
+        Args:
+            x: ``[B, T, D]``, with a group this rank's shard.
+            state: What an earlier call returned, for text that continues. T = 1 with it is the decode step.
+            cu_seqlens: ``[N + 1]``, documents packed into one sequence (B = 1), with one state each. Over a
+                group it is that of the whole sequence, and unequal shards need ``shard_lengths``.
+            positions: ``[T]`` or ``[B, T]``, global, used with ``rope_theta`` only; None: since the
+                document's start.
+            attention_mask: ``[B, T]``; 0, False or -inf where there is no token (padding). There the state
+                passes through as it is, and y is 0. Positions that are not given leave padding out.
+            group: Used instead of the attribute.
+            output_final_state: None: if a state came in, or if gradients are off, so that a training step
+                does not pay for it.
         """
         group = self.group if group is None else group
         problem = self._problem(x, state, positions, attention_mask)

@@ -28,32 +28,44 @@ _LOAD_HOOKS = "_load_state_dict_pre_hooks"
 
 
 class SequenceParallelHLA(nn.Module):
-    """Runs ``module``, which holds HLAAttention or SoftmaxAttention layers, on this rank's shard of every sequence.
+    """Run ``module``, which holds HLAAttention or SoftmaxAttention layers, on this rank's shard of every
+    sequence.
 
-        wrapped(x[:, shard]) = module(x)[:, shard]                  for every rank's shard, in rank order
-        sum over ranks of d loss_r / d w  ->  w.grad                on every rank, at the end of each backward
+        wrapped(x[:, shard]) = module(x)[:, shard]         for every rank's shard, in rank order
+        sum over ranks of d loss_r / d w  ->  w.grad       on every rank, after each backward
 
-    Inputs are local shards (``hla_dist.shard_batch``), and the loss on each rank its share of the whole
-    (``hla_dist.token_loss``): gradients are *summed*. Names in ``state_dict``, ``named_parameters`` and
-    ``named_modules`` are the module's own; attributes not found here are looked up in ``module``.
+    Inputs are local shards (``hla_dist.shard_batch``). The loss on each rank is its share of the whole
+    (``hla_dist.token_loss``), and gradients are *summed*. Names in ``state_dict``, ``named_parameters``
+    and ``named_modules`` are the module's own. Attributes that the wrapper lacks are looked up in
+    ``module``.
 
-    ``group``: ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator over which sequences are sharded, in
-        rank order.
-    ``reduce_gradients``: sum the gradients of plain parameters over ``gradient_group`` once a backward (default
-        True). DTensor parameters are left to FSDP2, whose mesh must then contain the sequence ranks. Its division
-        of gradients is turned off here, unless ``set_gradient_divide_factor`` has set one.
-    ``shard_lengths``: one length a rank, where they are known: rotary positions then need no communication. May be
-        set anew before any step as the attribute of that name.
-    ``gradient_group``: the group over which gradients are summed and parameters agreed on, if it is not ``group``:
-        all ranks of a mesh of data x sequence axes, for example, with losses divided by *all* valid tokens.
-    ``exchange``, ``wire_dtype``: how summaries travel (``hla_dist.hla2``), for every layer; None: as each layer says.
-    ``sync_parameters``: start from the first rank's parameters and buffers (default True).
+    Communication: that of the attention layers. At construction an all-gather of names and shapes, and
+    a broadcast of parameters. After a backward one all-reduce of all gradients per dtype (in buckets of
+    256 MiB), none under ``no_sync()``. Every rank runs backward if one does.
 
-    Communication: that of the attention layers; at construction an all-gather of names and shapes and a broadcast of
-    parameters; after a backward one all-reduce of all gradients a dtype (in buckets of 256 MiB), none under
-    ``no_sync()``. Every rank runs backward if one does. Raises ValueError, the same on every rank of
-    ``gradient_group``, if a module holds no such layer, one that has a group already (wrapped twice), parameters
-    on the meta device, or parameters that differ between ranks in name, shape, dtype or requires_grad.
+    Args:
+        module: One layer or a whole model.
+        group: ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator over which sequences are
+            sharded, in rank order.
+        reduce_gradients: Sum the gradients of plain parameters over ``gradient_group`` once per
+            backward. DTensor parameters are left to FSDP2, whose mesh must then contain the sequence
+            ranks. Its division of gradients is turned off, unless ``set_gradient_divide_factor`` has
+            set one.
+        shard_lengths: One length per rank, where they are known: rotary positions then need no
+            communication. May be set anew before any step as the attribute of that name.
+        gradient_group: The group over which gradients are summed and parameters agreed on; None:
+            ``group``. On a mesh of data x sequence axes it is all ranks, with losses divided by *all*
+            valid tokens.
+        exchange: How summaries travel, for every layer; None: as each layer says.
+        wire_dtype: What summaries travel in, for every layer; None: as each layer says.
+        sync_parameters: Start from the first rank's parameters and buffers.
+
+    Raises:
+        ValueError: The same on every rank of ``gradient_group``, if the module holds no such layer, one
+            that has a group already (wrapped twice), parameters on the meta device, or parameters that
+            differ between ranks in name, shape, dtype or requires_grad.
+
+    An example on several ranks is in docs/wrap-your-model.md.
     """
 
     def __init__(
@@ -110,7 +122,7 @@ class SequenceParallelHLA(nn.Module):
             layer.shard_lengths = lengths
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``module(*args, **kwargs)``; tensors are local shards."""
+        """Return ``module(*args, **kwargs)``; tensors are local shards."""
         if not self._fsdp_sums and not torch.compiler.is_compiling():
             self._fsdp_sums = True  # at the first call: fully_shard may come after the wrapper
             _sum_under_fsdp(self)
@@ -121,7 +133,10 @@ class SequenceParallelHLA(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside keep their gradients on the rank; the first one outside reduces what has accumulated."""
+        """Keep the gradients of backwards inside on the rank.
+
+        The first backward outside reduces what has accumulated.
+        """
         if self._reduction is None:
             yield
             return
@@ -133,7 +148,7 @@ class SequenceParallelHLA(nn.Module):
 
     @contextmanager
     def alone(self) -> Iterator[nn.Module]:
-        """Inside, the module runs on whole sequences on this rank alone, with no communication: to generate, say."""
+        """Run the module inside on whole sequences on this rank alone: to generate, for example."""
         groups = [layer.group for layer in self._layers]
         try:
             with self.no_sync():
@@ -145,7 +160,7 @@ class SequenceParallelHLA(nn.Module):
                 layer.group = group
 
     def unwrap(self) -> nn.Module:
-        """The module as it was before, without group and hooks; this wrapper is of no use afterwards."""
+        """Return the module without group and hooks; the wrapper cannot be used afterwards."""
         for layer in self._layers:
             layer.group = layer.shard_lengths = None
         self._layers = []

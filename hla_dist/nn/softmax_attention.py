@@ -52,26 +52,50 @@ class Call(NamedTuple):
 class SoftmaxAttention(RenamesOnLoad):
     """Causal multi-head softmax attention, on one device or over the ranks that share a sequence.
 
-        q = rotary(norm(x W_q)) [B, T, H, K],  k = rotary(norm(x W_k)) [B, T, G, K],  v = x W_v [B, T, G, K]
-        y = concat_h(softmax(scale q k^T) v) W_o                                            [B, T, D]
+        q = rotary(norm(x W_q))                         [B, T, H, K]
+        k = rotary(norm(x W_k)),  v = x W_v             [B, T, G, K]
+        y = concat_h(softmax(scale q k^T) v) W_o        [B, T, D]
 
-    Arguments and names are those of :class:`hla_dist.HLAAttention`; y and every gradient are those of one device.
+    Arguments and names are those of :class:`hla_dist.HLAAttention`. y and every gradient are those of
+    one device.
 
-    ``num_kv_heads``: G, dividing H (default H). ``head_dim``: K (default D / H). ``scale``: default 1/sqrt(K).
-    ``window``: a token sees itself and the ``window - 1`` before it (default None: everything before it).
-    ``qk_norm``: ``"rms"`` (default): length sqrt(K) times a learned weight a channel; None. ``norm_eps``: its epsilon.
-    ``rope_theta``: base of rotary positions, which count from a document's start, earlier calls included (default
-        10000); None: no positions; the causal mask alone tells order.
-    ``exchange``: what travels over a group. ``"gather"``: keys and values come to the ranks whose queries see them,
-        none to ranks before, and with a window only from its reach; any number of ranks. ``"ulysses"``: heads for
-        tokens, so that each rank attends over the whole sequence for H / P of the heads; P ranks must divide G, and
-        there are no states. ``"auto"`` (default): ulysses where it can be and there is no window, since its work is
-        the same for all ranks, while with gather later ranks see more keys; else gather.
+    Communication over a group: one all-gather of a few integers. Then gather makes one all-to-all
+    forward and one backward, ulysses two and two. Activation checkpointing sends keys and values again,
+    because to keep those of all ranks is what it is there to avoid.
 
-    Communication over a group: one all-gather of a few integers, then for gather one all-to-all forward and one
-    backward, for ulysses two and two. Activation checkpointing sends keys and values again: to keep those of all ranks
-    would be what it is there to avoid. Memory: the keys and values this rank sees; scores a block of queries at a time.
-    Raises ValueError naming the option, what was expected and what came; over a group, on every rank alike.
+    Memory: the keys and values that this rank sees, and scores of a block of queries at a time.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        num_kv_heads: G, a divisor of H; None: H.
+        head_dim: K; None: D / H.
+        window: A token sees itself and the ``window - 1`` before it; None: everything before it.
+        scale: None: 1/sqrt(K).
+        qk_norm: ``"rms"``: length sqrt(K) times a learned weight per channel. None: no norm.
+        norm_eps: Its epsilon.
+        rope_theta: Base of rotary positions, which count from a document's start, earlier calls
+            included. None: no positions; the causal mask alone tells order.
+        residual_scale: Factor on W_o's initialisation.
+        exchange: What travels over a group. ``"gather"``: keys and values come to the ranks whose
+            queries see them, for any number of ranks. ``"ulysses"``: heads for tokens, so that each
+            rank attends over the whole sequence for H / P of the heads; P ranks must divide G, and
+            there are no states. ``"auto"``: ulysses where it is possible and there is no window,
+            because its work is the same for all ranks, while with gather later ranks see more keys;
+            else gather.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: An option is wrong; the message names it, what was expected and what came, over a
+            group on every rank alike.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> attention = hla_dist.SoftmaxAttention(hidden_size=32, num_heads=4, window=16)
+        >>> y, state = attention(torch.randn(2, 100, 32))
+        >>> y.shape
+        torch.Size([2, 100, 32])
     """
 
     def __init__(
@@ -132,7 +156,9 @@ class SoftmaxAttention(RenamesOnLoad):
         self.o_proj = normal_linear(queries, hidden_size, residual_scale * queries**-0.5, **factory)
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter anew; after ``to_empty`` on a module built on the meta device, for example."""
+        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
+        device.
+        """
         for child in self.children():
             if isinstance(child, (nn.Linear, HeadNorm)):
                 child.reset_parameters()
@@ -149,13 +175,18 @@ class SoftmaxAttention(RenamesOnLoad):
         group: Any = None,
         output_final_state: bool | None = None,
     ) -> tuple[Tensor, KVState | None]:
-        """``y [B, T, D]`` and the state after the last token, for ``x [B, T, D]``, this rank's shard with a group.
+        """Return ``y [B, T, D]`` and the state after the last token.
 
-        ``state``, ``cu_seqlens`` and where states are read and returned over a group: as for HLAAttention.
-        ``output_final_state`` None means: if a state came in or, without a group, gradients are off. Batch rows may
-        have states of unequal length on one device. ``positions`` [T] or [B, T] replace the layer's own.
-        ``attention_mask`` [B, T]: as for HLAAttention; padding is no place in the window, and positions that the layer
-        counts leave it out. Over a group, padded rows are attended to one after the other.
+        Args:
+            x: ``[B, T, D]``, with a group this rank's shard.
+            state: As for HLAAttention. On one device batch rows may have states of unequal length.
+            cu_seqlens: As for HLAAttention.
+            positions: ``[T]`` or ``[B, T]``; they replace the layer's own.
+            attention_mask: ``[B, T]``, as for HLAAttention. Padding is no place in the window, and
+                positions that the layer counts leave it out. Over a group, padded rows are attended to one
+                after the other.
+            group: Used instead of the attribute.
+            output_final_state: None: if a state came in or, without a group, if gradients are off.
         """
         group = self.group if group is None else group
         ranks, rank = (1, 0) if group is None else (group_size(resolve_group(group)), group_rank(resolve_group(group)))

@@ -20,13 +20,15 @@ from hla_dist.operators.precision import without_autocast
 
 @dataclass(frozen=True)
 class Summary:
-    """A segment described alone (docs/algebra.md, segment summaries).
+    """A segment described alone (docs/algebra.md, segment summaries); float32 or float64.
 
-    operator  the operator's name (``"hla2_prefix"``, ``"hla2_paper"`` for hla2 with those options)
-    rho       product of the segment's gates                                  [B, H]
-    fields    by letter, e.g. S, C, F for hla2                                [B, H, rows, columns]
+    A letter also reads as an attribute: ``summary.S``.
 
-    A letter also reads as an attribute: ``summary.S``. float32 or float64.
+    Attributes:
+        operator: The operator's name (``"hla2_prefix"`` or ``"hla2_paper"`` for hla2 with those
+            options).
+        rho: The product of the segment's gates, ``[B, H]``.
+        fields: Tensors ``[B, H, rows, columns]`` by letter, S, C and F for hla2.
     """
 
     operator: str
@@ -44,18 +46,31 @@ class Summary:
 
     @property
     def state(self) -> Any:
-        """The carry this segment leaves behind when nothing came before it."""
+        """Return the carry that this segment leaves behind when nothing came before it."""
         op = OPERATORS[self.operator]
         return op.state(*(self.fields[name] for name in op.states))
 
 
 def combine(left: Summary, right: Summary) -> Summary:
-    """Summary of two adjacent segments, ``left`` the earlier (docs/algebra.md, segment summaries).
+    """Return the summary of two adjacent segments, ``left`` the earlier (docs/algebra.md, eq. 4).
 
         hla2:  S = rho_r S_l + S_r      C = C_l + C_r      F = rho_r F_l + F_r + rho_r S_l C_r
 
-    Associative, not commutative. float32 or wider; plain torch, differentiable. No communication. Raises ValueError
-    if operators, shapes, dtypes or devices differ.
+    Associative, not commutative. float32 or wider; plain torch, differentiable. No communication.
+
+    Raises:
+        ValueError: Operators, shapes, dtypes or devices differ.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> q, k, v = torch.randn(3, 1, 10, 2, 4).unbind()
+        >>> left, right = (
+        ...     hla_dist.summarize("hla2", q[:, part], k[:, part], v[:, part])
+        ...     for part in (slice(0, 6), slice(6, 10))
+        ... )
+        >>> whole = hla_dist.summarize("hla2", q, k, v)
+        >>> torch.allclose(hla_dist.combine(left, right).F, whole.F, atol=1e-4)
+        True
     """
     for name, value in (("left", left), ("right", right)):
         if not isinstance(value, Summary):
@@ -84,9 +99,19 @@ def identity(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Summary:
-    """The summary of no tokens: rho = 1, every field zero; ``combine`` with it changes nothing.
+    """Return the summary of no tokens: rho is 1 and every field zero. ``combine`` with it changes nothing.
 
-    value_dim is V, or V + 1 with ``normalize``. Raises ValueError for an unknown operator.
+    Args:
+        operator: The operator's name.
+        batch: B.
+        heads: H.
+        key_dim: K.
+        value_dim: V, or V + 1 with ``normalize``.
+        dtype: float32 or float64.
+        device: Where the tensors lie.
+
+    Raises:
+        ValueError: The operator is unknown.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
@@ -99,9 +124,10 @@ def identity(
 
 
 def scan_exclusive(summaries: Sequence[Summary]) -> list[Summary]:
-    """What enters each of several adjacent segments: ``[identity, X_0, X_0 o X_1, ...]``, one a segment.
+    """Return what enters each of several adjacent segments: ``[identity, X_0, X_0 o X_1, ...]``.
 
-    Folded from the left in a fixed order. Raises ValueError for an empty sequence, or as ``combine`` does.
+    Folded from the left in a fixed order. Raises ValueError for an empty sequence, or as ``combine``
+    does.
     """
     if not summaries:
         raise ValueError("summaries: expected at least one Summary, got none")

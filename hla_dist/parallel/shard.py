@@ -35,9 +35,11 @@ _MAX_DIMS = 8  # of a tensor that unshard can agree on
 class ShardedBatch(NamedTuple):
     """One rank's share of a batch of token sequences.
 
-    inputs    [B, T_local]   what the model reads
-    labels    [B, T_local]   the next token of each, ``ignore_index`` where there is none to predict
-    positions [T_local]      the global position of each, the first token of the sequence being 0
+    Attributes:
+        inputs: ``[B, T_local]``, what the model reads.
+        labels: ``[B, T_local]``, the next token of each, ``ignore_index`` where there is none to
+            predict.
+        positions: ``[T_local]``, the global position of each; the sequence's first token has 0.
     """
 
     inputs: Tensor
@@ -76,12 +78,26 @@ def _check_lengths(lengths: Sequence[int], parts: int, total: int | None = None)
 
 
 def shard(x: Tensor, group: Any, dim: int = 1, lengths: Sequence[int] | None = None) -> Tensor:
-    """This rank's shard of ``x``, which every rank holds whole.
+    """Return this rank's shard of ``x``, which every rank holds whole.
 
         [.., T, ..] -> [.., T_local, ..]                                T = dim ``dim`` of x
 
-    Differentiable: the gradient of x is this rank's slice, zero elsewhere; its sum over the ranks is the whole one.
-    No communication. Raises ValueError if ``lengths`` are not one a rank, or do not sum to T.
+    Differentiable: the gradient of x is this rank's slice, zero elsewhere. Its sum over the ranks is
+    the whole gradient. No communication.
+
+    Args:
+        x: The whole tensor.
+        group: ProcessGroup, one-dimensional DeviceMesh or mpi4py communicator; None: not sharded.
+        dim: The dimension of tokens.
+        lengths: One shard length per rank, summing to T; None: as equal as possible.
+
+    Raises:
+        ValueError: ``lengths`` are not one per rank, or do not sum to T.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> hla_dist.shard(torch.arange(6)[None], group=None)  # one process: everything
+        tensor([[0, 1, 2, 3, 4, 5]])
     """
     _, rank, parts = _members(group)
     dim = _check_dim(x, dim)
@@ -91,17 +107,26 @@ def shard(x: Tensor, group: Any, dim: int = 1, lengths: Sequence[int] | None = N
 
 
 def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: int = 1) -> Tensor:
-    """The whole tensor, on every rank, from its shards.
+    """Return the whole tensor, on every rank, from its shards.
 
         [.., T_local, ..] -> [.., T, ..]                                T = sum of the ranks' T_local
 
-    Differentiable: each rank's shard gets the *sum over the ranks* of the gradients of its slice (a loss computed
-    alike on every rank is therefore counted P times; see the head of this file).
+    Differentiable: each rank's shard gets the *sum over the ranks* of the gradients of its slice. A
+    loss that every rank computes alike is therefore counted P times; divide it by P.
 
-    Communication: forward one all-gather of shards padded to the longest; backward one all-reduce of the whole
-    gradient. Without ``lengths``, first a small all-gather of lengths and shapes (read on the host), by which every
-    rank raises the same ValueError if dtypes or shapes differ; with ``lengths`` the other dimensions are taken to
-    agree, and only this rank's length is checked. Raises ValueError naming the argument otherwise.
+    Communication: forward one all-gather of shards padded to the longest; backward one all-reduce of
+    the whole gradient. Without ``lengths`` a small all-gather of lengths and shapes comes first, which
+    the host reads. By it every rank raises the same ValueError if dtypes or shapes differ. With
+    ``lengths`` only this rank's length is checked; the other dimensions must agree.
+
+    Args:
+        x: This rank's shard.
+        group: As for ``shard``.
+        lengths: One shard length per rank, if they are known.
+        dim: The dimension of tokens.
+
+    Raises:
+        ValueError: An argument is wrong; the message names it.
     """
     pg, rank, parts = _members(group)
     if pg is None or parts == 1:
@@ -174,15 +199,28 @@ class _Unshard(torch.autograd.Function):
 def shard_batch(
     tokens: Tensor, group: Any, lengths: Sequence[int] | None = None, ignore_index: int = -100
 ) -> ShardedBatch:
-    """Inputs, labels and positions of this rank's shard of a batch of sequences that every rank holds whole.
+    """Return this rank's inputs, labels and positions, from sequences that every rank holds whole.
 
-        inputs = tokens[:, :-1],  labels = tokens[:, 1:]                tokens [B, T + 1], then both cut into shards
+        inputs = tokens[:, :-1],  labels = tokens[:, 1:]        tokens [B, T + 1], then both are cut
 
-    The shift comes before the cut, so a shard's last label is the next rank's first token. Where a token equals
-    ``ignore_index`` it is padding: as a label it stays and does not count, as an input it is replaced by 0.
+    The shift comes before the cut, so a shard's last label is the next rank's first token. A token that
+    equals ``ignore_index`` is padding: as a label it stays and does not count, as an input it is
+    replaced by 0. No communication.
 
-    No communication: every rank must give the same tokens. Raises ValueError unless tokens are integers [B, T + 1],
-    T >= 1, or if ``lengths`` are not one a rank summing to T.
+    Args:
+        tokens: Integers ``[B, T + 1]``, T >= 1, the same on every rank.
+        group: As for ``shard``.
+        lengths: One shard length per rank, summing to T; None: as equal as possible.
+        ignore_index: The token that marks padding.
+
+    Raises:
+        ValueError: ``tokens`` or ``lengths`` are not as described.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> batch = hla_dist.shard_batch(torch.tensor([[5, 6, 7]]), group=None)
+        >>> batch.inputs, batch.labels
+        (tensor([[5, 6]]), tensor([[6, 7]]))
     """
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens: expected integers [B, T + 1], got {tokens.dtype} {list(tokens.shape)}")
@@ -205,18 +243,32 @@ def token_loss(
     ignore_index: int = -100,
     valid_tokens: Tensor | int | None = None,
 ) -> Tensor:
-    """This rank's share of the mean cross-entropy over the valid tokens of the whole sequence, in nats.
+    """Return this rank's share of the mean cross-entropy over the valid tokens of all ranks, in nats.
 
         share = sum_{local valid t} -log softmax(logits_t)[label_t]  /  (valid tokens on all ranks)
-                                                                        logits [.., N], labels [..] -> scalar
 
-    Shares sum to the loss, and gradients of shares, summed over the group, are its gradient: neither depends on how
-    many ranks there are. A shard with no valid token, or no token, has share 0 and stays connected to the graph, as
-    the operators' backward needs of every rank. With no valid token anywhere all shares are 0.
+    Shares sum to the loss. Gradients of shares, summed over the group, are its gradient. Neither
+    depends on the number of ranks. A shard without a valid token has share 0 and stays connected to the
+    graph, because every rank must run backward. Without any valid token all shares are 0. float32, or
+    float64 for float64 logits.
 
-    float32, or float64 for float64 logits. Communication: one all-reduce of two integers, none if ``valid_tokens``
-    is given (the global count, when it is known or covers several micro-batches). Raises ValueError, the same on
-    every rank unless ``valid_tokens`` is given, for shapes that do not match or (on CPU) labels out of range.
+    Communication: one all-reduce of two integers; none if ``valid_tokens`` is given.
+
+    Args:
+        logits: ``[.., N]``, this rank's.
+        labels: ``[..]`` integers, this rank's.
+        group: As for ``shard``.
+        ignore_index: The label that does not count.
+        valid_tokens: The global number of valid tokens, if known, or that of several micro-batches.
+
+    Raises:
+        ValueError: Shapes do not match, or (on CPU) labels are out of range; the same on every rank
+            unless ``valid_tokens`` is given.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> hla_dist.token_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, -100]]))  # log 8
+        tensor(2.0794)
     """
     problem = _loss_problem(logits, labels, ignore_index)
     pg, _, parts = _members(group)

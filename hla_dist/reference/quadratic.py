@@ -43,11 +43,13 @@ def quadratic(
         hla2, mask prefix    o = (D * ((D * N) N^T + ridge Q Q^T)) V
         hla2, paper          o = (D * ((D * N) N^T + ridge Q Q^T)) V - (D * N) (B * N^T) V
 
-    and ``mask="full"`` is the same without D: linear_attention N V, hla2 (N N^T + ridge Q Q^T) V, ahla N N V,
-    hla3 (N N^T + ridge Q Q^T) N V. B[t, i] = D[t - 1, i] for i < t, else 0. An initial state adds the terms of the
-    algebra's section 4. Shapes as in the public operators; returns ``out [B, T, H, V]`` and the state or None. Computes
-    in the dtype of q (decays in that of log_decay). Differentiable by autograd in every tensor; memory B H T^2. Raises
-    ValueError as ``read_arguments`` does. No communication.
+    B[t, i] = D[t - 1, i] for i < t, else 0. ``mask="full"`` is the same without D: linear_attention N
+    V, hla2 (N N^T + ridge Q Q^T) V, ahla N N V, hla3 (N N^T + ridge Q Q^T) N V. An initial state adds
+    the terms of the algebra's section 4.
+
+    Shapes are as in the public operators. Returns ``out [B, T, H, V]`` and the state or None. Computes
+    in the dtype of q (decays in that of log_decay). Differentiable by autograd in every tensor; memory
+    B H T^2. Raises ValueError as ``read_arguments`` does. No communication.
     """
     if cu_seqlens is not None:
         options: dict[str, Any] = {

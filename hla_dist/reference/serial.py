@@ -34,22 +34,25 @@ def serial(
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Operator ``name`` token by token: update the state with (g, k, v), then read it with q.
 
-    With q replaced by scale q, I the identity and every state decayed by the token's gate g = exp(log_decay) first:
+    q is replaced by scale q first, and every state decayed by the token's gate g = exp(log_decay). I is
+    the identity.
 
-        linear_attention     P += k v^T                                              o = P^T q
-        hla2                 S += k k^T;  F += (S + ridge I) q v^T                   o = F^T q
-        ahla                 P += k v^T;  E += k (P^T q)^T                           o = E^T q
-        hla3                 S += k k^T;  P += k v^T;  F += (S + ridge I) q (P^T q)^T    o = F^T q
-        hla2, mask prefix    S += k k^T;  C += q v^T                                 o = C^T (S + ridge I) q
-        hla2, paper          S += k k^T;  G += k k^T C_before;  C += q v^T           o = (C^T (S + ridge I) - G^T) q
+        linear_attention     P += k v^T                                 o = P^T q
+        hla2                 S += k k^T;  F += (S + ridge I) q v^T      o = F^T q
+        ahla                 P += k v^T;  E += k (P^T q)^T              o = E^T q
+        hla3                 S += k k^T;  P += k v^T
+                             F += (S + ridge I) q (P^T q)^T             o = F^T q
+        hla2, mask prefix    S += k k^T;  C += q v^T                    o = C^T (S + ridge I) q
+        hla2, paper          S += k k^T;  G += k k^T C_before
+                             C += q v^T                                 o = (C^T (S + ridge I) - G^T) q
 
-    C_before is the C that the token before left behind, the token's own gate not applied: the paper's recurrence. Its
-    prefix mask and its full one have no G, so there the decay form changes nothing.
+    C_before is the C that the token before left behind, the token's own gate not applied: the paper's
+    recurrence. Its prefix mask and its full one have no G, so there the decay form changes nothing.
+    ``mask="full"`` lets every token read the sums over the whole sequence.
 
-    ``mask="full"`` lets every token read the sums over the whole sequence. Shapes as in the public operators:
-    q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``; returns ``out [B, T, H, V]`` and the state or None.
-    Computes in the dtype of q, whatever it is. Differentiable by autograd in every tensor, memory linear in T times
-    the state. Raises ValueError as ``read_arguments`` does. No communication.
+    Shapes are as in the public operators. Returns ``out [B, T, H, V]`` and the state or None. Computes
+    in the dtype of q. Differentiable by autograd in every tensor; memory linear in T times the state.
+    Raises ValueError as ``read_arguments`` does. No communication.
     """
     if cu_seqlens is not None:
         options: dict[str, Any] = {

@@ -15,17 +15,19 @@ from .arguments import finish, read_arguments
 def paper_third_order(
     q: Tensor, k: Tensor, v: Tensor, *, gamma: float = 1.0, normalize: bool = False, eps: float = 1e-6
 ) -> Tensor:
-    """Algorithm 3 of the paper line by line, with its decay gamma in (0, 1] and its optional normalisation.
+    """Algorithm 3 of the paper line by line, with its decay gamma in (0, 1] and its optional
+    normalisation.
 
-    S, Q, P are the moments of k k^T, q q^T and k v^T, primed before the token (its gamma not applied), else after it:
+    S, Q, P are the moments of k k^T, q q^T and k v^T. A prime marks the value before the token, gamma
+    not applied.
 
         G1 = gamma G1 + k k^T Q' P'        S = gamma S' + k k^T
-        G2 = gamma G2 + S' q q^T P'        Q = gamma Q' + q q^T        o = q^T (S Q P - G1 - G2 - G3)
-        G3 = gamma G3 + S' Q' k v^T        P = gamma P' + k v^T
+        G2 = gamma G2 + S' q q^T P'        Q = gamma Q' + q q^T
+        G3 = gamma G3 + S' Q' k v^T        P = gamma P' + k v^T        o = q^T (S Q P - G1 - G2 - G3)
 
-    q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``; returns ``[B, T, H, V]``. ``normalize`` divides by the
-    same with a column of ones for v, plus eps. Computes in the dtype of q, differentiable by autograd. Raises
-    ValueError for wrong shapes or gamma. No communication.
+    q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``; returns ``[B, T, H, V]``. ``normalize``
+    divides by the same with a column of ones for v, plus eps. Computes in the dtype of q,
+    differentiable by autograd. Raises ValueError for wrong shapes or gamma. No communication.
     """
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma: expected a number in (0, 1], got {gamma}")
