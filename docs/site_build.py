@@ -1,4 +1,4 @@
-"""What the site needs beside the pages: README as its front, MathML, pictures of reports, other links as text.
+"""What the site needs beside the pages: README as its front, MathML, pictures of reports.
 
 MathML is part of HTML: browsers show it without a script, so the site needs nothing from elsewhere.
 """
@@ -23,7 +23,7 @@ TAG = re.compile(r"\\tag\{(\d+)\}")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The front page is README.md, seen from docs/; pictures lie beside their reports and are shown from there."""
+    """The front page is README.md, seen from docs/; pictures lie beside their reports."""
     text = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
     text = re.sub(r"\]\((?=benchmarks/|tests/|hla_dist/)", "](../", text)
     files.append(File.generated(config, "index.md", content=text))
@@ -48,7 +48,9 @@ def _block(match: re.Match[str]) -> str:
 
 def _prose(text: str) -> str:
     # in a span: Markdown takes a line that begins with <math> for a block
-    return INLINE.sub(lambda match: f"<span>{_mathml(match[1], 'inline')}</span>", OUTSIDE.sub(r"\1", text))
+    return INLINE.sub(
+        lambda match: f"<span>{_mathml(match[1], 'inline')}</span>", OUTSIDE.sub(r"\1", text)
+    )
 
 
 def _mathml(latex: str, display: str) -> str:

@@ -1,7 +1,8 @@
 """Draw docs/figures/data_flow.svg: ``python docs/figures/data_flow.py``.
 
-Two panels, forward and backward, with a column per rank. Time runs downwards: what a rank computes alone, what travels,
-what it folds, what it computes from the result. What is drawn is hla_dist/functional/autograd.py for hla2.
+Two panels, forward and backward, with a column per rank. Time runs downwards: what a rank computes
+alone, what travels, what it folds, what it computes from the result. What is drawn is
+hla_dist/functional/autograd.py for hla2.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-# Text as paths and a fixed salt: the file looks the same everywhere and changes only when the drawing does.
-matplotlib.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "data_flow", "font.family": "DejaVu Sans"})
+# Text as paths and a fixed salt: the file looks the same everywhere.
+matplotlib.rcParams.update(
+    {"svg.fonttype": "path", "svg.hashsalt": "data_flow", "font.family": "DejaVu Sans"}
+)
 
 INK, QUIET, RULE = "#1f2933", "#7b8794", "#52606d"
 TOKENS, LOCAL, WIRE, FOLD, RESULT = "#e4e7eb", "#d6eaf8", "#fdebd0", "#e8daef", "#d5f5e3"
@@ -33,7 +36,11 @@ FORWARD = [
 BACKWARD = [
     (TOKENS, [rf"$do$ of shard {rank}" for rank in range(RANKS)]),
     (LOCAL, ["", *(f"reverse summary\n$Y_{rank} = (R_1,\\, R_2)$" for rank in range(1, RANKS))]),
-    (WIRE, "one all-gather of the $Y_r$\n" + r"$\rho$ and $C$ of the ranks to the right: kept from forward"),
+    (
+        WIRE,
+        "one all-gather of the $Y_r$\n"
+        + r"$\rho$ and $C$ of the ranks to the right: kept from forward",
+    ),
     (FOLD, [r"carry: $Y_1 \oplus Y_2$", r"carry: $Y_2$", "carry: empty future"]),
     (RESULT, ["reverse scan\n" + r"$dq,\ dk,\ dv,\ d\log g$"] * RANKS),
 ]
@@ -70,7 +77,14 @@ def panel(ax: Axes, title: str, rows: list) -> None:
             if colour is not WIRE:
                 box(ax, x, y, WIDTH, colour, texts[rank])
             if level and (colour is WIRE or texts[rank]):
-                arrow = {"arrowstyle": "-|>", "color": RULE, "lw": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
+                arrow = {
+                    "arrowstyle": "-|>",
+                    "color": RULE,
+                    "lw": 0.9,
+                    "shrinkA": 0,
+                    "shrinkB": 0,
+                    "mutation_scale": 8,
+                }
                 ax.annotate("", (x, y + HEIGHT / 2), (x, y + GAP - HEIGHT / 2), arrowprops=arrow)
     for rank in range(RANKS):
         ax.text(rank * COLUMN, 0.44, f"rank {rank}", ha="center", fontsize=9.3, color=RULE)
