@@ -73,7 +73,7 @@ class Operator:
     """
 
     name: str
-    state: Callable[..., Any]
+    state: type[Any]
     passes: tuple[Pass, ...]
     moments: tuple[Moment, ...]
     combine: Callable[[Fields, Fields], Fields]

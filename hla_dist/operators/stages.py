@@ -91,9 +91,9 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """
     op, normalize = segment.operator, segment.settings.normalize
     if segment.T == 1:
-        o, state = step(segment, carry)
+        o, leaving = step(segment, carry)
         out, denominator = _ratio(segment, o[:, None])
-        return Scanned(out.to(segment.q.dtype), denominator, state, [c.clone()[None] for c in carry])
+        return Scanned(out.to(segment.q.dtype), denominator, leaving, [c.clone()[None] for c in carry])
     shape = (segment.B, segment.T, segment.H, segment.v.shape[3])
     out = torch.empty(shape, dtype=segment.q.dtype, device=segment.device)
     denominator = torch.empty(shape[:3] if normalize else (0,), dtype=segment.dtype, device=segment.device)
