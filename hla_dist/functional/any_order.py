@@ -58,6 +58,14 @@ class Cascade:
     pass has the largest count of its three sequences and its gates, and repeats the others for
     consecutive heads; they must divide it.
 
+    - ``log_decay`` is one tensor of gates for every pass, or a dictionary of gates by pass, in which a
+      pass left out has no gate. Shapes are those of ``linear_attention``.
+    - ``scale`` multiplies the sequence called q. ``ridge`` is for the passes that have one.
+    - The state is a dictionary with one carry ``[N, heads, D, E]`` per pass, by the pass's name; None
+      unless asked for. Where b and c are one sequence the carry is symmetric: one given from outside
+      enters as (P + P^T) / 2.
+    - All other options are those of ``linear_attention``.
+
     Precision: results between passes, sums and states are float32 (float64 for float64 inputs). ``out``
     has the dtype of the sequences.
 
