@@ -119,7 +119,7 @@ def test_tree_paths_reads_indentation():
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
 def test_links_lead_somewhere(page: Path):
-    for target in LINK.findall(prose(page)):
+    for target in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))):  # `kernel[grid](...)` is no link
         if target.startswith(("http:", "https:")):
             continue
         name, _, fragment = target.partition("#")
