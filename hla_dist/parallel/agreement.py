@@ -183,13 +183,13 @@ def wait_for(pending: _Pending, works: list[Any]) -> None:
     """Wait for further messages of the same exchange; an error names the exchange."""
     with named(pending):
         for work in works:
-            collectives.wait(work)
+            collectives.wait(work, pending.pg)
 
 
 def _wait(pending: _Pending) -> None:
     if pending.work is not None:
         with named(pending):
-            collectives.wait(pending.work)
+            collectives.wait(pending.work, pending.pg)
         pending.work = None
 
 

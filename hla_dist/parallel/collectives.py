@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from hla_dist.parallel import background, mpi
+from hla_dist.parallel import arrivals, background, mpi
 from hla_dist.parallel.mpi import MPIGroup
 
 Group = dist.ProcessGroup | MPIGroup  # what a group is once it is resolved
@@ -133,6 +133,7 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
     Returns the output and, with ``async_op``, the work to wait for. One collective.
     """
     _in_turn(pg)
+    arrivals.count(pg)
     out = x.new_empty(group_size(pg) * x.numel())
     counter.add(x)
     if isinstance(pg, MPIGroup):
@@ -144,12 +145,14 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
 def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
     """Sum ``x`` over the group, in place. One collective."""
     _in_turn(pg)
+    arrivals.count(pg)
     counter.add(x)
     began = time.perf_counter()
     if isinstance(pg, MPIGroup):
         work = _done(pg.all_reduce_sum(x), async_op)
     else:
-        work = dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
+        with arrivals.waiting(pg):
+            work = dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
     if not async_op and not background.on_thread():
         counter.reducing += time.perf_counter() - began
     return work
@@ -161,6 +164,7 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
     [sum(sends)] -> [sum(receives)]; counts may be 0 and differ from rank to rank. One collective.
     """
     _in_turn(pg)
+    arrivals.count(pg)
     out = x.new_empty(sum(receives))
     counter.add(x)
     if isinstance(pg, MPIGroup):
@@ -170,35 +174,41 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
         for work in pg.post(*messages):
             work.wait()
         return out
-    dist.all_to_all_single(out, x, receives, sends, group=pg)
+    with arrivals.waiting(pg):
+        dist.all_to_all_single(out, x, receives, sends, group=pg)
     return out
 
 
 def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
     """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
     _in_turn(pg)
+    arrivals.count(pg)
     counter.calls += 1
     if isinstance(pg, MPIGroup):
         return pg.all_gather_objects(obj)
     gathered: list[Any] = [None] * group_size(pg)
-    dist.all_gather_object(gathered, obj, group=pg)
+    with arrivals.waiting(pg):
+        dist.all_gather_object(gathered, obj, group=pg)
     return gathered
 
 
 def broadcast(x: Tensor, pg: Group, source: int = 0) -> None:
     """Overwrite ``x`` with that of rank ``source`` of the group, in place. One collective."""
     _in_turn(pg)
+    arrivals.count(pg)
     counter.add(x)
     if isinstance(pg, MPIGroup):
         pg.broadcast(x, source).wait()
         return
-    dist.broadcast(x, group=pg, group_src=source)
+    with arrivals.waiting(pg):
+        dist.broadcast(x, group=pg, group_src=source)
 
 
-def wait(work: Any) -> None:
-    """Wait for a collective, message or job that was started, on the clock if it holds up the program."""
+def wait(work: Any, pg: Group | None = None) -> None:
+    """Wait for a collective or message of ``pg``, or a job, on the clock if it holds up the program."""
     began = time.perf_counter()
-    work.wait()
+    with arrivals.waiting(pg):
+        work.wait()
     if not background.on_thread():
         counter.waited += time.perf_counter() - began
 
