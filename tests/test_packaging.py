@@ -114,7 +114,7 @@ def test_the_lock_holds_for_the_running_python():
         ("hla_dist/parallel", ("mpi",), False),
         ("launch", ("train",), False),
         ("tests", ("test", "train", "hf"), False),
-        ("benchmarks", ("train", "docs"), False),
+        ("benchmarks", ("train", "docs", "test"), False),
     ],
 )
 def test_imports_are_declared(folder: str, extras: tuple[str, ...], top_level: bool):
