@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
@@ -114,3 +115,4 @@ class PrefixState(NamedTuple):
 for _state in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, KVState, PrefixState):
     # exported programs that take or return states are stored with the names of these types
     _register_namedtuple(_state, serialized_type_name=f"hla_dist.states.{_state.__name__}")
+    torch.serialization.add_safe_globals([_state])  # torch.load reads them with its default, weights_only

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hla_dist.functional.attention import linear_attention, raise_everywhere
-from hla_dist.functional.transforms import refuse_transforms
-from hla_dist.functional.validate import FLOATS, refuse, require
+from hla_dist.functional.attention import linear_attention
+from hla_dist.functional.call import raise_everywhere
+from hla_dist.functional.validate import FLOATS, refuse, refuse_transforms, require
 from hla_dist.states import LinearState
 
 _OPTIONS = (

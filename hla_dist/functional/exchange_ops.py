@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._library.effects import EffectType
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from hla_dist.functional.transforms import no_second_derivative
+from hla_dist.functional.validate import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
 from hla_dist.parallel import agreement, background, collectives, scan

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops, stage_ops
-from hla_dist.functional.autograd import CausalFunction, Options, Place, layout_of, zero_fields
+from hla_dist.functional.autograd import CausalFunction, padded
+from hla_dist.functional.call import Call, Plan
 from hla_dist.functional.documents import Documents
-from hla_dist.operators import OPERATORS
 
 
 class CrossingFunction(torch.autograd.Function):
@@ -33,77 +33,75 @@ class CrossingFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, place, kind, *tensors):
+    def forward(ctx, plan, kind, *tensors):
         """kind: whether ``left`` is here, whether it ends here, whether ``right`` is here.
 
         tensors: q, k, v, log_decay of ``left``, the same of ``right``, then the initial state of ``right``.
         """
-        left, ends, right = kind
-        op = OPERATORS[options[0]]
+        has_left, left_ends, has_right = kind
+        op, stage = plan.cascade, plan.stage_arguments
         count = len(op.states)
-        a, z = tensors[:4], tensors[4:8]
-        initial = [x for x in tensors[8:] if x is not None]
-        layout = layout_of(options, place, a[0], a[2])
-        fields = zero_fields(options, a[0], a[2], op.fields)
+        left, right, initial = tensors[:4], tensors[4:8], [x for x in tensors[8:] if x is not None]
+        (q, _, v, _), (right_q, _, right_v, _) = left, right
+        layout = plan.exchange_arguments(q, v)
+        fields = plan.zeros(q, v, op.fields)
         rho = fields[0].new_zeros(fields[0].shape[:2])
-        out_a, out_z, state, kept = a[2].new_empty(_out_shape(a)), z[2].new_empty(_out_shape(z)), [], []
-        a_rest: list[Tensor] = []
-        z_rest: list[Tensor] = []
-        if right:
-            carry = initial or zero_fields(options, z[0], z[2], op.states)
-            out_z, denominator, *rest = stage_ops.scan(*z, carry, [], *options)
+        left_out, right_out = (x[2].new_empty(*x[0].shape[:3], x[2].shape[3]) for x in (left, right))
+        kept: list[Tensor] = []
+        left_saved: list[Tensor] = []
+        right_saved: list[Tensor] = []
+        if has_right:
+            carry = initial or plan.zeros(right_q, right_v, op.states)
+            right_out, denominator, *rest = stage_ops.scan(*right, carry, [], *stage)
             fields[:count] = rest[:count]
-            z_rest = [out_z if options[3] else out_z.new_empty(0), denominator, *rest[count:]]
-        if left and not ends:
-            rho, *fields = stage_ops.summarize(*a, *options)
+            right_saved = [plan.kept_output(right_out), denominator, *rest[count:]]
+        if has_left and not left_ends:
+            rho, *fields = stage_ops.summarize(*left, *stage)
             fields, kept = fields[: len(op.fields)], fields[len(op.fields) :]
-        ticket = exchange_ops.exchange_start([rho, *fields], [], False, place[0], "forward", place[2], *layout)
-        received = exchange_ops.exchange_finish(ticket, [], rho, False, place[0], *layout)
+        how = (False, plan.group_name, "forward", plan.description, *layout)
+        ticket = exchange_ops.exchange_start([rho, *fields], [], *how)
+        received = exchange_ops.exchange_finish(ticket, [], rho, False, plan.group_name, *layout)
         carry, later = received[:count], received[count:]
-        if left:
-            out_a, denominator, *rest = stage_ops.scan(*a, carry, kept, *options)
+        if has_left:
+            left_out, denominator, *rest = stage_ops.scan(*left, carry, kept, *stage)
             state = rest[:count]
-            a_rest = [out_a if options[3] else out_a.new_empty(0), denominator, *rest[count:]]
+            left_saved = [plan.kept_output(left_out), denominator, *rest[count:]]
         else:
-            state = zero_fields(options, a[0], a[2], op.states)
-        ctx.save_for_backward(*tensors[:8], *a_rest, *z_rest, *later)
-        ctx.call = (options, place, kind, len(a_rest), len(z_rest), len(initial))
-        return (out_a, out_z, *state)
+            state = plan.zeros(q, v, op.states)
+        ctx.save_for_backward(*tensors[:8], *left_saved, *right_saved, *later)
+        ctx.call = (plan, kind, len(left_saved), len(right_saved), len(initial))
+        return (left_out, right_out, *state)
 
     @staticmethod
-    def backward(ctx, dout_a, dout_z, *dstate):
+    def backward(ctx, left_dout, right_dout, *dstate):
         """Every rank must get here if one does."""
-        options, place, kind, a_count, z_count, initial = ctx.call
-        left, ends, right = kind
-        op = OPERATORS[options[0]]
+        plan, (has_left, left_ends, has_right), left_count, right_count, initial = ctx.call
+        op, stage = plan.cascade, plan.stage_arguments
         tensors, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        a = (*tensors[:4], *_saved(rest[:a_count]), dout_a.contiguous())
-        z = (*tensors[4:8], *_saved(rest[a_count : a_count + z_count]), dout_z.contiguous())
-        later = list(rest[a_count + z_count :])
-        layout = layout_of(options, place, a[0], a[2])
-        fields = zero_fields(options, a[0], a[2], op.reverses)
+        left = (*tensors[:4], *_saved(rest[:left_count]), left_dout.contiguous())
+        right = (*tensors[4:8], *_saved(rest[left_count : left_count + right_count]), right_dout.contiguous())
+        later = list(rest[left_count + right_count :])
+        layout = plan.exchange_arguments(tensors[0], tensors[2])
+        fields = plan.zeros(tensors[0], tensors[2], op.reverses)
         # zero gradients, not missing ones, where nothing crosses
-        a_grads, z_grads = ([None if x is None else torch.zeros_like(x) for x in y[:4]] for y in (a, z))
-        dinitial: list[Tensor | None] = []
-        if left and ends:
-            *a_grads, fields = _split(stage_ops.scan_backward(*a, list(dstate), *options), a[3])
-        elif left:
-            fields = stage_ops.summarize_backward(*a, *options)
-        ticket = exchange_ops.exchange_start(fields, later, False, place[0], "backward", place[2], *layout)
-        carry = exchange_ops.exchange_finish_backward(ticket, later, False, place[0], *layout)
-        if left and not ends:
-            *a_grads, _ = _split(stage_ops.scan_backward(*a, carry, *options), a[3])
-        if right:
-            *z_grads, dinitial = _split(stage_ops.scan_backward(*z, carry, *options), z[3])
-        if initial and not right:
-            dinitial = [x.new_empty(0, *x.shape[1:]) for x in zero_fields(options, z[0], z[2], op.states)]
-        dinitial = dinitial[:initial] + [None] * (3 - initial)
-        return (None, None, None, *a_grads, *z_grads, *dinitial)
-
-
-def _out_shape(inputs: tuple[Tensor, ...]) -> tuple[int, ...]:
-    q, _, v = inputs[:3]
-    return (*q.shape[:3], v.shape[3])
+        left_grads, right_grads = (
+            [None if x is None else torch.zeros_like(x) for x in part] for part in (tensors[:4], tensors[4:8])
+        )
+        dinitial: list[Tensor] = []
+        if has_left and left_ends:
+            *left_grads, fields = _split(stage_ops.scan_backward(*left, list(dstate), *stage), tensors[3])
+        elif has_left:
+            fields = stage_ops.summarize_backward(*left, *stage)
+        how = (False, plan.group_name, "backward", plan.description, *layout)
+        ticket = exchange_ops.exchange_start(fields, later, *how)
+        carry = exchange_ops.exchange_finish_backward(ticket, later, False, plan.group_name, *layout)
+        if has_left and not left_ends:
+            *left_grads, _ = _split(stage_ops.scan_backward(*left, carry, *stage), tensors[3])
+        if has_right:
+            *right_grads, dinitial = _split(stage_ops.scan_backward(*right, carry, *stage), tensors[7])
+        if initial and not has_right:
+            dinitial = [x.new_empty(0, *x.shape[1:]) for x in plan.zeros(tensors[4], tensors[6], op.states)]
+        return (None, None, *left_grads, *right_grads, *padded(dinitial[:initial]))
 
 
 def _saved(rest: tuple[Tensor, ...]) -> tuple:
@@ -116,54 +114,46 @@ def _split(grads: list[Tensor], log_decay: Tensor | None) -> list:
     return [dq, dk, dv, None if log_decay is None else dlog, dcarry]
 
 
-def attend(
-    documents: Documents,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial: tuple[Tensor, ...],
-    output_state: bool,
-    options: Options,
-    place: Place,
-) -> tuple[Tensor, list[Tensor]]:
-    """``out [1, T, H, V]`` and, if asked for, the state's fields ``[N, H, rows, columns]``; gates per query head."""
+def attend(call: Call) -> tuple[Tensor, list[Tensor]]:
+    """``out [1, T, H, V]`` and, if asked for, the state's fields ``[N, H, rows, columns]``."""
+    plan, documents, initial, log_decay = call.plan, call.documents, call.initial, call.log_decay
+    assert documents is not None
+    q, k, v = call.q, call.k, call.v
     fixed = log_decay is not None and log_decay.dim() == 1
-    if fixed and log_decay is not None and output_state and documents.padded:  # padding must not decay a state
+    if fixed and log_decay is not None and plan.output_state and documents.padded:  # padding must not decay a state
         log_decay, fixed = log_decay.expand(1, q.shape[1], -1), False
     alike = log_decay is None or fixed  # the gates of every piece
     sequences = [q, k, v] if alike or log_decay is None else [q, k, v, log_decay]
-    pieces = documents.take(sequences, bool(place.group_name))
+    pieces = documents.take(sequences, bool(plan.group_name))
     gates = [log_decay] if alike else []
     outs, states, numbers = [], [], []
     for rows, inputs in zip(documents.rows, pieces.rows):
         start = [x.index_select(0, rows.documents.to(x.device, non_blocking=True)) for x in initial]
-        out, *state = CausalFunction.apply(options, Place(), output_state, *inputs, *gates, *start)
+        out, *state = CausalFunction.apply(plan.alone(), *inputs, *gates, *start)
         outs.append(out.flatten(0, 1))
         states.append(state)
         numbers.append(rows.documents)
-    if place.group_name:
+    if plan.group_name:
         left, right = documents.here
-        a, z = pieces.crossing
+        left_inputs, right_inputs = pieces.crossing
         # no row where none is read: the gradient is zero all the same, not missing
         start = [x[right.document, None] if right else x[:0] for x in initial]
         kind = (left is not None, left is not None and left.ends, right is not None)
-        out_a, out_z, *state = CrossingFunction.apply(
-            options, place, kind, *a, *gates, *z, *gates, *start, *[None] * (3 - len(start))
+        left_out, right_out, *state = CrossingFunction.apply(
+            plan, kind, *left_inputs, *gates, *right_inputs, *gates, *padded(start)
         )
-        outs += [out_a[0], out_z[0]]
+        outs += [left_out[0], right_out[0]]
         if left is not None and left.ends:
             states.append(state)
             numbers.append(torch.tensor([left.document]))
-    final = _final(documents, initial, states, numbers, q, v, options) if output_state else []
+    final = _final(documents, initial, states, numbers, q, v, plan) if plan.output_state else []
     inputs = [q, k, v, *initial] + ([] if log_decay is None else [log_decay])
     return documents.put_back(outs, (q.shape[2], v.shape[3]), inputs), final
 
 
-def _final(documents, initial, states, numbers, q, v, options) -> list[Tensor]:
+def _final(documents: Documents, initial, states, numbers, q: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
     """Final states by document: those that end here, initial ones of empty documents, zero elsewhere."""
-    op = OPERATORS[options.operator]
-    none = zero_fields(options, q, v, op.states)
+    none = plan.zeros(q, v, plan.cascade.states)
     if initial:
         states = [*states, [x.index_select(0, documents.empty.to(x.device)) for x in initial]]
         numbers = [*numbers, documents.empty]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hla_dist.functional.transforms import no_second_derivative
+from hla_dist.functional.validate import no_second_derivative
 from hla_dist.operators import OPERATORS, stages, stages_backward
 from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.segment import Segment, Settings

@@ -7,20 +7,32 @@ CUDA tensors only under ``validation(True)``, because reading them there makes t
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from hla_dist.functional.documents import Documents
-from hla_dist.operators import NAMED, OPERATORS
+from hla_dist.operators import NAMED
+from hla_dist.operators.cascade import Operator
 from hla_dist.parallel.topology import EXCHANGES
+
+# Derivatives are closed forms behind one autograd.Function: first order, right to left. What else torch can do to a
+# function is refused by name: it ends otherwise in an error that speaks of setup_context.
+_INSTEAD = {
+    "vmap": "a call outside of it, with the mapped dimension in the batch dimension B of the inputs",
+    "grad": "a call outside of it (torch.autograd.grad and backward() give every first derivative)",
+    "jvp": "a call outside of it (there are derivatives in reverse mode only: torch.autograd.grad, backward())",
+}
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _check_cuda_contents = False
 _check_cpu_contents = True
+_warned_of_heads_first = False
 
 
 class validation(AbstractContextManager["validation"]):
@@ -126,7 +138,8 @@ def check_number(name: str, value: Any, minimum: float | None = None) -> None:
 
 def check_options(name: str, o: dict[str, Any]) -> None:
     """Options shared by all operators; ``o`` holds the keyword arguments by name."""
-    check_number("scale", o["scale"])
+    if o["scale"] is not None:
+        check_number("scale", o["scale"])
     check_number("ridge", o["ridge"])
     check_number("eps", o["eps"], 0.0)
     op = NAMED[name]
@@ -203,17 +216,26 @@ def check_documents(o: dict[str, Any], q: Tensor, rank: int, ranks: int) -> Docu
     return Documents(numbers, tuple(bounds), rank)
 
 
-def check_state(state: Any, operator: str, q: Tensor, value_dim: int, documents: Documents | None = None) -> None:
-    """The named tuple of the operator, ``[B, H, rows, columns]`` each, in the state dtype."""
+def check_state(
+    state: Any, op: Operator, q: Tensor, value_dim: int, documents: Documents | None = None
+) -> tuple[Tensor, ...]:
+    """The fields of an initial state, ``[B, H, rows, columns]`` each, in the state dtype; none for None.
+
+    A state is the operator's named tuple, a plain tuple or list of as many tensors, or for one field the bare tensor.
+    """
     if state is None:
-        return
-    op = OPERATORS[operator]
-    kind = op.state
-    require(isinstance(state, kind), "initial_state", f"a {kind.__name__}", type(state).__name__)
+        return ()
+    names, kind = op.states, op.state
+    if isinstance(state, Tensor) and len(names) == 1:
+        state = (state,)
+    plain = type(state) in (tuple, list) and len(state) == len(names)
+    expected = f"a {kind.__name__} (or a tuple of its {len(names)} tensors)"
+    came = type(state).__name__ + (f" of {len(state)}" if type(state) in (tuple, list) else "")
+    require(plain or isinstance(state, kind), "initial_state", expected, came)
     B, _, H, K = q.shape
     rows = B if documents is None else documents.count
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for letter, x in zip(op.states, state):
+    for letter, x in zip(names, state):
         name = f"initial_state.{letter}"
         shape = (rows, H, *op.shape(letter, K, value_dim))
         require(isinstance(x, Tensor), name, "a tensor [B or N, H, rows, columns]", type(x).__name__)
@@ -222,3 +244,38 @@ def check_state(state: Any, operator: str, q: Tensor, value_dim: int, documents:
             refuse(name, f"shape {shape}{what}", f"shape {tuple(x.shape)}")
         require(x.dtype == dtype, name, f"{dtype} for {q.dtype} inputs", x.dtype)
         require(x.device == q.device, name, f"q's device {q.device}", x.device)
+    return tuple(state)
+
+
+def warn_of_heads_first(q: Tensor) -> None:
+    """Warn, once per process, of inputs that look like ``[B, H, T, K]``: several tokens, but fewer than heads."""
+    global _warned_of_heads_first
+    if _warned_of_heads_first or torch.compiler.is_compiling() or not 1 < q.shape[1] < q.shape[2]:
+        return
+    _warned_of_heads_first = True
+    warnings.warn(
+        f"hla_dist: q has fewer tokens (T = {q.shape[1]}) than heads (H = {q.shape[2]}); inputs are [B, T, H, K]. "
+        "Transpose inputs that are [B, H, T, K]. This is said once.",
+        stacklevel=5,
+    )
+
+
+def refuse_transforms(name: str, *inputs: Any) -> None:
+    """Raise ValueError inside a ``torch.func`` transform, and for tensors that carry forward-mode tangents."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        kind = torch._C._functorch.peek_interpreter_stack().key().name.lower()
+        refuse(f"torch.func.{kind}", _INSTEAD.get(kind, "a call outside of it"), f"{name} inside")
+    flat = [x for given in inputs for x in (given if isinstance(given, tuple) else (given,))]  # a state is a tuple
+    for x in flat:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            refuse("torch.autograd.forward_ad", _INSTEAD["jvp"], f"a dual tensor for {name}")
+
+
+def no_second_derivative(ctx: Any, *gradients: Any) -> NoReturn:
+    """The backward of every custom op: reached only by differentiating a gradient, or an op called by itself."""
+    raise NotImplementedError(
+        "hla_dist: second derivatives are not implemented (a gradient made with create_graph=True was differentiated), "
+        "and stages have no derivatives of their own; mask='full' on one device, and hla_dist.reference, have both"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hla_dist.functional.attention import raise_everywhere
+from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
 from hla_dist.huggingface.cache import HLACache
 from hla_dist.nn.padding import present

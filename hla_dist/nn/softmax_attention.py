@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hla_dist.functional.attention import raise_everywhere
+from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.attention import HLAAttention

@@ -172,7 +172,14 @@ def test_initial_states() -> None:
             ("initial_state.G: expected shape (2, 4, 3, 6)", "(2, 4, 3, 3)"),
         ),
         (hla_dist.linear_attention, good, {}, ("initial_state: expected a LinearState", "HLA2State")),
-        (hla_dist.linear_attention, good.F, {}, ("initial_state: expected a LinearState", "Tensor")),
+        (hla_dist.hla2, good.F, {}, ("initial_state: expected a HLA2State", "Tensor")),
+        (
+            hla_dist.hla2,
+            (*good, good.F),
+            {},
+            ("expected a HLA2State (or a tuple of its 2 tensors)", "tuple of 3"),
+        ),
+        (hla_dist.linear_attention, good.F[0], {}, ("initial_state.P: expected shape (2, 4, 3, 6)", "(4, 3, 6)")),
         (hla_dist.hla2, good, {"normalize": True}, ("initial_state.F: expected shape (2, 4, 3, 7)", "(2, 4, 3, 6)")),
         (
             hla_dist.hla2,
@@ -190,9 +197,12 @@ def test_initial_states() -> None:
             _call(operator, initial_state=state, **options)
 
 
-def test_an_unknown_option_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="ridges"):
+def test_an_unknown_option() -> None:
+    with raises_value_error("ridges: expected one of the options log_decay", "an unknown one"):
         _call(hla_dist.hla2, ridges=1.0)
+    x = _inputs()
+    with raises_value_error("eps: expected one of the options log_decay", "an unknown one"):
+        hla_dist.summarize("hla2", x["q"], x["k"], x["v"], eps=1.0)
 
 
 def test_good_input_passes() -> None:

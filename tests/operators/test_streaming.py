@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import hla_dist
+from hla_dist.functional import validate
 from tests.harness import assert_close
 from tests.problems import RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64, tolerance
@@ -176,3 +178,44 @@ def test_a_decode_step_does_not_depend_on_the_past(name: str, mask: str) -> None
         few, many = decode(64), decode(4096)
     assert few and few == many
     assert max(few) <= 64 * 2 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize(("name", "mask"), STREAMING)
+def test_states_may_be_plain_tuples(name: str, mask: str) -> None:
+    """As fla and a user's own code hold them; order 1 also takes the bare tensor."""
+    operator, options = getattr(hla_dist, name), mask_options(mask)
+    q, k, v = torch.randn(3, 1, 5, 2, 4)
+    _, state = operator(q, k, v, output_final_state=True, **options)
+    want, _ = operator(q, k, v, initial_state=state, **options)
+    for given in (tuple(state), list(state), *([state[0]] if len(state) == 1 else [])):
+        assert torch.equal(operator(q, k, v, initial_state=given, **options)[0], want)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "hla2", "ahla", "hla3"])
+def test_saved_states_load_with_the_defaults_of_torch(name: str, tmp_path) -> None:
+    _, state = getattr(hla_dist, name)(*torch.randn(3, 1, 5, 2, 4), output_final_state=True)
+    torch.save({"layer": state}, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)["layer"]
+    assert type(loaded) is type(state)
+    assert all(torch.equal(x, y) for x, y in zip(loaded, state, strict=True))
+
+
+def test_scale_none_is_that_of_fla() -> None:
+    q, k, v = torch.randn(3, 1, 5, 2, 4)
+    for mask in ("causal", "full"):
+        want, _ = hla_dist.hla2(q, k, v, scale=0.5, mask=mask)
+        assert torch.equal(hla_dist.hla2(q, k, v, scale=None, mask=mask)[0], want)
+
+
+def test_heads_before_tokens_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "_warned_of_heads_first", False)
+    state = hla_dist.LinearState(torch.zeros(1, 8, 4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tokens, options in ((1, {}), (8, {}), (5, {"initial_state": state})):
+            hla_dist.linear_attention(*torch.randn(3, 1, tokens, 8, 4), **options)
+    with pytest.warns(UserWarning, match=r"T = 5\) than heads \(H = 8\); inputs are \[B, T, H, K\]"):
+        hla_dist.linear_attention(*torch.randn(3, 1, 5, 8, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hla_dist.linear_attention(*torch.randn(3, 1, 5, 8, 4))

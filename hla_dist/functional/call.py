@@ -1,0 +1,179 @@
+"""One call of an operator, checked and resolved: the only thing that is handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from hla_dist.functional import validate
+from hla_dist.functional.backend import resolve as resolve_backend
+from hla_dist.functional.documents import Documents
+from hla_dist.functional.options import DEFAULTS
+from hla_dist.operators import NAMED, OPERATORS
+from hla_dist.operators.cascade import Operator
+from hla_dist.operators.precision import as_autocast
+from hla_dist.parallel import agreement, collectives, topology
+
+
+class Plan(NamedTuple):
+    """What a call is beside its tensors: plain values that autograd functions and custom ops take.
+
+    The first seven are the trailing arguments of every stage op. An empty ``group_name``: one device, nothing is sent.
+    """
+
+    operator: str  # the cascade
+    scale: float
+    ridge: float
+    normalize: bool
+    eps: float
+    chunk_size: int
+    backend: str  # "torch" or "triton": resolved
+    output_state: bool = False
+    group_name: str = ""
+    rank: int = 0
+    description: str = ""
+    exchange: str = "all_gather"  # resolved: parallel.topology
+    wire: str = ""  # dtype that summaries travel in; empty: their own
+
+    @property
+    def cascade(self) -> Operator:
+        """The operator's passes."""
+        return OPERATORS[self.operator]
+
+    @property
+    def stage_arguments(self) -> tuple[Any, ...]:
+        """The trailing arguments of the stage ops."""
+        return self[:7]
+
+    def alone(self) -> Plan:
+        """The same on one device."""
+        return Plan(*self[:8])
+
+    def exchange_arguments(self, q: Tensor, v: Tensor) -> tuple[str, list[int], bool, str, str]:
+        """The trailing arguments of the exchange ops."""
+        dims = [q.shape[0], q.shape[2], q.shape[3], v.shape[3] + int(self.normalize)]
+        return self.operator, dims, q.dtype == torch.float64, self.exchange, self.wire
+
+    def zeros(self, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+        """Zero states, moments or reverse states by name, ``[B, H, rows, columns]``."""
+        op, dims = self.cascade, (q.shape[3], v.shape[3] + int(self.normalize))
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return [torch.zeros(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in names]
+
+    def kept_output(self, out: Tensor) -> Tensor:
+        """The output, if backward reads it: with ``normalize``."""
+        return out if self.normalize else out.new_empty(0)
+
+
+class Call(NamedTuple):
+    """Tensors and plan of a call; gates per query head, the initial state's fields, or none."""
+
+    name: str
+    mask: str
+    decay_form: str
+    plan: Plan
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    initial: tuple[Tensor, ...]
+    documents: Documents | None
+
+    @staticmethod
+    def checked(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
+        """Check everything and resolve backend, exchange and group; ValueError on every rank of the group alike."""
+        group = options.get("group")
+        _rank_of(group)  # a group this rank is not in is nobody else's error
+        q, k, v = as_autocast(q, k, v)
+        try:
+            return _check(name, q, k, v, options)
+        except ValueError as error:
+            raise_everywhere(error, q, group)
+
+
+def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:
+    """Raise a local error, on every rank of the group if there is one; ``like``: a tensor on the group's device."""
+    if group is not None and not torch.compiler.is_compiling():
+        device = like.device if isinstance(like, Tensor) and like.device.type != "meta" else torch.device("cpu")
+        agreement.fail(group, error, device)
+    raise error
+
+
+def _rank_of(group: Any) -> tuple[int, int]:
+    """This rank's number in the group, and how many there are."""
+    if group is None:
+        return 0, 1
+    pg = collectives.resolve_group(group)
+    return collectives.group_rank(pg), collectives.group_size(pg)
+
+
+def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
+    for key in options:
+        validate.require(key in DEFAULTS, key, f"one of the options {', '.join(DEFAULTS)}", "an unknown one")
+    o = DEFAULTS | dict(options)
+    full = o["mask"] == "full"
+    if not full or o["group"] is not None:  # on one device that is plain torch
+        validate.refuse_transforms(name, q, k, v, o["log_decay"], o["initial_state"])
+    validate.check_inputs(q, k, v)
+    validate.check_options(name, o)
+    validate.check_log_decay(o["log_decay"], q, k)
+    documents = None
+    if o["cu_seqlens"] is not None:
+        documents = validate.check_documents(o, q, *_rank_of(o["group"]))
+    forms = NAMED[name].forms
+    cascade = forms.get(o["mask"]) or (forms["paper"] if o["decay_form"] == "paper" and not full else NAMED[name])
+    initial: tuple[Tensor, ...] = ()
+    width = v.shape[3] + int(o["normalize"])
+    if full:
+        if o["backend"] == "triton":
+            resolve_backend("triton", name, "full", q, v.shape[3], o["chunk_size"])
+        validate.check_full(o["log_decay"], o)
+        backend = "torch"
+    else:
+        initial = validate.check_state(o["initial_state"], cascade, q, width, documents)
+        backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"])
+        if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
+            initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
+    if o["group"] is None and not initial:
+        validate.warn_of_heads_first(q)
+    gates = o["log_decay"]
+    if gates is not None and gates.shape[-1] != q.shape[2]:
+        gates = gates.repeat_interleave(q.shape[2] // gates.shape[-1], dim=-1)
+    scale = q.shape[3] ** -0.5 if o["scale"] is None else float(o["scale"])
+    plan = Plan(
+        cascade.name,
+        scale,
+        float(o["ridge"]),
+        o["normalize"],
+        float(o["eps"]),
+        o["chunk_size"] or 0,
+        backend,
+        o["output_final_state"],
+    )
+    if o["group"] is not None:
+        plan = _over_group(plan, o, documents, q, k, v)
+    return Call(name, o["mask"], o["decay_form"], plan, q, k, v, gates, initial, documents)
+
+
+def _over_group(plan: Plan, o: dict[str, Any], documents: Documents | None, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    """The plan with its group, unless that is a group of one."""
+    pg = collectives.resolve_group(o["group"])
+    if collectives.group_size(pg) == 1:
+        return plan
+    exchange = topology.resolve(o["exchange"], pg.group_name)
+    wire = "" if o["wire_dtype"] is None else str(o["wire_dtype"]).removeprefix("torch.")
+    gates = o["log_decay"]
+    kind = "None" if gates is None else f"[{'' if gates.dim() == 1 else 'B,T,'}{gates.shape[-1]}]"
+    description = (
+        f"{plan.operator} B={q.shape[0]} H={q.shape[2]} G={k.shape[2]} K={q.shape[3]} V={v.shape[3]} dtype={q.dtype} "
+        f"device={q.device.type} log_decay={kind} scale={plan.scale} ridge={plan.ridge} normalize={plan.normalize} "
+        f"eps={plan.eps} mask={o['mask']} output_final_state={plan.output_state} "
+        f"packed={documents is not None} exchange={exchange} wire={wire or None}"
+    )
+    if documents is not None:
+        description += agreement.contents("cu_seqlens", documents.cu)
+    rank = collectives.group_rank(pg)
+    return plan._replace(group_name=pg.group_name, rank=rank, description=description, exchange=exchange, wire=wire)
