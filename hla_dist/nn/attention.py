@@ -389,7 +389,8 @@ class HLAAttention(RenamesOnLoad):
             return ""
         if positions is None:
             return "" if state is None else "positions: expected to be given with rope_theta and a state, got None"
-        if positions.shape not in (x.shape[1:2], x.shape[:2]):
+        # by their number first: comparing [B, T] with [T] asks a compiler whether B is T
+        if positions.shape != (x.shape[:2] if positions.dim() == 2 else x.shape[1:2]):
             return f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}"
         return ""
 

@@ -23,7 +23,7 @@ given = torch.load(f"{sys.argv[1]}/given.pt")
 state = [getattr(hla_dist, name)(*fields) for name, fields in given["state"]]
 results = []
 for length in given["lengths"]:
-    ids, positions = given["ids"][:, :length].clone(), torch.arange(7, 7 + length)
+    ids, positions = given["ids"][:, :length].clone(), torch.arange(7, 7 + length).repeat(2, 1)
     logits, after = goes_on(ids, positions, state)
     results.append((whole(ids), logits, [list(fields) for fields in after]))
 torch.save(results, f"{sys.argv[1]}/results.pt")
@@ -51,16 +51,16 @@ def test_one_exported_program_serves_every_length_in_another_process(tmp_path: P
     model, ids = LanguageModel(config).double().eval(), torch.randint(40, (2, LONGEST))
     _, state = model(ids[:, :7], return_state=True)
     length = torch.export.Dim("T", max=LONGEST)
-    example, positions = ids[:, :100].clone(), torch.arange(100)
+    example, positions = ids[:, :100].clone(), torch.arange(100).repeat(2, 1)
     whole = torch.export.export(model, (example,), dynamic_shapes={"tokens": {1: length}}, strict=False)
-    shapes = {"tokens": {1: length}, "positions": {0: length}, "state": pytree.tree_map(lambda _: None, state)}
+    shapes = {"tokens": {1: length}, "positions": {1: length}, "state": pytree.tree_map(lambda _: None, state)}
     goes_on = torch.export.export(GoesOn(model), (example, positions, state), dynamic_shapes=shapes, strict=False)
     torch.export.save(whole, tmp_path / "whole.pt2")
     torch.export.save(goes_on, tmp_path / "goes_on.pt2")
     fields = [(type(layer).__name__, list(layer)) for layer in state]
     torch.save({"ids": ids, "state": fields, "lengths": LENGTHS}, tmp_path / "given.pt")
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_RUN, str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LOAD_AND_RUN, str(tmp_path)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for length, (logits, after_state, states) in zip(LENGTHS, torch.load(tmp_path / "results.pt"), strict=True):
