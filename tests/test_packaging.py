@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FIRST_PARTY = {"hla_dist", "hla_kernels", "tests", "benchmarks", "launch"}
 WITH_EXTRAS = {"checkpoints", "data", "generation", "huggingface", "processes", "scaling", "training"}
-USED_IF_INSTALLED = {"wandb"}  # launch/train.py --wandb says how to get it
+# What says itself how to get it: --wandb, lm-evaluation-harness's recipe; fla is the test extra's fla-core, or all.
+USED_IF_INSTALLED = {"wandb", "lm_eval", "fla"}
 
 
 def folders(top: Path) -> set[str]:
