@@ -114,6 +114,7 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
         validate.require(name in known, name, f"one of the options {', '.join(known)}", "an unknown one")
     mask = options.get("mask")
     validate.require(mask != "full", "mask", "'causal' or 'prefix' (a full mask has no segments)", repr(mask))
+    validate.refuse_transforms("summarize", q, k, v, options.get("log_decay"))
     call = Call.checked(operator, q, k, v, options)
     rho, *rest = stage_ops.summarize(call.q, call.k, call.v, call.log_decay, *call.plan.stage_arguments)
     return Summary(call.plan.operator, rho, dict(zip(call.plan.cascade.fields, rest)))
