@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, LinearState | None]:
-    """First-order (gated) linear attention: ``o_t = sum_{i<=t} Gamma(t, i) (q_t . k_i) v_i``.
+    """First-order (gated) linear attention.
 
-    The options are :class:`Options`, without ridge and the prefix mask. State: ``LinearState(P)``,
-    ``P = sum Gamma(end, i) k_i v_i^T  [B, H, K, V]``.
+        o_t = sum_{i<=t} Gamma(t, i) (q_t . k_i) v_i
+
+    The options are :class:`Options`, without ridge and the prefix mask. The state is ``LinearState(P)``
+    with ``P = sum Gamma(end, i) k_i v_i^T``, ``[B, H, K, V]``. Shapes, precision, communication and
+    errors are those of :func:`hla2`.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 16).unbind()
+        >>> out, state = hla_dist.linear_attention(q, k, v, output_final_state=True)
+        >>> out.shape, state.P.shape
+        (torch.Size([1, 100, 4, 16]), torch.Size([1, 4, 16, 16]))
     """
     return attend("linear_attention", q, k, v, **options)
 
@@ -35,50 +45,72 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
 def hla2(
     q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
 ) -> tuple[Tensor, HLA2State | HLA2PaperState | PrefixState | None]:
-    """Second-order symmetric linear attention (HLA, arXiv 2510.27258): ``u = LA(q, k, k) + ridge q, o = LA(q, u, v)``.
+    """Second-order symmetric linear attention (HLA, arXiv 2510.27258).
 
-        LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i,   Gamma(t, i) = g_{i+1} ... g_t,   g = exp(log_decay)
+        u = LA(q, k, k) + ridge q,   o = LA(q, u, v)
+        LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i
+        Gamma(t, i) = g_{i+1} ... g_t,   g = exp(log_decay)
 
-    q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, G divides H. Returns ``out [B, T, H, V]`` in q's dtype
-    and the state, None unless asked for: ``HLA2State(S, F)``, with the prefix mask ``PrefixState(S, C)``, with the
-    paper's decay ``HLA2PaperState(S, C, G)``. Differentiable in q, k, v, log_decay and initial_state; not twice.
+    q is ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, and G divides H. Returns ``out``
+    ``[B, T, H, V]`` in q's dtype, and the state, which is None unless asked for: ``HLA2State(S, F)``,
+    with the prefix mask ``PrefixState(S, C)``, with the paper's decay ``HLA2PaperState(S, C, G)``.
+    Differentiable once, in q, k, v, log_decay and initial_state. The options are :class:`Options`, all
+    of them.
 
-        q, k, v = torch.randn(3, 1, 128, 4, 32)
-        out, state = hla_dist.hla2(q, k, v, log_decay=torch.full((4,), -0.01), output_final_state=True)
+    Precision: sums and states are float32 (float64 for float64 inputs), whatever the input dtype.
+    Autocast changes nothing. Without decay F grows like T^2.
 
-    The options are :class:`Options`, all of them.
+    Communication: with a group, one all-gather of summaries forward and one backward. Other exchanges
+    send an all-gather of 64 bytes per rank and the messages of docs/sequence-parallel.md. Bytes are
+    independent of T. Every rank must run backward if one does.
 
-    Precision: sums and states in float32 (float64 for float64 inputs), whatever the input dtype; autocast changes
-    nothing. Without decay F grows like T^2.
-    Communication: with a group, one all-gather of summaries forward, one backward (other exchanges: an all-gather
-    of 64 bytes per rank and the messages of docs/sequence-parallel.md); bytes independent of T. Every rank must run
-    backward if one does.
-    Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank alike.
+    Errors: ValueError naming the argument, what was expected and what came; with a group, on every rank
+    alike.
+
+    Examples:
+        >>> import torch, hla_dist
+        >>> q, k, v = torch.randn(3, 1, 128, 4, 32).unbind()
+        >>> gates = torch.full((4,), -0.01)  # the log of a gate per head
+        >>> out, state = hla_dist.hla2(q, k, v, log_decay=gates, output_final_state=True)
+        >>> token = torch.randn(3, 1, 1, 4, 32).unbind()  # the next one: a decode step
+        >>> out, state = hla_dist.hla2(
+        ...     *token, log_decay=gates, initial_state=state, output_final_state=True
+        ... )
+        >>> out.shape
+        torch.Size([1, 1, 4, 32])
     """
     return attend("hla2", q, k, v, **options)
 
 
 def ahla(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, AHLAState | None]:
-    """Second-order asymmetric linear attention (AHLA of the paper): ``r = LA(q, k, v)``, ``o = LA(q, k, r)``.
+    """Second-order asymmetric linear attention (AHLA of the paper).
 
-    The options are :class:`Options`, without ridge and the prefix mask. State: ``AHLAState(P, E)``,
-    ``P = sum Gamma(end, i) k_i v_i^T``, ``E = sum Gamma(end, i) k_i r_i^T``, ``[B, H, K, V]`` both.
+        r = LA(q, k, v),   o = LA(q, k, r)
+
+    The options are :class:`Options`, without ridge and the prefix mask. The state is ``AHLAState(P,
+    E)`` with ``P = sum Gamma(end, i) k_i v_i^T`` and ``E = sum Gamma(end, i) k_i r_i^T``, both ``[B, H,
+    K, V]``. All else is as for :func:`hla2`.
     """
     return attend("ahla", q, k, v, **options)
 
 
 def hla3(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, HLA3State | None]:
-    """Third-order linear attention: ``u = LA(q, k, k) + ridge q``, ``r = LA(q, k, v)``, ``o = LA(q, u, r)``.
+    """Third-order linear attention.
 
-    Equal to the masked matrix form ((L o W W^T) W) V; the paper's own streaming form is not (docs/algebra.md). The
-    options are :class:`Options`, without the prefix mask. State: ``HLA3State(S, P, F)``. Without decay F grows
-    like T^3. A summary holds 3 K^2 + 3 K V numbers per head.
+        u = LA(q, k, k) + ridge q,   r = LA(q, k, v),   o = LA(q, u, r)
+
+    It equals the masked matrix form ((L o W W^T) W) V; the paper's own streaming form does not
+    (docs/algebra.md). The options are :class:`Options`, without the prefix mask. The state is
+    ``HLA3State(S, P, F)``. Without decay F grows like T^3. A summary holds 3 K^2 + 3 K V numbers per
+    head. All else is as for :func:`hla2`.
     """
     return attend("hla3", q, k, v, **options)
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Any]:
-    """``hla_dist.<name>(q, k, v, **options)`` for any operator that is registered (``hla_dist.operators``)."""
+    """``hla_dist.<name>(q, k, v, **options)`` for any operator that is registered
+    (``hla_dist.operators``).
+    """
     return _run(Call.checked(name, q, k, v, options))
 
 
@@ -102,11 +134,18 @@ def _run(call: Call) -> tuple[Tensor, Any]:
 
 
 def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[SegmentOptions]) -> Summary:
-    """A segment's summary: what it does to any carry (docs/algebra.md, segment summaries).
+    """Return a segment's summary: what it does to any carry (docs/algebra.md, eq. 4).
 
-    Options as for the operator named: log_decay, decay_form, scale, ridge, normalize, mask (not full), backend,
-    chunk_size. float32, or float64 for float64 inputs; not differentiable (autograd says so if asked). No
+    float32, or float64 for float64 inputs. Not differentiable; autograd says so if asked. No
     communication.
+
+    Args:
+        operator: The operator's name.
+        q: ``[B, T, H, K]``.
+        k: ``[B, T, G, K]``.
+        v: ``[B, T, G, V]``.
+        **options: log_decay, decay_form, scale, ridge, normalize, mask (not full), backend and
+            chunk_size, as for the operator named.
     """
     validate.require(operator in NAMED, "operator", f"one of {tuple(NAMED)}", repr(operator))
     for name in options:
@@ -121,22 +160,25 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
 
 
 class Started(NamedTuple):
-    """A call under way; ``finish()`` gives what the operator returns. To be finished once, in the order of starts."""
+    """A call under way; ``finish()`` gives what the operator returns. To be finished once, in the order of
+    starts.
+    """
 
     finish: Callable[[], tuple[Tensor, Any]]
 
 
 def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> Started:
-    """Begin ``hla_dist.<name>(q, k, v, **options)``: what runs before ``finish()`` runs beside the exchange.
+    """Begin ``hla_dist.<name>(q, k, v, **options)``: what runs before ``finish()`` runs beside the
+    exchange.
 
         call = start("hla2", q, k, v, group=group)
         gate = project(x)                            # forward and backward while summaries travel
         out, state = call.finish()
 
-    The results are the operator's, to the bit. An exchange by messages that is to return the final state is made before
-    this returns. Without a group, with documents or the full mask, and under torch.compile, everything but the checks
-    happens in ``finish()``. Every rank makes the same starts and finishes in the same order.
-    Communication and errors: those of the operator.
+    The results are the operator's, to the bit. An exchange by messages that is to return the final
+    state is made before this returns. Without a group, with documents or the full mask, and under
+    torch.compile, everything but the checks happens in ``finish()``. Every rank makes the same starts
+    and finishes in the same order. Communication and errors: those of the operator.
     """
     call = Call.checked(name, q, k, v, options)
     plan = call.plan

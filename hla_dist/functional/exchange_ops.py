@@ -232,9 +232,9 @@ for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_g
 def checkpoint_context() -> tuple[Any, Any]:
     """Return contexts that keep exchanged summaries through activation checkpointing.
 
-    Recomputation then sends nothing. Everything else is recomputed. Kept per layer: the carry that entered this
-    rank and, of the ranks to the right, what backward's fold needs. Plain checkpointing is exact too, but repeats
-    the forward collective in backward.
+    Recomputation then sends nothing. Everything else is recomputed. Kept per layer: the carry that
+    entered this rank and, of the ranks to the right, what backward's fold needs. Plain checkpointing is
+    exact too, but repeats the forward collective in backward.
 
     Examples:
         >>> import torch, hla_dist
