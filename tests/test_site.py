@@ -104,6 +104,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert algebra.count("<math") > 100 and "<code>\\" not in algebra  # a formula that is not one is shown as code
     reference = (tmp_path / "reference" / "index.html").read_text()
     assert 'id="hla_dist.hla2"' in reference and "shard_lengths" in reference
+    assert ":class:" not in reference and ":func:" not in reference  # Markdown has no roles
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -28,9 +28,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
 
         o_t = sum_{i<=t} Gamma(t, i) (q_t . k_i) v_i
 
-    The options are :class:`Options`, without ridge and the prefix mask. The state is ``LinearState(P)``
+    The options are ``Options``, without ridge and the prefix mask. The state is ``LinearState(P)``
     with ``P = sum Gamma(end, i) k_i v_i^T``, ``[B, H, K, V]``. Shapes, precision, communication and
-    errors are those of :func:`hla2`.
+    errors are those of ``hla2``.
 
     Examples:
         >>> import torch, hla_dist
@@ -54,7 +54,7 @@ def hla2(
     q is ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, and G divides H. Returns ``out``
     ``[B, T, H, V]`` in q's dtype, and the state, which is None unless asked for: ``HLA2State(S, F)``,
     with the prefix mask ``PrefixState(S, C)``, with the paper's decay ``HLA2PaperState(S, C, G)``.
-    Differentiable once, in q, k, v, log_decay and initial_state. The options are :class:`Options`, all
+    Differentiable once, in q, k, v, log_decay and initial_state. The options are ``Options``, all
     of them.
 
     Precision: sums and states are float32 (float64 for float64 inputs), whatever the input dtype.
@@ -87,9 +87,9 @@ def ahla(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[T
 
         r = LA(q, k, v),   o = LA(q, k, r)
 
-    The options are :class:`Options`, without ridge and the prefix mask. The state is ``AHLAState(P,
+    The options are ``Options``, without ridge and the prefix mask. The state is ``AHLAState(P,
     E)`` with ``P = sum Gamma(end, i) k_i v_i^T`` and ``E = sum Gamma(end, i) k_i r_i^T``, both ``[B, H,
-    K, V]``. All else is as for :func:`hla2`.
+    K, V]``. All else is as for ``hla2``.
     """
     return attend("ahla", q, k, v, **options)
 
@@ -100,9 +100,9 @@ def hla3(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[T
         u = LA(q, k, k) + ridge q,   r = LA(q, k, v),   o = LA(q, u, r)
 
     It equals the masked matrix form ((L o W W^T) W) V; the paper's own streaming form does not
-    (docs/algebra.md). The options are :class:`Options`, without the prefix mask. The state is
+    (docs/algebra.md). The options are ``Options``, without the prefix mask. The state is
     ``HLA3State(S, P, F)``. Without decay F grows like T^3. A summary holds 3 K^2 + 3 K V numbers per
-    head. All else is as for :func:`hla2`.
+    head. All else is as for ``hla2``.
     """
     return attend("hla3", q, k, v, **options)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class SegmentOptions(TypedDict, total=False):
-    """Options that shape a segment's summary; documented in :class:`Options`."""
+    """Options that shape a segment's summary; documented in ``Options``."""
 
     log_decay: Tensor | None
     decay_form: str

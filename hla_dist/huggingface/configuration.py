@@ -24,7 +24,7 @@ _CLASSES = {
 
 @strict
 class HLAConfig(PreTrainedConfig):
-    """:class:`hla_dist.models.ModelConfig` with what transformers adds: special tokens, ``use_cache``,
+    """``hla_dist.models.ModelConfig`` with what transformers adds: special tokens, ``use_cache``,
     dtype.
 
     The fields of ModelConfig keep their names and meanings. transformers' own names for some of them
@@ -34,7 +34,7 @@ class HLAConfig(PreTrainedConfig):
     Attributes:
         pattern: Which layers are of which operator or ``softmax``, as ``"hla2*3,softmax"``; empty:
             ``op`` throughout.
-        softmax: The options of :class:`hla_dist.SoftmaxAttention`.
+        softmax: The options of ``hla_dist.SoftmaxAttention``.
         tie_word_embeddings: Whether the output layer is the embedding.
 
     Raises:
@@ -94,5 +94,5 @@ class HLAConfig(PreTrainedConfig):
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **changes: Any) -> HLAConfig:
-        """Undo :meth:`to_model_config`; ``changes`` are transformers' further options."""
+        """Undo ``to_model_config``; ``changes`` are transformers' further options."""
         return cls(**config.to_dict(), **changes)

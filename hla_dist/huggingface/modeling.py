@@ -1,4 +1,4 @@
-"""The language model behind transformers' interface; the network is :class:`hla_dist.models.LanguageModel`.
+"""The language model behind transformers' interface; the network is ``hla_dist.models.LanguageModel``.
 
 Letters: B batch, T tokens of this call, D hidden_size, N vocabulary.
 """
@@ -82,7 +82,7 @@ class HLAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: see :meth:`HLAConfig.register_for_auto_class`."""
+        """Nothing: see ``HLAConfig.register_for_auto_class``."""
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
@@ -227,7 +227,7 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As :meth:`HLAModel.forward`; with ``labels`` ``[B, T]`` also the mean loss.
+        """As ``HLAModel.forward``; with ``labels`` ``[B, T]`` also the mean loss.
 
         Labels are shifted inside, and -100 is left out. ``logits_to_keep``: only the last so many places'
         logits, or those at the given indices; 0 is all.

@@ -15,7 +15,7 @@ PREFIX, OUTPUT = "model.network.", "lm_head.weight"
 
 
 def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLAForCausalLM:
-    """Return a transformers model with copies of a :class:`hla_dist.models.LanguageModel`'s parameters.
+    """Return a transformers model with copies of a ``hla_dist.models.LanguageModel``'s parameters.
 
     Raises ValueError if names or shapes are not those of ``config``.
     """

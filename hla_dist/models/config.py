@@ -24,11 +24,11 @@ class ModelConfig:
             block has as many parameters as a two-matrix block four times as wide.
         op: The operator of every layer, unless ``pattern`` says otherwise.
         norm_eps: Epsilon of every norm.
-        attention: Further options of :class:`hla_dist.HLAAttention`.
+        attention: Further options of ``hla_dist.HLAAttention``.
         pattern: Makes a hybrid: names of operators or ``softmax``, separated by commas, each perhaps
             with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``. Empty: ``op``
             throughout.
-        softmax: Further options of :class:`hla_dist.SoftmaxAttention`.
+        softmax: Further options of ``hla_dist.SoftmaxAttention``.
         tie_word_embeddings: False gives the output layer a matrix of its own instead of the
             embedding's.
 
@@ -102,7 +102,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Undo :meth:`to_dict`; raise ValueError naming a field that this version does not know."""
+        """Undo ``to_dict``; raise ValueError naming a field that this version does not know."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"ModelConfig: unknown field(s) {', '.join(unknown)}")

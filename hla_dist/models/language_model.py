@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
     output.
 
     The model has no position embeddings. Order comes from the attention layers (causal, with decay), so
-    nothing depends on where a shard begins. Wrap it in :class:`hla_dist.SequenceParallelHLA` to run it
+    nothing depends on where a shard begins. Wrap it in ``hla_dist.SequenceParallelHLA`` to run it
     on shards of a sequence; its communication is that of its attention layers.
 
     Args:
@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every parameter anew, for example after ``to_empty`` on a model built on the meta device.
 
-        What writes to the residual stream is scaled by :func:`residual_scale`. The embedding's deviation is
+        What writes to the residual stream is scaled by ``residual_scale``. The embedding's deviation is
         0.02, as usual where it is the output too.
         """
         self._reset(nn.Embedding, SwiGLU, HLAAttention, SoftmaxAttention, nn.RMSNorm)
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
         Args:
             tokens: Integers ``[B, T]``.
             state: What an earlier call returned.
-            cu_seqlens: As for :class:`hla_dist.HLAAttention`.
+            cu_seqlens: As for ``hla_dist.HLAAttention``.
             positions: The tokens' global positions. They matter with rotary attention only, which needs
                 them with a state.
             return_state: Return the states too.

@@ -103,14 +103,14 @@ class HLAAttention(RenamesOnLoad):
             tell where that is; without them one all-gather of one integer per call asks. A call with
             ``state`` needs positions.
         mask: The operator's, as all below.
-        decay_form: See :func:`hla_dist.hla2`.
-        ridge: See :func:`hla_dist.hla2`.
-        normalize: See :func:`hla_dist.hla2`.
-        eps: See :func:`hla_dist.hla2`.
-        chunk_size: See :func:`hla_dist.hla2`.
-        exchange: See :func:`hla_dist.hla2`.
-        wire_dtype: See :func:`hla_dist.hla2`.
-        backend: See :func:`hla_dist.hla2`.
+        decay_form: See ``hla_dist.hla2``.
+        ridge: See ``hla_dist.hla2``.
+        normalize: See ``hla_dist.hla2``.
+        eps: See ``hla_dist.hla2``.
+        chunk_size: See ``hla_dist.hla2``.
+        exchange: See ``hla_dist.hla2``.
+        wire_dtype: See ``hla_dist.hla2``.
+        backend: See ``hla_dist.hla2``.
         device: Of the parameters.
         dtype: Of the parameters.
 

@@ -1,7 +1,7 @@
 """SequenceParallelHLA: to the sequence what DistributedDataParallel is to the batch.
 
 The wrapper itself computes nothing. It hands its group to every HLAAttention and SoftmaxAttention inside, so that each
-runs over the group, and it leaves the gradient reduction to :class:`hla_dist.nn.gradient_reduction.GradientReduction`.
+runs over the group, and it leaves the gradient reduction to ``hla_dist.nn.gradient_reduction.GradientReduction``.
 """
 
 from __future__ import annotations

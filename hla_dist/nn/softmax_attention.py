@@ -56,7 +56,7 @@ class SoftmaxAttention(RenamesOnLoad):
         k = rotary(norm(x W_k)),  v = x W_v             [B, T, G, K]
         y = concat_h(softmax(scale q k^T) v) W_o        [B, T, D]
 
-    Arguments and names are those of :class:`hla_dist.HLAAttention`. y and every gradient are those of
+    Arguments and names are those of ``hla_dist.HLAAttention``. y and every gradient are those of
     one device.
 
     Communication over a group: one all-gather of a few integers. Then gather makes one all-to-all
