@@ -151,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--check", action="store_true", help="exit code 1 if a target of the report is missed")
     add("--out", type=Path, metavar="DIR", help="where the report goes (default: benchmarks/results, out/benchmarks)")
     args = parser.parse_args(arguments)
+    if min(args.heads, args.key_dim, args.value_dim) < 1:
+        parser.error("--heads, --key-dim, --value-dim: expected at least 1")
     if not 0 <= args.overlap <= 1:
         parser.error(f"--overlap: expected 0 to 1, got {args.overlap:g}")
     try:
