@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from hla_dist.processes.memory import KEEP_MEMORY
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 QUICK_RESULTS = ROOT / "out" / "benchmarks"  # smoke runs measure nothing worth keeping
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from hla_dist.processes import mpirun
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.memory import keep_freed_memory
 from hla_dist.processes.mesh import connect
 from hla_dist.processes.options import parse_options
 from hla_dist.processes.recorder import write_flight_record
@@ -33,6 +34,7 @@ class Program:
     def __init__(self, name: str, about: str) -> None:
         self.name, self.about = name, about
         self.ranks = RankInfo(0, 1, 0, 1)
+        keep_freed_memory(os.environ)
         self.flight: Path | None = None  # where to write down the last collectives when another rank is gone
         try:
             self.store = mpirun.join(os.environ)
