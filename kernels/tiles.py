@@ -48,7 +48,7 @@ ROWS = (64, 128, 256)  # the state's rows, rounded up to one of these
 _BF16_SM90 = {
     64: Pair(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
     128: Pair(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    256: Pair(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
+    256: Pair(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 64)),
 }
 _BF16_SM100 = {
     64: Pair(Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
