@@ -282,7 +282,7 @@ def _program_main(command: list[str], cwd: str, environment: dict[str, str], str
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = command
+    sys.argv, sys.orig_argv = command, [sys.executable, *command]  # benchmarks restart themselves by the latter
     sys.path[:0] = [os.path.dirname(command[0]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
     runpy.run_path(command[0], run_name="__main__")
 
