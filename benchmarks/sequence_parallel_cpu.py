@@ -129,13 +129,13 @@ def turn_taking(turns: Any) -> Iterator[None]:
     """Hold one of the processors, except while waiting for other ranks."""
     wait = collectives.wait
 
-    def wait_aside(work: Any) -> None:
+    def wait_aside(work: Any, pg: Any = None) -> None:
         if background.on_thread():  # holds none
-            wait(work)
+            wait(work, pg)
             return
         turns.release()
         try:
-            wait(work)
+            wait(work, pg)
         finally:
             turns.acquire()
 

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ class Program:
             self.store = mpirun.join(os.environ)
             self.ranks = rank_info(os.environ)
         except (UserError, ValueError) as exc:
-            self.leave(str(exc))
+            sys.exit(self.leave(str(exc)))
 
     def options(self, kind: type[Options], arguments: list[str] | None = None) -> Options:
         """The command line as ``kind``; rank 0 alone prints --help."""
@@ -88,22 +88,23 @@ class Program:
             print(flush=True)
             return 130
         except (UserError, ValueError) as exc:  # the library's own checks: raised alike on every rank of a group
-            self.leave(describe(exc), alike=not isinstance(exc, NotMet))
+            return self.leave(describe(exc), alike=not isinstance(exc, NotMet))
         except OSError as exc:
-            self.leave(describe(exc), alike=False)
+            return self.leave(describe(exc), alike=False)
         except Exception as exc:
             if isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in PEER_GONE):
                 record = self.flight and write_flight_record(self.flight, self.ranks.rank)
                 where = f"; its last collectives are in {record}" if record else ""
-                self.leave(f"another rank is gone or did not come in time: {describe(exc)}{where}", alike=False)
+                return self.leave(f"another rank is gone or did not come in time: {describe(exc)}{where}", alike=False)
             traceback.print_exc()
-            self.leave(describe(exc), alike=False)
+            return self.leave(describe(exc), alike=False)
 
-    def leave(self, message: str, alike: bool = True) -> NoReturn:
-        """End this process with one line and exit code 1; of a mistake that all ranks share, rank 0 speaks.
+    def leave(self, message: str, alike: bool = True) -> int:
+        """Say in one line what is wrong; the exit code, 1. Of several ranks, this one ends here.
 
-        The others give it a moment first: torchrun and mpirun end all ranks as soon as one has failed. os._exit, since
-        tearing down a process group whose peers may be gone can wait for them.
+        Of a mistake that all ranks share, rank 0 speaks. The others give it a moment first: torchrun and mpirun end all
+        ranks as soon as one has failed. os._exit, since tearing down a process group whose peers may be gone can wait
+        for them.
         """
         rank, world_size, _, _ = self.ranks
         if rank == 0 or not alike:
@@ -112,6 +113,8 @@ class Program:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         sys.stdout.flush()
+        if world_size == 1:
+            return 1
         mpirun.end(1)
         os._exit(1)
 
