@@ -18,5 +18,5 @@ def register(operator: Operator) -> None:
     OPERATORS.update({form.name: form for form in (operator, *operator.forms.values())})
 
 
-for _operator in (LINEAR_ATTENTION, HLA2, AHLA, HLA3):
+for _operator in (HLA2, AHLA, HLA3, LINEAR_ATTENTION):
     register(_operator)

@@ -93,6 +93,8 @@ def said_by(name: str, arguments: list[Any], monkeypatch: pytest.MonkeyPatch, ca
         code = program.main()
     except Exit as end:
         code = end.args[0]
+    except SystemExit as end:
+        code = end.code
     said = capfd.readouterr()
     assert code == 1 and not said.out
     (line,) = said.err.splitlines()
