@@ -17,6 +17,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM, byte_tokenizer
+from tests.harness import shifted
 
 PREFIX = 10  # a newline: a byte tokenizer has no token of its own for the beginning of a text
 QUESTIONS = [("count: one,", 1), ("count: one, two, three, four,", 0), ("x", 1)]
@@ -40,7 +41,7 @@ def main() -> int:
     """Return 0 if every log-likelihood is the model's own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         model = HLAForCausalLM(HLAConfig(hidden_size=32, num_layers=2, num_heads=2, pad_token_id=0)).eval()
         model.save_pretrained(folder / "model")
         byte_tokenizer().save_pretrained(folder / "model")

@@ -13,7 +13,7 @@ import hla_dist
 from hla_dist import combine, operators, summarize
 from hla_dist.functional.attention import attend
 from hla_dist.operators.cascade import Fields, Operator, Pass, decayed
-from tests.harness import RankPool, assert_close
+from tests.harness import RankPool, assert_close, shifted
 from tests.tolerances import FLOAT64
 
 LENGTHS = [70, 0, 60]
@@ -58,7 +58,7 @@ def _by_matrices(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, ridge: floa
 
 
 def _draw() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(shifted(0))
     q, k, v = (torch.randn(1, sum(LENGTHS), 2, n, dtype=torch.float64, generator=generator) for n in (4, 4, 3))
     return [q, k, v, -torch.rand(1, sum(LENGTHS), 2, dtype=torch.float64, generator=generator)]
 
@@ -76,7 +76,7 @@ def _on_a_rank(pg: dist.ProcessGroup) -> tuple[list[Tensor], Tensor]:
     operators.register(TWICE)
     start = sum(LENGTHS[: dist.get_rank(pg)])
     shard = [x[:, start : start + LENGTHS[dist.get_rank(pg)]] for x in _draw()]
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = hla_dist.SequenceParallelHLA(hla_dist.HLAAttention(8, 2, op="twice").double(), pg)
     with torch.no_grad():
         y, _ = layer(HIDDEN[:, start : start + shard[0].shape[1]])
@@ -127,7 +127,7 @@ def test_ranks_and_the_module(pool: RankPool) -> None:
                 assert_close(name, values[i], want[i], FLOAT64)
         else:
             assert_close(name, torch.cat([values[i] for values, _ in parts], 1), want[i], FLOAT64)
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = hla_dist.HLAAttention(8, 2, op="twice").double()
     with torch.no_grad():
         assert_close("layer", torch.cat([y for _, y in parts], 1), layer(HIDDEN)[0], FLOAT64)

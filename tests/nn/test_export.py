@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hla_dist.models import LanguageModel, ModelConfig
-from tests.harness import assert_close
+from tests.harness import assert_close, shifted
 from tests.tolerances import FLOAT64
 
 LONGEST, LENGTHS = 1024, (1, 2, 63, 64, 65, 513, 1024)
@@ -43,7 +43,7 @@ class GoesOn(nn.Module):
 
 @torch.no_grad()
 def test_one_exported_program_serves_every_length_in_another_process(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     config = ModelConfig(
         vocab_size=40, hidden_size=16, num_layers=4, num_heads=2, pattern="hla2,ahla,hla3,linear_attention",
         attention={"rope_theta": 1e4},
