@@ -42,7 +42,7 @@ def load_trained(path: Path) -> Trained:
     except KeyError as exc:
         raise UserError(f"checkpoint: expected {exc} in {saved.path / 'state.json'}, got none") from exc
     checkpoints.load(saved, model)
-    memmap = len(data) == 1 and Path(data[0]).suffix in {".npy", ".bin"}
+    memmap = any(Path(path).suffix in {".npy", ".bin"} for path in data)  # several in a mixture
     known = not memmap or tokenizer is not None
     return Trained(model, None if tokenizer == BYTES else tokenizer, known, saved.step, saved.passed_over)
 
