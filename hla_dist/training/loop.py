@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -124,11 +125,14 @@ class Trainer:
         return True
 
     @torch.no_grad()
-    def evaluate(self, tokens: Any, starts: list[int], documents: Any = None) -> float:
+    def evaluate(
+        self, tokens: Any, starts: list[int], documents: Any = None, stop: Callable[[], bool] = lambda: False
+    ) -> float | None:
         """Mean loss in nats a label over the windows at ``starts``, shared out among the replicas.
 
-        With ``documents``, the first tokens of documents in ``tokens``, these are read apart, as in training.
-        Communication: the attention layers', and one all-reduce of two numbers.
+        With ``documents``, the first tokens of documents in ``tokens``, these are read apart, as in training. None on
+        every rank as soon as ``stop()`` is true on one: it is asked before every batch. Communication: the attention
+        layers', an all-reduce of a number before every batch, and one of two numbers.
         """
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
@@ -136,6 +140,11 @@ class Trainer:
         # Replicas without a window in the last round take one that does not count: with FSDP2 a forward is everybody's.
         windows = mine + starts[: -(-len(starts) // self.mesh.replicas) - len(mine)]
         for begin in range(0, len(windows), self.batch_size):
+            stops = torch.tensor(float(stop()), device=self.mesh.device)
+            all_reduce_sum(stops, self.mesh.world)
+            if stops > 0:
+                self.model.train()
+                return None
             cuts = [
                 cut(tokens, start, self.windows.seq_len, self.windows.vocab_size)
                 for start in windows[begin : begin + self.batch_size]

@@ -208,19 +208,26 @@ class Run:
         for note in self.corpus.notes:
             self.warn(note, all_ranks=False)
         first = self.evaluate()
+        if first is None:
+            return self._stopped()
         history = self.log.history if self.log is not None else []
         before = next((line["held_out"] for line in history if line.get("held_out") is not None), first)
         if not history or history[-1]["step"] < self.step:  # a run resumed in place has this line
             self.write(held_out=first, tokens=self.tokens)
         # a restart may find that nothing but the end is left to do
         last, speed = self._loop(first) if self.step < self.config.optimisation.steps else (first, 0.0)
-        self.save(wait=True)
         if last is None:
-            how = f"; continue with --resume --out {self.out}" if self.out else ""
-            self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
-            self._close()
-            return self.stop.exit_code
+            return self._stopped()
+        self.save(wait=True)
         return self._finish(before, last, speed)
+
+    def _stopped(self) -> int:
+        """The end of a run that a signal stops; returns the exit code."""
+        self.save(wait=True)
+        how = f"; continue with --resume --out {self.out}" if self.out else ""
+        self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
+        self._close()
+        return self.stop.exit_code
 
     @property
     def tokens(self) -> int:
@@ -256,9 +263,10 @@ class Run:
             if check_every and self.step % check_every == 0:
                 check_equal_parameters(self.model.module, self.mesh.world)
             end = self.step >= optimisation.steps or agreed.clock >= 1
-            held_out = None
-            if not agreed.stop and (end or self.step % output.eval_every == 0):
-                held_out = loss = self.evaluate()
+            held_out, stopped = None, agreed.stop
+            if not stopped and (end or self.step % output.eval_every == 0):
+                held_out = self.evaluate()
+                stopped, loss = held_out is None, loss if held_out is None else held_out
             self.write(
                 loss=agreed.loss, **{self.unit.replace(" ", "_"): agreed.loss * self.per_unit},
                 perplexity=perplexity(agreed.loss), tokens=self.tokens, grad_norm=agreed.grad_norm, lr=lr,
@@ -266,8 +274,8 @@ class Run:
             )  # fmt: skip
             bar.set_postfix_str(f"loss {agreed.loss:.3f}, held out {loss:.3f} {self.unit}", refresh=False)
             bar.update()
-            if end or agreed.stop:
-                return (None if agreed.stop else loss), tokens / seconds
+            if end or stopped:
+                return (None if stopped else loss), tokens / seconds
             if output.save_every and self.step % output.save_every == 0:
                 self.save()
 
@@ -276,10 +284,11 @@ class Run:
         minutes = self.config.optimisation.max_minutes
         return (time.monotonic() - self.started) / (60 * minutes) if minutes else 0.0
 
-    def evaluate(self) -> float:
-        """Held-out loss in the run's unit, the same on every rank."""
+    def evaluate(self) -> float | None:
+        """Held-out loss in the run's unit, the same on every rank; None where a signal to any of them broke it off."""
         documents = self.corpus.held_out_documents if self.packed else None
-        return self.trainer.evaluate(self.corpus.held_out, self.starts, documents) * self.per_unit
+        loss = self.trainer.evaluate(self.corpus.held_out, self.starts, documents, lambda: bool(self.stop))
+        return None if loss is None else loss * self.per_unit
 
     def bigram(self) -> float | None:
         """The bigram model's held-out loss in the run's unit, on the labels that :meth:`evaluate` scores."""

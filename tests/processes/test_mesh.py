@@ -116,7 +116,7 @@ def run_on(degrees: Degrees, config: TrainConfig, stop_after: int | None = None)
 
 def run_three(whole_run: TrainConfig, stopped: TrainConfig, resumed: TrainConfig) -> list[int]:
     degrees = Degrees(1, 2, 2, fully_sharded=True)
-    return [run_on(degrees, whole_run), run_on(degrees, stopped, 3), run_on(degrees, resumed)]
+    return [run_on(degrees, whole_run), run_on(degrees, stopped, 5), run_on(degrees, resumed)]
 
 
 def test_a_sharded_run_resumes_bit_for_bit_and_keeps_parity(tmp_path: Path) -> None:

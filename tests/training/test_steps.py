@@ -35,7 +35,10 @@ from tests.training.corpora import small_config, write_text
 
 
 class NoSignal:
-    """Stands for StopSignal where no signal is wanted; ``after`` steps it asks to stop."""
+    """Stands for StopSignal where no signal is wanted; looked at ``after`` times, it asks to stop.
+
+    It is looked at once in every step and before every batch of an evaluation.
+    """
 
     def __init__(self, after: int | None = None) -> None:
         self.after, self.asked = after, 0
@@ -194,8 +197,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Pat
     assert [path.name for path in checkpoint.find(whole / "checkpoints")] == ["step-00000003", "step-00000006"]
 
     # stopped by a signal in the middle, then resumed in place
-    assert pool.run_group(2, run_config, small_config(data, out=str(stopped)), 4) == [128, 128]
-    assert checkpoint.open_checkpoint(stopped).step == 4
+    assert pool.run_group(2, run_config, small_config(data, out=str(stopped)), 8) == [128, 128]
+    assert checkpoint.open_checkpoint(stopped).step == 4  # two evaluations of two batches
     assert pool.run_group(2, run_config, small_config(data, out=str(stopped), resume="")) == [0, 0]
     assert model_bytes(stopped) == model_bytes(whole)
 
@@ -218,6 +221,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Pat
     for name in ("config.json", "loss.png", "summary.json"):
         assert (whole / name).stat().st_size > 100
     assert list((whole / "tensorboard").iterdir())
+
+
+def stopped_on_one(pg: dist.ProcessGroup, config: TrainConfig, after: int) -> int:
+    stop = NoSignal(after if dist.get_rank(pg) == 1 else None)
+    return Run(config, mesh_of(pg), stop, time.monotonic()).train()
+
+
+def test_a_signal_in_an_evaluation_saves_and_ends_every_rank(pool: RankPool, tmp_path: Path) -> None:
+    """A whole evaluation may take longer than whoever sends SIGTERM waits before SIGKILL."""
+    data = write_text(tmp_path / "text.txt", 4000)
+    # in the first batch of all, and in the second one of the evaluation after step 3
+    for after, step in ((1, 0), (7, 3)):
+        out = tmp_path / str(after)
+        assert pool.run_group(2, stopped_on_one, small_config(data, out=str(out)), after) == [128, 128]
+        assert checkpoint.open_checkpoint(out).step == step
+        lines = read_metrics(out / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(step + 1))[: len(lines)]
+        assert all("held_out" not in line for line in lines[1:])
 
 
 def test_an_earlier_run_is_moved_aside(pool: RankPool, tmp_path: Path) -> None:
