@@ -146,7 +146,7 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     share = (0, 1) if group is None else (group_rank(group), group_size(group))
     problems: list[str] = []
     for candidate in map(Path, names):
-        wrong = problem(candidate, *share)
+        wrong = _together(group, partial(problem, candidate, *share), patient=True)  # files may differ much in size
         every = [wrong] if group is None else all_gather_objects(wrong, group)
         found = next((text for text in every if text is not None), None)
         if found is None:
@@ -194,10 +194,10 @@ def _move(partial: Path, final: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _together(group: Any, work: Callable[[], Any]) -> Any:
+def _together(group: Any, work: Callable[[], Any], patient: bool = False) -> Any:
     """``work()``, its mistakes told to every rank of ``group``."""
     if group is not None:
-        return together(group, work)
+        return together(group, work, patient)
     try:
         return work()
     except (OSError, ValueError) as exc:

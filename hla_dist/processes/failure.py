@@ -6,12 +6,18 @@ Set-up work that can fail on one rank alone (a file missing on one node, a full 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from hla_dist.parallel.collectives import all_gather_objects, group_rank
+import torch
+
+from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size
 
 Result = TypeVar("Result")
+
+_ASK_AGAIN_S = 0.25  # well below any timeout
 
 
 class UserError(Exception):
@@ -22,19 +28,21 @@ class Disagreement(UserError):
     """Another rank's :class:`UserError`, raised here so that all ranks stop alike."""
 
 
-def together(group: Any, work: Callable[[], Result]) -> Result:
+def together(group: Any, work: Callable[[], Result], patient: bool = False) -> Result:
     """``work()`` on every rank of ``group``; if it raises anywhere, every rank raises :class:`UserError` alike.
 
-    Communication: one small gather of objects. OSError and ValueError count as user errors, since this wraps
-    reading and writing of files and building from options; any other exception is raised here as it is, after the
-    other ranks have been told.
+    ``patient``: the work, which must not communicate over ``group``, may take one rank longer than the group's timeout.
+    Communication: one small gather of objects, with ``patient`` four per second and one more. OSError and ValueError
+    count as user errors, since this wraps reading and writing of files and building from options; any other exception
+    is raised here as it is, after the other ranks have been told.
     """
     result: Any = None
     failure: BaseException | None = None
-    try:
-        result = work()
-    except Exception as exc:  # told to the others before it goes on
-        failure = exc
+    with _patience(group) if patient and group_size(group) > 1 else nullcontext():
+        try:
+            result = work()
+        except Exception as exc:  # told to the others before it goes on
+            failure = exc
     messages = all_gather_objects(None if failure is None else describe(failure), group)
     if failure is not None and not isinstance(failure, (UserError, OSError, ValueError)):
         raise failure
@@ -46,6 +54,36 @@ def together(group: Any, work: Callable[[], Result]) -> Result:
     if failure is not None and group_rank(group) == first:
         raise UserError(text) from failure
     raise Disagreement(text)
+
+
+@contextmanager
+def _patience(group: Any) -> Iterator[None]:
+    """Leave the block when every rank of ``group`` has come to its end, whatever the group's timeout.
+
+    A thread of every rank asks the others again and again: a collective waits for such a thread, not for the work. (A
+    group with a longer timeout would have an end too, and somebody would have to guess it.)
+    """
+    done = threading.Event()
+    failures: list[Exception] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def ask() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a thread begins with the first GPU
+            done.wait(_ASK_AGAIN_S)
+            while not all(all_gather_objects(done.is_set(), group)):
+                done.wait(_ASK_AGAIN_S)
+        except Exception as exc:  # raised again where the work has ended
+            failures.append(exc)
+
+    asking = threading.Thread(target=ask, name="patience", daemon=True)
+    asking.start()
+    yield
+    done.set()
+    asking.join()
+    if failures:
+        raise failures[0]
 
 
 def describe(exc: BaseException) -> str:

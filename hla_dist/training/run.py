@@ -56,7 +56,7 @@ class Run:
         self.saved = -1  # the step of the last checkpoint
         self.log: MetricsLog | None = None
         self.out = None if output.out is None else Path(output.out)
-        self.corpus: Corpus = together(mesh.world, self._load_corpus)
+        self.corpus: Corpus = together(mesh.world, self._load_corpus, patient=True)
         self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(self._vocabulary()))
         if optimisation.deterministic:
             be_deterministic()
@@ -146,7 +146,7 @@ class Run:
             if random is not None and int(saved.state["ranks"]) == group_size(world):
                 set_random_state(random)
 
-        together(world, load)
+        together(world, load, patient=True)
         if self.launch.restart:
             self.say(f"restart {self.launch.restart}: going on from {saved.path}")
 
@@ -344,7 +344,7 @@ class Run:
         parity = None
         if self.config.output.parity:
             parity = check_parity(self.model, alone, self.trainer.windows, self.trainer.samples, self.mesh)
-        together(self.mesh.world, lambda: self._report(alone, parity, first, last, speed))
+        together(self.mesh.world, lambda: self._report(alone, parity, first, last, speed), patient=True)
         self._close()
         return 0 if parity is None or parity.ok else 1
 

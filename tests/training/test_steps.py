@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,25 @@ def test_a_mistake_on_one_rank_is_told_to_all(pool: RankPool, tmp_path: Path) ->
     config = small_config(write_text(tmp_path / "text.txt", 4000))
     said = pool.run_group(3, one_cannot_read, config)
     assert said == ["rank 1: --data: cannot read x: Input/output error"] * 3
+
+
+def one_reads_for_long(config: TrainConfig) -> int | str:
+    load, pg = run_module.load_corpus, dist.new_group(timeout=timedelta(seconds=3))
+
+    def reads(*arguments: Any, **options: Any) -> Any:
+        if dist.get_rank() == 0:
+            time.sleep(5)
+            raise UserError("--data: expected SHA-256 x, got y")
+        return load(*arguments, **options)
+
+    run_module.load_corpus = reads
+    return run_config(pg, config)
+
+
+def test_reading_the_data_may_take_longer_than_the_timeout(tmp_path: Path) -> None:
+    """As comparing the SHA-256 of a large memmap does, on one rank."""
+    config = small_config(write_text(tmp_path / "text.txt", 4000))
+    assert run_ranks(one_reads_for_long, 2, config) == ["--data: expected SHA-256 x, got y"] * 2
 
 
 def one_has_a_bug(pg: dist.ProcessGroup) -> str:
