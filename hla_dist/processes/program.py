@@ -21,6 +21,7 @@ from hla_dist.processes.mesh import connect
 from hla_dist.processes.options import parse_options
 from hla_dist.processes.recorder import write_flight_record
 from hla_dist.processes.rendezvous import NotMet, RankInfo, rank_info
+from hla_dist.processes.stop import end_with_launcher
 
 Options = TypeVar("Options")
 
@@ -35,6 +36,7 @@ class Program:
         self.name, self.about = name, about
         self.ranks = RankInfo(0, 1, 0, 1)
         keep_freed_memory(os.environ)
+        end_with_launcher(os.environ)
         self.flight: Path | None = None  # where to write down the last collectives when another rank is gone
         try:
             self.store = mpirun.join(os.environ)

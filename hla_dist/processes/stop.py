@@ -1,10 +1,29 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and the end of the launcher: finish the step, save, leave."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
+from collections.abc import Mapping
 from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# of torchrun, and of a task of srun
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+
+
+def end_with_launcher(environ: Mapping[str, str]) -> None:
+    """Let the kernel send this process SIGTERM when its parent ends, if that is a launcher of ranks.
+
+    A launcher that is killed takes nothing with it: its ranks would train on, and write beside the next run. Not where
+    something that stays alive stands between launcher and rank, such as a shell script, nor on other systems than
+    Linux. mpirun's own helper ends its ranks. A program started by hand may outlive its shell.
+    """
+    if any(name in environ for name in _LAUNCHERS):
+        with contextlib.suppress(AttributeError):  # no prctl
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 class StopSignal:

@@ -100,6 +100,34 @@ def test_one_rank_raising_ends_all_of_mpirun(tmp_path: Path, text: str) -> None:
     assert any("(rank 1): KeyError: 'a bug on one rank'" in line for line in errors(done)), done.stderr
 
 
+LAUNCHER = """
+import os, runpy, sys, time
+if os.fork() == 0:
+    runpy.run_path(sys.argv[1])["end_with_launcher"]({sys.argv[2]: "none"})
+    print("ready", flush=True)
+    time.sleep(float(sys.argv[3]))
+    print("left alone")
+else:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's end is Linux's")
+@pytest.mark.parametrize(
+    ("variable", "seconds", "rest"), [("TORCHELASTIC_RUN_ID", 60, ""), ("SHELL", 0.5, "left alone\n")]
+)
+def test_ranks_end_with_their_launcher(variable: str, seconds: float, rest: str) -> None:
+    stop = ROOT / "hla_dist" / "processes" / "stop.py"
+    command = [sys.executable, "-c", LAUNCHER, str(stop), variable, str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        began = time.monotonic()
+        assert process.stdout.read() == rest  # until the rank has ended
+        assert time.monotonic() - began < SECONDS / 10
+
+
 def test_plain_python_under_mpirun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank would take itself for the only one, and all would write to the same folder."""
     assert run(MPIRUN, "-n", 2, "printenv", "PMI_SIZE").stdout == "2\n2\n"
