@@ -3,7 +3,8 @@
 #
 # usage: launch/torchrun_multinode.sh MACHINES RANKS_PER_MACHINE FIRST_MACHINE[:PORT] [options of launch/train.py]
 #
-#   RUN_ID         tells this run from others that meet at the same port; default: hla
+#   RUN_ID         names this run: it tells it from others that meet at the same port, and the same options under the
+#                  same name go on from the last checkpoint; default: none, every start is a new run
 #   MAX_RESTARTS   how often all ranks start again after one has failed; default: 0
 #   PYTHON         the interpreter; default: python3
 #
@@ -20,5 +21,5 @@ shift 3
 
 exec "${PYTHON:-python3}" -m torch.distributed.run \
     --nnodes "$machines" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
-    --rdzv-backend c10d --rdzv-endpoint "$first" --rdzv-id "${RUN_ID:-hla}" \
+    --rdzv-backend c10d --rdzv-endpoint "$first" --rdzv-id "${RUN_ID:-none}" \
     "$(dirname "$0")/train.py" "$@"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ class Start:
 
 
 def decide(config: TrainConfig, launch: Launch, world: Any) -> Start:
-    """What the first rank of ``world`` finds, for all. One small gather of objects."""
+    """What the first rank of ``world`` finds, for all. Two small gathers of objects."""
+    # of several machines' agents each counts its own restarts, and one that was started again begins at 0
+    launch = replace(launch, restart=max(all_gather_objects(launch.restart, world)))
     start = together(world, lambda: _look(config, launch))
     return all_gather_objects(start, world)[0]
 

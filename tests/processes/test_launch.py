@@ -70,12 +70,24 @@ def test_what_the_scripts_start(stubs: str) -> None:
         (
             ("torchrun_multinode.sh", 2, 4, "node07"),
             {},
-            f"python {torchrun} --rdzv-endpoint node07:29400 --rdzv-id hla",
+            f"python {torchrun} --rdzv-endpoint node07:29400 --rdzv-id none",
         ),
         (("mpirun.sh", 8), {"HOSTS": "a:4,b:4"}, "mpirun -n 8 -hosts a:4,b:4 python -m mpi4py"),
     ):
         done = run(LAUNCH / command[0], *command[1:], *options, **more, **variables)
         assert (done.returncode, done.stdout) == (0, f"{want} {train}"), done.stderr
+
+
+def test_a_launch_has_a_name_only_if_it_was_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on by itself in its launch's name: the id that torchrun_multinode.sh gives everybody is none."""
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    import train
+
+    names = []
+    for run_id in ("none", "mine"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        names.append(train.read_launch(0).name)
+    assert names == ["", "mine"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.rendezvous import fresh_store
 from hla_dist.training.config import TrainConfig
-from hla_dist.training.continuation import Launch
+from hla_dist.training.continuation import Launch, decide
 from hla_dist.training.determinism import bit_hash
 from hla_dist.training.faults import Faults, parse_fault
 from hla_dist.training.metrics import read_metrics
@@ -255,6 +256,18 @@ def test_only_a_launch_that_was_here_before_goes_on_by_itself(pool: RankPool, te
     assert pool.run_group(1, went_on, fresh, Launch()) == [(0, "None")]
     with pytest.raises(UserError, match="--resume: expected a directory, or --out to find the newest checkpoint in"):
         small_config(Path(text), resume="auto")
+
+
+def goes_on_in_place(pg: dist.ProcessGroup, config: TrainConfig, restarts: list[int]) -> bool:
+    return decide(config, Launch(restart=restarts[dist.get_rank(pg)]), pg).in_place
+
+
+def test_a_start_is_a_restart_if_any_rank_was_restarted(pool: RankPool, text: str, tmp_path: Path) -> None:
+    """Each machine's agent counts for itself, and one that was started again begins at 0."""
+    config = small_config(Path(text), out=str(tmp_path), parity=False)
+    (tmp_path / "config.json").write_text(json.dumps({"launch": "", "run": config.to_dict()}))
+    for restarts, same in (([0, 1], True), ([0, 0], False)):
+        assert pool.run_group(2, goes_on_in_place, config, restarts) == [same] * 2
 
 
 def test_a_damaged_checkpoint_is_named_and_set_aside(pool: RankPool, text: str, tmp_path: Path) -> None:
