@@ -16,24 +16,36 @@ from typing import Any
 
 import torch.distributed as dist
 
-# how mpirun and srun tell a process, which may not know that it is one of many (MPICH; Open MPI)
+from hla_dist.processes import srun
+
+# how mpirun tells a process, which may not know that it is one of many (MPICH; Open MPI)
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+_MEMBER = "PMIX_RANK"  # of any other launcher with PMIx, which does not say how many there are
 
 
 def join(environ: MutableMapping[str, str]) -> dist.Store | None:
     """If this is ``python -m mpi4py``, put torchrun's variables into ``environ`` and return the store to meet at.
 
-    None, and nothing done, where torchrun set them, or in a process on its own. Pass the store, rank and world size to
-    ``init_process_group``. Communication: MPI's, over its world. Raises ValueError for ranks of mpirun started without
-    ``-m mpi4py``: each would take itself for the only one.
+    For tasks of srun the variables alone (``srun.py``). None, and nothing done, where torchrun set them, or in a
+    process on its own. Pass the store, rank and world size to ``init_process_group``. Communication: MPI's, over its
+    world. Raises ValueError for ranks of mpirun started without ``-m mpi4py``: each would take itself for the only one.
     """
     if "RANK" in environ:
         return None
     if "mpi4py" not in sys.modules:
+        tasks = srun.variables(environ)
+        environ.update(tasks)
+        if tasks or "SLURM_STEP_ID" in environ:
+            return None
         started = {name: int(environ[name]) for name in _SIZES if environ.get(name, "").isdigit()}
         if max(started.values(), default=1) > 1:
             name, size = started.popitem()
             raise ValueError(f"expected `python -m mpi4py PROGRAM` under mpirun, got plain python with {name}={size}")
+        if not started and _MEMBER in environ:
+            raise ValueError(
+                f"expected `python -m mpi4py PROGRAM` under a launcher with PMIx, got plain python with "
+                f"{_MEMBER}={environ[_MEMBER]}"
+            )
         return None
     from mpi4py import MPI
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from hla_dist.processes import mpirun
-from tests.harness import raises_value_error
+from hla_dist.processes import mpirun, srun
+from hla_dist.processes.program import Program
+from tests.harness import raises_value_error, run_ranks
 from tests.training.corpora import write_text
 from tests.training.test_program import FAILING, SECONDS, SMALL, environment, errors
 
@@ -21,6 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 MPIRUN = Path(sysconfig.get_path("scripts")) / "mpirun"  # of the mpich wheel
 SCRIPTS = ("mpirun.sh", "slurm.sh", "torchrun_multinode.sh")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def run(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
@@ -112,6 +123,44 @@ def test_one_rank_raising_ends_all_of_mpirun(tmp_path: Path, text: str) -> None:
     assert any("(rank 1): KeyError: 'a bug on one rank'" in line for line in errors(done)), done.stderr
 
 
+def test_tasks_of_srun_get_the_variables_of_torchrun() -> None:
+    """Sixteen tasks on three machines, task 9 the second of machine gpu08; a job's only machine is the loopback."""
+    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "8,4(x2)", "SLURM_STEP_NODELIST": "gpu[07-08,12],x1", "SLURM_JOB_ID": "123456",
+            "SLURM_STEP_ID": "2"}  # fmt: skip
+    ranks = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert srun.variables(task) == ranks | {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23658"}
+    assert srun.variables(task | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}) == ranks | {
+        "MASTER_ADDR": "a", "MASTER_PORT": "1",
+    }  # fmt: skip
+    for names in ("node-3,node-4", "node-3", "node-[3-4,6]"):
+        assert srun.variables(task | {"SLURM_STEP_NODELIST": names})["MASTER_ADDR"] == "node-3"
+    one = task | {"SLURM_STEP_TASKS_PER_NODE": "16", "SLURM_NODEID": "0"}
+    assert srun.variables(one)["MASTER_ADDR"] == "127.0.0.1"
+    # a script of sbatch, and a step of one task, are one process
+    assert srun.variables({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}) == {}
+    assert srun.variables({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0"}) == {}
+
+
+def task_of_srun(size: int) -> list[int]:
+    """A task as srun starts it joins the others; what they gather."""
+    rank, port = dist.get_rank(), [free_port()]
+    dist.broadcast_object_list(port)
+    dist.destroy_process_group()
+    sys.modules.pop("mpi4py", None)
+    environ = {"SLURM_STEP_NUM_TASKS": str(size), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+               "SLURM_STEP_ID": "0", "PMIX_RANK": str(rank), "MASTER_PORT": str(port[0])}  # fmt: skip
+    os.environ.update(environ)
+    Program("train.py", "").connect(torch.device("cpu"), 30.0)
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, rank)
+    return gathered
+
+
+def test_tasks_of_srun_are_ranks_of_one_job() -> None:
+    assert run_ranks(task_of_srun, 2, 2) == [[0, 1]] * 2
+
+
 LAUNCHER = """
 import os, runpy, sys, time
 if os.fork() == 0:
@@ -147,6 +196,8 @@ def test_plain_python_under_mpirun_is_refused(monkeypatch: pytest.MonkeyPatch) -
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         with raises_value_error("expected `python -m mpi4py PROGRAM` under mpirun", f"plain python with {name}=2"):
             mpirun.join({name: "2"})
-    for environ in ({}, {"PMI_SIZE": "1"}, {"RANK": "0", "PMI_SIZE": "2"}):
+    with raises_value_error("under a launcher with PMIx, got plain python with PMIX_RANK=3"):
+        mpirun.join({"PMIX_RANK": "3"})
+    for environ in ({}, {"PMI_SIZE": "1"}, {"RANK": "0", "PMI_SIZE": "2"}, {"SLURM_STEP_ID": "0", "PMIX_RANK": "0"}):
         before = dict(environ)
         assert mpirun.join(environ) is None and environ == before
