@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
+from hla_dist.functional.options import Options
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
@@ -38,7 +39,13 @@ _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "softmax": lambda x: x.softmax(-1),
 }
+_OPTIONS = ("mask", "decay_form", "ridge", "normalize", "eps", "chunk_size", "exchange", "wire_dtype", "backend")
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def _option(name: str) -> Any:
+    """One of the layer's ``options`` as an attribute."""
+    return property(lambda layer: layer.options[name], lambda layer, value: layer.options.update({name: value}))
 
 
 class HLAAttention(RenamesOnLoad):
@@ -54,7 +61,8 @@ class HLAAttention(RenamesOnLoad):
     like T, beyond fp16's 65504.
 
     The plain attributes ``group`` and ``shard_lengths`` are None until ``SequenceParallelHLA`` sets
-    them. They are not in the state_dict, not pickled, and shared by deepcopy. ``chunk_tokens`` (0: off)
+    them. They are not in the state_dict, not pickled, and shared by deepcopy. The operator's own options
+    are kept in ``options`` and may be set as attributes, too. ``chunk_tokens`` (0: off)
     has all but the operator itself done for so many tokens at a time and computed again in backward, so
     that no copies of a long shard are kept.
 
@@ -125,6 +133,8 @@ class HLAAttention(RenamesOnLoad):
         >>> y.shape
         torch.Size([2, 100, 32])
     """
+
+    mask, decay_form, ridge, normalize, eps, chunk_size, exchange, wire_dtype, backend = map(_option, _OPTIONS)
 
     def __init__(
         self,
@@ -200,9 +210,11 @@ class HLAAttention(RenamesOnLoad):
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
-        self.rope_theta, self.mask, self.decay_form = rope_theta, mask, decay_form
-        self.ridge, self.normalize, self.eps = ridge, normalize, eps
-        self.chunk_size, self.exchange, self.wire_dtype, self.backend = chunk_size, exchange, wire_dtype, backend
+        self.rope_theta = rope_theta
+        self.options = Options(
+            mask=mask, decay_form=decay_form, ridge=ridge, normalize=normalize, eps=eps, chunk_size=chunk_size,
+            exchange=exchange, wire_dtype=wire_dtype, backend=backend,
+        )  # fmt: skip
         self.group: Any = None
         self.shard_lengths: Sequence[int] | None = None
         self.chunk_tokens = 0
@@ -301,23 +313,15 @@ class HLAAttention(RenamesOnLoad):
 
         lengths = None if group is None else self.shard_lengths
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
-        options = {
+        options: Options = {
+            **self.options,
             "log_decay": log_decay,
             "scale": scale,
-            "ridge": self.ridge,
-            "mask": self.mask,
-            "decay_form": self.decay_form,
-            "normalize": self.normalize,
-            "eps": self.eps,
             "initial_state": state,
             "output_final_state": output_final_state,
             "cu_seqlens": cu_seqlens,
             "shard_lengths": None if cu_seqlens is None or lengths is None else list(lengths),
             "group": group,
-            "exchange": self.exchange,
-            "wire_dtype": self.wire_dtype,
-            "backend": self.backend,
-            "chunk_size": self.chunk_size,
         }
         ahead: tuple[Tensor, ...] = ()
         if group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():

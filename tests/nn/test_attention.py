@@ -258,6 +258,9 @@ def test_copies_and_pickles():
     assert layer.group is unpicklable
     layer.group = None
     assert_bitwise("y", back(x)[0].detach(), layer(x)[0].detach())
+    layer.ridge = 0.5  # set later: of this layer alone, and what the operator is given
+    assert (layer.options["ridge"], twin.ridge, back.ridge) == (0.5, 0.0, 0.0)
+    assert not torch.equal(back(x)[0], layer(x)[0])
 
 
 def test_compiles_without_graph_breaks():
