@@ -94,11 +94,14 @@ class Call(NamedTuple):
             raise_everywhere(error, q, group)
 
 
-def raise_everywhere(error: ValueError, like: Any, group: Any) -> NoReturn:
-    """Raise a local error, on every rank of the group if there is one; ``like``: a tensor on the group's device."""
+def raise_everywhere(error: ValueError, like: Any, group: Any, direction: str = "forward") -> NoReturn:
+    """Raise a local error, on every rank of the group if there is one.
+
+    like: a tensor on the group's device; direction: of the exchange that the other ranks are about to enter.
+    """
     if group is not None and not torch.compiler.is_compiling():
         device = like.device if isinstance(like, Tensor) and like.device.type != "meta" else torch.device("cpu")
-        agreement.fail(group, error, device)
+        agreement.fail(group, error, device, direction)
     raise error
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from hla_dist.functional.validate import no_second_derivative
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
-from hla_dist.parallel import agreement, background, collectives, scan
+from hla_dist.parallel import agreement, background, collectives, halo, scan
 from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads
 from hla_dist.parallel.wire import WireLayout, at, backward_fields, enter_state, fold, fold_reverse
 
@@ -221,11 +221,43 @@ def _(fields, group_name, direction, description, at_once=False) -> list[Tensor]
     return [x.new_empty(size, *x.shape) for x in fields]
 
 
+@torch.library.custom_op(
+    "hla_dist::exchange_halo",
+    mutates_args=(),
+    schema="(Tensor last, Tensor counts, bool whole, str group_name, str exchange) -> Tensor[]",
+)
+def exchange_halo(last, counts, whole, group_name, exchange) -> list[Tensor]:
+    """What stands before this rank's first token, and at the end of the whole sequence: ``parallel.halo.forward``."""
+    return halo.forward(last, counts, whole, group_by_name(group_name), exchange)
+
+
+@exchange_halo.register_fake
+def _(last, counts, whole, group_name, exchange) -> list[Tensor]:
+    _, _, size = _place(group_name)
+    return [torch.empty_like(last) for _ in range(1 + whole)] + [counts.new_empty(size, *counts.shape)]
+
+
+@torch.library.custom_op(
+    "hla_dist::exchange_halo_backward",
+    mutates_args=(),
+    schema="(Tensor[] gradients, Tensor counts, bool whole, str group_name, str exchange) -> Tensor",
+)
+def exchange_halo_backward(gradients, counts, whole, group_name, exchange) -> Tensor:
+    """The gradient of this rank's last tokens: ``parallel.halo.backward``."""
+    return halo.backward(gradients, counts, whole, group_by_name(group_name), exchange)
+
+
+@exchange_halo_backward.register_fake
+def _(gradients, counts, whole, group_name, exchange) -> Tensor:
+    return torch.empty_like(gradients[0])
+
+
 # Sending is an effect: compilers must not merge two sends of equal arguments (rank 0 sends zeros backward, layer after
 # layer), drop one, or change their order, as no rank knows what the others' compilers did.
-for op in (exchange_start, exchange_gather):
+for op in (exchange_start, exchange_gather, exchange_halo, exchange_halo_backward):
     op.register_effect(EffectType.ORDERED)
-for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_gather):
+for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_gather, exchange_halo,
+           exchange_halo_backward):  # fmt: skip
     op.register_autograd(no_second_derivative)
 
 
@@ -244,7 +276,8 @@ def checkpoint_context() -> tuple[Any, Any]:
         >>> y, _ = checkpoint(block, x, use_reentrant=False, context_fn=keep)
     """
     ops = torch.ops.hla_dist
-    saved = {ops.exchange_start.default, ops.exchange_finish.default, ops.exchange_gather.default}
+    names = ("exchange_start", "exchange_finish", "exchange_gather", "exchange_halo")
+    saved = {getattr(ops, name).default for name in names}
 
     def policy(context: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE

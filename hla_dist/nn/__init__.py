@@ -2,6 +2,7 @@
 
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.sequence_parallel import SequenceParallelHLA
+from hla_dist.nn.short_convolution import ShortConvolution
 from hla_dist.nn.softmax_attention import SoftmaxAttention
 
-__all__ = ["HLAAttention", "SequenceParallelHLA", "SoftmaxAttention"]
+__all__ = ["HLAAttention", "SequenceParallelHLA", "ShortConvolution", "SoftmaxAttention"]

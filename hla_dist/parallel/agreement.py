@@ -27,7 +27,8 @@ from hla_dist.parallel import collectives, topology
 
 HEADER_BYTES = 64
 _OK, _NEW, _FAILED = 0, 1, 2
-_DIRECTIONS = {"forward": 0, "backward": 1}
+# a halo's frames are far smaller than summaries: directions of their own keep their agreed length small
+_DIRECTIONS = {"forward": 0, "backward": 1, "halo forward": 2, "halo backward": 3}
 _CONTENTS = " of "  # in a description, before what may change from call to call
 _MAGIC = 0x48_4C_41  # "HLA": a frame that is not the library's (another collective in its place) is told apart
 
@@ -171,12 +172,12 @@ def finish(pending: _Pending, at_once: bool = False) -> Tensor:
     return frames[:, HEADER_BYTES : HEADER_BYTES + pending.payload_bytes]
 
 
-def fail(group: Any, error: ValueError, device: torch.device) -> None:
-    """Enter the forward exchange with a local error, so that every rank of the group raises the same text."""
+def fail(group: Any, error: ValueError, device: torch.device, direction: str = "forward") -> None:
+    """Enter the exchange that comes next with a local error, so that every rank of the group raises the same text."""
     pg = collectives.resolve_group(group)
     if collectives.group_size(pg) == 1:
         raise error
-    start(pg, "forward", "", None, device, failure=str(error))
+    start(pg, direction, "", None, device, failure=str(error))
 
 
 def wait_for(pending: _Pending, works: list[Any]) -> None:
