@@ -36,7 +36,8 @@ class HLA2State(NamedTuple):
 
     Attributes:
         S: ``sum_i Gamma(end, i) k_i k_i^T``, ``[N, H, K, K]``, symmetric.
-        F: ``sum_i Gamma(end, i) u_i v_i^T`` with ``u_i = (S_i + ridge I) q_i``, ``[N, H, K, V]``.
+        F: ``sum_i Gamma(end, i) u_i v_i^T`` with ``u_i = (gain S_i + ridge I) q_i + skip k_i``,
+            ``[N, H, K, V]``.
     """
 
     S: Tensor

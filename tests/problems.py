@@ -33,6 +33,8 @@ KINDS = (
     ("hla3", "full"),
 )
 RIDGED = ("hla2", "hla3")
+KEYED = (("hla2", "causal"), ("hla3", "causal"))
+KEY_TERMS = ("none", "numbers", "H")  # gain and skip: 1 and 0, other numbers, one a head with gradients
 STREAMING = tuple(kind for kind in KINDS if kind[1] != "full")
 GATE_FORMS = ("none", "H", "G", "BTH", "BTG")
 # mild: memory of a few tokens. near_one: longer than the sequence. near_zero: no memory to speak of.
@@ -62,6 +64,7 @@ class Problem:
     gate_values: str = "mild"
     scale: float = 1.0
     ridge: float = 0.0
+    key_term: str = "none"
     normalize: bool = False
     state: bool = True
     strided: bool = False
@@ -95,6 +98,7 @@ class Problem:
     def options(self) -> dict[str, Any]:
         """The options of the call, without tensors."""
         return {
+            **({"gain": 0.6, "skip": 0.4} if self.key_term == "numbers" else {}),
             "scale": self.scale,
             "ridge": self.ridge,
             "normalize": self.normalize,
@@ -116,6 +120,8 @@ class Tensors:
     initial_state: tuple[Tensor, ...] | None
     weight_out: Tensor
     weight_state: tuple[Tensor, ...]
+    gain: Tensor | None = None
+    skip: Tensor | None = None
 
 
 def draw(p: Problem) -> Tensors:
@@ -152,6 +158,10 @@ def draw(p: Problem) -> Tensors:
     tensors.log_decay = None if tensors.log_decay is None else tensors.log_decay.to(wide)
     tensors.initial_state = None if state is None else p.state_type(*(x.to(wide) for x in state))
     tensors.weight_state = tuple(x.to(wide) for x in tensors.weight_state)
+    if p.key_term == "H":  # of one sign each: with normalize everything is positive; the first head is of first order
+        gain, skip = normal(p.H).abs() + 0.1, normal(p.H).abs() + 0.1
+        gain[0] = 0.0
+        tensors.gain, tensors.skip = gain.to(wide), skip.to(wide)
     return tensors
 
 
@@ -195,6 +205,9 @@ def run(p: Problem, t: Tensors, function: Callable[..., Any], dtype: torch.dtype
     options = {**p.options, **more}
     if t.log_decay is not None:
         options["log_decay"] = leaves["dlog_decay"] = leaf(t.log_decay)
+    for term in ("gain", "skip"):
+        if getattr(t, term) is not None:
+            options[term] = leaves[f"d{term}"] = leaf(getattr(t, term))
     if t.initial_state is not None:
         initial = p.state_type(*map(leaf, t.initial_state))
         options["initial_state"] = initial

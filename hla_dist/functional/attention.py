@@ -28,9 +28,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
 
         o_t = sum_{i<=t} Gamma(t, i) (q_t . k_i) v_i
 
-    The options are ``Options``, without ridge and the prefix mask. The state is ``LinearState(P)``
-    with ``P = sum Gamma(end, i) k_i v_i^T``, ``[B, H, K, V]``. Shapes, precision, communication and
-    errors are those of ``hla2``.
+    The options are ``Options``, without ridge, gain, skip and the prefix mask. The state is
+    ``LinearState(P)`` with ``P = sum Gamma(end, i) k_i v_i^T``, ``[B, H, K, V]``. Shapes,
+    precision, communication and errors are those of ``hla2``.
 
     Examples:
         >>> import torch, hla_dist
@@ -47,15 +47,15 @@ def hla2(
 ) -> tuple[Tensor, HLA2State | HLA2PaperState | PrefixState | None]:
     """Second-order symmetric linear attention (HLA, arXiv 2510.27258).
 
-        u = LA(q, k, k) + ridge q,   o = LA(q, u, v)
+        u = gain LA(q, k, k) + ridge q + skip k,   o = LA(q, u, v)
         LA(a, b, c)_t = sum_{i<=t} Gamma(t, i) (a_t . b_i) c_i
         Gamma(t, i) = g_{i+1} ... g_t,   g = exp(log_decay)
 
     q is ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, and G divides H. Returns ``out``
     ``[B, T, H, V]`` in q's dtype, and the state, which is None unless asked for: ``HLA2State(S, F)``,
     with the prefix mask ``PrefixState(S, C)``, with the paper's decay ``HLA2PaperState(S, C, G)``.
-    Differentiable once, in q, k, v, log_decay and initial_state. The options are ``Options``, all
-    of them.
+    Differentiable once, in q, k, v, log_decay, gain, skip and initial_state. The options are
+    ``Options``, all of them.
 
     Precision: sums and states are float32 (float64 for float64 inputs), whatever the input dtype.
     Autocast changes nothing. Without decay F grows like T^2.
@@ -87,9 +87,9 @@ def ahla(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[T
 
         r = LA(q, k, v),   o = LA(q, k, r)
 
-    The options are ``Options``, without ridge and the prefix mask. The state is ``AHLAState(P,
-    E)`` with ``P = sum Gamma(end, i) k_i v_i^T`` and ``E = sum Gamma(end, i) k_i r_i^T``, both ``[B, H,
-    K, V]``. All else is as for ``hla2``.
+    The options are ``Options``, without ridge, gain, skip and the prefix mask. The state is
+    ``AHLAState(P, E)`` with ``P = sum Gamma(end, i) k_i v_i^T`` and ``E = sum Gamma(end, i) k_i
+    r_i^T``, both ``[B, H, K, V]``. All else is as for ``hla2``.
     """
     return attend("ahla", q, k, v, **options)
 
@@ -97,7 +97,7 @@ def ahla(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[T
 def hla3(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, HLA3State | None]:
     """Third-order linear attention.
 
-        u = LA(q, k, k) + ridge q,   r = LA(q, k, v),   o = LA(q, u, r)
+        u = gain LA(q, k, k) + ridge q + skip k,   r = LA(q, k, v),   o = LA(q, u, r)
 
     It equals the masked matrix form ((L o W W^T) W) V; the paper's own streaming form does not
     (docs/algebra.md). The options are ``Options``, without the prefix mask. The state is
@@ -121,15 +121,14 @@ def _run(call: Call) -> tuple[Tensor, Any]:
             return full.attend(call), None
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         call = call._replace(k=call.k.view_as(call.k), v=call.v.view_as(call.v))
-    inputs = (call.q, call.k, call.v, call.log_decay)
     if torch.compiler.is_exporting() and call.documents is None and not plan.group_name:
         how = (call.name, call.mask, call.decay_form)
-        out, *state = exported.attend(*inputs, list(call.initial), *how, *plan.stage_arguments)
+        out, *state = exported.attend(*call.inputs, list(call.initial), *how, *plan.stage_arguments)
         return out, plan.cascade.state(*state) if plan.output_state else None
     if call.documents is not None:
         out, state = packed.attend(call)
     else:
-        out, *state = CausalFunction.apply(plan, *inputs, *call.initial)
+        out, *state = CausalFunction.apply(plan, *call.inputs, *call.initial)
     return out, plan.cascade.state(*state) if state else None
 
 
@@ -144,7 +143,7 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
         q: ``[B, T, H, K]``.
         k: ``[B, T, G, K]``.
         v: ``[B, T, G, V]``.
-        **options: log_decay, decay_form, scale, ridge, normalize, mask (not full), backend and
+        **options: log_decay, decay_form, scale, ridge, gain, skip, normalize, mask (not full), backend and
             chunk_size, as for the operator named.
     """
     validate.require(operator in NAMED, "operator", f"one of {tuple(NAMED)}", repr(operator))
@@ -153,10 +152,11 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
         validate.require(name in known, name, f"one of the options {', '.join(known)}", "an unknown one")
     mask = options.get("mask")
     validate.require(mask != "full", "mask", "'causal' or 'prefix' (a full mask has no segments)", repr(mask))
-    validate.refuse_transforms("summarize", q, k, v, options.get("log_decay"))
+    inner = (options.get(name) for name in ("log_decay", *validate.KEY_TERM))
+    validate.refuse_transforms("summarize", q, k, v, *inner)
     call = Call.checked(operator, q, k, v, options)
-    rho, *rest = stage_ops.summarize(call.q, call.k, call.v, call.log_decay, *call.plan.stage_arguments)
-    return Summary(call.plan.operator, rho, dict(zip(call.plan.cascade.fields, rest)))
+    rho, *rest = stage_ops.summarize(*call.inputs, *call.plan.stage_arguments)
+    return Summary(call.plan.operator, rho, dict(zip(call.plan.cascade.fields, rest)), options.get("gain", 1.0))
 
 
 class Started(NamedTuple):
@@ -185,9 +185,8 @@ def start(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
     if not plan.group_name or call.documents is not None or call.mask == "full" or torch.compiler.is_compiling():
         return Started(lambda: _run(call))
     link: list[Any] = []
-    inputs = (call.q, call.k, call.v, call.log_decay)
-    anchor, *under_way = StartFunction.apply(link, plan, *inputs, *call.initial)
-    detached = tuple(x if x is None else x.detach() for x in inputs)
+    anchor, *under_way = StartFunction.apply(link, plan, *call.inputs, *call.initial)
+    detached = tuple(x if x is None else x.detach() for x in call.inputs)
     entering = [x.detach() for x in call.initial]
 
     def finish() -> tuple[Tensor, Any]:

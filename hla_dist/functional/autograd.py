@@ -15,7 +15,8 @@ from torch import Tensor
 from hla_dist.functional import exchange_ops, stage_ops
 from hla_dist.functional.call import Plan
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, log_decay
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, log_decay, gain, skip
+GIVEN = 6  # tensors of every call, before its initial state
 
 
 class CausalFunction(torch.autograd.Function):
@@ -26,9 +27,9 @@ class CausalFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plan, q, k, v, log_decay, first=None, second=None, third=None):
+    def forward(ctx, plan, q, k, v, log_decay, gain, skip, first=None, second=None, third=None):
         """Run the forward stages; save inputs, block carries and what backward's fold needs."""
-        plan, inputs = Plan(*plan), (q, k, v, log_decay)
+        plan, inputs = Plan(*plan), (q, k, v, log_decay, gain, skip)
         initial = [x for x in (first, second, third) if x is not None]
         if plan.group_name:
             out, state, saved = _finish(plan, inputs, initial, _start(plan, inputs, initial))
@@ -51,11 +52,10 @@ class CausalFunction(torch.autograd.Function):
             saved = (*tensors, dout.contiguous())
             grads = _finish_backward(plan, saved, _start_backward(plan, saved, dstate))
         else:
-            q, k, v, log_decay, out, denominator, *checkpoints = tensors
-            saved = (q, k, v, log_decay, out, denominator, checkpoints, dout.contiguous())
-            carry = list(dstate) if plan.output_state else plan.zeros(q, v, plan.cascade.reverses)
+            saved, _ = _stages(plan, (*tensors, dout.contiguous()))
+            carry = list(dstate) if plan.output_state else plan.zeros(tensors[0], tensors[2], plan.cascade.reverses)
             grads = stage_ops.scan_backward(*saved, carry, *plan.stage_arguments)
-        return None, *_by_input(plan, tensors[3], grads, initial)
+        return None, *_by_input(plan, tensors, grads, initial)
 
 
 class StartFunction(torch.autograd.Function):
@@ -67,9 +67,9 @@ class StartFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, link, plan, q, k, v, log_decay, first=None, second=None, third=None):
+    def forward(ctx, link, plan, q, k, v, log_decay, gain, skip, first=None, second=None, third=None):
         initial = [x for x in (first, second, third) if x is not None]
-        under_way = _start(plan, (q, k, v, log_decay), initial)
+        under_way = _start(plan, (q, k, v, log_decay, gain, skip), initial)
         ctx.mark_non_differentiable(*under_way)
         ctx.call = (link, plan, len(initial))
         return (q.new_zeros(()), *under_way)
@@ -79,7 +79,7 @@ class StartFunction(torch.autograd.Function):
         link, plan, initial = ctx.call
         saved, ticket = link.pop()
         grads = _finish_backward(plan, saved, ticket)
-        return None, None, *_by_input(plan, saved[3], grads, initial)
+        return None, None, *_by_input(plan, saved, grads, initial)
 
 
 class FinishFunction(torch.autograd.Function):
@@ -102,12 +102,19 @@ class FinishFunction(torch.autograd.Function):
 
 def _start(plan: Plan, inputs: Inputs, initial: list[Tensor]) -> list[Tensor]:
     """Summarize and send: ``[ticket, rho, *what scan corrects]``."""
-    q, _, v, _ = inputs
-    summary = stage_ops.summarize(*inputs, *plan.stage_arguments)
-    sent = 1 + len(plan.cascade.fields)
+    q, v = inputs[0], inputs[2]
+    rho, fields, kept = summarized(plan, inputs)
     start = initial if plan.rank == 0 else []
     how = (plan.output_state, plan.group_name, "forward", plan.description, *plan.exchange_arguments(q, v))
-    return [exchange_ops.exchange_start(summary[:sent], start, *how), summary[0], *summary[sent:]]
+    return [exchange_ops.exchange_start([rho, *fields], start, *how), rho, *kept]
+
+
+def summarized(plan: Plan, inputs: Inputs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Rho, the fields as they travel, which is with the gain of the key term, and what scan corrects."""
+    op = plan.cascade
+    rho, *rest = stage_ops.summarize(*inputs, *plan.stage_arguments)
+    fields = op.with_gain(dict(zip(op.fields, rest)), inputs[4])
+    return rho, list(fields.values()), rest[len(fields) :]
 
 
 def _finish(
@@ -115,7 +122,7 @@ def _finish(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Receive and finish: the output, the final state if wanted, and what backward needs beside the inputs."""
     ticket, rho, *kept = under_way
-    q, _, v, _ = inputs
+    q, v = inputs[0], inputs[2]
     count = len(plan.cascade.states)
     start = initial if plan.rank == 0 else []
     how = (plan.output_state, plan.group_name, *plan.exchange_arguments(q, v))
@@ -128,9 +135,9 @@ def _finish(
 
 def _stages(plan: Plan, saved) -> tuple[tuple, list[Tensor]]:
     """What the backward stages take, and what backward's fold does."""
-    q, k, v, log_decay, out, denominator, *rest, dout = saved
+    inputs, (out, denominator, *rest, dout) = saved[:GIVEN], saved[GIVEN:]
     count = len(plan.cascade.states)
-    return (q, k, v, log_decay, out, denominator, rest[:count], dout), rest[count:]
+    return (*inputs, out, denominator, rest[:count], dout), rest[count:]
 
 
 def _start_backward(plan: Plan, saved, dstate) -> Tensor:
@@ -146,19 +153,24 @@ def _start_backward(plan: Plan, saved, dstate) -> Tensor:
 
 
 def _finish_backward(plan: Plan, saved, ticket: Tensor) -> list[Tensor]:
-    """Receive and finish: the gradients of q, k, v, log_decay and of the carry."""
+    """Receive and finish: the gradients of the inputs and of the carry."""
     stages, later = _stages(plan, saved)
     how = (plan.output_state, plan.group_name, *plan.exchange_arguments(saved[0], saved[2]))
     carry = exchange_ops.exchange_finish_backward(ticket, later, *how)
     return stage_ops.scan_backward(*stages, carry, *plan.stage_arguments)
 
 
-def _by_input(plan: Plan, log_decay: Tensor | None, grads: list[Tensor], initial: int) -> list[Tensor | None]:
+def _by_input(plan: Plan, saved, grads: list[Tensor], initial: int) -> list[Tensor | None]:
     """Gradients in the order of the arguments after the plan."""
-    dq, dk, dv, dlog, *dinitial = grads
+    dinputs, dinitial = of_inputs(saved, grads)
     if plan.rank > 0:  # an initial state is read on rank 0 only
         dinitial = [torch.zeros_like(x) for x in dinitial]
-    return [dq, dk, dv, None if log_decay is None else dlog, *padded(dinitial if initial else [])]
+    return [*dinputs, *padded(dinitial if initial else [])]
+
+
+def of_inputs(inputs, grads: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """What ``scan_backward`` returns: gradients of the inputs, None for those not given, and of the carry."""
+    return [None if x is None else dx for x, dx in zip(inputs[:GIVEN], grads)], grads[GIVEN:]
 
 
 def padded(fields: list[Tensor]) -> list[Tensor | None]:

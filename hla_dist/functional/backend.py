@@ -8,7 +8,9 @@ from torch import Tensor
 from hla_dist.parallel.compiling import assume_constant_result
 
 
-def resolve(requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None) -> str:
+def resolve(
+    requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None, keyed: bool = False
+) -> str:
     """``"torch"`` or ``"triton"``.
 
     ``"auto"`` is Triton for tensors on a GPU wherever its kernels compute the call, else torch. Raises ValueError
@@ -17,6 +19,10 @@ def resolve(requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, 
     """
     if requested == "torch" or (requested == "auto" and q.device.type != "cuda"):
         return "torch"
+    if keyed:  # to be slow in silence where kernels were to be expected is worse than to be refused
+        raise ValueError(
+            f"backend: expected 'torch' with a key term (gain, skip), which has no kernels, got {requested!r}"
+        )
     reason = _obstacle(cascade, mask, q.device, q.dtype, q.shape[3], value_dim, chunk_size)
     if not reason:
         return "triton"

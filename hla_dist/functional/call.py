@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Tensors and plan of a call; gates per query head, the initial state's fields, or none."""
+    """Tensors and plan of a call; gates per query head, key term ``[H]``, the initial state's fields, or none."""
 
     name: str
     mask: str
@@ -79,8 +79,15 @@ class Call(NamedTuple):
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
+    gain: Tensor | None
+    skip: Tensor | None
     initial: tuple[Tensor, ...]
     documents: Documents | None
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The leading arguments of every stage op."""
+        return self.q, self.k, self.v, self.log_decay, self.gain, self.skip
 
     @staticmethod
     def checked(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
@@ -119,10 +126,11 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
     o = DEFAULTS | dict(options)
     full = o["mask"] == "full"
     if not full or o["group"] is not None:  # on one device that is plain torch
-        validate.refuse_transforms(name, q, k, v, o["log_decay"], o["initial_state"])
+        validate.refuse_transforms(name, q, k, v, o["log_decay"], o["initial_state"], o["gain"], o["skip"])
     validate.check_inputs(q, k, v)
     validate.check_options(name, o)
     validate.check_log_decay(o["log_decay"], q, k)
+    gain, skip = (validate.check_key_term(term, o[term], q) for term in ("gain", "skip"))
     documents = None
     if o["cu_seqlens"] is not None:
         documents = validate.check_documents(o, q, *_rank_of(o["group"]))
@@ -137,7 +145,8 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         backend = "torch"
     else:
         initial = validate.check_state(o["initial_state"], cascade, q, width, documents)
-        backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"])
+        keyed = gain is not None or skip is not None
+        backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"], keyed)
         if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
             initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
     if o["group"] is None and not initial:
@@ -158,7 +167,7 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
     )
     if o["group"] is not None:
         plan = _over_group(plan, o, documents, q, k, v)
-    return Call(name, o["mask"], o["decay_form"], plan, q, k, v, gates, initial, documents)
+    return Call(name, o["mask"], o["decay_form"], plan, q, k, v, gates, gain, skip, initial, documents)
 
 
 def _over_group(plan: Plan, o: dict[str, Any], documents: Documents | None, q: Tensor, k: Tensor, v: Tensor) -> Plan:
@@ -170,10 +179,11 @@ def _over_group(plan: Plan, o: dict[str, Any], documents: Documents | None, q: T
     wire = "" if o["wire_dtype"] is None else str(o["wire_dtype"]).removeprefix("torch.")
     gates = o["log_decay"]
     kind = "None" if gates is None else f"[{'' if gates.dim() == 1 else 'B,T,'}{gates.shape[-1]}]"
+    term = " ".join(f"{x}={'[H]' if isinstance(o[x], Tensor) else float(o[x])}" for x in validate.KEY_TERM)
     description = (
         f"{plan.operator} B={q.shape[0]} H={q.shape[2]} G={k.shape[2]} K={q.shape[3]} V={v.shape[3]} dtype={q.dtype} "
-        f"device={q.device.type} log_decay={kind} scale={plan.scale} ridge={plan.ridge} normalize={plan.normalize} "
-        f"eps={plan.eps} mask={o['mask']} output_final_state={plan.output_state} "
+        f"device={q.device.type} log_decay={kind} scale={plan.scale} ridge={plan.ridge} {term} "
+        f"normalize={plan.normalize} eps={plan.eps} mask={o['mask']} output_final_state={plan.output_state} "
         f"packed={documents is not None} exchange={exchange} wire={wire or None}"
     )
     if documents is not None:

@@ -19,10 +19,10 @@ _OPTIONS = "str cascade, float scale, float ridge, bool normalize, float eps, in
 @torch.library.custom_op(
     "hla_dist::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor[] initial, str name, str mask, str decay_form, "
-    f"{_OPTIONS}) -> Tensor[]",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? gain, Tensor? skip, Tensor[] initial, "
+    f"str name, str mask, str decay_form, {_OPTIONS}) -> Tensor[]",
 )
-def attend(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> list[Tensor]:
+def attend(q, k, v, log_decay, gain, skip, initial, name, mask, decay_form, *options) -> list[Tensor]:
     """``hla_dist.<name>`` on one device from ``initial``, or from nothing: ``[out, *state]``."""
     from hla_dist.functional import attention
 
@@ -30,6 +30,7 @@ def attend(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> lis
     arguments: dict[str, Any] = {
         "log_decay": log_decay, "mask": mask, "decay_form": decay_form, "scale": scale, "ridge": ridge,
         "normalize": normalize, "eps": eps, "chunk_size": chunk_size or None, "backend": backend,
+        "gain": 1.0 if gain is None else gain, "skip": 0.0 if skip is None else skip,
         "initial_state": OPERATORS[cascade].state(*initial) if initial else None, "output_final_state": True,
     }  # fmt: skip
     out, state = attention.attend(name, q, k, v, **arguments)
@@ -37,7 +38,7 @@ def attend(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> lis
 
 
 @attend.register_fake
-def _(q, k, v, log_decay, initial, name, mask, decay_form, *options) -> list[Tensor]:
+def _(q, k, v, log_decay, gain, skip, initial, name, mask, decay_form, *options) -> list[Tensor]:
     op, dims = OPERATORS[options[0]], (q.shape[3], v.shape[3] + int(options[3]))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     fields = [torch.empty(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in op.states]

@@ -15,6 +15,8 @@ class SegmentOptions(TypedDict, total=False):
     decay_form: str
     scale: float | None
     ridge: float
+    gain: float | Tensor
+    skip: float | Tensor
     normalize: bool
     mask: str
     backend: str
@@ -36,6 +38,10 @@ class Options(SegmentOptions, total=False):
         scale: q is replaced by scale * q, in the ridge and the states too. None: K^-1/2, as in
             fla. Default: 1.0.
         ridge: lambda of the paper's S + lambda I; for hla2 and hla3. Default: 0.0.
+        gain: alpha of the key term u = alpha S q + lambda q + mu k; for hla2 and hla3, causal and
+            masked: a number, or ``[H]``, differentiable. Default: 1.0.
+        skip: mu of the key term, likewise. gain = 0, skip = 1 make hla2 linear_attention, and hla3
+            ahla. Default: 0.0.
         normalize: out = numerator / (denominator + eps), the denominator being the same cascade
             on ones; it has no sign, so eps does not protect it where q and k have mixed signs.
             Default: False.
@@ -89,6 +95,8 @@ DEFAULTS: dict[str, Any] = {
     "decay_form": "masked",
     "scale": 1.0,
     "ridge": 0.0,
+    "gain": 1.0,
+    "skip": 0.0,
     "normalize": False,
     "mask": "causal",
     "backend": "auto",

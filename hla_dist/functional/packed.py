@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops, stage_ops
-from hla_dist.functional.autograd import CausalFunction, padded
+from hla_dist.functional.autograd import GIVEN, CausalFunction, of_inputs, padded, summarized
 from hla_dist.functional.call import Call, Plan
 from hla_dist.functional.documents import Documents
 
@@ -36,13 +36,14 @@ class CrossingFunction(torch.autograd.Function):
     def forward(ctx, plan, kind, *tensors):
         """kind: whether ``left`` is here, whether it ends here, whether ``right`` is here.
 
-        tensors: q, k, v, log_decay of ``left``, the same of ``right``, then the initial state of ``right``.
+        tensors: the inputs of ``left``, those of ``right``, then the initial state of ``right``.
         """
         has_left, left_ends, has_right = kind
         op, stage = plan.cascade, plan.stage_arguments
         count = len(op.states)
-        left, right, initial = tensors[:4], tensors[4:8], [x for x in tensors[8:] if x is not None]
-        (q, _, v, _), (right_q, _, right_v, _) = left, right
+        left, right = tensors[:GIVEN], tensors[GIVEN : 2 * GIVEN]
+        initial = [x for x in tensors[2 * GIVEN :] if x is not None]
+        (q, _, v, *_), (right_q, _, right_v, *_) = left, right
         layout = plan.exchange_arguments(q, v)
         fields = plan.zeros(q, v, op.fields)
         rho = fields[0].new_zeros(fields[0].shape[:2])
@@ -56,8 +57,7 @@ class CrossingFunction(torch.autograd.Function):
             fields[:count] = rest[:count]
             right_saved = [plan.kept_output(right_out), denominator, *rest[count:]]
         if has_left and not left_ends:
-            rho, *fields = stage_ops.summarize(*left, *stage)
-            fields, kept = fields[: len(op.fields)], fields[len(op.fields) :]
+            rho, fields, kept = summarized(plan, left)
         how = (False, plan.group_name, "forward", plan.description, *layout)
         ticket = exchange_ops.exchange_start([rho, *fields], [], *how)
         received = exchange_ops.exchange_finish(ticket, [], rho, False, plan.group_name, *layout)
@@ -68,7 +68,7 @@ class CrossingFunction(torch.autograd.Function):
             left_saved = [plan.kept_output(left_out), denominator, *rest[count:]]
         else:
             state = plan.zeros(q, v, op.states)
-        ctx.save_for_backward(*tensors[:8], *left_saved, *right_saved, *later)
+        ctx.save_for_backward(*left, *right, *left_saved, *right_saved, *later)
         ctx.call = (plan, kind, len(left_saved), len(right_saved), len(initial))
         return (left_out, right_out, *state)
 
@@ -77,41 +77,37 @@ class CrossingFunction(torch.autograd.Function):
         """Every rank must get here if one does."""
         plan, (has_left, left_ends, has_right), left_count, right_count, initial = ctx.call
         op, stage = plan.cascade, plan.stage_arguments
-        tensors, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        left = (*tensors[:4], *_saved(rest[:left_count]), left_dout.contiguous())
-        right = (*tensors[4:8], *_saved(rest[left_count : left_count + right_count]), right_dout.contiguous())
+        tensors, rest = ctx.saved_tensors, ctx.saved_tensors[2 * GIVEN :]
+        left_inputs, right_inputs = tensors[:GIVEN], tensors[GIVEN : 2 * GIVEN]
+        left = (*left_inputs, *_saved(rest[:left_count]), left_dout.contiguous())
+        right = (*right_inputs, *_saved(rest[left_count : left_count + right_count]), right_dout.contiguous())
         later = list(rest[left_count + right_count :])
-        layout = plan.exchange_arguments(tensors[0], tensors[2])
-        fields = plan.zeros(tensors[0], tensors[2], op.reverses)
+        (q, _, v, *_), (right_q, _, right_v, *_) = left_inputs, right_inputs
+        layout = plan.exchange_arguments(q, v)
+        fields = plan.zeros(q, v, op.reverses)
         # zero gradients, not missing ones, where nothing crosses
         left_grads, right_grads = (
-            [None if x is None else torch.zeros_like(x) for x in part] for part in (tensors[:4], tensors[4:8])
+            [None if x is None else torch.zeros_like(x) for x in part] for part in (left_inputs, right_inputs)
         )
         dinitial: list[Tensor] = []
         if has_left and left_ends:
-            *left_grads, fields = _split(stage_ops.scan_backward(*left, list(dstate), *stage), tensors[3])
+            left_grads, fields = of_inputs(left, stage_ops.scan_backward(*left, list(dstate), *stage))
         elif has_left:
             fields = stage_ops.summarize_backward(*left, *stage)
         how = (False, plan.group_name, "backward", plan.description, *layout)
         ticket = exchange_ops.exchange_start(fields, later, *how)
         carry = exchange_ops.exchange_finish_backward(ticket, later, False, plan.group_name, *layout)
         if has_left and not left_ends:
-            *left_grads, _ = _split(stage_ops.scan_backward(*left, carry, *stage), tensors[3])
+            left_grads, _ = of_inputs(left, stage_ops.scan_backward(*left, carry, *stage))
         if has_right:
-            *right_grads, dinitial = _split(stage_ops.scan_backward(*right, carry, *stage), tensors[7])
+            right_grads, dinitial = of_inputs(right, stage_ops.scan_backward(*right, carry, *stage))
         if initial and not has_right:
-            dinitial = [x.new_empty(0, *x.shape[1:]) for x in plan.zeros(tensors[4], tensors[6], op.states)]
+            dinitial = [x.new_empty(0, *x.shape[1:]) for x in plan.zeros(right_q, right_v, op.states)]
         return (None, None, *left_grads, *right_grads, *padded(dinitial[:initial]))
 
 
 def _saved(rest: tuple[Tensor, ...]) -> tuple:
     return (*rest[:2], list(rest[2:])) if rest else ()
-
-
-def _split(grads: list[Tensor], log_decay: Tensor | None) -> list:
-    """``[dq, dk, dv, dlog_decay or None, [*dcarry]]``."""
-    dq, dk, dv, dlog, *dcarry = grads
-    return [dq, dk, dv, None if log_decay is None else dlog, dcarry]
 
 
 def attend(call: Call) -> tuple[Tensor, list[Tensor]]:
@@ -125,11 +121,12 @@ def attend(call: Call) -> tuple[Tensor, list[Tensor]]:
     alike = log_decay is None or fixed  # the gates of every piece
     sequences = [q, k, v] if alike or log_decay is None else [q, k, v, log_decay]
     pieces = documents.take(sequences, bool(plan.group_name))
-    gates = [log_decay] if alike else []
+    key_term = (call.gain, call.skip)
+    per_head = (log_decay, *key_term) if alike else key_term
     outs, states, numbers = [], [], []
     for rows, inputs in zip(documents.rows, pieces.rows):
         start = [x.index_select(0, rows.documents.to(x.device, non_blocking=True)) for x in initial]
-        out, *state = CausalFunction.apply(plan.alone(), *inputs, *gates, *start)
+        out, *state = CausalFunction.apply(plan.alone(), *inputs, *per_head, *start)
         outs.append(out.flatten(0, 1))
         states.append(state)
         numbers.append(rows.documents)
@@ -140,14 +137,14 @@ def attend(call: Call) -> tuple[Tensor, list[Tensor]]:
         start = [x[right.document, None] if right else x[:0] for x in initial]
         kind = (left is not None, left is not None and left.ends, right is not None)
         left_out, right_out, *state = CrossingFunction.apply(
-            plan, kind, *left_inputs, *gates, *right_inputs, *gates, *padded(start)
+            plan, kind, *left_inputs, *per_head, *right_inputs, *per_head, *padded(start)
         )
         outs += [left_out[0], right_out[0]]
         if left is not None and left.ends:
             states.append(state)
             numbers.append(torch.tensor([left.document]))
     final = _final(documents, initial, states, numbers, q, v, plan) if plan.output_state else []
-    inputs = [q, k, v, *initial] + ([] if log_decay is None else [log_decay])
+    inputs = [x for x in (q, k, v, log_decay, *key_term, *initial) if x is not None]
     return documents.put_back(outs, (q.shape[2], v.shape[3]), inputs), final
 
 

@@ -7,7 +7,7 @@ these stages: the torch backend is ``hla_dist.operators.stages`` and ``stages_ba
     summarize           -> [rho, *fields, *kept]                        what travels, and what scan may reuse
     scan                -> [out, denominator, *state, *checkpoints]     from a carry; reuses kept, unless it is empty
     summarize_backward  -> [*reverse fields]
-    scan_backward       -> [dq, dk, dv, dlog_decay or empty, *dcarry]
+    scan_backward       -> [dq, dk, dv, dlog_decay, dgain, dskip (empty where not given), *dcarry]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hla_dist.operators import OPERATORS, stages, stages_backward
 from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.segment import Segment, Settings
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? gain, Tensor? skip"
 _OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, int chunk_size, str backend"
 _SAVED = "Tensor out, Tensor denominator, Tensor[] checkpoints, Tensor dout"
 
@@ -54,20 +54,21 @@ def _backend(options: tuple[Any, ...]) -> tuple[Any, Any]:
     return stages, stages_backward
 
 
-def _segment(q, k, v, log_decay, operator, scale, ridge, normalize, eps, chunk_size, backend) -> Segment:
-    return Segment(OPERATORS[operator], q, k, v, log_decay, Settings(scale, ridge, normalize, eps, chunk_size))
+def _segment(q, k, v, log_decay, gain, skip, operator, scale, ridge, normalize, eps, chunk_size, backend) -> Segment:
+    settings = Settings(scale, ridge, normalize, eps, chunk_size)
+    return Segment(OPERATORS[operator], q, k, v, log_decay, settings, gain, skip)
 
 
 @_stage(f"({_INPUTS}, {_OPTIONS}) -> Tensor[]")
-def summarize(q, k, v, log_decay, *options) -> list[Tensor]:
+def summarize(q, k, v, log_decay, gain, skip, *options) -> list[Tensor]:
     """Stage ``summarize``."""
-    result = _backend(options)[0].summarize(_segment(q, k, v, log_decay, *options))
+    result = _backend(options)[0].summarize(_segment(q, k, v, log_decay, gain, skip, *options))
     return [result.rho, *result.fields, *result.kept]
 
 
 @summarize.register_fake
-def _(q, k, v, log_decay, *options) -> list[Tensor]:
-    s = _segment(q, k, v, log_decay, *options)
+def _(q, k, v, log_decay, gain, skip, *options) -> list[Tensor]:
+    s = _segment(q, k, v, log_decay, gain, skip, *options)
     fields = [s.empty_state(name) for name in s.operator.fields]
     return [torch.empty(s.B, s.H, dtype=s.dtype, device=s.device), *fields, *_fake_kept(s, options)]
 
@@ -84,15 +85,15 @@ def _fake_kept(s: Segment, options: tuple[Any, ...]) -> list[Tensor]:
 
 
 @_stage(f"({_INPUTS}, Tensor[] carry, Tensor[] kept, {_OPTIONS}) -> Tensor[]")
-def scan(q, k, v, log_decay, carry, kept, *options) -> list[Tensor]:
+def scan(q, k, v, log_decay, gain, skip, carry, kept, *options) -> list[Tensor]:
     """Stage ``scan``."""
-    result = _backend(options)[0].scan(_segment(q, k, v, log_decay, *options), carry, kept)
+    result = _backend(options)[0].scan(_segment(q, k, v, log_decay, gain, skip, *options), carry, kept)
     return [result.out, result.denominator, *result.state, *result.checkpoints]
 
 
 @scan.register_fake
-def _(q, k, v, log_decay, carry, kept, *options) -> list[Tensor]:
-    s = _segment(q, k, v, log_decay, *options)
+def _(q, k, v, log_decay, gain, skip, carry, kept, *options) -> list[Tensor]:
+    s = _segment(q, k, v, log_decay, gain, skip, *options)
     shape = (s.B, s.T, s.H, s.v.shape[3])
     out = torch.empty(shape, dtype=s.q.dtype, device=s.device)
     denominator = torch.empty(shape[:3] if s.settings.normalize else (0,), dtype=s.dtype, device=s.device)
@@ -102,29 +103,33 @@ def _(q, k, v, log_decay, carry, kept, *options) -> list[Tensor]:
 
 
 @_stage(f"({_INPUTS}, {_SAVED}, {_OPTIONS}) -> Tensor[]")
-def summarize_backward(q, k, v, log_decay, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
+def summarize_backward(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
     """Stage ``summarize_backward``."""
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    return _backend(options)[1].summarize_backward(_segment(q, k, v, log_decay, *options), saved, dout)
+    return _backend(options)[1].summarize_backward(_segment(q, k, v, log_decay, gain, skip, *options), saved, dout)
 
 
 @summarize_backward.register_fake
-def _(q, k, v, log_decay, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
-    s = _segment(q, k, v, log_decay, *options)
+def _(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
+    s = _segment(q, k, v, log_decay, gain, skip, *options)
     return [s.empty_state(name) for name in s.operator.reverses]
 
 
 @_stage(f"({_INPUTS}, {_SAVED}, Tensor[] reverse_carry, {_OPTIONS}) -> Tensor[]")
-def scan_backward(q, k, v, log_decay, out, denominator, checkpoints, dout, reverse_carry, *options) -> list[Tensor]:
+def scan_backward(
+    q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, reverse_carry, *options
+) -> list[Tensor]:
     """Stage ``scan_backward``."""
     saved = stages_backward.Saved(out, denominator, checkpoints)
-    g = _backend(options)[1].scan_backward(_segment(q, k, v, log_decay, *options), saved, dout, reverse_carry)
-    return [g.q, g.k, g.v, q.new_empty(0) if g.log_decay is None else g.log_decay, *g.carry]
+    segment = _segment(q, k, v, log_decay, gain, skip, *options)
+    g = _backend(options)[1].scan_backward(segment, saved, dout, reverse_carry)
+    return [g.q, g.k, g.v, *(q.new_empty(0) if x is None else x for x in (g.log_decay, g.gain, g.skip)), *g.carry]
 
 
 @scan_backward.register_fake
-def _(q, k, v, log_decay, out, denominator, checkpoints, dout, reverse_carry, *options) -> list[Tensor]:
-    s = _segment(q, k, v, log_decay, *options)
+def _(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, reverse_carry, *options) -> list[Tensor]:
+    s = _segment(q, k, v, log_decay, gain, skip, *options)
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    dlog = q.new_empty(0) if log_decay is None else torch.empty_like(log_decay, memory_format=torch.contiguous_format)
-    return [*gradients, dlog, *(s.empty_state(name) for name in s.operator.reverses)]
+    for x in (log_decay, gain, skip):
+        gradients.append(q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    return [*gradients, *(s.empty_state(name) for name in s.operator.reverses)]

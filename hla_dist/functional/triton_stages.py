@@ -129,4 +129,4 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     if dlog is not None and segment.log_decay is not None:
         dlog = (dlog.sum((0, 1)) if segment.log_decay.dim() == 1 else dlog).to(segment.log_decay.dtype).contiguous()
     dv = g.v[..., : segment.v.shape[3]].contiguous()
-    return Gradients(g.q, g.k, dv, dlog, g.carry)
+    return Gradients(g.q, g.k, dv, dlog, None, None, g.carry)

@@ -29,6 +29,7 @@ _INSTEAD = {
     "jvp": "a call outside of it (there are derivatives in reverse mode only: torch.autograd.grad, backward())",
 }
 
+KEY_TERM = {"gain": 1.0, "skip": 0.0}  # the options of the key term, and where they change nothing
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _check_cuda_contents = False
 _check_cpu_contents = True
@@ -146,6 +147,13 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     if not op.ridged:
         ridged = " and ".join(other.name for other in NAMED.values() if other.ridged)
         require(o["ridge"] == 0.0, "ridge", f"0.0 ({name} has no ridge; {ridged} do)", o["ridge"])
+    for term, neutral in KEY_TERM.items():
+        if isinstance(o[term], Tensor) or o[term] != neutral:
+            keyed = " and ".join(other.name for other in NAMED.values() if other.keyed)
+            require(op.keyed, term, f"{neutral} ({name} has no key term; only {keyed} have one)", _shown(o[term]))
+            for option, value in (("mask", "causal"), ("decay_form", "masked")):
+                form = f"{neutral} with {option}={o[option]!r} (the key term is for {option}={value!r})"
+                require(o[option] == value, term, form, _shown(o[term]))
     for flag in ("normalize", "output_final_state"):
         require(isinstance(o[flag], bool), flag, "True or False", repr(o[flag]))
     masks = ("causal", *(mask for mask in ("prefix",) if mask in op.forms), *(("full",) if op.full else ()))
@@ -166,6 +174,23 @@ def check_options(name: str, o: dict[str, Any]) -> None:
     require(ok, "chunk_size", "None or a whole number >= 1", repr(chunk))
     for packed in ("cu_seqlens_cpu", "shard_lengths"):
         require(o[packed] is None or o["cu_seqlens"] is not None, packed, "None without cu_seqlens", "a value")
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def check_key_term(name: str, value: Any, q: Tensor) -> Tensor | None:
+    """``gain`` or ``skip`` as ``[H]`` in the states' dtype, or None for what leaves the operator as it is."""
+    H, dtype = q.shape[2], torch.float64 if q.dtype == torch.float64 else torch.float32
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        return None if value == KEY_TERM[name] else torch.full((H,), float(value), dtype=dtype, device=q.device)
+    require(value.dtype in FLOATS, name, "a floating dtype", value.dtype)
+    require(value.device == q.device, name, f"q's device {q.device}", value.device)
+    if tuple(value.shape) != (H,):
+        refuse(name, f"a number or shape [H] = [{H}]", f"shape {tuple(value.shape)}")
+    return value.to(dtype)
 
 
 def check_full(log_decay: Any, o: dict[str, Any]) -> None:

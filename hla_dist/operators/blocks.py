@@ -11,7 +11,8 @@ Per pass of sign +, with W = (a b^T) o D and Z = (dout c^T) o D inside a chunk a
     db  = Z^T a + Gamma(end, i) c R^T
     dc  = W^T dout + Gamma(end, i) b R
 
-A strict pass has D and Gamma(t, start) of one token earlier throughout (``gates.py``).
+A strict pass has D and Gamma(t, start) of one token earlier throughout (``gates.py``). A keyed pass is gain times all
+of this, and skip c beside it: ``gain dout`` stands for dout, its reverse state included, and ``skip dout`` joins dc.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Block:
     def __init__(self, segment: Segment, tile: Tile, span: Span, carry: Fields):
         self.operator, self.ridge = segment.operator, segment.settings.ridge
         self.carry = carry
+        self.gain, self.skip = segment.heads_rows(tile, segment.gain), segment.heads_rows(tile, segment.skip)
         self.gates = segment.gates(tile, span)
         self.n, self.c = self.gates.n, self.gates.c
         self._place = (segment, tile, span)
@@ -106,6 +108,8 @@ class Block:
         carry ``[N, rows, columns]`` entered the segment; past ``[N, 1]`` is the product of its gates before the block.
         """
         factor = self.gates.block_before if p.strict else self.gates.block_start
+        if p.keyed and self.gain is not None:
+            carry = carry * self.gain
         if factor is None:
             self._sequences[p.out] = torch.baddbmm(local, self.sequence(p.a), carry)
         else:
@@ -113,13 +117,21 @@ class Block:
             self._sequences[p.out] = torch.baddbmm(local, weighted, carry)
 
     def output(self, p: Pass) -> Tensor:
-        """``sign (LA(a, b, c) + ridge a)``, ``[N, L, D]``."""
-        out = torch.bmm(self.scores(p), self.chunked(self.sequence(p.c)))
-        out.baddbmm_(self.chunked(self.weighted(p.a, _left(p))), self.entering(p))
-        out = out.view(self.sequence(p.c).shape)
+        """``sign (gain LA(a, b, c) + ridge a + skip c)``, ``[N, L, D]``."""
+        out = self.product(p)
+        if p.keyed and self.gain is not None:
+            out = out * self.gain
         if p.ridge and self.ridge:
             out.add_(self.sequence(p.a), alpha=self.ridge)
+        if p.keyed and self.skip is not None:
+            out.addcmul_(self.sequence(p.c), self.skip)
         return out if p.sign > 0 else out.neg_()
+
+    def product(self, p: Pass) -> Tensor:
+        """``LA(a, b, c)``, ``[N, L, D]``."""
+        out = torch.bmm(self.scores(p), self.chunked(self.sequence(p.c)))
+        out.baddbmm_(self.chunked(self.weighted(p.a, _left(p))), self.entering(p))
+        return out.view(self.sequence(p.c).shape)
 
 
 def _left(p: Pass) -> str:
@@ -140,6 +152,8 @@ class ReverseBlock(Block):
         self.reverse_carry = reverse_carry
         self.gate_terms: Tensor | None = None  # sum over passes of a . da - b . db, [N * n, c]
         self.tails: Tensor | None = None  # <carry out, reverse carry> at every chunk's end, [N, n]
+        self._products: Fields = {}
+        self._gained: Fields = {}
 
     def run(self, wanted: frozenset[str], gate: bool = False) -> Fields:
         """Fill ``gradients`` for ``wanted`` (and ``gate_terms``, ``tails``); return the reverse states that leave.
@@ -167,13 +181,32 @@ class ReverseBlock(Block):
             for name in sorted(self.always_read & needed):
                 self._add_gate_terms(self.sequence(name), self.gradients[name], 1.0)
         for p in passes:
-            if p.ridge and self.ridge and p.a in wanted:  # the ridge has no gate: added after their terms
+            if p.ridge and self.ridge and p.a in wanted:  # ridge and skip have no gate: added after its terms
                 self.gradients[p.a].add_(self.gradients[p.out], alpha=p.sign * self.ridge)
+            if p.keyed and self.skip is not None and p.c in wanted:
+                self.gradients[p.c].addcmul_(self.gradients[p.out], self.skip)
         return leaving
 
     def _dout(self, p: Pass) -> Tensor:
         dout = self.gradients[p.out]
+        if p.keyed and self.gain is not None:
+            if p.out not in self._gained:
+                self._gained[p.out] = dout * self.gain
+            dout = self._gained[p.out]
         return dout if p.sign > 0 else -dout
+
+    def product(self, p: Pass) -> Tensor:
+        """``LA(a, b, c)``; that of a keyed pass is kept for ``key_gradients``."""
+        out = super().product(p)
+        if p.keyed and self.gain is not None:
+            self._products[p.out] = out
+        return out
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        """dgain and dskip of every row, ``[N]``; read only where there is a gain, and a skip."""
+        (p,) = (p for p in self.operator.passes if p.keyed)
+        dout = self.gradients[p.out]
+        return (self._products.get(p.out, dout) * dout).sum((1, 2)), (self.sequence(p.c) * dout).sum((1, 2))
 
     def _leaving_only(self, p: Pass, needed: set[str], gate: bool, carry: Tensor) -> Tensor:
         """The reverse state that leaves to the left, where none is read inside: one product over the block."""

@@ -26,7 +26,10 @@ Fields = dict[str, Tensor]
 
 
 class Pass(NamedTuple):
-    """One causal pass ``out = sign LA(a, b, c) (+ ridge * a)`` with the names of its forward and reverse states."""
+    """One causal pass ``out = sign LA(a, b, c) (+ ridge * a)`` with the names of its forward and reverse states.
+
+    A keyed pass has the key term: ``out = gain LA(a, b, c) + ridge * a + skip * c``, two numbers a head.
+    """
 
     out: str
     a: str
@@ -37,6 +40,7 @@ class Pass(NamedTuple):
     ridge: bool = False
     strict: bool = False
     sign: int = 1
+    keyed: bool = False
 
 
 class Moment(NamedTuple):
@@ -66,6 +70,7 @@ class Operator:
     fields ``[..., rows, columns]`` that also hold ``rho [...]``. ``backward_fields`` are the forward fields of a
     segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries. Where they depend on the
     carry, ``settle(summary, before)`` gives them from the segment's own summary and that of all tokens before it.
+    ``gained`` are the moments that all three read times the gain of a keyed pass.
 
     ``state`` makes the public state from ``states``. ``full`` lists the moments ``sum_i left_i right_i^T`` of the full
     mask in the order in which q reads them (none: it has no full mask). ``forms`` are further cascades of the public
@@ -82,6 +87,7 @@ class Operator:
     forms: Mapping[str, Operator] = field(default_factory=dict, hash=False)
     backward_fields: tuple[str, ...] = ()
     settle: Callable[[Fields, Fields], Fields] | None = None
+    gained: frozenset[str] = frozenset()
     symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
     combine_kept: Callable[[Fields, Fields], Fields] = _add_kept  # of rho and settled ``backward_fields``
 
@@ -89,6 +95,17 @@ class Operator:
     def ridged(self) -> bool:
         """Whether some pass has a ridge."""
         return any(p.ridge for p in self.passes)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether some pass has a key term."""
+        return any(p.keyed for p in self.passes)
+
+    def with_gain(self, fields: Fields, gain: Tensor | None) -> Fields:
+        """Fields ``[B, H, rows, columns]`` as ``combine`` reads them; gain ``[H]``, or None for 1."""
+        if gain is None:
+            return fields
+        return {name: x * gain[..., None, None] if name in self.gained else x for name, x in fields.items()}
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Second order, symmetric (the paper's HLA), and the paper's prefix form (docs/algebra.md).
 
-causal:  u = LA(q, k, k) + ridge q,   o = LA(q, u, v)     state (S, F)
-prefix:  w = LA(q, k, k) + ridge q,   o = LA(w, q, v)     state (S, C)
+causal:  u = gain LA(q, k, k) + ridge q + skip k,   o = LA(q, u, v)     state (S, F)
+prefix:  w = LA(q, k, k) + ridge q,                 o = LA(w, q, v)     state (S, C)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hla_dist.states import HLA2State, PrefixState
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
-    """``S_AB = rho_B S_A + S_B``, ``C_AB = C_A + C_B``, ``F_AB = rho_B F_A + F_B + rho_B S_A C_B``."""
+    """``S_AB = rho_B S_A + S_B``, ``C_AB = C_A + C_B``, ``F_AB = rho_B F_A + F_B + rho_B S_A C_B``; C with the gain."""
     rho = right["rho"]
     s = decayed(rho, left["S"])
     return {
@@ -24,7 +24,7 @@ def _combine(left: Fields, right: Fields) -> Fields:
 
 
 def _combine_reverse(left: Fields, left_reverse: Fields, right_reverse: Fields) -> Fields:
-    """``R1_AB = R1_A + rho_A R1_B``, ``R2_AB = R2_A + rho_A R2_B + rho_A C_A R1_B^T``.
+    """``R1_AB = R1_A + rho_A R1_B``, ``R2_AB = R2_A + rho_A R2_B + rho_A C_A R1_B^T``; C times the gain.
 
     Only ``R2 + R2^T`` is ever read, so the symmetric part stands for R2 throughout.
     """
@@ -66,7 +66,7 @@ HLA2 = Operator(
     name="hla2",
     state=HLA2State,
     passes=(
-        Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True),
+        Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True, keyed=True),
         Pass("o", "q", "u", "v", state="F", reverse="R1"),
     ),
     moments=(Moment("C", "q", "v"),),
@@ -75,5 +75,6 @@ HLA2 = Operator(
     full=(("k", "k"), ("q", "v")),
     forms={"prefix": HLA2_PREFIX, "paper": HLA2_PAPER},
     backward_fields=("C",),
+    gained=frozenset({"C"}),
     symmetric=frozenset({"S", "R2"}),
 )

@@ -1,4 +1,4 @@
-"""Third order: ``u = LA(q, k, k) + ridge q``, ``r = LA(q, k, v)``, ``o = LA(q, u, r)``; state (S, P, F).
+"""Third order: ``u = gain LA(q, k, k) + ridge q + skip k``, ``r = LA(q, k, v)``, ``o = LA(q, u, r)``; state (S, P, F).
 
 The cascade equals the masked matrix form and combines with 3 K^2 + 3 K V numbers a head (docs/algebra.md).
 """
@@ -10,7 +10,7 @@ from hla_dist.states import HLA3State
 
 
 def _combine(left: Fields, right: Fields) -> Fields:
-    """The third-order semidirect product.
+    """The third-order semidirect product; Q and X times the gain.
 
     Q_AB = Q_A + rho_A Q_B      X_AB = X_A + X_B + Q_B P_A      Y_AB = Y_A + Y_B + S_A Q_B
     F_AB = rho_B F_A + F_B + rho_B (S_A X_B + Y_B P_A + S_A Q_B P_A)
@@ -52,7 +52,7 @@ HLA3 = Operator(
     name="hla3",
     state=HLA3State,
     passes=(
-        Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True),
+        Pass("u", "q", "k", "k", state="S", reverse="R2", ridge=True, keyed=True),
         Pass("r", "q", "k", "v", state="P", reverse="R3"),
         Pass("o", "q", "u", "r", state="F", reverse="R1"),
     ),
@@ -62,5 +62,6 @@ HLA3 = Operator(
     full=(("k", "k"), ("q", "q"), ("k", "v")),
     backward_fields=("X", "Y"),
     settle=_settle,
+    gained=frozenset({"Q", "X"}),
     symmetric=frozenset({"S", "Q", "R2"}),
 )

@@ -1,8 +1,8 @@
 """A segment's inputs, and how they are cut into tiles of rows and blocks of chunks that stay in cache.
 
-Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``[H]`` or ``[B, T, H]``, states
-``[B, H, rows, columns]``. In a block: N rows (batch x head), L tokens, sequences ``[N, L, D]`` and states
-``[N, rows, columns]`` in the compute dtype.
+Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``[H]`` or ``[B, T, H]``, gain and skip
+``[H]``, states ``[B, H, rows, columns]``. In a block: N rows (batch x head), L tokens, sequences ``[N, L, D]`` and
+states ``[N, rows, columns]`` in the compute dtype.
 """
 
 from __future__ import annotations
@@ -56,10 +56,19 @@ class Segment:
     """A segment's inputs and how they are cut into tiles and blocks."""
 
     def __init__(
-        self, operator: Operator, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, settings: Settings
+        self,
+        operator: Operator,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        settings: Settings,
+        gain: Tensor | None = None,
+        skip: Tensor | None = None,
     ):
+        """``gain``, ``skip``: None for 1 and 0, the operator without a key term."""
         self.operator, self.settings = operator, settings
-        self.q, self.k, self.v, self.log_decay = q, k, v, log_decay
+        self.q, self.k, self.v, self.log_decay, self.gain, self.skip = q, k, v, log_decay, gain, skip
         self.B, self.T, self.H, self.K = q.shape
         self.G = k.shape[2]
         self.V = v.shape[3] + int(settings.normalize)
@@ -121,6 +130,17 @@ class Segment:
         """A tile's part of a state (or of a number per head, ``[B, H]``)."""
         return field[tile.b0 : tile.b1, self.heads(tile)].flatten(0, 1)
 
+    def heads_rows(self, tile: Tile, numbers: Tensor | None) -> Tensor | None:
+        """A tile's part ``[N, 1, 1]`` of a number per head ``[H]``, or None."""
+        if numbers is None:
+            return None
+        return numbers.to(self.dtype)[self.heads(tile)].repeat(tile.b1 - tile.b0)[:, None, None]
+
+    def add_rows(self, tile: Tile, field: Tensor, value: Tensor) -> None:
+        """Add a tile's numbers ``[N]`` to ``[B, H]``."""
+        part = field[tile.b0 : tile.b1, self.heads(tile)]
+        part += value.view(part.shape)
+
     def put_rows(self, tile: Tile, field: Tensor, value: Tensor) -> None:
         """Write a tile's part of a state."""
         part = field[tile.b0 : tile.b1, self.heads(tile)]
@@ -168,10 +188,11 @@ class Segment:
 
     def store_gate(self, x: Tensor, tile: Tile, span: Span, value: Tensor) -> None:
         """Write gradients of log gates ``[N, L]`` into ``[B, T, H]``, or add them up in ``[B, H]`` for fixed gates."""
-        value = value.unflatten(0, (tile.b1 - tile.b0, -1))[..., : span.t1 - span.t0]
+        value = value[..., : span.t1 - span.t0]
         if x.dim() == 2:
-            x[tile.b0 : tile.b1, self.heads(tile)] += value.sum(-1)
+            self.add_rows(tile, x, value.sum(-1))
         else:
+            value = value.unflatten(0, (tile.b1 - tile.b0, -1))
             x[tile.b0 : tile.b1, span.t0 : span.t1, self.heads(tile)] = value.transpose(1, 2)
 
     def gates(self, tile: Tile, span: Span) -> BlockGates:

@@ -26,12 +26,14 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the inputs' dtypes (``log_decay`` None without gates) and of the carry, in the states' dtype."""
+    """Gradients in the inputs' dtypes (None for what was not given) and of the carry, in the states' dtype."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
+    gain: Tensor | None
+    skip: Tensor | None
     carry: list[Tensor]
 
 
@@ -62,11 +64,15 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
         shape = (segment.B, segment.H) if log_decay.dim() == 1 else log_decay.shape
         dlog = torch.zeros(shape, dtype=segment.dtype, device=segment.device)
     dcarry = {name: segment.empty_state(name) for name in op.reverses}
+    term = (segment.gain, segment.skip)
+    dterm = [torch.zeros(segment.B, segment.H, dtype=segment.dtype, device=segment.device) for _ in term]
     for tile in segment.tiles:
         reverse = {name: segment.rows(tile, c) for name, c in zip(op.reverses, carry)}
         for span in reversed(segment.spans):
             block = _block(segment, saved, dout, tile, span, reverse)
             reverse = block.run(frozenset("qkv"), gate=dlog is not None)
+            for total, part in zip(dterm, block.key_gradients() if term != (None, None) else ()):
+                segment.add_rows(tile, total, part)
             if segment.settings.scale != 1.0:
                 block.gradients["q"].mul_(segment.settings.scale)
             segment.store(dq, tile, span, block.gradients["q"])
@@ -79,7 +85,8 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     if dlog is not None and log_decay is not None:
         dlog = dlog.sum(0) if log_decay.dim() == 1 else dlog
         dlog = dlog.masked_fill_(log_decay <= CUT, 0).to(log_decay.dtype)
-    return Gradients(dq, dk, dv, dlog, list(dcarry.values()))
+    dgain, dskip = (None if x is None else total.sum(0).to(x.dtype) for x, total in zip(term, dterm))
+    return Gradients(dq, dk, dv, dlog, dgain, dskip, list(dcarry.values()))
 
 
 def _block(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span, reverse: Fields) -> ReverseBlock:

@@ -33,8 +33,12 @@ def step(segment: Segment, carry: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             after[p.state] = past.addcmul(x[p.b][..., None], x[p.c][..., None, :])
         read = (before if p.strict else after)[p.state]
         result = (x[p.a][..., None, :] @ read).squeeze(-2)
+        if p.keyed and segment.gain is not None:
+            result = result * segment.gain[:, None]
         if p.ridge and segment.settings.ridge:
             result = result.add(x[p.a], alpha=segment.settings.ridge)
+        if p.keyed and segment.skip is not None:
+            result = result.addcmul(x[p.c], segment.skip[:, None])
         x[p.out] = x[p.out].add(result, alpha=p.sign) if p.out in x else result * p.sign
     return x["o"], list(after.values())
 

@@ -29,11 +29,13 @@ class Summary:
             options).
         rho: The product of the segment's gates, ``[B, H]``.
         fields: Tensors ``[B, H, rows, columns]`` by letter, S, C and F for hla2.
+        gain: The gain of the key term, a number or ``[H]``.
     """
 
     operator: str
     rho: Tensor
     fields: Fields
+    gain: float | Tensor = 1.0
 
     def __getattr__(self, letter: str) -> Tensor:
         values = vars(self)  # not self.fields: copy and pickle ask a Summary that has no attribute yet
@@ -54,12 +56,13 @@ class Summary:
 def combine(left: Summary, right: Summary) -> Summary:
     """Return the summary of two adjacent segments, ``left`` the earlier (docs/algebra.md, eq. 4).
 
-        hla2:  S = rho_r S_l + S_r      C = C_l + C_r      F = rho_r F_l + F_r + rho_r S_l C_r
+        hla2:  S = rho_r S_l + S_r      C = C_l + C_r      F = rho_r F_l + F_r + rho_r gain S_l C_r
 
     Associative, not commutative. float32 or wider; plain torch, differentiable. No communication.
 
     Raises:
-        ValueError: Operators, shapes, dtypes or devices differ.
+        ValueError: Operators, gains, shapes, dtypes or devices differ. Gains that are tensors are
+            compared on the host, unless both are one tensor.
 
     Examples:
         >>> import torch, hla_dist
@@ -84,10 +87,28 @@ def combine(left: Summary, right: Summary) -> Summary:
                 f"right: expected {name} {tuple(x.shape)} {x.dtype} on {x.device} like left's, "
                 f"got {tuple(y.shape)} {y.dtype} on {y.device}"
             )
+    if not _equal(left.gain, right.gain):
+        raise ValueError(f"right: expected the gain of left, {_shown(left.gain)}, got {_shown(right.gain)}")
+    op, parts = OPERATORS[left.operator], [{"rho": x.rho, **x.fields} for x in (left, right)]
     with without_autocast(left.rho.device):
-        fields = OPERATORS[left.operator].combine({"rho": left.rho, **left.fields}, {"rho": right.rho, **right.fields})
+        fields = op.combine(*parts)
+        if isinstance(left.gain, Tensor) or left.gain != 1.0:  # moments are kept without it
+            gain = torch.as_tensor(left.gain, dtype=left.rho.dtype, device=left.rho.device)
+            moments = {name: fields[name] for name in op.gained}
+            fields = op.combine(*(op.with_gain(part, gain) for part in parts)) | moments
     rho = fields.pop("rho")
-    return Summary(left.operator, rho, fields)
+    return Summary(left.operator, rho, fields, left.gain)
+
+
+def _equal(gain: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two gains are the same numbers."""
+    if gain is other:
+        return True
+    return bool((torch.as_tensor(gain).detach().cpu() == torch.as_tensor(other).detach().cpu()).all())
+
+
+def _shown(gain: float | Tensor) -> str:
+    return str(gain.tolist() if isinstance(gain, Tensor) else gain)
 
 
 def identity(
@@ -98,6 +119,7 @@ def identity(
     value_dim: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    gain: float | Tensor = 1.0,
 ) -> Summary:
     """Return the summary of no tokens: rho is 1 and every field zero. ``combine`` with it changes nothing.
 
@@ -109,6 +131,7 @@ def identity(
         value_dim: V, or V + 1 with ``normalize``.
         dtype: float32 or float64.
         device: Where the tensors lie.
+        gain: That of the summaries it is to be combined with.
 
     Raises:
         ValueError: The operator is unknown.
@@ -120,7 +143,7 @@ def identity(
         name: torch.zeros(batch, heads, *op.shape(name, key_dim, value_dim), dtype=dtype, device=device)
         for name in op.fields
     }
-    return Summary(operator, torch.ones(batch, heads, dtype=dtype, device=device), fields)
+    return Summary(operator, torch.ones(batch, heads, dtype=dtype, device=device), fields, gain)
 
 
 def scan_exclusive(summaries: Sequence[Summary]) -> list[Summary]:
@@ -133,7 +156,7 @@ def scan_exclusive(summaries: Sequence[Summary]) -> list[Summary]:
         raise ValueError("summaries: expected at least one Summary, got none")
     first = summaries[0]
     zeros = {name: torch.zeros_like(x) for name, x in first.fields.items()}
-    prefixes = [Summary(first.operator, torch.ones_like(first.rho), zeros)]
+    prefixes = [Summary(first.operator, torch.ones_like(first.rho), zeros, first.gain)]
     for summary in summaries[:-1]:
         prefixes.append(combine(prefixes[-1], summary))
     return prefixes

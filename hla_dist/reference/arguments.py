@@ -16,7 +16,7 @@ from torch import Tensor
 from ..states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 
 OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
-_RIDGED = ("hla2", "hla3")  # the operators that contain u = (S + ridge I) q
+_SYMMETRIC = ("hla2", "hla3")  # the operators that contain u = (gain S + ridge I) q + skip k
 _STATES = {"linear_attention": LinearState, "hla2": HLA2State, "ahla": AHLAState, "hla3": HLA3State}
 
 
@@ -28,6 +28,8 @@ class Arguments(NamedTuple):
     v: Tensor  # [B, H, T, V], or V + 1 with normalize
     log_decay: Tensor  # [B, H, T], zero where there is no gate
     state: tuple[Tensor, ...]  # the carry before the first token, S symmetric
+    gain: Tensor  # [1 or H, 1, 1]
+    skip: Tensor  # [1 or H, 1, 1]
 
 
 def state_type(name: str, mask: str, decay_form: str) -> Any:
@@ -51,6 +53,8 @@ def read_arguments(
     mask: str,
     initial_state: tuple[Tensor, ...] | None,
     output_final_state: bool,
+    gain: float | Tensor = 1.0,
+    skip: float | Tensor = 0.0,
 ) -> Arguments:
     """Check the options and expand the tensors.
 
@@ -69,8 +73,12 @@ def read_arguments(
             raise ValueError("log_decay: expected None with mask='full', which has no decay")
         if initial_state is not None or output_final_state:
             raise ValueError("initial_state, output_final_state: mask='full' has no streaming state")
-    if ridge != 0.0 and name not in _RIDGED:
+    if ridge != 0.0 and name not in _SYMMETRIC:
         raise ValueError(f"ridge: expected 0 for {name} (hla2 and hla3 have a ridge), got {ridge}")
+    for term, value, neutral in (("gain", gain, 1.0), ("skip", skip, 0.0)):
+        given = isinstance(value, Tensor) or value != neutral
+        if given and (name not in _SYMMETRIC or mask != "causal" or decay_form != "masked"):
+            raise ValueError(f"{term}: expected {neutral} (only hla2 and hla3, causal and masked, have a key term)")
 
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k, v: expected four dimensions, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
@@ -112,7 +120,12 @@ def read_arguments(
         )
     heads_first = (0, 2, 1, 3)
     return Arguments(
-        scale * q.permute(heads_first), k.permute(heads_first), v.permute(heads_first), gates.permute(0, 2, 1), state
+        scale * q.permute(heads_first),
+        k.permute(heads_first),
+        v.permute(heads_first),
+        gates.permute(0, 2, 1),
+        state,
+        *(torch.as_tensor(x, dtype=q.dtype, device=q.device).reshape(-1, 1, 1) for x in (gain, skip)),
     )
 
 

@@ -25,6 +25,8 @@ def quadratic(
     decay_form: str = "masked",
     scale: float = 1.0,
     ridge: float = 0.0,
+    gain: float | Tensor = 1.0,
+    skip: float | Tensor = 0.0,
     normalize: bool = False,
     eps: float = 1e-6,
     mask: str = "causal",
@@ -37,7 +39,7 @@ def quadratic(
     D[t, i] is the product of the gates of tokens i + 1 .. t, and 0 for i > t. Without an initial state:
 
         linear_attention     o = (D * N) V
-        hla2                 o = A V                A = D * (N (D * N)^T + ridge Q Q^T)
+        hla2                 o = A V                A = D * (gain N (D * N)^T + ridge Q Q^T + skip N)
         ahla                 o = (D * N) (D * N) V
         hla3                 o = A (D * N) V
         hla2, mask prefix    o = (D * ((D * N) N^T + ridge Q Q^T)) V
@@ -57,6 +59,8 @@ def quadratic(
             "decay_form": decay_form,
             "scale": scale,
             "ridge": ridge,
+            "gain": gain,
+            "skip": skip,
             "eps": eps,
         }
         options |= {"normalize": normalize, "mask": mask, "initial_state": initial_state}
@@ -70,6 +74,8 @@ def quadratic(
         decay_form=decay_form,
         scale=scale,
         ridge=ridge,
+        gain=gain,
+        skip=skip,
         normalize=normalize,
         mask=mask,
         initial_state=initial_state,
@@ -126,14 +132,15 @@ def _hla2(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to
     out = _bilinear(a, N, QQ, D, from_start, ridge) @ a.v + from_start * (a.q @ F0)
     S = a.k.mT @ (to_end * a.k) + rho * S0
     # F column by column of K: key i has seen every query j >= i, and Gamma(end, j) Gamma(j, i) = Gamma(end, i)
-    F = (to_end * a.k).mT @ (N.tril().mT @ a.v) + ridge * a.q.mT @ (to_end * a.v) + rho * (F0 + S0 @ (a.q.mT @ a.v))
+    F = a.gain * ((to_end * a.k).mT @ (N.tril().mT @ a.v) + rho * S0 @ (a.q.mT @ a.v)) + rho * F0
+    F = F + (ridge * a.q + a.skip * a.k).mT @ (to_end * a.v)
     return out, (S, F)
 
 
 def _bilinear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, ridge: float) -> Tensor:
-    """A[t, j] = Gamma(t, j) q_t^T (S_j + ridge I) q_j for j <= t, the initial S among the S_j."""
+    """A[t, j] = Gamma(t, j) q_t^T ((gain S_j + ridge I) q_j + skip k_j) for j <= t, the initial S among the S_j."""
     carried = from_start * (a.q @ a.state[0] @ a.q.mT).tril()  # Gamma(t, j) Gamma(j, start) = Gamma(t, start)
-    return D * (N @ (D * N).mT + ridge * QQ) + carried
+    return D * (a.gain * N @ (D * N).mT + ridge * QQ + a.skip * N) + a.gain * carried
 
 
 def _ahla(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
@@ -153,7 +160,7 @@ def _hla3(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to
     out = _bilinear(a, N, QQ, D, from_start, ridge) @ r + from_start * (a.q @ F0)
     S = a.k.mT @ (to_end * a.k) + rho * S0
     P = a.k.mT @ (to_end * a.v) + rho * P0
-    u = W @ a.k + ridge * a.q + from_start * (a.q @ S0)
+    u = a.gain * (W @ a.k + from_start * (a.q @ S0)) + ridge * a.q + a.skip * a.k
     F = u.mT @ (to_end * r) + rho * F0
     return out, (S, P, F)
 

@@ -25,6 +25,8 @@ def serial(
     decay_form: str = "masked",
     scale: float = 1.0,
     ridge: float = 0.0,
+    gain: float | Tensor = 1.0,
+    skip: float | Tensor = 0.0,
     normalize: bool = False,
     eps: float = 1e-6,
     mask: str = "causal",
@@ -38,10 +40,10 @@ def serial(
     the identity.
 
         linear_attention     P += k v^T                                 o = P^T q
-        hla2                 S += k k^T;  F += (S + ridge I) q v^T      o = F^T q
+        hla2                 S += k k^T;  F += u v^T                    o = F^T q
         ahla                 P += k v^T;  E += k (P^T q)^T              o = E^T q
-        hla3                 S += k k^T;  P += k v^T
-                             F += (S + ridge I) q (P^T q)^T             o = F^T q
+        hla3                 S += k k^T;  P += k v^T;  F += u (P^T q)^T   o = F^T q
+        u of hla2 and hla3   (gain S + ridge I) q + skip k
         hla2, mask prefix    S += k k^T;  C += q v^T                    o = C^T (S + ridge I) q
         hla2, paper          S += k k^T;  G += k k^T C_before
                              C += q v^T                                 o = (C^T (S + ridge I) - G^T) q
@@ -60,6 +62,8 @@ def serial(
             "decay_form": decay_form,
             "scale": scale,
             "ridge": ridge,
+            "gain": gain,
+            "skip": skip,
             "eps": eps,
         }
         options |= {"normalize": normalize, "mask": mask, "initial_state": initial_state}
@@ -73,6 +77,8 @@ def serial(
         decay_form=decay_form,
         scale=scale,
         ridge=ridge,
+        gain=gain,
+        skip=skip,
         normalize=normalize,
         mask=mask,
         initial_state=initial_state,
@@ -88,7 +94,7 @@ def serial(
     # unbind, not x[:, :, t]: the gradient of an index is as large as x, once a token
     tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates[..., None, None]))
     for qt, kt, vt, gt in zip(*tokens, strict=True):
-        o, state = _step(name, kind, qt, kt, vt, gt, state, ridge)
+        o, state = _step(name, kind, qt, kt, vt, gt, state, ridge, a.gain[..., 0], a.skip[..., 0])
         outs.append(o)
     # with no tokens there is nothing to stack, and the state is the one that came
     out = torch.stack(outs, dim=2) if outs else a.v + a.q.sum(-1, keepdim=True)
@@ -96,9 +102,20 @@ def serial(
 
 
 def _step(
-    name: str, kind: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: tuple[Tensor, ...], ridge: float
+    name: str,
+    kind: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: tuple[Tensor, ...],
+    ridge: float,
+    gain: Tensor,
+    skip: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1, 1]: its output [B, H, V], and the state after it."""
+    """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1, 1], gain and skip [1 or H, 1]: its output [B, H, V], and
+    the state after it.
+    """
     if name == "linear_attention":
         (P,) = state
         P = g * P + _outer(k, v)
@@ -109,7 +126,7 @@ def _step(
         E = g * E + _outer(k, _read(P, q))
         return _read(E, q), (P, E)
     S = g * state[0] + _outer(k, k)
-    u = _read(S, q) + ridge * q  # S is symmetric: S^T q = S q
+    u = gain * _read(S, q) + ridge * q + skip * k  # S is symmetric: S^T q = S q
     if kind is PrefixState:
         C = g * state[1] + _outer(q, v)
         return _read(C, u), (S, C)

@@ -91,7 +91,7 @@ def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, mo
         name, mask, T=75, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=ridge_of(name), dtype=torch.float32
     )
     t = draw(problem)
-    inputs = (t.q, t.k, t.v, t.log_decay)
+    inputs = (t.q, t.k, t.v, t.log_decay, t.gain, t.skip)
     cascade_name = "hla2_prefix" if mask == "prefix" else name
     options = (cascade_name, 0.7, problem.ridge, False, 1e-6, 0, "triton")
     summary = stage_ops.summarize(*inputs, *options)
@@ -113,7 +113,7 @@ def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, mo
 def test_what_the_ops_say_of_their_results(name, normalize) -> None:
     """Shapes, dtypes and layouts without running, as compilers ask for them, and that no input is written."""
     t = draw(Problem(name, T=20, H=2, G=1, K=6, V=5, scale=0.7, normalize=normalize, dtype=torch.float32))
-    inputs = (t.q, t.k, t.v, t.log_decay)
+    inputs = (t.q, t.k, t.v, t.log_decay, t.gain, t.skip)
     options = (name, 0.7, 0.3, normalize, 1e-3, 0, "triton")
     carry = list(t.initial_state or ())
     kept = stage_ops.summarize(*inputs, *options)[1 + len(OPERATORS[name].fields) :]

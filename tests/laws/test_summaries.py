@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -14,7 +15,18 @@ from hypothesis import strategies as st
 import hla_dist
 from hla_dist import Summary, combine, identity, scan_exclusive, summarize
 from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
-from tests.problems import GATE_FORMS, GATE_VALUES, RIDGED, STREAMING, Problem, Tensors, draw, mask_options, oracle
+from tests.problems import (
+    GATE_FORMS,
+    GATE_VALUES,
+    KEY_TERMS,
+    KEYED,
+    RIDGED,
+    STREAMING,
+    Problem,
+    Tensors,
+    draw,
+    oracle,
+)
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE, ROUND_OFF
 
 LAW = 10 * ROUND_OFF  # three products of float64 matrices, in another order
@@ -23,7 +35,8 @@ LAW = 10 * ROUND_OFF  # three products of float64 matrices, in another order
 def _summary(p: Problem, t: Tensors, start: int = 0, end: int | None = None) -> Summary:
     span = slice(start, p.T if end is None else end)
     gates = t.log_decay if t.log_decay is None or t.log_decay.ndim == 1 else t.log_decay[:, span]
-    options = {"scale": p.scale, "ridge": p.ridge, "normalize": p.normalize, **mask_options(p.mask)}
+    options = {name: x for name, x in p.options.items() if name not in ("eps", "output_final_state", "cu_seqlens")}
+    options |= {} if t.gain is None else {"gain": t.gain, "skip": t.skip}
     return summarize(p.name, t.q[:, span], t.k[:, span], t.v[:, span], log_decay=gates, **options)
 
 
@@ -54,6 +67,7 @@ def problems(draw_from) -> Problem:
         gate_values=pick(*(x for x in GATE_VALUES if x != "near_zero")),
         scale=pick(1.0, 0.3),
         ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
+        key_term=pick(*KEY_TERMS) if (name, mask) in KEYED else "none",
         normalize=pick(False, True),
         state=False,
         seed=draw_from(st.integers(0, 2**20)),
@@ -91,6 +105,7 @@ def test_the_carry_is_the_operators_final_state(problem: Problem, at: list[float
         gates = tensors.log_decay
         gates = gates if gates is None or gates.ndim == 1 else gates[:, :start]
         options = dict(problem.options, output_final_state=True, log_decay=gates)
+        options |= {} if tensors.gain is None else {"gain": tensors.gain, "skip": tensors.skip}
         q, k, v = tensors.q[:, :start], tensors.k[:, :start], tensors.v[:, :start]
         _, want = hla_dist.reference.serial(problem.name, q, k, v, **options)
         _, state = getattr(hla_dist, problem.name)(q, k, v, **options)
@@ -109,7 +124,8 @@ def test_associative_for_any_fields(problem: Problem, seed: int) -> None:
 
     def anything() -> Summary:
         fields = {n: torch.randn(x.shape, generator=generator, dtype=x.dtype) for n, x in zero.fields.items()}
-        return Summary(zero.operator, torch.rand(zero.rho.shape, generator=generator, dtype=zero.rho.dtype), fields)
+        rho = torch.rand(zero.rho.shape, generator=generator, dtype=zero.rho.dtype)
+        return Summary(zero.operator, rho, fields, zero.gain)
 
     a, b, c = anything(), anything(), anything()
     _assert_equal(combine(combine(a, b), c), combine(a, combine(b, c)), LAW)
@@ -215,6 +231,28 @@ def test_errors_name_the_argument() -> None:
         summarize("linear_attention", t.q, t.k, t.v, ridge=1.0)
     with pytest.raises(AttributeError, match="no field 'Z'"):
         _ = x.Z
+
+
+@pytest.mark.parametrize("name", ["hla2", "hla3"])
+def test_a_summary_carries_its_gain(name: str) -> None:
+    """Moments are those without it, what joins reads it, and summaries of different gains do not join."""
+    problem = Problem(name, T=20, key_term="H", state=False)
+    t = draw(problem)
+    x, plain = _summary(problem, t), _summary(replace(problem, key_term="none"), replace(t, gain=None, skip=None))
+    assert x.gain is t.gain and plain.gain == 1.0
+    for letter in ("C",) if name == "hla2" else ("Q", "X"):
+        assert_bitwise(letter, x.fields[letter], plain.fields[letter])
+    same = summarize(name, t.q, t.k, t.v, gain=t.gain.clone(), skip=t.skip)
+    assert combine(x, same).gain is t.gain
+    one = identity(name, 1, 2, 4, 3, dtype=torch.float64, gain=t.gain)
+    for y in (combine(one, x), combine(x, one), combine(scan_exclusive([x])[0], x)):
+        for letter in x.fields:
+            assert_bitwise(letter, y.fields[letter], x.fields[letter])
+    for other in (plain, summarize(name, t.q, t.k, t.v, gain=0.5)):
+        with raises_value_error("right: expected the gain of left, [0.0, ", f"got {other.gain}"):
+            combine(x, other)
+    with raises_value_error("right: expected the gain of left, 1.0, got [0.0, "):
+        combine(plain, x)
 
 
 def test_combine_is_differentiable() -> None:

@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 
 import hla_dist
 from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
-from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, ORACLES, RIDGED, STREAMING, Problem, check, draw, run
+from tests.problems import (
+    GATE_FORMS,
+    GATE_VALUES,
+    KEY_TERMS,
+    KEYED,
+    KINDS,
+    ORACLES,
+    RIDGED,
+    STREAMING,
+    Problem,
+    check,
+    draw,
+    run,
+)
 from tests.tolerances import FLOAT64
 
 
@@ -37,6 +50,7 @@ def packed_problems(draw_from, dtype: torch.dtype) -> tuple[Problem, int | None]
         gate_values=pick(*GATE_VALUES),
         scale=pick(1.0, 0.4),
         ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
+        key_term=pick(*KEY_TERMS) if (name, mask) in KEYED else "none",
         normalize=pick(False, True),
         state=mask != "full" and pick(True, False),
         strided=pick(False, True),

@@ -14,6 +14,8 @@ from tests.harness import assert_bitwise, assert_close
 from tests.problems import (
     GATE_FORMS,
     GATE_VALUES,
+    KEY_TERMS,
+    KEYED,
     KINDS,
     ORACLES,
     RIDGED,
@@ -53,6 +55,7 @@ def problems(draw_from, dtype: torch.dtype) -> tuple[Problem, int | None]:
         gate_values=pick(*GATE_VALUES),
         scale=pick(1.0, 0.3),
         ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
+        key_term=pick(*KEY_TERMS) if (name, mask) in KEYED else "none",
         normalize=pick(False, True),
         state=mask != "full" and pick(True, False),
         strided=pick(False, True),

@@ -69,8 +69,10 @@ def _calls(p: Problem, pg: Any = None) -> dict[str, tuple[Any, tuple[Any, ...]]]
         ("hla2", "paper", dict(gates="H")),
         ("ahla", "causal", dict(normalize=True, gates="BTG")),
         ("hla3", "causal", dict(T=1100)),  # more than a block: a state at each block's start is saved
+        ("hla2", "causal", dict(key_term="H")),
+        ("hla3", "causal", dict(key_term="numbers", gates="none")),
     ],
-    ids=OPERATORS,
+    ids=[*OPERATORS, "hla2_key_term", "hla3_key_term"],
 )
 def test_opcheck_of_the_stages(name: str, mask: str, changes: dict[str, Any]) -> None:
     """The two stages of one device, as a call makes them, and the four of a group on the same segment."""
@@ -82,7 +84,7 @@ def test_opcheck_of_the_stages(name: str, mask: str, changes: dict[str, Any]) ->
     fields = OPERATORS[cascade].fields
     kept = ops.summarize(*inputs, *options)[1 + len(fields) :]
     _, backward = calls["scan_backward"]
-    saved = backward[4:8]
+    saved = backward[6:10]
     arguments = {
         "summarize": (*inputs, *options),
         "scan": (*inputs, carry, kept, *options),
@@ -128,7 +130,7 @@ def _forward_start(start: Any, finish: Any, rank: int) -> tuple[Any, ...]:
 
 
 def test_opcheck_of_the_exchange(pool: RankPool) -> None:
-    causal, full = _problem("hla3", "causal"), _problem("hla2", "full")
+    causal, full = _problem("hla3", "causal", key_term="H"), _problem("hla2", "full")
     first, last = pool.run_group(2, _opcheck_exchange, causal, full)
     exchange = {"exchange_start", "exchange_finish", "exchange_finish_backward", "exchange_gather"}
     assert last == exchange | {"summarize", "scan", "summarize_backward", "scan_backward"}

@@ -33,6 +33,8 @@ def shard_of(t: Tensors, lengths: Sequence[int], rank: int, packed: bool = False
         # every rank weighs its copy of the final state differently: the gradients must add up. Of documents each rank
         # has some, and gradients into the others' rows must go nowhere
         t.weight_state if packed else tuple((1 + rank) * w for w in t.weight_state),
+        t.gain,
+        t.skip,
     )
 
 
@@ -95,7 +97,7 @@ def assemble(p: Problem, lengths: Sequence[int], by_rank: Sequence[Values]) -> V
         parts = [values[name] for values in by_rank]
         if name in PER_TOKEN or (name == "dlog_decay" and "BT" in p.gates):
             whole[name] = torch.cat(parts, dim=1)
-        elif name == "dlog_decay":  # each rank has its own tokens' share
+        elif name in ("dlog_decay", "dgain", "dskip"):  # each rank has its own tokens' share
             whole[name] = torch.stack([x.double() for x in parts]).sum(0)
         elif p.documents is not None:  # row n on one rank, zero on the others
             whole[name] = torch.stack(parts).sum(0)

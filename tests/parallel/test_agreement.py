@@ -69,6 +69,8 @@ MISMATCHES = {
     "mask": ({1: {"mask": "prefix"}}, ("causal", "prefix")),
     "full mask": ({1: {"mask": "full"}}, ("causal", "full")),
     "scale": ({1: {"scale": 0.5}}, ("scale=1.0", "scale=0.5")),
+    "gain": ({0: {"gain": 0.5}}, ("gain=1.0", "gain=0.5")),
+    "skip": ({0: {"skip": torch.ones(2)}}, ("skip=0.0", "skip=[H]")),
     "ridge": ({0: {"ridge": 0.5}}, ("ridge=0.0", "ridge=0.5")),
     "normalize": ({1: {"normalize": True}}, ("normalize=False", "normalize=True")),
     "final state": ({1: {"output_final_state": True}}, ("output_final_state=False", "output_final_state=True")),

@@ -11,7 +11,7 @@ from hla_dist.parallel.topology import EXCHANGES
 from tests.covering import Row, allowed_pairs, covering, pairs_of
 from tests.harness import RankPool
 from tests.parallel.sharded import check_sharded
-from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, RIDGED, Problem
+from tests.problems import GATE_FORMS, GATE_VALUES, KEY_TERMS, KEYED, KINDS, RIDGED, Problem
 
 # A new option is a line here (and one below where it does not go with everything).
 PARAMETERS: dict[str, tuple[Any, ...]] = {
@@ -29,6 +29,7 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
     "B": (1, 2),
     "scale": (1.0, 0.4),
     "ridge": (0.0, 0.7),
+    "key_term": KEY_TERMS,
     "normalize": (False, True),
     "state": (False, True),
     "strided": (False, True),
@@ -47,6 +48,7 @@ def allowed(row: Row) -> bool:
         mask == "full" and row.get("gate_values", "mild") != "mild",
         row.get("gates") == "none" and row.get("gate_values", "mild") != "mild",
         name is not None and name not in RIDGED and row.get("ridge", 0.0) != 0.0,
+        name is not None and (name, mask) not in KEYED and row.get("key_term", "none") != "none",
         row.get("documents", "none") != "none" and row.get("B", 1) != 1,
         row.get("ranks") == 1 and row.get("split", "even") != "even",
     )
@@ -99,9 +101,21 @@ def test_row(pool: RankPool, number: int) -> None:
     row = ROWS[number]
     name, mask = row["kind"]
     (heads, groups), (K, V) = row["heads"], row["sizes"]
-    same = ("gates", "gate_values", "T", "chunk_size", "B", "scale", "ridge", "normalize", "state", "strided", "dtype")
+    same = (
+        "gates",
+        "gate_values",
+        "T",
+        "chunk_size",
+        "B",
+        "scale",
+        "ridge",
+        "key_term",
+        "normalize",
+        "state",
+        "strided",
+    )
     problem = Problem(
         name, mask, H=heads, G=groups, K=K, V=V, seed=number, documents=documents_of(row["documents"], row["T"]),
-        exchange=row["exchange"], node=2 - row["ranks"] % 2, **{key: row[key] for key in same},
+        exchange=row["exchange"], dtype=row["dtype"], node=2 - row["ranks"] % 2, **{key: row[key] for key in same},
     )  # fmt: skip
     check_sharded(pool, row["ranks"], problem, lengths_of(row["split"], row["ranks"], row["T"]))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.harness import RankPool, assert_bitwise, raises_value_error, shifted
 from tests.parallel.sharded import assemble, check_sharded, run_shard
-from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, RIDGED, Problem
+from tests.problems import GATE_FORMS, GATE_VALUES, KEY_TERMS, KEYED, KINDS, RIDGED, Problem
 
 RANKS = (1, 2, 3, 4, 8)
 # lengths of documents, lengths of shards: documents over many ranks, many in one, boundaries on edges, empty shards
@@ -60,6 +60,7 @@ def sharded_documents(draw_from, dtype: torch.dtype) -> tuple[int, list[int], Pr
         gate_values=pick(*GATE_VALUES),
         scale=pick(1.0, 0.4),
         ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
+        key_term=pick(*KEY_TERMS) if (name, mask) in KEYED else "none",
         normalize=pick(False, True),
         state=mask != "full" and pick(True, False),
         dtype=dtype,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hla_dist.reference import quadratic
 from tests.harness import RankPool, assert_close, relative_error
 from tests.parallel.sharded import assemble, check_sharded, run_shard
-from tests.problems import GATE_FORMS, GATE_VALUES, KINDS, RIDGED, STREAMING, Problem, draw, oracle
+from tests.problems import GATE_FORMS, GATE_VALUES, KEY_TERMS, KEYED, KINDS, RIDGED, STREAMING, Problem, draw, oracle
 from tests.tolerances import LOW_PRECISION_FACTOR
 
 RANKS = (1, 2, 3, 4, 8)
@@ -50,6 +50,7 @@ def sharded_problems(draw_from, dtype: torch.dtype) -> tuple[int, list[int], Pro
         gate_values=pick(*GATE_VALUES),
         scale=pick(1.0, 0.4),
         ridge=pick(0.0, 0.7) if name in RIDGED else 0.0,
+        key_term=pick(*KEY_TERMS) if (name, mask) in KEYED else "none",
         normalize=pick(False, True),
         state=mask != "full" and pick(True, False),
         strided=pick(False, True),
