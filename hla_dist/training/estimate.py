@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from hla_dist.data.text import Codec
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.nn import HLAAttention
+from hla_dist.nn import HLAAttention, SoftmaxAttention
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.segment import CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
@@ -147,7 +147,12 @@ def _layers(model: nn.Module) -> list[HLAAttention]:
 
 
 def step_flops(step: Step) -> dict[str, float]:
-    """Two per multiply-add; whole chunk squares counted, as they are computed."""
+    """Two per multiply-add; whole chunk squares counted, as they are computed.
+
+    Of softmax attention, as is the custom: two products forward and four backward of each query with the keys it sees,
+    those of the whole sequence or its window, whatever documents it holds. The scores that backward computes again are
+    not counted.
+    """
     model = _build(step.model)
     output = model.embedding if model.lm_head is None else model.lm_head
     matrices = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
@@ -156,12 +161,18 @@ def step_flops(step: Step) -> dict[str, float]:
         op, K, V, c = OPERATORS[layer.op], layer.head_dim, layer.value_dim, layer.chunk_size or CHUNK
         for size in (op.columns(p.c, K, V) for p in op.passes):
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
+    attention = 0.0
+    for softmax in (layer for layer in model.modules() if isinstance(layer, SoftmaxAttention)):
+        window = min(softmax.window or step.seq_len, step.seq_len)
+        keys = window - window * (window - 1) / 2 / step.seq_len  # seen by the mean query
+        attention += 2 * 2 * softmax.num_heads * softmax.head_dim * keys
     tokens = float(step.seq_len * step.batch_size * step.accumulate)
     again = 0 if step.checkpointing == "none" else 1
     return {
         "matrices": tokens * 2 * matrices * 3,
         "operators": tokens * passes * (1 + _BACKWARD),
-        "computed again": tokens * again * (2 * matrices + passes),
+        **({"softmax": tokens * attention * 3} if attention else {}),
+        "computed again": tokens * again * (2 * matrices + passes + attention),
     }
 
 

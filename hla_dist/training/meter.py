@@ -42,7 +42,7 @@ class Meter:
         from hla_dist.training.estimate import Step, step_flops  # late: tracing, which a run does not need
 
         flops = step_flops(Step(config, seq_len))
-        self.flops_per_token = (flops["matrices"] + flops["operators"]) / seq_len
+        self.flops_per_token = sum(count for kind, count in flops.items() if kind != "computed again") / seq_len
         self.ranks, self.device, self.peak = ranks, device, peak_flops(device)
         self.start()
 

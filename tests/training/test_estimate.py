@@ -14,7 +14,8 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import counter
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import parse
-from hla_dist.training.estimate import Step, estimate, planned, wire_bytes
+from hla_dist.training.estimate import Step, estimate, planned, step_flops, wire_bytes
+from hla_dist.training.meter import Meter
 from tests.harness import RankPool, run_program, shifted
 from tests.training.test_steps import mesh_of, trainer_on
 
@@ -46,6 +47,19 @@ def test_memory_is_what_the_allocator_counts(policy: str) -> None:
     assert got.memory["gradients"] == got.memory["parameters"] == 4 * got.parameters
     peak = sum(got.memory[kind] for kind in ("activations", "gradients", "an operator's blocks"))
     assert peak == pytest.approx(allocated(model, tokens), rel=0.15)
+
+
+def test_flops_of_softmax_layers_are_those_of_the_keys_that_queries_see() -> None:
+    T, hidden = 1000, 32
+    for window in (0, 1, 10, 1000, 5000):
+        pattern = {"pattern": "softmax", "softmax": {"window": window} if window else {}}
+        model = ModelConfig(vocab_size=64, hidden_size=hidden, num_layers=3, num_heads=2, **pattern)
+        seen = sum(min(t, window or T) for t in range(1, T + 1))
+        got = step_flops(Step(model, T, batch_size=2))
+        assert got["softmax"] == pytest.approx(3 * 2 * 6 * 2 * seen * hidden) and got["operators"] == 0
+        every = Meter(model, T, 1, torch.device("cpu")).flops_per_token * T * 2
+        assert every == pytest.approx(got["matrices"] + got["softmax"])
+    assert "softmax" not in step_flops(Step(MODEL, T))
 
 
 def sent_in_a_step(pg: dist.ProcessGroup) -> tuple[int, int]:
