@@ -6,11 +6,14 @@ import contextlib
 import json
 import math
 import threading
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hla_dist.processes.failure import UserError, describe
 
+WANDB_ID = "wandb-id"
 MARKED = {"loss", "grad_norm", "held_out"}  # TensorBoard shows where these were not finite
 
 
@@ -31,7 +34,9 @@ class MetricsLog:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: a second of imports that one rank needs
 
-        self._wandb = None if wandb_project is None else start_wandb(wandb_project, directory, config)
+        self._wandb = None
+        if wandb_project is not None:
+            self._wandb = start_wandb(wandb_project, directory, config, goes_on=resume_step is not None)
         self.path = directory / "metrics.jsonl"
         self.history: list[dict[str, Any]] = []
         if resume_step is not None and self.path.is_file():
@@ -42,6 +47,7 @@ class MetricsLog:
         self._file = open(self.path, "a")
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge, flush_secs=30)
+        self._board_path = directory / "tensorboard"
 
     def write(self, step: int, **values: Any) -> None:
         """Appends a line; values that are None are left out, those that are not finite become null."""
@@ -51,14 +57,13 @@ class MetricsLog:
             if value is not None
         }
         self.history.append(line)
-        try:
+        with _writing(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        with _writing(self._board_path):
             for key, value in values.items():
                 if isinstance(value, (int, float)) and (key in MARKED or math.isfinite(value)):
                     self._board.add_scalar(key, value, step)
-        except OSError as exc:
-            raise UserError(f"metrics: cannot write {self.path}: {exc.strerror or exc}") from exc
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in line.items() if value is not None}, step=step)
 
@@ -81,14 +86,30 @@ class MetricsLog:
         closing.join(seconds)
 
 
-def start_wandb(project: str, directory: Path, config: dict[str, Any] | None) -> Any:
-    """A run of Weights & Biases named as the directory; offline and the like are up to its own variables."""
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise UserError(f"metrics: cannot write {path}: {exc.strerror or exc}") from exc
+
+
+def start_wandb(project: str, directory: Path, config: dict[str, Any] | None, goes_on: bool) -> Any:
+    """A run of Weights & Biases named as the directory; offline and the like are up to its own variables.
+
+    Its id is kept in the directory: a run that ``goes_on`` there goes on under the same id.
+    """
     try:
         import wandb
     except ImportError as exc:
         raise UserError("--wandb: expected the package 'wandb', got none; pip install wandb") from exc
+    kept = directory / WANDB_ID
+    run_id = kept.read_text().strip() if goes_on and kept.is_file() else uuid.uuid4().hex
+    kept.write_text(f"{run_id}\n")
     try:
-        return wandb.init(project=project, name=directory.name, dir=str(directory), config=config)
+        return wandb.init(
+            project=project, name=directory.name, dir=str(directory), config=config, id=run_id, resume="allow"
+        )
     except Exception as exc:  # no key, no network, a setting it does not know: its errors share no class
         raise UserError(f"--wandb: cannot start a run (WANDB_MODE=offline needs no account): {describe(exc)}") from exc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -121,11 +122,16 @@ def test_wandb_gets_every_line_if_it_is_there(tmp_path: Path, monkeypatch: pytes
     def refuses(**options: Any) -> None:
         raise RuntimeError("No API key\nconfigured.")
 
+    for resume_step in (3, None):  # a restart, and another run
+        MetricsLog(tmp_path, resume_step, "project", {}).close()
+    first, second, third = (options for options in told if isinstance(options, dict))
+    assert first["id"] == second["id"] != third["id"] and second["resume"] == "allow"
     fake.init = refuses  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="--wandb: cannot start a run .*: RuntimeError: No API key configured"):
         MetricsLog(tmp_path, None, "project", {})
-    assert told[0] == {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1}}
-    assert told[1:] == [(3, {"step": 3, "loss": 2.0}), 0]
+    want = {"project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 1}}
+    assert first == want | {"id": first["id"], "resume": "allow"}
+    assert told[1:3] == [(3, {"step": 3, "loss": 2.0}), 0]
 
 
 def test_an_offline_run_of_wandb_has_every_line(tmp_path: Path) -> None:
@@ -172,6 +178,21 @@ def test_a_run_that_fails_keeps_what_it_has_written(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(log, "close", lambda exit_code: release.wait(60))
     log.abandon(0.01)  # a writer that hangs is left behind
     release.set()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path)
+
+    def lost(*_: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(log._board, "add_scalar", lost)
+    with pytest.raises(UserError, match=f"^metrics: cannot write {tmp_path}/tensorboard: No such file or directory$"):
+        log.write(1, loss=2.0)
+    monkeypatch.setattr(log, "_file", types.SimpleNamespace(write=lost, close=log._file.close))
+    with pytest.raises(UserError, match=f"^metrics: cannot write {tmp_path}/metrics.jsonl: No such file or directory$"):
+        log.write(2, loss=2.0)
+    log.close()
 
 
 @pytest.fixture(scope="module")
