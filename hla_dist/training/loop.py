@@ -71,7 +71,8 @@ class Trainer:
         self.offload = offload  # what forward saves waits in host memory
         self.watch = Watch(model.module)
         self.data_seconds = 0.0  # spent on reading tokens so far
-        self.samples = 0  # read so far by all replicas together: the position in the data
+        self.samples = 0  # the position in the data: windows of this length before the next one, over all replicas
+        self.tokens = 0  # trained on so far, at any length
 
     @property
     def tokens_per_step(self) -> int:
@@ -98,6 +99,7 @@ class Trainer:
                 share.backward()
             shares.append(share.detach())
         self.samples += self.batch_size * self.accumulate * self.mesh.replicas
+        self.tokens += self.tokens_per_step
         norm = float(gradient_norm(self.model.parameters()))
         return self._agree(float(torch.stack(shares).sum()), norm, stop, clock)
 

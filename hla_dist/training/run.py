@@ -137,7 +137,8 @@ class Run:
             for name in self.model_config.differences(before):  # parameters of the same shapes do not tell
                 theirs, ours = getattr(before, name), getattr(self.model_config, name)
                 raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {theirs}, got {ours}")
-            self.step, self.trainer.samples = saved.step, int(saved.state["samples"])
+            self.step = saved.step
+            self._find_position(saved.state)
             self.saved = self.step if self.start.in_place else -1
             steps = self.config.optimisation.steps
             if self.step >= steps and not self.start.by_itself:
@@ -149,6 +150,16 @@ class Run:
         together(world, load, patient=True)
         if self.launch.restart:
             self.say(f"restart {self.launch.restart}: going on from {saved.path}")
+
+    def _find_position(self, state: dict[str, Any]) -> None:
+        """Where the data goes on: at the same window, or for another ``--seq-len`` at the same token of the epoch."""
+        samples, length = int(state["samples"]), self.config.data.seq_len
+        before = int(state["run"].get("seq_len", length))
+        position = samples * before
+        self.trainer.samples = samples if before == length else -(-position // length)
+        self.trainer.tokens = int(state.get("tokens", position))  # older checkpoints: all of one length
+        if before != length:
+            self.say(f"--seq-len is {length:,}, was {before:,}: the data goes on at its token {position:,}")
 
     def _open_output(self) -> None:
         if self.out is None or not self.main:
@@ -232,7 +243,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.trainer.samples * self.config.data.seq_len
+        return self.trainer.tokens
 
     def _loop(self, loss: float) -> tuple[float | None, float]:
         """Steps until the end; returns the last held-out loss (None if stopped by a signal) and tokens per second."""
@@ -320,6 +331,7 @@ class Run:
         if self.saved != self.step:
             values = {
                 "samples": self.trainer.samples,
+                "tokens": self.trainer.tokens,
                 "ranks": group_size(self.mesh.world),
                 "schedule": {name: getattr(self.config.optimisation, name) for name in schedule},
                 "model": self.model_config.to_dict(),

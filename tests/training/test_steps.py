@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+import types
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool: RankPool, tmp_path: Pat
     for name in ("config.json", "loss.png", "summary.json"):
         assert (whole / name).stat().st_size > 100
     assert list((whole / "tensorboard").iterdir())
+
+
+def test_stages_of_growing_length(pool: RankPool, tmp_path: Path) -> None:
+    """3 steps of 48 tokens, 2 of 96, 2 of 192: tokens add up, and each stage reads on where the one before stopped."""
+    data, out = write_text(tmp_path / "text.txt", 8000), tmp_path / "out"
+    options: dict[str, Any] = dict(out=str(out), parity=False, sample=0, eval_tokens=192)
+    tokens, positions = 0, []
+    for seq_len, steps, resume in ((48, 3, None), (96, 5, ""), (192, 7, "")):
+        config = small_config(data, seq_len=seq_len, steps=steps, resume=resume, **options)
+        assert pool.run_group(1, run_config, config) == [0]
+        positions.append(checkpoint.open_checkpoint(out).state["samples"])
+        tokens += seq_len * (steps if resume is None else 2)
+    assert positions == [3, 2 + 2, 2 + 2]  # 144 tokens are 1.5 windows of 96, 4 of these 2 of 192
+    state = checkpoint.open_checkpoint(out).state
+    lines = {line["step"]: line["tokens"] for line in read_metrics(out / "metrics.jsonl")}
+    assert lines == {0: 0, 1: 48, 2: 96, 3: 144, 4: 240, 5: 336, 6: 528, 7: 720}
+    assert state["tokens"] == tokens == 720
+
+    # a checkpoint from before tokens were stored: all of one length
+    path = checkpoint.find(out / "checkpoints")[-1]
+    older = {key: value for key, value in state.items() if key != "tokens"}
+    run = types.SimpleNamespace(config=config, trainer=types.SimpleNamespace())
+    Run._find_position(run, older)  # type: ignore[arg-type]
+    assert (run.trainer.samples, run.trainer.tokens) == (4, 768) and path.name == "step-00000007"
 
 
 def stopped_on_one(pg: dist.ProcessGroup, config: TrainConfig, after: int) -> int:
