@@ -135,6 +135,9 @@ class Output(Checked):
     # go on from a checkpoint: a directory, or without a value the newest whole one of --out; auto: that one if there is
     # any, else start. A run that torchrun restarts goes on by itself
     resume: Annotated[str | None, optional_value("", "DIR")] = None
+    # begin with these parameters, at step 0 and with fresh moments: a .safetensors file or folder, a checkpoint, or the
+    # --out of a run; --size and the like must describe its model
+    init_from: Annotated[str | None, arg(metavar="PATH")] = None
     # log to this project of Weights & Biases too, by the package 'wandb' (needs --out)
     wandb: str | None = None
     eval_every: Count = 200  # steps between evaluations on held-out text, besides first and last
@@ -184,6 +187,11 @@ class TrainConfig:
             )
         if output.resume in ("", "auto") and output.out is None:
             raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
+        if output.init_from is not None and output.resume not in (None, "auto"):
+            raise UserError(
+                f"--init-from: expected no --resume beside it, which goes on with parameters of its own, got both "
+                f"{output.init_from} and {output.resume or output.out}"
+            )
         if output.wandb is not None and output.out is None:
             raise UserError("--wandb: expected --out too, which holds what is logged, got none")
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.checkpoints.saver import Saver
 from hla_dist.checkpoints.tensors import capture, read_random
+from hla_dist.checkpoints.weights import put_weights, read_weights
 from hla_dist.data.bigram import bigram_bits
 from hla_dist.data.corpus import Corpus, load_corpus
 from hla_dist.data.packing import cuts_between
@@ -61,7 +62,11 @@ class Run:
         if optimisation.deterministic:
             be_deterministic()
         torch.manual_seed(optimisation.seed)  # the same on every rank: parameters start equal
-        model = together(mesh.world, lambda: LanguageModel(self.model_config)).to(mesh.device)
+        model = together(mesh.world, lambda: LanguageModel(self.model_config))
+        self.start = decide(config, self.launch, mesh.world)
+        if output.init_from is not None and self.start.source is None:
+            self._init_from(Path(output.init_from), model)
+        model = model.to(mesh.device)
         model.activation_checkpointing = optimisation.checkpoint_activations
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = distributed(
@@ -121,10 +126,18 @@ class Run:
     def _vocabulary(self) -> int:
         return self.config.data.vocab_size or self.corpus.vocab_size
 
+    def _init_from(self, path: Path, model: LanguageModel) -> None:
+        """Begins with the parameters in ``path``; what its model says of itself and this one's differs in is a line."""
+        weights = read_weights(path, self.mesh.world)
+        together(self.mesh.world, lambda: put_weights(weights, model))
+        self.say(f"begins with the parameters of {weights.path}")
+        for name in self.model_config.differences(weights.model) if weights.model is not None else []:
+            before, now = getattr(weights.model, name), getattr(self.model_config, name)
+            self.warn(f"--init-from: {name} of {weights.path} is {before}, here it is {now}", all_ranks=False)
+
     def _resume(self) -> None:
         """Goes on from a checkpoint if the options say so, or if this launch has been here before."""
         world = self.mesh.world
-        self.start = decide(self.config, self.launch, world)
         if self.start.source is None:
             return
         saved = checkpoints.open_checkpoint(self.start.source, world)

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.checkpoints.export import export, load_trained
 from hla_dist.checkpoints.tensors import read_tensors, stored_shapes
 from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
@@ -247,6 +249,45 @@ def test_stages_of_growing_length(pool: RankPool, tmp_path: Path) -> None:
     run = types.SimpleNamespace(config=config, trainer=types.SimpleNamespace())
     Run._find_position(run, older)  # type: ignore[arg-type]
     assert (run.trainer.samples, run.trainer.tokens) == (4, 768) and path.name == "step-00000007"
+
+
+def test_a_run_begins_with_the_parameters_of_another(pool: RankPool, tmp_path: Path) -> None:
+    data, first = write_text(tmp_path / "text.txt", 4000), tmp_path / "first"
+    options: dict[str, Any] = dict(parity=False, sample=0, eval_tokens=48)
+    assert pool.run_group(1, run_config, small_config(data, out=str(first), steps=2, **options)) == [0]
+    file, folder = tmp_path / "file.safetensors", tmp_path / "folder"
+    trained = load_trained(first)
+    export(trained, file)
+    folder.mkdir()  # names, dtype and parts as transformers has them
+    named = {f"model.network.{name}": x.bfloat16() for name, x in trained.model.state_dict().items()}
+    named["lm_head.weight"] = named["model.network.embedding.weight"].clone()
+    for part, names in enumerate((list(named)[::2], list(named)[1::2])):
+        save_file({name: named[name] for name in names}, folder / f"model-{part}.safetensors")
+    last = read_metrics(first / "metrics.jsonl")[-1]["held_out"]
+    for number, source in enumerate((first, first / "checkpoints" / "step-00000002", file, folder)):
+        out = tmp_path / f"out{number}"
+        config = small_config(data, out=str(out), steps=1, init_from=str(source), **options)
+        assert pool.run_group(2, run_config, config) == [0, 0]
+        lines = read_metrics(out / "metrics.jsonl")
+        assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (1, 48)]
+        rounding = 1e-6 if source != folder else 2**-8
+        assert lines[0]["held_out"] == pytest.approx(last, rel=rounding) and lines[1]["lr"] == pytest.approx(5e-3)
+    again = small_config(data, out=str(tmp_path / "out0"), steps=3, init_from=str(tmp_path / "gone"), resume="auto",
+                         **options)  # fmt: skip
+    assert pool.run_group(1, run_config, again) == [0]  # with parameters of its own
+    cases = [
+        (dict(hidden_size=64), f"expected embedding.weight with shape (256, 64) in {file}, got (256, 32)"),
+        (dict(layers=3), f"expected parameter blocks.2.attention_norm.weight in {file}, got none of that name"),
+        (dict(layers=1), f"expected the parameters of this model in {file}, got also blocks.1."),
+        (dict(init_from=str(data)), f"cannot read {data}: "),
+    ]
+    configs = [small_config(data, **(dict(steps=1, init_from=str(file)) | changes)) for changes, _ in cases]
+    said = pool.run_group(2, mistakes, configs)
+    assert said[0] == said[1]
+    for (_, want), got in zip(cases, said[0], strict=True):
+        assert isinstance(got, str) and got.startswith(f"--init-from: {want}") and "\n" not in got
+    with pytest.raises(UserError, match="--init-from: expected no --resume beside it"):
+        small_config(data, init_from=str(file), resume=str(first))
 
 
 def stopped_on_one(pg: dist.ProcessGroup, config: TrainConfig, after: int) -> int:

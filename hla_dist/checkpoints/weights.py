@@ -1,0 +1,95 @@
+"""A model's parameters alone, to begin a run with: from a checkpoint, a safetensors file or a folder of such files."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hla_dist.checkpoints import directory as checkpoints
+from hla_dist.checkpoints.export import KEY
+from hla_dist.checkpoints.tensors import read_tensors, stored_shapes
+from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.nn.head_norm import current_name
+from hla_dist.parallel.collectives import all_gather_objects
+from hla_dist.processes.failure import UserError, describe, together
+
+_SUFFIX = ".safetensors"
+_TRANSFORMERS = "model.network."  # before the names in a folder that transformers has saved
+
+
+class Weights(NamedTuple):
+    """Parameters by name, what they are of, and where they lie."""
+
+    tensors: dict[str, Tensor]
+    model: ModelConfig | None  # None: the files do not say
+    path: Path
+
+
+def read_weights(path: Path, group: Any) -> Weights:
+    """The parameters in ``path``, whole, on every rank of ``group``, which all call this.
+
+    ``path``: a ``.safetensors`` file, a folder with one or several of them (as transformers saves a model), a
+    checkpoint, or a run's --out directory. Communication: small objects. Raises UserError, the same on every rank.
+    """
+    files = all_gather_objects(_files(path), group)[0]
+    if files:
+        return together(group, partial(_read_files, path, files), patient=True)
+    saved = checkpoints.open_checkpoint(path, group)
+
+    def read() -> Weights:
+        shapes = stored_shapes(saved.path)
+        tensors = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in shapes.items()
+            if name.startswith("model.")
+        }
+        read_tensors(saved.path, tensors)
+        plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        return Weights(plain, ModelConfig.from_dict(saved.state["model"]), saved.path)
+
+    return together(group, read, patient=True)
+
+
+def put_weights(weights: Weights, model: LanguageModel) -> None:
+    """Copy the parameters into ``model``, in its dtype; UserError naming the first that is missing, odd or too many."""
+    wanted = model.state_dict()
+    tensors = {current_name(name.removeprefix(_TRANSFORMERS)): tensor for name, tensor in weights.tensors.items()}
+    if model.lm_head is None:
+        tensors.pop("lm_head.weight", None)  # transformers may write the tied matrix twice
+    for name, parameter in wanted.items():
+        if name not in tensors:
+            raise UserError(f"--init-from: expected parameter {name} in {weights.path}, got none of that name")
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"--init-from: expected {name} with shape {tuple(parameter.shape)} in {weights.path}, got "
+                f"{tuple(tensors[name].shape)}"
+            )
+    for name in sorted(tensors.keys() - wanted.keys()):
+        raise UserError(f"--init-from: expected the parameters of this model in {weights.path}, got also {name}")
+    model.load_state_dict(tensors)
+
+
+def _files(path: Path) -> list[str]:
+    if path.is_file():
+        return [str(path)]
+    return sorted(map(str, path.glob(f"*{_SUFFIX}")))
+
+
+def _read_files(path: Path, files: list[str]) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name in files:
+        try:
+            with safe_open(name, framework="pt") as file:
+                about |= json.loads((file.metadata() or {}).get(KEY, "{}"))
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError, ValueError) as exc:
+            raise UserError(f"--init-from: cannot read {name}: {describe(exc)}") from exc
+    return Weights(tensors, ModelConfig.from_dict(about["model"]) if "model" in about else None, path)
