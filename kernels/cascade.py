@@ -183,11 +183,17 @@ class Problem:
         initial: Tensor | None = None,
     ) -> None:
         """The same for any number of segments, where no pass follows."""
-        segments, tokens = cut
         # P with gates: transposed, so that b is rounded with its gates and not c, as where terms of their gradient are
         swapped = self.gated and decayed and not carry.reverse
         left, right = (c, b) if swapped else (b, c)
         self._launch(None, left, right, None, carry, swapped, cut, emit=False, into_state=scale, decayed=decayed)
+        self.scan_states(carry, initial, cut, decayed)
+
+    def scan_states(
+        self, carry: SegmentStates, initial: Tensor | None, cut: tuple[int, int], decayed: bool = True
+    ) -> None:
+        """Turn every segment's own state into what enters it."""
+        segments, tokens = cut
         elements = carry.value.shape[2] * carry.value.shape[3]
         block = 1024 if self.target is not INTERPRETER else tiles.power_of_two(elements)
         launch(
@@ -250,6 +256,12 @@ class Problem:
             value = value * past[..., None, None]
         carry = SegmentStates(value, reverse=False, known=True)
         self._launch(a, a, local, out, carry, False, cut, True, into_state, alpha, (local, 1.0), inner=False)
+
+    def add_carry(
+        self, a: Tensor, out: Tensor, carry: SegmentStates, alpha: float, into_state: float, cut: tuple[int, int]
+    ) -> None:
+        """``out += alpha Gamma a P`` in place, P what enters each segment, from the right where it is a reverse one."""
+        self._launch(a, a, out, out, carry, False, cut, True, into_state, alpha, (out, 1.0), inner=False)
 
     def _launch(
         self,

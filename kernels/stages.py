@@ -68,7 +68,7 @@ def _inner_forward(problem: Problem, carry: list[Tensor | None], cut: tuple[int,
     return carries
 
 
-def _edge(problem: Problem, carry: SegmentStates) -> Tensor:
+def edge(problem: Problem, carry: SegmentStates) -> Tensor:
     """What leaves the last segment in walking order, ``[B, H, rows, columns]``."""
     value = carry.value[0 if carry.reverse else -1]
     return value.view(problem.B, problem.H, *value.shape[1:]).clone()
@@ -87,7 +87,7 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
     shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
     out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
     carries.append(_forward_pass(problem, last, carry[-1], cut, out))
-    return out, [_edge(problem, c) for c in carries]
+    return out, [edge(problem, c) for c in carries]
 
 
 def finish(
@@ -117,7 +117,7 @@ def finish(
     last = problem.passes[-1]
     shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
     out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
-    states.append(_edge(problem, _forward_pass(problem, last, carry[-1], cut, out)))
+    states.append(edge(problem, _forward_pass(problem, last, carry[-1], cut, out)))
     return out, states
 
 
@@ -239,12 +239,13 @@ def scan_backward(
         backward.add_all(p, carry_in, reverse[p.out], inner)
     for p, carry_in, _ in steps:
         backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
-    dlog = _gate_gradient(backward, forward, [reverse[p.out] for p in problem.passes]) if gate else None
-    dq, dk, dv = (_own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
-    return Gradients(dq, dk, dv, dlog, [_edge(problem, reverse[p.out]) for p in problem.passes])
+    carries = [reverse[p.out] for p in problem.passes]
+    dlog = gate_gradient(problem, backward.terms, forward, carries, cut) if gate else None
+    dq, dk, dv = (own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
+    return Gradients(dq, dk, dv, dlog, [edge(problem, one) for one in carries])
 
 
-def _own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
+def own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     """Sum over the query heads of every K/V head."""
     if gradient.shape[2] == x.shape[2]:
         return gradient
@@ -252,8 +253,15 @@ def _own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     return total.to(x.dtype) if into is None else into.copy_(total)
 
 
-def _gate_gradient(backward: _Backward, forward: list[SegmentStates], reverse: list[SegmentStates]) -> Tensor:
-    problem, (segments, tokens) = backward.problem, backward.cut
+def gate_gradient(
+    problem: Problem,
+    terms: list[Tensor],
+    forward: list[SegmentStates],
+    reverse: list[SegmentStates],
+    cut: tuple[int, int],
+) -> Tensor:
+    """``dlog_decay [B, T, H]`` from its terms, ``[slots, B H, T]`` each, and from the states at segments' ends."""
+    segments, tokens = cut
     assert problem.log_decay is not None
     device = problem.q.device
     tails = torch.empty(segments, problem.rows, dtype=torch.float32, device=device)
@@ -269,12 +277,12 @@ def _gate_gradient(backward: _Backward, forward: list[SegmentStates], reverse: l
             BE=tiles.power_of_two(min(elements, 1024)),
             ADD=i > 0,
         )
-    terms = torch.cat(backward.terms)
+    slots = torch.cat(terms)
     dlog = torch.empty(problem.B, problem.H, problem.T, dtype=torch.float32, device=device)
     launch(
         gate_gradient_kernel,
         segments * problem.rows,
-        x=terms,
+        x=slots,
         tails=tails,
         out=dlog,
         log_decay=gates(problem.log_decay),
@@ -282,7 +290,7 @@ def _gate_gradient(backward: _Backward, forward: list[SegmentStates], reverse: l
         T=problem.T,
         segment_tokens=tokens,
         segments=segments,
-        slots=terms.shape[0],
+        slots=slots.shape[0],
         slot_stride=problem.rows * problem.T,
         BT=256,
     )
@@ -299,7 +307,7 @@ def summarize(
     """
     cut = problem.segments()
     carries = _inner_forward(problem, [None] * len(problem.passes), cut)
-    states = [_edge(problem, c) for c in carries]
+    states = [edge(problem, c) for c in carries]
     last = problem.passes[-1]
     states.append(_state_only(problem, last.b, last.c, cut))
     rho = torch.ones(problem.B, problem.H, dtype=torch.float32, device=problem.q.device)
@@ -326,7 +334,7 @@ def _product(
 ) -> Tensor:
     carry = problem.carry(x, y, None, cut, reverse)
     problem.find_alone(carry, x, y, scale, cut, decayed)
-    return _edge(problem, carry)
+    return edge(problem, carry)
 
 
 def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> list[Tensor]:
@@ -346,7 +354,7 @@ def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> l
             reverse = _reverse_carry(backward, p, None)
             backward.add_all(p, carry_in, reverse, inner)
             if reverse.known:
-                fields[p.out] = _edge(problem, reverse)
+                fields[p.out] = edge(problem, reverse)
                 continue
         a, gradient = problem.sequences[p.a], backward.gradients[p.out]
         fields[p.out] = _product(problem, a, gradient, problem.times_scale(p.a), cut, reverse=True, decayed=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +14,12 @@ from hla_dist.parallel.compiling import assume_constant_result
 def resolve(
     requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None, keyed: bool = False
 ) -> str:
-    """``"torch"`` or ``"triton"``.
+    """``"torch"``, ``"triton"`` or ``"gluon"``.
 
     ``"auto"`` is Triton for tensors on a GPU wherever its kernels compute the call, else torch. Raises ValueError
     naming the argument where ``"triton"`` was asked for and cannot run: no Triton, no GPU (and no interpreter), another
-    architecture, float64, more columns than the kernels hold, an operator or option that has no kernels.
+    architecture, float64, more columns than the kernels hold, an operator or option that has no kernels. ``"gluon"``,
+    the walks, is refused in the same way, and chosen by name alone unless ``hla_kernels.walks.BY_DEFAULT``.
     """
     if requested == "torch" or (requested == "auto" and q.device.type != "cuda"):
         return "torch"
@@ -23,16 +27,25 @@ def resolve(
         raise ValueError(
             f"backend: expected 'torch' with a key term (gain, skip), which has no kernels, got {requested!r}"
         )
-    reason = _obstacle(cascade, mask, q.device, q.dtype, q.shape[3], value_dim, chunk_size)
-    if not reason:
-        return "triton"
+    for kernels in ("gluon", "triton") if requested == "auto" else (requested,):
+        call = (cascade, mask, q.device, q.dtype, q.shape[3], value_dim, chunk_size)
+        reason = _obstacle(kernels, requested == "auto", *call)
+        if not reason:
+            return kernels
     if requested == "auto":
         return "torch"
     raise ValueError(reason)
 
 
+def kernel_stages(backend: str) -> Any:
+    """The module with the stages of ``"triton"`` or ``"gluon"``, imported here alone: it needs Triton."""
+    return importlib.import_module(f"hla_dist.functional.{backend}_stages")
+
+
 @assume_constant_result
 def _obstacle(
+    kernels: str,
+    unnamed: bool,
     cascade: str,
     mask: str,
     device: torch.device,
@@ -43,15 +56,17 @@ def _obstacle(
 ) -> str:
     """Why the kernels cannot compute a call, or nothing."""
     if mask == "full":
-        return "backend: expected 'auto' or 'torch' with mask='full' (it is plain matrix products), got 'triton'"
+        return f"backend: expected 'auto' or 'torch' with mask='full' (it is plain matrix products), got {kernels!r}"
     if chunk_size is not None:
-        return f"chunk_size: expected None with backend 'triton' (its tile table decides), got {chunk_size}"
+        return f"chunk_size: expected None with backend {kernels!r} (its tile table decides), got {chunk_size}"
     try:
-        from hla_dist.functional import triton_stages
+        stages = kernel_stages(kernels)
     except ImportError as error:
-        return f"backend: expected 'auto' or 'torch' where Triton cannot be imported ({error}), got 'triton'"
+        return f"backend: expected 'auto' or 'torch' where Triton cannot be imported ({error}), got {kernels!r}"
+    if unnamed and not stages.BY_DEFAULT:
+        return "backend: expected 'gluon' by name, got 'auto'"
     try:
-        triton_stages.require_supported(cascade, device, dtype, key_dim, value_dim)
+        stages.require_supported(cascade, device, dtype, key_dim, value_dim)
     except ValueError as error:
-        return str(error)
+        return str(error).replace("'triton'", repr(kernels))
     return ""

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     normalize: bool
     eps: float
     chunk_size: int
-    backend: str  # "torch" or "triton": resolved
+    backend: str  # "torch", "triton" or "gluon": resolved
     output_state: bool = False
     group_name: str = ""
     rank: int = 0
@@ -139,8 +139,8 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
     initial: tuple[Tensor, ...] = ()
     width = v.shape[3] + int(o["normalize"])
     if full:
-        if o["backend"] == "triton":
-            resolve_backend("triton", name, "full", q, v.shape[3], o["chunk_size"])
+        if o["backend"] in ("triton", "gluon"):
+            resolve_backend(o["backend"], name, "full", q, v.shape[3], o["chunk_size"])
         validate.check_full(o["log_decay"], o)
         backend = "torch"
     else:

@@ -64,8 +64,9 @@ class Options(SegmentOptions, total=False):
             are exact; mask="full" has all_gather only. Default: "auto".
         wire_dtype: torch.bfloat16: summaries travel rounded to it, in half the bytes, with errors
             of its size (docs/numerics.md); None: as they are. Default: None.
-        backend: ``"auto"``, Triton's kernels on a GPU, else torch; ``"torch"``; ``"triton"``: an
-            error where it cannot run. Default: "auto".
+        backend: ``"auto"``, Triton's kernels on a GPU, else torch; ``"torch"``; ``"triton"``, or
+            ``"gluon"``, kernels for Hopper that no GPU has confirmed (docs/kernels.md): an error
+            where they cannot run. Default: "auto".
         chunk_size: Tokens per chunk; None: 64, or the next power of two for shorter segments.
             Default: None.
         cu_seqlens: ``[N + 1]`` integers, documents packed into one sequence, B = 1: none sees

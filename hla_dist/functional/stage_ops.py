@@ -1,8 +1,8 @@
 """The four stages as ``torch.library`` custom ops on flat tensors, so that compilation and checkpointing see them.
 
 Every op takes the same leading arguments (inputs) and trailing ones (options) and returns a flat list. A backend has
-these stages: the torch backend is ``hla_dist.operators.stages`` and ``stages_backward``, the Triton backend
-``triton_stages``.
+these stages: the torch backend is ``hla_dist.operators.stages`` and ``stages_backward``, the kernels' are
+``triton_stages`` and ``gluon_stages``.
 
     summarize           -> [rho, *fields, *kept]                        what travels, and what scan may reuse
     scan                -> [out, denominator, *state, *checkpoints]     from a carry; reuses kept, unless it is empty
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hla_dist.functional.backend import kernel_stages
 from hla_dist.functional.validate import no_second_derivative
 from hla_dist.operators import OPERATORS, stages, stages_backward
 from hla_dist.operators.precision import without_autocast
@@ -47,11 +48,9 @@ def _stage(schema: str) -> Callable[[Callable[..., list[Tensor]]], Any]:
 
 def _backend(options: tuple[Any, ...]) -> tuple[Any, Any]:
     """The backend's modules with its forward and its backward stages."""
-    if options[-1] == "triton":
-        from hla_dist.functional import triton_stages
-
-        return triton_stages, triton_stages
-    return stages, stages_backward
+    if options[-1] == "torch":
+        return stages, stages_backward
+    return kernel_stages(options[-1]), kernel_stages(options[-1])
 
 
 def _segment(q, k, v, log_decay, gain, skip, operator, scale, ridge, normalize, eps, chunk_size, backend) -> Segment:

@@ -27,6 +27,8 @@ from hla_kernels.device import check, target_of
 from hla_kernels.sequences import last_axis_contiguous
 from hla_kernels.slices import sliced_backward
 
+BY_DEFAULT = True  # "auto" chooses these kernels wherever they run
+
 
 def has_kernels(operator: Operator) -> bool:
     """Whether the kernels compute its kind of cascade: no strict pass, no sign, a state of its own for every pass."""
@@ -43,7 +45,7 @@ def require_supported(operator: str, device: torch.device, dtype: torch.dtype, k
     tiles.require_right(dtype, (key_dim, value_dim), target)
 
 
-def _on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device: make it the tensors'."""
 
     @functools.wraps(stage)
@@ -58,7 +60,7 @@ def _passes(operator: Operator) -> tuple[Pass, ...]:
     return tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in operator.passes)
 
 
-def _problem(segment: Segment) -> Problem:
+def problem_of(segment: Segment) -> Problem:
     """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0)."""
     q, k, v = (last_axis_contiguous(x) for x in (segment.q, segment.k, segment.v))
     if segment.settings.normalize:
@@ -82,27 +84,31 @@ def _problem(segment: Segment) -> Problem:
     )
 
 
-@_on_its_device
+@on_its_device
 def summarize(segment: Segment) -> Summarized:
     """The segment from an empty past: rho, states and moments."""
     moments = tuple((m.left, m.right, m.from_start) for m in segment.operator.moments)
-    rho, states, values, kept = stages.summarize(_problem(segment), moments)
+    rho, states, values, kept = stages.summarize(problem_of(segment), moments)
     return Summarized(rho, states + values, kept)
 
 
-@_on_its_device
+@on_its_device
 def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``; with ``kept``, inner passes are corrected only."""
-    normalize = segment.settings.normalize
-    out, state = stages.finish(_problem(segment), carry, kept, torch.float32 if normalize else None)
+    dtype = torch.float32 if segment.settings.normalize else None
+    return scanned(segment, carry, *stages.finish(problem_of(segment), carry, kept, dtype))
+
+
+def scanned(segment: Segment, carry: list[Tensor], out: Tensor, state: list[Tensor]) -> Scanned:
+    """What a stage ``scan`` returns, of the cascade's own output: divided where it is to be normalised."""
     denominator = torch.empty(0, dtype=segment.dtype, device=segment.device)
-    if normalize:
-        denominator = out[..., -1].clone()
+    if segment.settings.normalize:
+        denominator = out[..., -1].float().clone()
         out = (out[..., :-1] / (denominator[..., None] + segment.settings.eps)).to(segment.q.dtype)
     return Scanned(out, denominator, state, [c.clone()[None] for c in carry])
 
 
-def _numerators(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
+def numerators(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
     """The gradient of what the cascade itself gives: o = num / (den + eps)."""
     if not segment.settings.normalize:
         return dout
@@ -112,19 +118,25 @@ def _numerators(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
     return torch.cat([wide, own], dim=-1).to(inner)
 
 
-@_on_its_device
+@on_its_device
 def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
     """Reverse fields of the segment with nothing to its right."""
     carry = [c[0] for c in saved.checkpoints]
-    return stages.summarize_backward(_problem(segment), carry, _numerators(segment, saved, dout))
+    return stages.summarize_backward(problem_of(segment), carry, numerators(segment, saved, dout))
 
 
-@_on_its_device
+@on_its_device
 def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor]) -> Gradients:
     """Every gradient of the segment whose reverse carry enters from the right."""
     gated = segment.log_decay is not None
     forward = [c[0] for c in saved.checkpoints]
-    g = sliced_backward(_problem(segment), forward, _numerators(segment, saved, dout), carry, gate=gated)
+    return gradients_of(
+        segment, sliced_backward(problem_of(segment), forward, numerators(segment, saved, dout), carry, gate=gated)
+    )
+
+
+def gradients_of(segment: Segment, g: stages.Gradients) -> Gradients:
+    """What a stage ``scan_backward`` returns: without the column of ones, gates' in their own shape."""
     dlog = g.log_decay
     if dlog is not None and segment.log_decay is not None:
         dlog = (dlog.sum((0, 1)) if segment.log_decay.dim() == 1 else dlog).to(segment.log_decay.dtype).contiguous()

@@ -168,7 +168,8 @@ def check_options(name: str, o: dict[str, Any]) -> None:
         ways = ("auto", "all_gather")
         require(o["exchange"] in ways, "exchange", f"one of {ways} with mask='full'", repr(o["exchange"]))
         require(wire is None, "wire_dtype", "None with mask='full'", repr(wire))
-    require(o["backend"] in ("auto", "torch", "triton"), "backend", "'auto', 'torch' or 'triton'", repr(o["backend"]))
+    backends = ("auto", "torch", "triton", "gluon")
+    require(o["backend"] in backends, "backend", f"one of {backends}", repr(o["backend"]))
     chunk = o["chunk_size"]
     ok = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
     require(ok, "chunk_size", "None or a whole number >= 1", repr(chunk))

@@ -101,7 +101,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"mask": "full", "exchange": "scan"},
         ("exchange: expected one of", "mask='full'", "'scan'"),
     ),
-    "backend": ({"backend": "cuda"}, ("backend: expected 'auto', 'torch' or 'triton'", "'cuda'")),
+    "backend": ({"backend": "cuda"}, ("backend: expected one of ('auto', 'torch', 'triton', 'gluon')", "'cuda'")),
     "cu_seqlens_cpu alone": ({"cu_seqlens_cpu": torch.tensor([0, 5])}, ("cu_seqlens_cpu: expected None without cu",)),
     "shard_lengths alone": ({"shard_lengths": [3, 2]}, ("shard_lengths: expected None without cu_seqlens",)),
     "full with gates": ({"mask": "full", "log_decay": torch.zeros(H)}, ("log_decay: expected None with mask='full'",)),
@@ -114,6 +114,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 # named clearly, never taken for something else
 UNSUPPORTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "backend triton": ({"backend": "triton"}, ("backend:", "'torch'", "'triton'", "Triton")),
+    "backend gluon": ({"backend": "gluon"}, ("backend:", "'torch'", "'gluon'", "Triton")),
 }
 
 

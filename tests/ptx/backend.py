@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 
 from hla_dist.functional import triton_stages
-from hla_kernels import cascade, device, tiles
+from hla_kernels import cascade, device, tiles, walks
 from tests.ptx import Emulator, emulate
 
 
@@ -50,7 +50,8 @@ def triton_backend(
         for name in ("empty", "empty_like"):
             stack.enter_context(patch.object(torch, name, _poisoning(getattr(torch, name))))
         if segment is not None:
-            stack.enter_context(patch.object(cascade, "SHORTEST", segment))
+            for module in (cascade, walks):
+                stack.enter_context(patch.object(module, "SHORTEST", segment))
             stack.enter_context(patch("hla_kernels.stages.RESTART", dict.fromkeys(cascade.RESTART, segment)))
         if not fused:
             stack.enter_context(patch.object(tiles, "fused", lambda *arguments: None))

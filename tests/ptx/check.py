@@ -52,6 +52,8 @@ class Case:
     normalize: bool = False
     grouped: bool = True
     ridge: bool = True
+    backend: str = "triton"
+    B: int = 1
 
     def problem(self) -> Problem:
         """What is computed."""
@@ -59,6 +61,7 @@ class Case:
         return Problem(
             name,
             mask,
+            B=self.B,
             T=self.T,
             H=2,
             G=1 if self.grouped else 2,
@@ -75,6 +78,7 @@ class Case:
     def __str__(self) -> str:
         more = ["gates" * self.gated, f"segments of {self.segment}" if self.segment else "one segment"]
         more += ["state" * self.state, "normalize" * self.normalize, "grouped" * self.grouped]
+        more += [f"B={self.B}" * (self.B > 1), "walks" * (self.backend == "gluon")]
         more += ["" if self.ridge else "no ridge", "" if self.fused else "pass by pass"]
         size = f"T={self.T} K={self.K} V={self.V}"
         return f"{self.arch} {self.operator} {self.dtype} {size} {', '.join(m for m in more if m)}"
@@ -110,7 +114,7 @@ def check(case: Case) -> Result:
     start = time.perf_counter()
     with triton_backend(case.arch, segment=case.segment, fused=case.fused, exact=False) as emulator:
         try:
-            got = run(problem, tensors, getattr(hla_dist, problem.name), backend="triton")
+            got = run(problem, tensors, getattr(hla_dist, problem.name), backend=case.backend)
         except (Fault, Unsupported) as fault:
             kernels = tuple(sorted({launch.name for launch in emulator.launches}))
             return Result(None, None, kernels, time.perf_counter() - start, f"{type(fault).__name__}: {fault}")

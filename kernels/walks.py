@@ -1,0 +1,371 @@
+"""Whole cascades by walks: outputs and every gradient of hla2, ahla and linear attention. sm_90, bfloat16, K, V <= 128.
+
+    hla2                 first pass               second pass              how they meet    tiles in, out
+    out                  u = LA(q, k, k) + l q    o = LA(q, u, v)          makes b          q k v, o
+    u                    u = LA(q, k, k) + l q                             alone            q k, u
+    du dv                du = rLA(v, do, q)       dv = rLA(u, q, do)       apart            q v do u, du dv
+    dk                   rLA(k, du, q)            rLA(k, q, du)            adds             k q du, dk
+    dq                   LA(do, v, u)             LA(du, k, k) + l du      adds             do v u du k, dq
+
+    ahla                 first pass               second pass              how they meet    tiles in, out
+    out                  r = LA(q, k, v)          o = LA(q, k, r)          makes c          q k v, o
+    dr dv                dr = rLA(k, q, do)       dv = rLA(k, q, dr)       makes c          k q do, dr dv
+    dk                   rLA(r, do, q)            rLA(v, dr, q)            adds             r do q v dr, dk
+    dq                   LA(do, r, k)             LA(dr, v, k)             adds             do r k dr v, dq
+
+Few heads are cut into segments so that programs fill the device. Their states are then formed beforehand by the
+kernels of passes (first_order.py, segments.py), but for the last state of ``out``: its walk starts every segment from
+nothing, leaves what the segment adds, and what had entered is added to its output at the end.
+
+Memory beside inputs and results: backward holds u and du (or r and dr). One order of sums: results are deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hla_kernels.cascade import RESTART, Problem, SegmentStates
+from hla_kernels.device import Target, launch
+from hla_kernels.sequences import gates
+from hla_kernels.stages import Gradients, edge, gate_gradient, own_heads
+from hla_kernels.walk import CHUNK, walk_kernel
+
+OPERATORS = ("hla2", "ahla", "linear_attention")
+BY_DEFAULT = False  # whether "auto" takes walks where they run: once the GPU suite has found them right and faster
+WIDEST = 128  # columns of q, k and v
+SHORTEST = 1024  # tokens of the shortest segment: what states cost stays below what it walks
+SLOTS = {2: 3, 3: 3, 4: 2, 5: 2, 6: 2}  # chunks on their way, by streams: what shared memory holds
+
+
+def require(operator: str, dtype: torch.dtype, key_dim: int, value_dim: int, target: Target) -> None:
+    """ValueError naming what walks need, unless they compute this."""
+    needs = [
+        (operator in OPERATORS, f"one of {', '.join(OPERATORS)}", operator),
+        (target.arch == "sm_90", "sm_90 (Hopper)", target.arch),
+        (dtype == torch.bfloat16, "q in torch.bfloat16", dtype),
+        (key_dim <= WIDEST, f"K <= {WIDEST}", f"K = {key_dim}"),
+        (value_dim <= WIDEST, f"V <= {WIDEST} (normalize's column of ones included)", f"V = {value_dim}"),
+    ]
+    for holds, expected, came in needs:
+        if not holds:
+            raise ValueError(f"backend: expected {expected} for 'gluon', got {came}")
+
+
+class Walk(NamedTuple):
+    """The passes' a, b and c by name, how they meet, and what each is paired with where gates have a gradient.
+
+    ``pairs``: ``+q`` counts q . out, ``-u`` minus u . out (docs/algebra.md, gradients), ``.`` nothing.
+    """
+
+    passes: tuple[str, ...]
+    link: str
+    reverse: bool = False
+    pairs: str = ". ."
+    add: str = ""  # what is added, times the ridge; to the second pass where that is added to the first
+
+    def streams(self, paired: bool) -> list[str]:
+        """What is loaded: every name but that of what the first pass makes, each once."""
+        names = [name for one in self.passes for name in one.split()]
+        if self.link.startswith("makes"):
+            del names[3 + "abc".index(self.link[-1])]
+        names += [pair[1:] for pair in self.pairs.split() if paired and pair != "."]
+        return list(dict.fromkeys(names))
+
+
+WALKS = {
+    "hla2": {
+        "out": Walk(("q k k", "q u v"), "makes b", add="q"),
+        "inner": Walk(("q k k",), "alone", add="q"),
+        "apart": Walk(("v do q", "u q do"), "apart", True, "-u ."),
+        "dk": Walk(("k du q", "k q du"), "adds", True, "-k ."),
+        "dq": Walk(("do v u", "du k k"), "adds", False, "+q +q", "du"),
+    },
+    "ahla": {
+        "out": Walk(("q k v", "q k r"), "makes c"),
+        "inner": Walk(("q k v",), "alone"),
+        "apart": Walk(("k q do", "k q dr"), "makes c", True),
+        "dk": Walk(("r do q", "v dr q"), "adds", True, "-k -k"),
+        "dq": Walk(("do r k", "dr v k"), "adds", False, "+q +q"),
+    },
+    "linear_attention": {
+        "out": Walk(("q k v",), "alone"),
+        "dv": Walk(("k q do",), "alone", True),
+        "dk": Walk(("v do q",), "alone", True, "-k"),
+        "dq": Walk(("do v k",), "alone", False, "+q"),
+    },
+}
+
+
+class _State(NamedTuple):
+    """A pass's state where walks read and leave it: ``[segments, B H, rows, columns]`` each, or None."""
+
+    entering: Tensor | None
+    leaving: Tensor | None
+    swapped: bool = False  # in memory stands the transpose of what the pass needs
+
+
+class _Call:
+    """One call's walks: its sequences by name, its gates as rows of chunks, how it is cut into segments."""
+
+    def __init__(self, problem: Problem, gate: bool = False):
+        self.problem, self.gate = problem, gate
+        self.sequences = dict(problem.sequences)
+        self.cut = _segments(problem, gate)
+        self.walks = WALKS[problem.operator]
+        self.gate_rows = _gate_rows(problem) if problem.gated else None
+        self.ridge = problem.ridge * problem.scale if problem.passes[0].ridge else 0.0
+        self.terms: list[Tensor] = []
+
+    def width(self, name: str) -> int:
+        """Columns of a sequence."""
+        return self.sequences[name].shape[3]
+
+    def empty(self, like: str) -> Tensor:
+        """Storage for a result as wide as a sequence, ``[B, T, H, D]``, whose rows TMA can write."""
+        problem, width = self.problem, self.width(like)
+        shape = (problem.B, problem.T, problem.H, _aligned(width))
+        return torch.empty(shape, dtype=problem.dtype, device=problem.q.device)[..., :width]
+
+    def state(self, b: str, c: str, initial: Tensor, reverse: bool) -> SegmentStates:
+        """The states ``sum b c^T`` of all segments: with one segment what enters, else all of them."""
+        left, right = self.sequences[b], self.sequences[c]
+        carry = self.problem.carry(left, right, initial, self.cut, reverse)
+        self.problem.find(carry, left, right, self.problem.times_scale(b, c), initial, self.cut)
+        return carry
+
+    def run(self, name: str, outs: tuple[Tensor | None, Tensor | None], states: tuple[_State, ...]) -> None:
+        """Launch one walk. ``outs``: where its passes' results go."""
+        walk, problem = self.walks[name], self.problem
+        names = walk.streams(self.gate)
+        inputs = [_tma_ready(self.sequences[x]) for x in names]
+        columns = 64 if max(x.shape[3] for x in inputs) <= 64 else WIDEST
+        adder = 1 if walk.link == "adds" else 0
+        passes, sizes, entering, leaving, terms, weights = [], [], [], [], [], []
+        for i, (one, pair, state) in enumerate(zip(walk.passes, walk.pairs.split(), states)):
+            a, b, c = one.split()
+            add = walk.add if self.ridge and i == adder else ""
+            paired = pair[1:] if self.gate else ""
+            passes.append(tuple(names.index(x) if x in names else -(x == "") for x in (a, b, c, add, paired)))
+            flags = (state.entering is not None, state.leaving is not None, state.swapped)
+            sizes.append((self.width(b), self.width(c), *flags))
+            entering.append(problem.q if state.entering is None else state.entering)
+            leaving.append(problem.q if state.leaving is None else state.leaving)
+            terms.append(self._terms() if paired else problem.q)
+            weights.append(-1.0 if pair[0] == "-" else 1.0)
+        into_states = [float(problem.times_scale(*one.split()[1:])) for one in walk.passes]
+        streams = tuple(_rows(x, columns) for x in inputs)
+        launch(
+            walk_kernel,
+            self.cut[0] * problem.rows,
+            streams=streams,
+            outs=tuple(streams[0] if x is None else _rows(x, columns) for x in outs),
+            gate_rows=streams[0] if self.gate_rows is None else _gate_tiles(self.gate_rows),
+            states=_two(entering),
+            leaving=_two(leaving),
+            terms=_two(terms),
+            T=problem.T,
+            H=problem.H,
+            segments=self.cut[0],
+            segment_chunks=self.cut[1] // CHUNK,
+            alpha=float(problem.scale),
+            beta=float(self.ridge),
+            into_states=_two(into_states),
+            weights=_two(weights),
+            PASSES=_two(passes),
+            LINK=walk.link,
+            SIZES=_two(sizes),
+            REPEATS=tuple(problem.H // x.shape[2] for x in inputs),
+            SLOTS=SLOTS[len(names)],
+            LINKS=1 if len(names) == 6 else 2,
+            REVERSE=walk.reverse,
+            GATED=problem.gated,
+            SAVE=outs[0] is not None,
+            D=columns,
+        )
+
+    def _terms(self) -> Tensor:
+        """Room for terms of the gates' gradient: of every token one from each of four warps."""
+        problem = self.problem
+        self.terms.append(torch.empty(4, problem.rows, problem.T, dtype=torch.float32, device=problem.q.device))
+        return self.terms[-1]
+
+    def run_linked(
+        self,
+        name: str,
+        a: str,
+        b: str,
+        c: str,
+        outs: tuple[Tensor | None, Tensor],
+        first: SegmentStates,
+        initial: Tensor,
+    ) -> SegmentStates:
+        """A walk whose second pass's state, ``sum b c^T``, is of what its first pass makes; that state.
+
+        Of several segments each starts it from nothing; what had entered is added to the output, of ``a``.
+        """
+        problem, reverse = self.problem, first.reverse
+        second = problem.carry(self.sequences[b], self.sequences[c], initial, self.cut, reverse)
+        if self.cut[0] == 1:
+            self.run(name, outs, (_whole(first), _whole(second)))
+            return second
+        own = second.value[1:] if reverse else second.value[:-1]
+        self.run(name, outs, (_whole(first), _State(None, own)))
+        problem.scan_states(second, initial, self.cut)
+        problem.add_carry(self.sequences[a], outs[1], second, problem.scale, problem.times_scale(b, c), self.cut)
+        return second
+
+
+def scan(problem: Problem, carry: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``, as ``stages.scan``."""
+    call = _Call(problem)
+    first, last = problem.passes[0], problem.passes[-1]
+    one = call.state(first.b, first.c, carry[0], reverse=False)
+    out = call.empty("v")
+    if first is last:
+        call.run("out", (out, None), (_whole(one),))
+        return out.contiguous(), [edge(problem, one)]
+    call.sequences[first.out] = call.sequences[first.c]  # stands in: as wide as what the first pass makes
+    two = call.run_linked("out", last.a, last.b, last.c, (None, out), one, carry[1])
+    return out.contiguous(), [edge(problem, one), edge(problem, two)]
+
+
+def scan_backward(
+    problem: Problem, carry: list[Tensor], dout: Tensor, reverse_carry: list[Tensor], gate: bool
+) -> Gradients:
+    """Every gradient of the segment, as ``stages.scan_backward``; ``gate``: that of log_decay too."""
+    call = _Call(problem, gate)
+    x = call.sequences
+    x["do"] = dout
+    first, last = problem.passes[0], problem.passes[-1]
+    dq, dk, dv = (call.empty(name) for name in "qkv")
+    one = call.state(first.b, first.c, carry[0], reverse=False)
+    if first is last:
+        right = call.state("q", "do", reverse_carry[0], reverse=True)
+        call.run("dq", (dq, None), (_read(one, True, gate),))
+        call.run("dk", (dk, None), (_read(right, True),))
+        call.run("dv", (dv, None), (_whole(right),))
+        return _gradients(call, (dq, dk, dv), [one], [right])
+    inner, d_inner = first.out, f"d{first.out}"
+    x[inner], x[d_inner] = call.empty(first.c), call.empty(first.c)
+    call.run("inner", (x[inner], None), (_read(one),))
+    two = call.state(last.b, last.c, carry[1], reverse=False)
+    right = call.state("q", "do", reverse_carry[1], reverse=True)
+    if inner == last.b:
+        call.run("apart", (x[d_inner], dv), (_read(right, True), _whole(right)))
+        left = call.state("q", d_inner, reverse_carry[0], reverse=True)
+        call.run("dk", (dk, None), (_read(left, True), _whole(left)))
+    else:
+        left = call.run_linked("apart", "k", "q", d_inner, (x[d_inner], dv), right, reverse_carry[0])
+        call.run("dk", (dk, None), (_read(right, True), _read(left, True)))
+    call.run("dq", (dq, None), (_read(two, True, gate), _read(one, True, gate)))
+    return _gradients(call, (dq, dk, dv), [one, two], [left, right])
+
+
+def _whole(carry: SegmentStates) -> _State:
+    """States that enter and, where the walk is the only one to find them, leave."""
+    before, after = carry.value[:-1], carry.value[1:]
+    entering, leaving = (after, before) if carry.reverse else (before, after)
+    return _State(entering, None if carry.known else leaving)
+
+
+def _read(carry: SegmentStates, swapped: bool = False, leaves: bool = False) -> _State:
+    """States that enter and are known, or found by another walk; ``leaves``: and the last, as walked here."""
+    if carry.reverse:
+        return _State(carry.value[1:], None, swapped)
+    return _State(carry.value[:-1], carry.value[1:] if leaves and len(carry.value) == 2 else None, swapped)
+
+
+def _two(items: list[Any]) -> tuple[Any, Any]:
+    """Of two passes, or of one twice."""
+    return items[0], items[-1]
+
+
+def _gradients(
+    call: _Call, found: tuple[Tensor, ...], forward: list[SegmentStates], reverse: list[SegmentStates]
+) -> Gradients:
+    """Summed over the query heads of every K/V head; that of the gates from its terms."""
+    problem = call.problem
+    dq, dk, dv = (own_heads(x, problem.sequences[name], None).contiguous() for x, name in zip(found, "qkv"))
+    dlog = gate_gradient(problem, call.terms, forward, reverse, call.cut) if call.gate else None
+    return Gradients(dq, dk, dv, dlog, [edge(problem, carry) for carry in reverse])
+
+
+def _segments(problem: Problem, gate: bool) -> tuple[int, int]:
+    """``(segments, tokens of a segment)``: one program a multiprocessor, no segment shorter than ``SHORTEST``."""
+    wanted = max(1, problem.target.processors // problem.rows)
+    tokens = problem.segment_tokens or max(SHORTEST, -(-problem.T // wanted))
+    tokens = min(tokens, RESTART[problem.dtype]) if gate else tokens
+    step = max(CHUNK, problem.chunk)  # the kernels of passes cut at their own chunks
+    tokens = -(-tokens // step) * step
+    return max(1, -(-problem.T // tokens)), tokens
+
+
+def _aligned(columns: int) -> int:
+    """So many columns that the next row starts at a multiple of 16 bytes, as TMA wants."""
+    return -(-columns // 8) * 8
+
+
+def _tma_ready(x: Tensor) -> Tensor:
+    """``x [B, T, heads, D]``, copied only where TMA cannot read it where it lies."""
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape) if size > 1]
+    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride > 0 for stride in strides):
+        return x
+    room = x.new_empty(*x.shape[:3], _aligned(x.shape[3]))[..., : x.shape[3]]
+    return room.copy_(x)
+
+
+def _rows(x: Tensor, columns: int) -> TensorDescriptor:
+    """``x [B, T, heads, D]`` as TMA sees it, ``[B, heads, T, D]``: zeros beyond T and D, tiles of 64 tokens."""
+    tile = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    view = x.permute(0, 2, 1, 3)
+    strides = [stride if size > 1 else _aligned(x.shape[3]) for stride, size in zip(view.stride()[:3], view.shape)]
+    return TensorDescriptor(view, list(view.shape), [*strides, 1], [1, 1, CHUNK, columns], tile)
+
+
+def _gate_tiles(rows: Tensor) -> TensorDescriptor:
+    """Four rows of gates at a time."""
+    tile = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor.from_tensor(rows, [4, CHUNK], tile)
+
+
+def _gate_rows(problem: Problem) -> Tensor:
+    """What walks know of the gates, ``[B H chunks 4, 64]``."""
+    chunks = -(-problem.T // CHUNK)
+    rows = torch.empty(problem.rows * chunks * 4, CHUNK, dtype=torch.float32, device=problem.q.device)
+    log_decay = gates(problem.log_decay)
+    blocks = triton.cdiv(chunks, 16)
+    launch(gate_rows_kernel, problem.rows * blocks, log_decay=log_decay, out=rows, T=problem.T, H=problem.H, C=CHUNK)
+    return rows
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_rows_kernel(log_decay, out, T, H, C: tl.constexpr):
+    """Of every chunk: sums of log2 up to each token, decay from its start, decay to its end, decay of the whole.
+
+    A gate below exp(-69) counts as exp(-69): of what is before it float32 sees nothing beside anything else, and its
+    neighbours' sums keep their precision. Grid: one program for each (16 chunks, batch element and head).
+    """
+    chunks = tl.cdiv(T, C)
+    blocks = tl.cdiv(chunks, 16)
+    i_bh = tl.program_id(0) // blocks
+    o_c = (tl.program_id(0) % blocks) * 16 + tl.arange(0, 16)
+    o_i = tl.arange(0, C)
+    o_t = o_c[:, None] * C + o_i[None, :]
+    start = log_decay.p + (i_bh // H).to(tl.int64) * ((log_decay.batch - 3) >> 1)
+    p = start + (i_bh % H).to(tl.int64) * log_decay.head + o_t.to(tl.int64) * log_decay.token
+    log = tl.maximum(tl.load(p, mask=o_t < T, other=0.0).to(tl.float32), -69.0) * 1.4426950408889634  # [16, C]
+    sums = tl.cumsum(log, 1)
+    total = tl.sum(log, 1)[:, None]
+    row = out + ((i_bh * chunks).to(tl.int64) + o_c[:, None]) * (4 * C) + o_i[None, :]
+    mask = (o_c < chunks)[:, None] & (o_i < C)[None, :]
+    tl.store(row, sums, mask=mask)
+    tl.store(row + C, tl.exp2(sums), mask=mask)
+    tl.store(row + 2 * C, tl.exp2(total - sums), mask=mask)
+    tl.store(row + 3 * C, tl.exp2(total + tl.zeros([16, C], tl.float32)), mask=mask)

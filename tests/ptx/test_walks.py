@@ -1,0 +1,60 @@
+"""The walks, as compiled for sm_90, through ``backend="gluon"``, and what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
+import hla_dist
+from hla_kernels import walks
+from hla_kernels.device import Target
+from tests.harness import raises_value_error
+from tests.ptx import check  # not before Triton is known to be there
+from tests.ptx.backend import triton_backend
+
+CASE = check.Case("sm_90", "hla2", "bf16", 128, 128, False, T=70, backend="gluon", state=True)
+FAST = [replace(CASE, K=64, V=64, gated=True), replace(CASE, grouped=False, ridge=False)]
+SLOW = [
+    replace(CASE, gated=True, T=200),
+    replace(CASE, gated=True, T=300, segment=128, state=False),
+    replace(CASE, T=300, segment=128, B=2),
+    replace(CASE, K=20, V=33, gated=True, B=2),
+    replace(CASE, K=64, V=64, gated=True, normalize=True, state=False),
+    *(replace(CASE, operator=name, gated=gated) for name in ("ahla", "linear_attention") for gated in (False, True)),
+    *(
+        replace(CASE, operator=name, gated=True, T=300, segment=128, state=False)
+        for name in ("ahla", "linear_attention")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
+def test_walks(case: check.Case) -> None:
+    result = check.check(case)
+    assert result.good, check.line(case, result)
+    assert "walk_kernel" in result.kernels
+
+
+def test_what_walks_refuse() -> None:
+    """By name, in one line."""
+    target = Target("sm_90", 132)
+    for changes, parts in (
+        ({"operator": "hla3"}, ("one of hla2, ahla, linear_attention", "got hla3")),
+        ({"target": Target("sm_80", 108)}, ("sm_90 (Hopper)", "got sm_80")),
+        ({"dtype": torch.float32}, ("torch.bfloat16", "got torch.float32")),
+        ({"key_dim": 129}, ("K <= 128", "got K = 129")),
+        ({"value_dim": 129}, ("V <= 128", "column of ones", "got V = 129")),
+    ):
+        call = {"operator": "hla2", "dtype": torch.bfloat16, "key_dim": 128, "value_dim": 128, "target": target}
+        with raises_value_error("backend:", "'gluon'", *parts):
+            walks.require(**(call | changes))
+
+
+def test_a_token_alone_is_decoded() -> None:
+    q = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)
+    with triton_backend("sm_90") as emulator:
+        hla_dist.hla2(q, q, q, backend="gluon")
+    assert {launch.name for launch in emulator.launches} == {"decode_kernel"}
