@@ -8,6 +8,7 @@ call is made twice: bitwise alike. Sequences too long for matrices are held agai
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 
 import hla_dist
 from benchmarks.gpu.compiled import Work
+from benchmarks.gpu.contenders import WALKS
 from hla_dist.reference import quadratic
-from hla_kernels import tiles
+from hla_kernels import tiles, walks
 from hla_kernels.device import Target
 from tests.harness import assert_bitwise, relative_error
 from tests.problems import Problem, Tensors, draw, oracle, run
@@ -82,6 +84,19 @@ def cases(target: Target, seed: int) -> Iterator[Problem]:
     yield problem("hla2", torch.bfloat16, 64, 64, True, documents=(300, 0, 1, 399))
 
 
+def walked(target: Target, seed: int) -> Iterator[Problem]:
+    """What the walks are to compute: their operators and widths, one segment and several, tails, grouped heads."""
+    if target.arch != "sm_90":
+        return
+    for operator in walks.OPERATORS:
+        for gated, columns, T in itertools.product((False, True), (64, 128), (700, 2100)):
+            gates, ridge = ("BTH" if gated else "none"), (0.3 if operator == "hla2" and gated else 0.0)
+            sizes = {"B": 2, "T": T, "H": 2, "G": 2, "K": columns, "V": columns, "scale": 0.3 / columns}
+            yield Problem(operator, gates=gates, ridge=ridge, dtype=torch.bfloat16, state=True, seed=seed, **sizes)
+    sizes = {"T": 700, "H": 4, "G": 2, "K": 96, "V": 80, "scale": 0.003}
+    yield Problem("hla2", gates="BTH", dtype=torch.bfloat16, state=False, seed=seed, **sizes)
+
+
 def long_work() -> list[Work]:
     """What is to be compiled for the long sequence."""
     B, T, H, K = LONG
@@ -112,12 +127,12 @@ def _case(p: Problem, target: Target) -> str:
     )
 
 
-def check(problem: Problem, device: torch.device, target: Target) -> Check:
+def check(problem: Problem, device: torch.device, target: Target, backend: str = "triton") -> Check:
     """Outputs, states and every gradient of one problem; run twice, bitwise alike."""
-    case = _case(problem, target)
+    case = _case(problem, target) + WALKS * (backend == "gluon")
     tensors = _moved(draw(problem), device)
     try:
-        options: dict[str, Any] = {"backend": "triton"}
+        options: dict[str, Any] = {"backend": backend}
         if problem.cu_seqlens is not None:
             options["cu_seqlens"] = problem.cu_seqlens.to(device)
         got = run(problem, tensors, getattr(hla_dist, problem.name), **options)
@@ -205,4 +220,7 @@ def checks(device: torch.device, target: Target, seed: int) -> list[tuple[str, C
         found.append(("CUDA graph", functools.partial(check_graph, device)))
     for problem in cases(target, seed):
         found.append((_case(problem, target), functools.partial(check, problem, device, target)))
+    for problem in walked(target, seed):
+        name = _case(problem, target) + WALKS
+        found.append((name, functools.partial(check, problem, device, target, "gluon")))
     return [(f"check {i}: {name}", run_it) for i, (name, run_it) in enumerate(found)]

@@ -22,7 +22,7 @@ import torch
 import hla_dist
 from hla_dist.functional import triton_stages
 from hla_dist.operators import OPERATORS
-from hla_kernels import aot, cascade, device, stages
+from hla_kernels import aot, cascade, device, stages, walks
 from hla_kernels.device import Target
 from hla_kernels.slices import sliced_backward
 from tests.problems import Problem, draw, run
@@ -41,6 +41,7 @@ class Work(NamedTuple):
     K: int
     gated: bool
     late: bool = False  # its carry comes late, forward
+    walked: bool = False  # by walks
 
 
 @contextlib.contextmanager
@@ -59,7 +60,7 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
         with _collected() as found, mock.patch.object(triton_stages, "target_of", lambda _: target):
             run(work, draw(work), getattr(hla_dist, work.name), backend="triton")
         return found
-    op, (name, dtype, B, T, H, K, gated, late) = OPERATORS[work.operator], work
+    op, (name, dtype, B, T, H, K, gated, late, _) = OPERATORS[work.operator], work
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -71,6 +72,10 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
         cascade.Problem(cascade.CASCADES[name], q, k, v, log_decay, 0.5, 0.0, target, operator=name) for _ in range(2)
     ]
     with _collected() as found:
+        if work.walked:
+            walks.scan(calls[0], carry)
+            walks.scan_backward(calls[1], carry, dout, carry, gated)
+            return found
         stages.scan(calls[0], carry)
         sliced_backward(calls[1], carry, dout, carry, gated)
         if late:

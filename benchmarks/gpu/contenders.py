@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hla_dist
+from hla_kernels import walks
 from hla_kernels.cascade import CASCADES
 
 CHUNK = 64  # of the rule by which operations are counted, whatever the kernels use
+WALKS = ", walks"  # behind an operator's name
 PASSES = {name: passes for name, passes in CASCADES.items() if name != "hla2_prefix"}  # what is timed
 
 
@@ -90,6 +92,11 @@ def call_peers_once(heads: int, columns: int, gated: bool) -> None:
     torch.autograd.grad(out, leaves, torch.randn_like(out))
 
 
+def walks_run() -> bool:
+    """Whether this is a device for walks."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention through torch."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -122,6 +129,10 @@ def contenders(operator: str, smoke: bool) -> list[Contender]:
     """This library and its peers for one operator."""
     gated = f"{operator}, gated"
     found = [Contender(operator, ours(operator)), Contender(gated, ours(operator), True)]
+    if operator in walks.OPERATORS and walks_run():
+        walked = ours(operator, "gluon")
+        found.append(Contender(f"{operator}{WALKS}", walked, same_as=operator))
+        found.append(Contender(f"{operator}{WALKS}, gated", walked, True, same_as=gated))
     if not smoke:
         calls = len(PASSES[operator])
         found.append(Contender(f"fla, {calls} calls", peers(operator, False), same_as=operator))

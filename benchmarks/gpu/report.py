@@ -13,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.contenders import PASSES, Shape
+from benchmarks.gpu.contenders import PASSES, WALKS, Shape
 from benchmarks.gpu.timing import DIFFERENCE
 from benchmarks.report import Target, table
+from hla_kernels.walks import OPERATORS
 
 NAN = float("nan")
 
@@ -69,9 +70,20 @@ def predicting(folder: Path, shapes: tuple[Shape, ...]) -> list[subprocess.Popen
     started = []
     for gated in ([], ["--gated"]):
         calls = []
-        for operator, shape in itertools.product(PASSES, shapes):
-            into = folder.resolve() / f"{operator}_{'_'.join(map(str, shape))}{'_gated' * bool(gated)}.json"
-            command = [sys.executable, "-m", "benchmarks.gpu.model.ours", "--operator", operator, "--into", str(into)]
+        for operator, shape, model in itertools.product(PASSES, shapes, ("ours", "walks")):
+            if model == "walks" and operator not in OPERATORS:
+                continue
+            name = f"{operator}{'_walks' * (model == 'walks')}_{'_'.join(map(str, shape))}{'_gated' * bool(gated)}"
+            into = folder.resolve() / f"{name}.json"
+            command = [
+                sys.executable,
+                "-m",
+                f"benchmarks.gpu.model.{model}",
+                "--operator",
+                operator,
+                "--into",
+                str(into),
+            ]
             calls.append(shlex.join([*command, "--shape", ",".join(map(str, shape)), *gated]))
         started.append(subprocess.Popen(["nice", "sh", "-c", "; ".join(calls)], cwd=Path(__file__).parents[2]))
     return started
@@ -106,6 +118,29 @@ def wrong(found: dict[str, Any]) -> list[str]:
         if not r.get("difference", 0.0) <= DIFFERENCE and r["what"] == "forward":
             lines.append(f"{r['operator']}, {r['shape']}: {r['difference']:.2e} from {r['contender']}")
     return lines
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """What the walks came to beside the passes, and the one line that makes them the default if they are to be."""
+    checked = [c for c in found["checks"] if c["case"].endswith(WALKS)]
+    ratios = []
+    for row in found["rows"]:
+        if WALKS in row["contender"]:
+            passes = row["contender"].replace(WALKS, "")
+            ms = [r["ms"] for r in found["rows"] if r["contender"] == passes and _place(r) == _place(row)]
+            ratios += [ms[0] / row["ms"] if ms else NAN]
+    if not checked and not ratios:
+        return ""
+    wrong_ones = sum(not c["good"] for c in checked)
+    text = f"Walks: {len(checked) - wrong_ones} of {len(checked)} cases right"
+    text += f", {min(ratios):.2f} to {max(ratios):.2f} times as fast as passes" if ratios else ", none timed"
+    if checked and not wrong_ones and ratios and all(ratio > 1 for ratio in ratios):
+        return f"{text}. To make them the default, in kernels/walks.py: BY_DEFAULT = True"
+    return f"{text}. They stay by name only."
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["operator"], row["shape"], row["what"]
 
 
 def plot(found: dict[str, Any], out: Path) -> list[str]:
@@ -173,6 +208,7 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
             + [f"- FAILED or left out: {text}" for text in found["left_out"]]
         )
         or "Nothing was left out.",
+        verdict(found),
         "## Targets",
         table(["", "target", "measured", "bound"], [t.row for t in goals]),
         f"## Correctness: {good} of {len(found['checks'])} cases within their bound",

@@ -60,6 +60,7 @@ from benchmarks.gpu.contenders import PASSES, Shape, call_peers_once  # noqa: E4
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402
 from hla_kernels.device import Target  # noqa: E402
+from hla_kernels.walks import OPERATORS  # noqa: E402
 
 SHAPES = (Shape(8, 4096, 16, 128), Shape(1, 65536, 16, 128), Shape(1, 1048576, 8, 64))
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
@@ -85,6 +86,9 @@ def compiled_ahead(target: Target) -> str:
     timed += [("hla2", Shape(1, T, 16, 128)) for T in LENGTHS] + [("hla2", s) for s in gpu_timing.ONE_HEAD]
     for operator, (B, T, H, K) in timed:
         to_compile += [gpu_compile.Work(operator, torch.bfloat16, B, T, H, K, gated) for gated in (False, True)]
+    if target.arch == "sm_90":
+        walked = [work for work in to_compile if isinstance(work, gpu_compile.Work) and work.operator in OPERATORS]
+        to_compile += [work._replace(walked=True) for work in walked if work.dtype == torch.bfloat16]
     to_compile.append(gpu_compile.Work("hla2", torch.bfloat16, 64, 1, 16, 128, False))
     to_compile += [gpu_compile.Work("hla2", torch.bfloat16, *gpu_timing.LATE, gated, True) for gated in (False, True)]
     kinds = dict.fromkeys((s.H, s.K, gated) for s in SHAPES for gated in (False, True))
@@ -154,6 +158,7 @@ def conclude(found: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check:
     gpu_report.write(found, about, goals, out)
     for goal in goals:
         print("  ".join(goal.row))
+    print(gpu_report.verdict(found) or "Walks: not run here")
     bad = gpu_report.wrong(found)
     for text in bad:
         print(f"WRONG: {text}")

@@ -73,10 +73,13 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
     """Else the suite compiles while it is timed, one kernel after the other. Launched: by a call as it is timed."""
     target = Target("sm_90", 132)
     shape = gpu_contenders.Shape(2, 700, 2, 64)
-    monkeypatch.setattr(triton_stages, "target_of", lambda _: target)
+    for module in (triton_stages, device):
+        monkeypatch.setattr(module, "target_of", lambda _: target)
+    monkeypatch.setattr(gpu_contenders, "walks_run", lambda: True)
     for operator in gpu_contenders.PASSES:
         for contender in gpu_contenders.contenders(operator, smoke=True):
-            work = gpu_compile.Work(operator, torch.bfloat16, *shape, contender.gated)
+            walked = gpu_contenders.WALKS in contender.name
+            work = gpu_compile.Work(operator, torch.bfloat16, *shape, contender.gated, walked=walked)
             ahead = {aot.compile_key("sm_90", *launch) for launch in gpu_compile.launches(work, target)}
             launched: list[tuple] = []
             device.replace_launcher(lambda kernel, grid, *rest: launched.append((kernel, *rest)))  # noqa: B023
@@ -227,5 +230,15 @@ def test_the_report_of_what_there_is(tmp_path: Path) -> None:
     assert "| copy, TB/s | 4.1 | 4.3 |" in page
     assert "FAILED or left out: fla gated, 2 calls: ImportError: no fla" in page
     assert all((tmp_path / f"gpu_suite_{key}.png").stat().st_size > 1000 for key in ("ms", "percent_of_bound"))
+    assert gpu_report.verdict(found) == ""
+    walked = found["rows"][0] | {"contender": "hla2, walks", "ms": 0.5}
+    found["checks"] = [{"case": "hla2, walks", "good": True}]
+    found["rows"].append(walked)
+    assert gpu_report.verdict(found) == (
+        "Walks: 1 of 1 cases right, 2.00 to 2.00 times as fast as passes. "
+        "To make them the default, in kernels/walks.py: BY_DEFAULT = True"
+    )
+    walked["ms"] = 1.5
+    assert gpu_report.verdict(found).endswith("0.67 to 0.67 times as fast as passes. They stay by name only.")
     found |= {"checks": [], "rows": [], "crashed": ["hla2: gone"], "unchecked": ["check 7: ahla"]}
     assert gpu_report.wrong(found) == ["no check has run", "check 7: ahla: not run, out of time", "CRASHED hla2: gone"]

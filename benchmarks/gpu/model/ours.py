@@ -26,7 +26,7 @@ def launches_of(call: Callable[[], object], shape: tuple[int, int, int, int]) ->
         call()
     finally:
         device.replace_launcher(None)
-    return [_launch(*one, shape) for one in found]
+    return [launch_of(*one, shape) for one in found]
 
 
 def launches(
@@ -58,7 +58,7 @@ def predicted_ms(operator: str, shape: tuple[int, int, int, int], gated: bool, b
     return total
 
 
-def _launch(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, int, int, int]) -> model.Launch:
+def launch_of(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, int, int, int]) -> model.Launch:
     name = kernel.fn.__name__.removesuffix("_kernel")
     heads = a["b"].p.shape[2] if "b" in a else shape[2]
     steps, unique = 0, 0.0
@@ -82,11 +82,11 @@ def _launch(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, in
         unique = 4 * shape[0] * shape[1] * shape[2]
     if name in ("scan_states", "inner_products", "segment_decay", "gate_gradient"):
         steps = model.BYTES_ONLY
-    compiled = model.compile_launch(kernel, _stand_in(a), options)
+    compiled = model.compile_launch(kernel, stand_in(a), options)
     return model.Launch(name, compiled, grid, options["num_warps"], steps, unique)
 
 
-def _stand_in(arguments: dict) -> dict:
+def stand_in(arguments: dict) -> dict:
     """Meta tensors have no address to specialise on: what allocators give is a multiple of 16."""
     made: dict[int, Any] = {}
 
@@ -95,7 +95,7 @@ def _stand_in(arguments: dict) -> dict:
             return made.setdefault(id(x), Pointer(x.dtype))
         if isinstance(x, tuple) and hasattr(x, "_fields"):
             return type(x)(*(real(y) for y in x))
-        return x
+        return tuple(real(y) for y in x) if isinstance(x, tuple) else x
 
     return {name: real(x) for name, x in arguments.items()}
 

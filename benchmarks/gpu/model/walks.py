@@ -1,0 +1,150 @@
+"""The walks of ``backend="gluon"`` put through the model: specialised warps, role by role, which wait for one another.
+
+python -m benchmarks.gpu.model.walks [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
+
+A role is the loop of the loader, or of a pass. Mbarrier instructions are told apart by their order in it (``PLANS``).
+One program a multiprocessor; what is not a walk goes the way of ``ours.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from benchmarks.gpu.model import ours, predict, sass, sm
+from hla_kernels import device, walks
+from hla_kernels.cascade import CASCADES, Problem
+
+# what a role's loop does with mbarriers, in program order
+LOADS = ("free", "ready")
+ALONE = ("ready", "free")
+MAKES = ("ready", "link_free", "link_ready", "free")
+TAKES = ("ready", "link_ready", "link_free", "free")
+ADDS = ("ready", "link_free", "link_ready", "free")
+# of the consumers' loops, in the order in which they stand in the code: the second warpgroup's first
+PLANS = {"alone": (ALONE,), "apart": (ALONE, ALONE), "makes b": (TAKES, MAKES), "makes c": (TAKES, MAKES)}
+PLANS["adds"] = (MAKES, ADDS)
+
+
+class Walked(NamedTuple):
+    """One walk: milliseconds, cycles a chunk, bounds and waits a chunk, registers, local accesses in loops."""
+
+    name: str
+    ms: float
+    cycles: float
+    bounds: dict[str, float]
+    waits: dict[str, int]
+    shared: int
+    local: int
+    hbm_ms: float
+
+
+def _loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
+    """Loops that multiply or copy, without the polling ones around them."""
+    found: list[tuple[int, int]] = []
+    for a, b in sorted(sass.loops(code), key=lambda ab: ab[1] - ab[0]):
+        names = {x.name.split(".")[0] for x in code[a : b + 1]}
+        inner = any(a <= c <= b for c, _ in found)
+        if names & {"HGMMA", "UTMALDG"} and not inner and code[b].predicate:
+            found.append((a, b))
+    return [code[a : b + 1] for a, b in sorted(found)]
+
+
+def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.Chip) -> Walked:
+    compiled = predict.compile_launch(walks.walk_kernel, a, options)
+    code = sass.parse(sass.disassemble(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path))
+    bodies = _loops(code)
+    left = list(PLANS[a["LINK"]])
+    copies = 0
+    for body in bodies:
+        loads = any(x.name.startswith("UTMALDG") for x in body)
+        plan = LOADS if loads else left.pop(0)
+        waiting = [x for x in body if x.name.startswith("SYNCS")]
+        assert len(waiting) == len(plan), (plan, [x.text for x in waiting])
+        for x, channel in zip(waiting, plan):
+            x.channel = channel
+        copies += sum(x.name.startswith("UTMALDG") for x in body)
+    ahead = a["LINKS"] - (a["LINK"] == "adds")  # it frees a place a step later than it says so here
+    passes = 1 if a["LINK"] == "alone" else 2
+    channels = {"ready": (1, 0, copies), "free": (passes, a["SLOTS"], 0)}
+    channels |= {"link_ready": (1, 0, 0), "link_free": (1, ahead, 0)}
+    roles = [(body, 1 if any(x.name.startswith("UTMALDG") for x in body) else 4) for body in bodies]
+    tile = 64 * a["D"] * 2
+    few, many = (sm.simulate_roles(roles, channels, n, 1, chip.machine, tile, tile // 4) for n in (6, 18))
+    cycles = (many.cycles - few.cycles) / 12
+    busy = {k: (many.busy[k] - few.busy[k]) / 12 for k in many.busy}
+    bounds = predict.bounds_of(busy, (many.issued - few.issued) / 12, chip.machine)
+    waits = {k: round((many.waits[k] - few.waits[k]) / 12 / 4 / passes) for k in many.waits}
+    stored = {"alone": 1, "apart": 2, "adds": 1}.get(a["LINK"], 1 + a["SAVE"])
+    heads = [x.base.shape[1] for x in a["streams"]]
+    unique = (sum(heads) + stored * a["H"]) * a["streams"][0].base.shape[0] * a["T"] * a["D"] * 2
+    steps = min(a["segment_chunks"], -(-a["T"] // 64)) * -(-grid // chip.processors)
+    ms, hbm = 1e3 * steps * cycles / chip.clock, 1e3 * unique / chip.hbm
+    local = sum(x.name.startswith(("LDL", "STL")) for body in bodies for x in body)
+    total = max(ms, hbm) + 1e3 * chip.gap
+    name = f"{a['LINK']}, {len(heads)} streams{', paired' * any(p[4] >= 0 for p in a['PASSES'])}"
+    return Walked(name, total, cycles, bounds, waits, compiled.metadata.shared, local, hbm)
+
+
+def launches(
+    shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool
+) -> list[tuple[Any, int, dict, dict]]:
+    """Every launch of a forward, or of a backward, not run."""
+    B, T, H, K = shape
+    passes = CASCADES[operator]
+    with torch.device("meta"):
+        q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
+        log = torch.empty(B, T, H) if gated else None
+        carry = [torch.empty(B, H, K, K) for _ in passes]
+        problem = Problem(passes, q, k, v, log, 1.0, 0.0, device.Target("sm_90", 132), operator=operator)
+        found: list[tuple[Any, int, dict, dict]] = []
+        device.replace_launcher(lambda *launch: found.append(launch))
+        try:
+            walks.scan_backward(problem, carry, do, carry, gated) if backward else walks.scan(problem, carry)
+        finally:
+            device.replace_launcher(None)
+    return found
+
+
+def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool) -> float:
+    """Print a table of a forward's launches, or of a backward's; total milliseconds."""
+    total = 0.0
+    print("| launch | ms | cycles a chunk | tensor | shared | issue | shared KiB | local accesses in loops | HBM ms |")
+    print("|---" * 9 + "|")
+    for kernel, grid, arguments, options in launches(shape, operator, gated, backward):
+        if kernel is walks.walk_kernel:
+            w = _walk(ours.stand_in(arguments), options, grid, predict.H200)
+            bounds = [f"{w.bounds.get(k, 0):.0f}" for k in ("mma", "shared", "issue")]
+            cells = [w.name, f"{w.ms:.3f}", f"{w.cycles:.0f}", *bounds, f"{w.shared / 1024:.0f}", w.local]
+            print("| " + " | ".join(map(str, [*cells, f"{w.hbm_ms:.3f}"])) + " |", w.waits, flush=True)
+            total += w.ms
+        else:
+            one = predict.predict(ours.launch_of(kernel, grid, arguments, options, shape))
+            print(f"| {one.name} | {one.ms:.3f} |" + " |" * 7, flush=True)
+            total += one.ms
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="8,4096,16,128")
+    parser.add_argument("--gated", action="store_true")
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--operator", default="hla2", choices=walks.OPERATORS)
+    parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
+    o = parser.parse_args()
+    shape = tuple(map(int, o.shape.split(",")))
+    if o.into:
+        forward, backward = (report(shape, o.operator, o.gated, way) for way in (False, True))
+        o.into.write_text(json.dumps({"forward": forward, "forward + backward": forward + backward}))
+        return
+    print(f"predicted: {report(shape, o.operator, o.gated, o.backward):.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
