@@ -10,7 +10,7 @@ heads: that keys and values may be shared between them is a matter of storage, n
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,35 @@ class PrefixState(NamedTuple):
     C: Tensor
 
 
-for _state in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, KVState, PrefixState):
+def _known(kind: Any) -> None:
     # exported programs that take or return states are stored with the names of these types
-    _register_namedtuple(_state, serialized_type_name=f"hla_dist.states.{_state.__name__}")
-    torch.serialization.add_safe_globals([_state])  # torch.load reads them with its default, weights_only
+    _register_namedtuple(kind, serialized_type_name=f"hla_dist.states.{kind.__name__}")
+    torch.serialization.add_safe_globals([kind])  # torch.load reads them with its default, weights_only
+
+
+_CONVOLVED: dict[Any, Any] = {}
+
+
+def convolved(kind: Any) -> Any:
+    """Return the state of a layer with a short convolution, whose operator's state is a ``kind``.
+
+    It has that state's fields and one more, ``inputs``: the convolution's last inputs ``[N, width - 1, C]``
+    in the layer's dtype, C = (H + G) K + G V. ``ConvHLA2State(S, F, inputs)``, for example.
+    """
+    return _CONVOLVED.get(kind) or _make_convolved(kind)
+
+
+def _make_convolved(kind: Any) -> Any:
+    name = f"Conv{kind.__name__}"
+    state: Any = NamedTuple(name, [(field, Tensor) for field in (*kind._fields, "inputs")])  # type: ignore[misc]
+    state.__module__ = __name__
+    state.__doc__ = f"``{kind.__name__}`` and the last inputs of a short convolution."
+    globals()[name] = _CONVOLVED[kind] = state  # by its name, pickle finds it
+    _known(state)
+    return state
+
+
+for _kind in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, KVState, PrefixState):
+    _known(_kind)
+    if _kind is not KVState:
+        __all__ += [convolved(_kind).__name__]

@@ -24,9 +24,11 @@ from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width
 from hla_dist.operators import NAMED
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
+from hla_dist.states import convolved
 
 __all__ = ["HLAAttention"]
 
@@ -66,8 +68,8 @@ class HLAAttention(RenamesOnLoad):
     has all but the operator itself done for so many tokens at a time and computed again in backward, so
     that no copies of a long shard are kept.
 
-    Communication: that of the operator over ``group``, one all-gather forward and one backward; see
-    ``rope_theta``.
+    Communication: that of the operator over ``group``, one all-gather forward and one backward; with
+    ``conv`` one ``halo`` exchange each way beside it; see ``rope_theta``.
 
     Args:
         hidden_size: D.
@@ -110,6 +112,10 @@ class HLAAttention(RenamesOnLoad):
             global: those given to forward, or else counted from the shard's start. ``shard_lengths``
             tell where that is; without them one all-gather of one integer per call asks. A call with
             ``state`` needs positions.
+        conv: Width, 2 to 8, of a ``ShortConvolution`` with SiLU that queries, keys and values pass before
+            ``feature_map``; None: none. Its last inputs are part of the state (``ConvHLA2State``, for
+            example). Its weight decays like a matrix.
+        conv_backend: As for ``ShortConvolution``.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.
@@ -158,6 +164,8 @@ class HLAAttention(RenamesOnLoad):
         output_gate: str | None = "silu",
         residual_scale: float = 1.0,
         rope_theta: float | None = None,
+        conv: int | None = None,
+        conv_backend: str = "auto",
         mask: str = "causal",
         decay_form: str = "masked",
         ridge: float = 0.0,
@@ -202,6 +210,11 @@ class HLAAttention(RenamesOnLoad):
             raise ValueError(f"decay_range: expected 0 < shortest <= longest memory in tokens, got {decay_range}")
         if rope_theta is not None and (not rope_theta > 0 or self.head_dim % 2):
             raise ValueError(f"rope_theta: expected > 0 and an even head_dim, got {rope_theta} and {self.head_dim}")
+        _one_of("conv_backend", conv_backend, BACKENDS)
+        if conv is not None:
+            check_width("conv", conv)
+            if mask == "full":
+                raise ValueError(f"conv: expected None with mask='full', which has no order, got {conv}")
         if mask == "full" and decay is not None:
             raise ValueError(
                 f"decay: expected None with mask='full', which sees the whole sequence alike, got {decay!r}"
@@ -233,6 +246,8 @@ class HLAAttention(RenamesOnLoad):
         self.v_proj = normal_linear(hidden_size, values, std, **factory)
         self.g_proj = None if output_gate is None else normal_linear(hidden_size, outputs, std, **factory)
         self.o_proj = normal_linear(outputs, hidden_size, residual_scale * outputs**-0.5, **factory)
+        channels = queries + keys + values
+        self.conv = None if conv is None else ShortConvolution(channels, conv, conv_backend=conv_backend, **factory)
         # gates that differ from token to token from the start: half a unit of the logit
         self.d_proj = normal_linear(hidden_size, self.decay_heads, 0.5 * std, **factory) if decay == "token" else None
         self._reset_gates()
@@ -245,7 +260,7 @@ class HLAAttention(RenamesOnLoad):
         equal ratios.
         """
         for child in self.children():
-            if isinstance(child, (nn.Linear, HeadNorm)):
+            if isinstance(child, (nn.Linear, HeadNorm, ShortConvolution)):
                 child.reset_parameters()
         self._reset_gates()
 
@@ -293,7 +308,8 @@ class HLAAttention(RenamesOnLoad):
         problem = self._problem(x, state, positions, attention_mask)
         if problem:
             if group is not None and not torch.compiler.is_compiling():
-                agreement.fail(group, ValueError(problem), x.device)  # raises it on every rank
+                first = "forward" if self.conv is None else "halo forward"
+                agreement.fail(group, ValueError(problem), x.device, first)  # raises it on every rank
             raise ValueError(problem)
         if output_final_state is None:
             output_final_state = state is not None or not torch.is_grad_enabled()
@@ -302,7 +318,21 @@ class HLAAttention(RenamesOnLoad):
             if positions is None:
                 positions = _since_document(self._positions(x, group), cu_seqlens)
             rotary = (positions.expand(x.shape[:2]),)
-        q, k, v, *gates = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
+        lengths = None if group is None or cu_seqlens is None or self.shard_lengths is None else [*self.shard_lengths]
+        mixed: tuple[Tensor, ...] = ()
+        if self.conv is not None:
+            projections = [self.q_proj, self.k_proj, self.v_proj]
+            inputs = map_tokens(self._projections, x, modules=projections, tokens=self.chunk_tokens)
+            before = None
+            if state is not None:
+                *state, before = state
+                state = tuple(state)
+            convolution, after = self.conv(
+                inputs, before, cu_seqlens, attention_mask=attention_mask, group=group, shard_lengths=lengths,
+                output_final_state=output_final_state,
+            )  # fmt: skip
+            mixed = (convolution,)
+        q, k, v, *gates = map_tokens(self._operands, x, *mixed, *rotary, modules=[self], tokens=self.chunk_tokens)
         activation = v.dtype
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
@@ -311,7 +341,6 @@ class HLAAttention(RenamesOnLoad):
         if attention_mask is not None:
             q, k, v, log_decay = _absent(~present(attention_mask, x.shape[:2]), q, k, v, log_decay)
 
-        lengths = None if group is None else self.shard_lengths
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         options: Options = {
             **self.options,
@@ -320,7 +349,7 @@ class HLAAttention(RenamesOnLoad):
             "initial_state": state,
             "output_final_state": output_final_state,
             "cu_seqlens": cu_seqlens,
-            "shard_lengths": None if cu_seqlens is None or lengths is None else list(lengths),
+            "shard_lengths": lengths,
             "group": group,
         }
         ahead: tuple[Tensor, ...] = ()
@@ -330,20 +359,34 @@ class HLAAttention(RenamesOnLoad):
             call = functional.start(self.op, q, k, v, **options)
             ahead = (self._gate(x),)
             o, state = call.finish()
+        if self.conv is not None and state is not None:
+            state = convolved(type(state))(*state, after)
         result = partial(self._result, activation)
         return map_tokens(result, x, o, *ahead, modules=[self], tokens=self.chunk_tokens), state
 
-    def _operands(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """q, k, v and, where they differ from token to token, the gates."""
-        q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.num_heads)
-        k = rearrange(self.k_proj(x), "b t (g k) -> b t g k", g=self.num_kv_heads)
-        v = rearrange(self.v_proj(x), "b t (g v) -> b t g v", g=self.num_kv_heads)
+    def _projections(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of all heads, [B, T, (H + G) K + G V]."""
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+    def _operands(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v and, where they differ from token to token, the gates.
+
+        more: what the convolution made of the projections, with ``conv``; the positions, with ``rope_theta``.
+        """
+        if self.conv is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            keys, values = (self.num_kv_heads * size for size in (self.head_dim, self.value_dim))
+            q, k, v = more[0].split([self.num_heads * self.head_dim, keys, values], dim=-1)
+        q = rearrange(q, "b t (h k) -> b t h k", h=self.num_heads)
+        k = rearrange(k, "b t (g k) -> b t g k", g=self.num_kv_heads)
+        v = rearrange(v, "b t (g v) -> b t g v", g=self.num_kv_heads)
         if self.feature_map is not None:
             phi = self.feature_map if callable(self.feature_map) else _FEATURE_MAPS[self.feature_map]
             q, k = phi(q), phi(k)
         q, k = (self._normalized(x, norm).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
-        if positions is not None and self.rope_theta is not None:
-            cos, sin = rotary_tables(positions, self.head_dim, self.rope_theta)
+        if self.rope_theta is not None:
+            cos, sin = rotary_tables(more[-1], self.head_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         gates = self._log_decay(x) if self.decay == "token" else None
         return (q, k, v) if gates is None else (q, k, v, gates)
@@ -389,6 +432,8 @@ class HLAAttention(RenamesOnLoad):
                 present(attention_mask, x.shape[:2])
         except ValueError as error:
             return str(error)
+        if self.conv is not None and state is not None and not (isinstance(state, (tuple, list)) and len(state) > 1):
+            return f"state: expected the operator's fields and the convolution's inputs, got {type(state).__name__}"
         if self.rope_theta is None:
             return ""
         if positions is None:

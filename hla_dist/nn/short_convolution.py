@@ -268,6 +268,7 @@ class _Convolution(torch.autograd.Function):
         return F.silu(_sums(stream, weight)).to(stream.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         stream, weight = ctx.saved_tensors
         sums = _sums(stream, weight)

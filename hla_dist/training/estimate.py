@@ -123,6 +123,7 @@ def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
     if step.shards == 1:
         return {}
     sent = {"forward": 0, "backward": 0}
+    halo = {"forward": 0, "backward": 0}
     model = _build(step.model)
     tensors = len(list(model.parameters()))
     for layer in _layers(model):
@@ -133,7 +134,12 @@ def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
         )
         sent["forward"] += HEADER_BYTES + layout.nbytes(["rho", *op.fields])
         sent["backward"] += HEADER_BYTES + layout.nbytes(list(op.reverses))
+        if layer.conv is not None:
+            last = step.batch_size * (layer.conv.width - 1) * layer.conv.channels * (2 if step.bf16 else 4)
+            halo["forward"] += HEADER_BYTES + 8 * step.batch_size + last
+            halo["backward"] += HEADER_BYTES + last
     wire = {f"summaries, {way}": step.accumulate * count for way, count in sent.items()}
+    wire |= {f"halos, {way}": step.accumulate * count for way, count in halo.items() if count}
     return wire | {"gradients": 4 * (parameters + tensors), "agreement on the step": 4 * 8}
 
 

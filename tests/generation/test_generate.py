@@ -52,7 +52,7 @@ def read_over_ranks(ranks: int, attention: dict[str, Any], split: int) -> Readin
     return read(model, TEXT[split:], before, piece=7)
 
 
-@pytest.mark.parametrize("attention", [{}, {"rope_theta": 100.0}])
+@pytest.mark.parametrize("attention", [{}, {"rope_theta": 100.0, "conv": 4}])
 def test_ranks_and_pieces_read_what_one_pass_reads(pool: RankPool, attention: dict[str, Any]) -> None:
     model = small(attention=attention)
     want = read(model, TEXT)
@@ -101,7 +101,7 @@ def test_top_p_draws_the_fewest_that_reach_it() -> None:
 
 @pytest.mark.parametrize("op", ["hla2", "ahla", "hla3", "linear_attention"])
 def test_a_kept_state_goes_on_bit_for_bit(tmp_path: Path, op: str) -> None:
-    model = small(op=op)
+    model = small(op=op, attention={"conv": 3} if op == "ahla" else {})
     reading = read(model, TEXT)
     save_state(reading, model, tmp_path / "deep" / "text.safetensors")
     loaded = load_state(tmp_path / "deep" / "text.safetensors", model)

@@ -17,7 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hla2": {},
     "rotary": dict(attention={"rope_theta": 1e4}),
     "ahla": dict(op="ahla"),
-    "hla3": dict(op="hla3", attention={"rope_theta": 1e4}),
+    "hla3": dict(op="hla3", attention={"rope_theta": 1e4, "conv": 4}),
     "first order, ratio": dict(op="linear_attention", attention={"normalize": True, "feature_map": "elu+1"}),
     "grouped, gate a head": dict(num_heads=4, num_kv_heads=2, attention={"decay": "head"}),
 }

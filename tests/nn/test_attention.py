@@ -35,6 +35,7 @@ VARIANTS = {
     "rotary": dict(rope_theta=1e4),
     "prefix": dict(mask="prefix"),
     "the paper's decay": dict(decay_form="paper"),
+    "convolution": dict(conv=4, num_kv_heads=2, value_dim=6, rope_theta=1e4),
 }
 
 
@@ -297,6 +298,9 @@ def test_compiles_without_graph_breaks():
         (dict(decay_form="paper", op="ahla"), ("decay_form", "'masked'", "'paper'")),
         (dict(mask="causal-ish"), ("mask", "'causal', 'prefix', 'full'")),
         (dict(mask="full"), ("decay", "None with mask='full'", "'token'")),
+        (dict(conv=1), ("conv", "from 2 to 8", "got 1")),
+        (dict(conv=4, conv_backend="triton"), ("conv_backend", "'auto', 'torch'", "'triton'")),
+        (dict(conv=4, mask="full", decay=None), ("conv", "None with mask='full'", "got 4")),
         (dict(feature_map="tanh"), ("feature_map", "'relu'", "None", "'tanh'")),
     ],
 )
@@ -315,6 +319,10 @@ def test_bad_inputs_are_named():
         layer(_tokens(5).long())
     with raises_value_error("feature_map", "head_dim=8", "got 16"):
         _layer(qk_norm="rms", feature_map=lambda x: torch.cat([x, x], -1))(_tokens(5))
+    with torch.no_grad(), raises_value_error("state", "the convolution's inputs", "got Tensor"):
+        _layer(conv=4)(_tokens(5), torch.ones(2))
+    with torch.no_grad(), raises_value_error("initial_state", "a HLA2State", "got ConvHLA2State"):
+        layer(_tokens(5), _layer(conv=4)(_tokens(5))[1])
     rotary = _layer(rope_theta=1e4)
     with torch.no_grad(), raises_value_error("positions", "state"):
         rotary(_tokens(1), rotary(_tokens(5))[1])
