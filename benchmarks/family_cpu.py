@@ -12,7 +12,6 @@ q and k); backward likewise.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -27,39 +26,10 @@ from tqdm import tqdm
 import hla_dist
 from benchmarks import report
 from benchmarks.contenders import MODES, Contender, K, Source
+from benchmarks.program import KEEP_MEMORY, options
 
 BOUNDS = {"linear_attention": 1.0, "ahla": 1.1, "hla3": 1.7}  # time over hla2's
 GATES = {"no gate": "", "gate a token": "token"}
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--tokens", type=int, default=16384, metavar="T", help="sequence length (default: %(default)s)")
-    add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
-    add("--rounds", type=int, default=9, metavar="N", help="measured rounds, one more warms up (default: %(default)s)")
-    add("--threads", type=int, default=1, metavar="N", help="torch threads (default: %(default)s)")
-    add(
-        "--keep-memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the allocator keeps freed memory, for all alike (default: yes; --no-keep-memory: glibc's own ways)",
-    )
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--quick", action="store_true", help="a smoke run: 2048 tokens, one round")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the report goes (default: benchmarks/results, out/benchmarks if quick)",
-    )
-    args = parser.parse_args()
-    if min(args.tokens, args.heads, args.rounds, args.threads) < 1:
-        parser.error("--tokens, --heads, --rounds and --threads: expected at least 1")
-    if args.quick:
-        args.tokens, args.rounds = 2048, 1
-    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
-    return args
 
 
 def contender(name: str, gates: str) -> Contender:
@@ -72,7 +42,16 @@ def contender(name: str, gates: str) -> Contender:
 
 
 def main() -> int:
-    args = parse()
+    args = options(
+        __doc__,
+        "2048 tokens, one round",
+        {"tokens": 2048, "rounds": 1},
+        tokens=(16384, "sequence length"),
+        heads=(4, "heads"),
+        rounds=(9, "measured rounds, one more warms up"),
+        threads=(1, "torch threads"),
+        keep_memory=KEEP_MEMORY,
+    )
     report.keep_memory(args.keep_memory)
     torch.set_num_threads(args.threads)
     about = report.context("benchmarks/family_cpu.py", args.threads)

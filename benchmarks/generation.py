@@ -9,7 +9,6 @@ layers and heads, filled with random numbers, attention alone, without projectio
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.program import options, pyplot
 from hla_dist.generation.generate import Reading, Sampling, follow, read
 from hla_dist.models import SIZES, LanguageModel, ModelConfig
+from hla_dist.operators import NAMED
 from hla_dist.scaling.memory import PeakMemory
 
 PIECE = 8192
@@ -146,10 +147,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     """PNG: time of a token and memory over the context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     contexts = [row["context"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -172,14 +170,15 @@ def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="hla2", choices=["hla2", "ahla", "hla3", "linear_attention"])
-    parser.add_argument("--size", default="tiny", choices=list(SIZES))
-    parser.add_argument("--read-seconds", type=float, default=100.0, help="time for reading, over all lengths")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="two short contexts; written to out/benchmarks")
-    parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
-    args = parser.parse_args()
+    args = options(
+        __doc__,
+        "two short contexts",
+        {},
+        op=("hla2", "operator of every layer", *NAMED),
+        size=("tiny", "named size of the model", *SIZES),
+        read_seconds=(100.0, "time for reading, over all lengths"),
+        threads=(1, "torch threads"),
+    )
     report.keep_memory(False)
     torch.set_num_threads(args.threads)
     about = report.context("benchmarks/generation.py", args.threads)
@@ -201,13 +200,16 @@ def main() -> int:
         "kernel's high-water mark of the whole process, less what processes share. The cache is read by torch's "
         "scaled_dot_product_attention, without the projections, norms and feed-forward that are in the model's time."
     )
-    out = report.QUICK_RESULTS if args.quick else report.RESULTS
     passed = targets(rows)
     body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows])]
-    path = report.write("generation", out, "Generation against context length", about, passed, body, {"rows": rows})
+    path = report.write(
+        "generation", args.out, "Generation against context length", about, passed, body, {"rows": rows}
+    )
     plot(path.with_suffix(".png"), rows, args.op)
     body.append(f"![plot]({path.stem}.png)")
-    path = report.write("generation", out, "Generation against context length", about, passed, body, {"rows": rows})
+    path = report.write(
+        "generation", args.out, "Generation against context length", about, passed, body, {"rows": rows}
+    )
     return report.conclude(passed, path, args.check)
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import hla_dist
 from benchmarks import report
+from benchmarks.program import options, pyplot
 from hla_dist.reference import quadratic
 
 OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
@@ -38,30 +39,6 @@ DOCS = report.ROOT / "docs" / "numerics.md"
 
 Key = tuple[str, str, str, int]  # operator, decay, dtype, T
 Errors = dict[str, float]
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--longest", type=int, default=1024, metavar="N", help="longest sequence in 1024 tokens (default: %(default)s)")
-    add("--heads", type=int, default=1, metavar="H", help="heads (default: %(default)s)")
-    add("--size", type=int, default=32, metavar="K", help="head size of keys and values (default: %(default)s)")
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--quick", action="store_true", help="a smoke run: 1024 tokens, one head, K = V = 8")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the report goes (default: benchmarks/results and docs, out/benchmarks if quick)",
-    )
-    args = parser.parse_args()
-    if args.quick:
-        args.longest, args.heads, args.size = 1, 1, 8
-    if min(args.longest, args.heads, args.size) < 1:
-        parser.error("--longest, --heads and --size: expected at least 1")
-    args.docs = args.out is None and not args.quick
-    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
-    return args
 
 
 def draw(T: int, heads: int, size: int, decay: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -151,10 +128,7 @@ def tables(ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]
 
 def plot(path: Path, ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> None:
     """Output error against T, a panel a dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for axis, kind in zip(axes, DTYPES):
@@ -174,7 +148,14 @@ def plot(path: Path, ours: dict[Key, Errors], plain: dict[Key, Errors], lengths:
 
 
 def main() -> int:
-    args = parse()
+    args = options(
+        __doc__,
+        "1024 tokens, one head, K = V = 8",
+        {"longest": 1, "heads": 1, "size": 8},
+        longest=(1024, "longest sequence in 1024 tokens"),
+        heads=(1, "heads"),
+        size=(32, "head size of keys and values"),
+    )
     about = report.context("benchmarks/numerics.py", torch.get_num_threads())
     lengths = [t for t in LENGTHS if t <= args.longest * 1024]
     ours, plain = measure(args, lengths)
@@ -191,7 +172,7 @@ def main() -> int:
         {"errors": records, "plain_torch": others},
     )  # fmt: skip
     plot(path.with_suffix(".png"), ours, plain, lengths)
-    if args.docs:
+    if args.out == report.RESULTS:
         run_on = f"`{about['command']}`, {about['started']}, commit {about['commit']}, torch {about['torch']}, "
         text = "\n\n".join([what, *body, run_on + f"{about['hardware']}."])
         page = DOCS.read_text()

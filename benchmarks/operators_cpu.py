@@ -40,6 +40,7 @@ from benchmarks.contenders import (
     check,
 )
 from benchmarks.peak_memory import peak_memory
+from benchmarks.program import KEEP_MEMORY, options, pyplot
 
 OPERATIONS = 4 * 64 * K + 8 * K * K  # a token and head, forward
 WORK = {"forward": 1, "forward+backward": 4}
@@ -50,65 +51,19 @@ Case = tuple[str, int, str]  # contender, tokens, mode
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
-    add("--longest", type=int, default=256, metavar="N", help="longest sequence in 1024 tokens (default: %(default)s)")
-    add(
-        "--rounds",
-        type=int,
-        default=5,
-        metavar="N",
-        help="interleaved rounds, one more warms up (default: %(default)s)",
+    return options(
+        __doc__,
+        "up to 2K tokens, one round, one thread",
+        {"longest": 2, "rounds": 1, "threads": 1},
+        heads=(4, "heads"),
+        longest=(256, "longest sequence in 1024 tokens"),
+        rounds=(5, "interleaved rounds, one more warms up"),
+        threads=(1, "torch threads, of the matrix rate too: one, as a rank of many on a CPU has"),
+        limit_seconds=(2.0, "leave out lengths where a quadratic contender's call would take longer"),
+        limit_gib=(4.0, "leave out lengths at which the quadratic form's matrices need more"),
+        keep_memory=KEEP_MEMORY,
+        memory=(True, "also measure peak memory, in a fresh process for each contender and length"),
     )
-    add(
-        "--threads",
-        type=int,
-        default=1,
-        metavar="N",
-        help="torch threads, of the matrix rate too (default: %(default)s, as a rank of many on a CPU has)",
-    )
-    add(
-        "--limit-seconds",
-        type=float,
-        default=2.0,
-        metavar="S",
-        help="leave out lengths where a quadratic contender's call would take longer (default: %(default)s)",
-    )
-    add(
-        "--limit-gib",
-        type=float,
-        default=4.0,
-        metavar="G",
-        help="leave out lengths at which the quadratic form's matrices need more (default: %(default)s)",
-    )
-    add(
-        "--keep-memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the allocator keeps freed memory, for all alike (default: yes; --no-keep-memory: glibc's own ways)",
-    )
-    add(
-        "--memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also measure peak memory, a fresh process a contender and length",
-    )
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--quick", action="store_true", help="a smoke run: up to 2K tokens, one round, one thread")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the report goes (default: benchmarks/results, out/benchmarks if quick)",
-    )
-    args = parser.parse_args()
-    if min(args.heads, args.longest, args.rounds, args.threads) < 1:
-        parser.error("--heads, --longest, --rounds and --threads: expected at least 1")
-    if args.quick:
-        args.longest, args.rounds, args.threads = 2, 1, 1
-    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
-    return args
 
 
 def seconds(call, *arguments) -> float:
@@ -274,10 +229,7 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
 
 def plot(path: Path, args, lengths, time_of, rate) -> None:
     """Time and percent of the matrix rate against T, log-log."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, constrained_layout=True)

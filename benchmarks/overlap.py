@@ -19,33 +19,29 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
 
 import hla_dist
 from benchmarks import report
+from benchmarks.program import options, pyplot
+from benchmarks.ranks import Ranks
 from hla_dist.functional import attention as functional
 from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 EXCHANGES = topology.EXCHANGES[1:]
 DRAWN = ("all_gather", "scan")
 WAYS = ("whole", "halves")
 Case = tuple[str, str]
+Event = tuple[str, float, float]  # name, begin and end in microseconds
 CASES: list[Case] = [(exchange, way) for exchange in EXCHANGES for way in WAYS]
 LANES = {  # what a profiler's event is, on the main thread
     "hla_dist::summarize": "summarise",
@@ -58,25 +54,19 @@ LANES = {  # what a profiler's event is, on the main thread
     "aten::mm": "projections",
     "aten::addmm": "projections",
 }
-COLORS = dict(zip(["summarise", "start", "projections", "wait and fold", "scan", "exchange"], plt.cm.tab10.colors))
+KINDS = ("summarise", "start", "projections", "wait and fold", "scan", "exchange")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ranks", type=int, default=2, metavar="P", help="processes (default: %(default)s)")
-    add("--tokens", type=int, default=4096, metavar="T", help="tokens a rank (default: %(default)s)")
-    add("--heads", type=int, default=8, metavar="H", help="heads of size 64 (default: %(default)s)")
-    add("--rounds", type=int, default=15, metavar="N", help="measured rounds (default: %(default)s)")
-    add("--quick", action="store_true", help="a smoke run: 256 tokens a rank, 2 heads, 2 rounds")
-    add("--out", type=Path, metavar="DIR", help="where the report goes (default: benchmarks/results)")
-    args = parser.parse_args()
-    if args.quick:
-        args.tokens, args.heads, args.rounds = 256, 2, 2
-    if min(args.ranks, args.tokens, args.heads, args.rounds) < 1:
-        parser.error("--ranks, --tokens, --heads, --rounds: expected at least 1")
-    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
-    return args
+    return options(
+        __doc__,
+        "256 tokens a rank, 2 heads, 2 rounds",
+        {"tokens": 256, "heads": 2, "rounds": 2},
+        ranks=(2, "processes"),
+        tokens=(4096, "tokens per rank"),
+        heads=(8, "heads of size 64"),
+        rounds=(15, "measured rounds, two more warm up"),
+    )
 
 
 def step(layer: Any, x: torch.Tensor, way: str) -> None:
@@ -95,12 +85,8 @@ def whole(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **option
     return functional.Started(lambda: result)
 
 
-def rank_main(rank: int, args: argparse.Namespace, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks, timeout=timedelta(seconds=120)
-    )
+def measure(args: argparse.Namespace) -> tuple[dict[Case, list[tuple[float, float]]], dict[str, list[Event]]]:
+    """On a rank: seconds exposed and in all, of every case and round; what the profiler saw of each drawn exchange."""
     torch.manual_seed(0)
     topology.set_ranks_per_node(dist.group.WORLD, 1)
     layers = {}
@@ -124,13 +110,11 @@ def rank_main(rank: int, args: argparse.Namespace, folder: str) -> None:
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             step(layers[exchange], x, "halves")
         events[exchange] = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events()]
-    torch.save((samples, events), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return samples, events
 
 
-def draw(traces: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
-    figure, axes = plt.subplots(len(traces), figsize=(10, 0.6 + 1.6 * len(traces)), squeeze=False)
+def draw(traces: dict[str, list[Event]], path: Path) -> None:
+    figure, axes = pyplot().subplots(len(traces), figsize=(10, 0.6 + 1.6 * len(traces)), squeeze=False)
     for (exchange, events), lanes in zip(traces.items(), axes[:, 0]):
         draw_one(events, exchange, lanes)
     axes[-1, 0].set_xlabel("ms, forward then backward of one layer")
@@ -140,19 +124,19 @@ def draw(traces: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_one(events: list[tuple[str, float, float]], exchange: str, axes: Any) -> None:
+def draw_one(events: list[Event], exchange: str, axes: Any) -> None:
     """Two lanes: the main thread by kind of work, and the exchange from its start until its result was taken."""
     bars = [(LANES[name], begin, end) for name, begin, end in events if name in LANES]
     starts = sorted(end for kind, _, end in bars if kind == "start")
     taken = sorted(end for kind, _, end in bars if kind == "wait and fold")
     origin = min(begin for _, begin, _ in bars)
-    for kind, color in COLORS.items():
+    for number, kind in enumerate(KINDS):
         spans = [(begin, end) for name, begin, end in bars if name == kind]
         if kind == "exchange":
             spans = list(zip(starts, taken))
         lane = 0.0 if kind == "exchange" else 1.0
         axes.broken_barh(
-            [((a - origin) / 1e3, (b - a) / 1e3) for a, b in spans], (lane, 0.8), facecolors=color, label=kind
+            [((a - origin) / 1e3, (b - a) / 1e3) for a, b in spans], (lane, 0.8), facecolors=f"C{number}", label=kind
         )
     axes.set_yticks([0.4, 1.4], [f"{exchange} under way", "this rank computes"])
 
@@ -160,9 +144,8 @@ def draw_one(events: list[tuple[str, float, float]], exchange: str, axes: Any) -
 def main() -> int:
     args = parse()
     about = report.context("benchmarks/overlap.py", 1) | {"ranks": args.ranks}
-    with tempfile.TemporaryDirectory(prefix="hla_overlap_") as folder:
-        mp.spawn(rank_main, args=(args, folder), nprocs=args.ranks)
-        results = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(args.ranks)]
+    with Ranks(args.ranks) as ranks:
+        results = ranks.run(measure, args)
     rows, medians = [], {}
     for case in CASES:
         exposed, whole_step = (
@@ -192,7 +175,7 @@ def main() -> int:
     path = report.write(
         "overlap", args.out, "The exchange behind local work", about, targets, parts, {"medians": medians}
     )
-    return report.conclude(targets, path, False)
+    return report.conclude(targets, path, args.check)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,19 @@
 """Peak memory of one call above its inputs, in a fresh process.
 
-The process warms up on a short input, allocates and fills the inputs, resets the kernel's high-water mark of resident
-memory (``/proc/self/clear_refs``), calls, and reads the mark: what the call held at its worst, results included,
-inputs not. Where the mark cannot be reset, ``ru_maxrss`` since the process started stands in for it.
+The process warms up on a short input, then allocates and fills the inputs and calls: what it held at its worst, results
+included, inputs not (``hla_dist.scaling.memory``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import multiprocessing
 import os
-import resource
-from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import COMPOSITION_CHUNK, CONTENDERS, MODES, Source
-from benchmarks.report import KEEP_MEMORY
-
-
-def resident(field: str) -> int:
-    """Bytes of a field of this process's status: VmRSS now, VmHWM at most since the mark was reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def reset_mark() -> bool:
-    """Let VmHWM start again; False where the system does not."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+from hla_dist.processes.memory import KEEP_MEMORY
+from hla_dist.scaling.memory import PeakMemory
 
 
 def _measure(name: str, tokens: int, heads: int, threads: int) -> dict[str, int]:
@@ -45,16 +23,12 @@ def _measure(name: str, tokens: int, heads: int, threads: int) -> dict[str, int]
     for call in MODES.values():
         call(contender, *short)
     leaves, dout = contender.inputs(Source(tokens, heads), tokens)
-    peaks = {}
+    peaks, memory = {}, PeakMemory(torch.device("cpu"))
     for mode, call in MODES.items():
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, which the next call would reuse
-            ctypes.CDLL(None).malloc_trim(0)
-        reset = reset_mark()
-        baseline = resident("VmRSS:")
+        memory.start()
         result = call(contender, leaves, dout)
-        peak = resident("VmHWM:") if reset else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks[mode] = peak - baseline
+        peak = memory.stop()
+        peaks[mode] = peak.proportional - peak.before
         del result
     return peaks
 

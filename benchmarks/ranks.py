@@ -7,7 +7,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,10 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hla_dist.parallel import background, collectives
+
 _LEAD_S = 0.005  # a common start lies this far ahead: every rank is asleep by then
 
 
-def _rank(rank: int, size: int, store: str, channel: Connection) -> None:
+turns: Any = None  # on a rank: a semaphore of its world, which as many ranks can hold as there are processors
+
+
+def _rank(rank: int, size: int, store: str, channel: Connection, semaphore: Any) -> None:
+    global turns
+    turns = semaphore
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     timeout = timedelta(seconds=600)
@@ -43,15 +51,16 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "hla_dist"])
         self._folder = tempfile.TemporaryDirectory(prefix="hla_benchmark_")
+        self._turns = context.Semaphore(os.cpu_count() or 1)  # kept: children open it by name
         self._channels: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            here, there = context.Pipe()
-            arguments = (rank, size, os.path.join(self._folder.name, "store"), there)
+            channel, its_end = context.Pipe()
+            arguments = (rank, size, os.path.join(self._folder.name, "store"), its_end, self._turns)
             process = context.Process(target=_rank, args=arguments, daemon=True)
             process.start()
-            there.close()
-            self._channels.append(here)
+            its_end.close()
+            self._channels.append(channel)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -83,3 +92,27 @@ def common_start(group: Any = None) -> float:
     dist.all_reduce(moment, op=dist.ReduceOp.MAX, group=group)
     time.sleep(max(0.0, float(moment) - time.monotonic()))
     return float(moment)
+
+
+@contextmanager
+def turn_taking() -> Iterator[None]:
+    """On a rank: hold one of the processors, except while waiting for other ranks."""
+    wait = collectives.wait
+
+    def wait_aside(work: Any, pg: Any = None) -> None:
+        if background.on_thread():  # holds none
+            wait(work, pg)
+            return
+        turns.release()
+        try:
+            wait(work, pg)
+        finally:
+            turns.acquire()
+
+    collectives.wait = wait_aside
+    turns.acquire()
+    try:
+        yield
+    finally:
+        turns.release()
+        collectives.wait = wait

@@ -19,18 +19,14 @@ the call to one after it; start-up and warm-up are not counted.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +40,12 @@ from tqdm import tqdm
 import hla_dist
 from benchmarks import report
 from benchmarks.contenders import K, Source
-from hla_dist.parallel import background, collectives, topology
+from benchmarks.program import KEEP_MEMORY, options
+from benchmarks.ranks import Ranks, turn_taking
+from hla_dist.parallel import collectives, topology
 
-# gates, exchange, dtype on the wire
-VARIANTS: dict[str, tuple[str, str, torch.dtype | None]] = {
+Variant = tuple[str, str, torch.dtype | None]  # gates, exchange, dtype on the wire
+VARIANTS: dict[str, Variant] = {
     "no gate": ("", "all_gather", None),
     "gate a head": ("head", "all_gather", None),
     "gate a token": ("token", "all_gather", None),
@@ -61,41 +59,26 @@ ROUNDED = 1e-2  # the same with summaries in bf16, which has 8 bits
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ranks", type=int, default=8, metavar="P", help="processes that share the sequence (default: %(default)s)")
-    add("--tokens", type=int, default=262144, metavar="T", help="tokens in all, a multiple of P (default: %(default)s)")
-    add("--heads", type=int, default=4, metavar="H", help="heads (default: %(default)s)")
-    add("--rounds", type=int, default=5, metavar="N", help="measured rounds, one more warms up (default: %(default)s)")
-    add(
-        "--keep-memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the allocator keeps freed memory, for all alike (default: yes; --no-keep-memory: glibc's own ways)",
+    args = options(
+        __doc__,
+        "2 ranks, 4096 tokens, one round",
+        {"ranks": 2, "tokens": 4096, "rounds": 1},
+        ranks=(8, "processes that share the sequence"),
+        tokens=(262144, "tokens in all, a multiple of the ranks"),
+        heads=(4, "heads"),
+        rounds=(5, "measured rounds, one more warms up"),
+        keep_memory=KEEP_MEMORY,
     )
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--quick", action="store_true", help="a smoke run: 2 ranks, 4096 tokens, one round")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where the report goes (default: benchmarks/results, out/benchmarks if quick)",
-    )
-    args = parser.parse_args()
-    if args.quick:
-        args.ranks, args.tokens, args.rounds = 2, 4096, 1
-    if min(args.ranks, args.tokens, args.heads, args.rounds) < 1 or args.tokens % args.ranks:
-        parser.error("--ranks, --tokens, --heads, --rounds: expected at least 1, and tokens a multiple of ranks")
-    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    if args.tokens % args.ranks:
+        sys.exit("--tokens: expected a multiple of the ranks")
     return args
 
 
 class Shard:
-    """A process's inputs: all shards' (``rank`` None), or one's. Shard r is random with seed r wherever it is made."""
+    """Inputs of some shards of the sequence. Shard r is random with seed r, whichever process makes it."""
 
-    def __init__(self, rank: int | None, ranks: int, tokens: int, heads: int):
-        local = tokens // ranks
-        sources = [Source(local, heads, seed=r) for r in (range(ranks) if rank is None else [rank])]
+    def __init__(self, shards: Sequence[int], local: int, heads: int):
+        sources = [Source(local, heads, seed=r) for r in shards]
         self.qkv = [torch.cat([s.view(i, local, False) for s in sources], 1) for i in range(4)]
         self.dout = self.qkv.pop()
         self.gates = {"head": sources[0].log_decay("head", local)}
@@ -105,7 +88,7 @@ class Shard:
         """q, k, v, and the gates if there are any."""
         return [x.detach().requires_grad_() for x in self.qkv + ([self.gates[gates]] if gates else [])]
 
-    def call(self, gates: str, group: Any, exchange: str, wire: torch.dtype | None) -> tuple[list[Tensor], list[int]]:
+    def call(self, gates: str, exchange: str, wire: torch.dtype | None, group: Any) -> tuple[list[Tensor], list[int]]:
         """Output and gradients; bytes, collectives and messages of forward, and of backward."""
         leaves = self.leaves(gates)
         counter = collectives.counter
@@ -124,41 +107,29 @@ def cpu_seconds() -> tuple[float, float]:
     return usage.ru_utime, usage.ru_stime
 
 
-@contextmanager
-def turn_taking(turns: Any) -> Iterator[None]:
-    """Hold one of the processors, except while waiting for other ranks."""
-    wait = collectives.wait
-
-    def wait_aside(work: Any, pg: Any = None) -> None:
-        if background.on_thread():  # holds none
-            wait(work, pg)
-            return
-        turns.release()
-        try:
-            wait(work, pg)
-        finally:
-            turns.acquire()
-
-    collectives.wait = wait_aside
-    turns.acquire()
-    try:
-        yield
-    finally:
-        turns.release()
-        collectives.wait = wait
+_shard: Shard  # of this process
+_groups: dict[Variant, Any] = {}  # none in the one process
 
 
-def timed(shard: Shard, gates: str, exchange: str, wire: Any, group: Any, turns: Any) -> dict[str, float]:
-    """User, system and wall seconds of one call, between barriers."""
-    if group is not None:
-        dist.barrier(group)
+def set_up(ranks: int, tokens: int, heads: int) -> None:
+    """In a process: its inputs, and a group for each variant: in one group all frames are as long as the longest."""
+    global _shard
+    size = dist.get_world_size()
+    _shard = Shard(range(ranks) if size < ranks else [dist.get_rank()], tokens // ranks, heads)
+    for variant in VARIANTS.values() if size == ranks else ():
+        _groups[variant] = dist.new_group()
+        topology.set_ranks_per_node(_groups[variant], ranks // 2 if ranks % 2 == 0 else 1)  # as if two machines
+
+
+def timed(variant: Variant, in_turns: bool) -> dict[str, float]:
+    """In a process: user, system and wall seconds of one call, between barriers."""
+    dist.barrier()
     user, system = cpu_seconds()
     start = time.perf_counter()
-    with turn_taking(turns) if turns is not None else nullcontext():
-        result = shard.call(gates, group, exchange, wire)
+    with turn_taking() if in_turns else nullcontext():
+        result = _shard.call(*variant, _groups.get(variant))
         del result
-    if group is not None:
-        dist.barrier(group)
+    dist.barrier()
     wall = time.perf_counter() - start
     user_after, system_after = cpu_seconds()
     return {"user": user_after - user, "system": system_after - system, "wall": wall}
@@ -168,24 +139,24 @@ def names_of(gates: str) -> list[str]:
     return ["out", "dq", "dk", "dv"] + (["dlog_decay"] if gates else [])
 
 
-def write_results(shard: Shard, gates: str, folder: str) -> None:
-    """One process's output and gradients, into files that the ranks map."""
-    for name, value in zip(names_of(gates), shard.call(gates, None, "auto", None)[0]):
+def write_results(gates: str, folder: str) -> None:
+    """In the one process: its output and gradients, into files that the ranks map."""
+    for name, value in zip(names_of(gates), _shard.call(gates, "auto", None, None)[0]):
         path = os.path.join(folder, name)
         torch.from_file(path, shared=True, size=value.numel()).view(value.shape).copy_(value)
 
 
-def compare_results(
-    shard: Shard, gates: str, exchange: str, wire: Any, folder: str, rank: int, group: Any
-) -> tuple[dict[str, list[float]], list[int]]:
-    """Sums of squares of the differences to one process's results and of these, by tensor; what a call sent."""
-    values, sent = shard.call(gates, group, exchange, wire)
+def compare_results(variant: Variant, folder: str) -> tuple[dict[str, list[float]], list[int]]:
+    """On a rank: sums of squares of the differences to the one process's results and of these, by tensor; what a call
+    sent.
+    """
+    values, sent = _shard.call(*variant, _groups[variant])
     sums = {}
-    for name, value in zip(names_of(gates), values):
+    for name, value in zip(names_of(variant[0]), values):
+        rank = dist.get_rank()
         if value.dim() == 1:  # gates a head: every rank has its own tokens' share
-            value = value.clone()
-            dist.all_reduce(value, group=group)
-            rank = 0
+            value, rank = value.clone(), 0
+            dist.all_reduce(value)
         size, start = value.numel(), rank * value.numel()
         whole = torch.from_file(os.path.join(folder, name), shared=True, size=start + size)
         want = whole[start:].view(value.shape).double()
@@ -193,85 +164,16 @@ def compare_results(
     return sums, sent
 
 
-def work(rank: int | None, ranks: int, tokens: int, heads: int, store: str, turns: Any, channel: Connection) -> None:
-    """A process: make the inputs, then do what comes down the channel until it closes."""
-    torch.set_num_threads(1)
-    groups: dict[Any, Any] = {}
-    if rank is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=300)
-        )
-        for variant in VARIANTS.values():  # a group each: in one group all frames are as long as the longest
-            groups[variant] = dist.new_group()
-            topology.set_ranks_per_node(groups[variant], ranks // 2 if ranks % 2 == 0 else 1)  # as if two machines
-    shard = Shard(rank, ranks, tokens, heads)
-    actions = {
-        "time": lambda *variant: timed(shard, *variant, groups.get(variant), None),
-        "time in turns": lambda *variant: timed(shard, *variant, groups.get(variant), turns),
-        "write": lambda gates, folder: write_results(shard, gates, folder),
-        "compare": lambda folder, *variant: compare_results(shard, *variant, folder, rank or 0, groups[variant]),
-    }
-    while True:
-        try:
-            action, arguments = channel.recv()
-        except EOFError:
-            break
-        try:
-            channel.send((True, actions[action](*arguments)))
-        except Exception:
-            channel.send((False, traceback.format_exc()))
-    os._exit(0)  # no destroy_process_group: a peer may be gone already
-
-
-class Processes:
-    """One process, or the ranks of a world; all sleep between actions."""
-
-    def __init__(self, ranks: list[int | None], args: argparse.Namespace, store: str):
-        # forked from a server that has torch imported: one import instead of one a rank
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
-        self.channels: list[Connection] = []
-        self.processes = []
-        self.turns = context.Semaphore(os.cpu_count() or 1)  # kept: children open it by name
-        for rank in ranks:
-            here, there = context.Pipe()
-            arguments = (rank, args.ranks, args.tokens, args.heads, store, self.turns, there)
-            process = context.Process(target=work, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            self.channels.append(here)
-            self.processes.append(process)
-
-    def run(self, action: str, *arguments: Any) -> list[Any]:
-        """The action on all at once; their replies. Raises RuntimeError with the traceback of one that failed."""
-        for channel in self.channels:
-            channel.send((action, arguments))
-        replies = [channel.recv() for channel in self.channels]
-        for good, value in replies:
-            if not good:
-                raise RuntimeError(value)
-        return [value for _, value in replies]
-
-    def close(self) -> None:
-        for channel in self.channels:
-            channel.close()
-        for process in self.processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-
-
-def measure(one: Processes, ranks: Processes, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+def measure(one: Ranks, several: Ranks, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Samples by variant and side; CPU seconds summed over processes, wall seconds the longest."""
     samples: dict[str, dict[str, list[dict[str, float]]]] = {n: {side: [] for side in SIDES} for n in VARIANTS}
     with tqdm(total=(rounds + 1) * len(VARIANTS), desc="time", leave=False) as bar:
         for i in range(rounds + 1):
             for name, variant in VARIANTS.items():
                 for side, replies in (
-                    ("one", one.run("time", *variant)),
-                    ("turns", ranks.run("time in turns", *variant)),
-                    ("crowd", ranks.run("time", *variant)),
+                    ("one", one.run(timed, variant, False)),
+                    ("turns", several.run(timed, variant, True)),
+                    ("crowd", several.run(timed, variant, False)),
                 ):
                     total = {key: sum(x[key] for x in replies) for key in ("user", "system")}
                     total["wall"] = max(x["wall"] for x in replies)
@@ -281,15 +183,15 @@ def measure(one: Processes, ranks: Processes, rounds: int) -> dict[str, dict[str
     return samples
 
 
-def compare(one: Processes, ranks: Processes, folder: str) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
+def compare(one: Ranks, several: Ranks, folder: str) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
     """Relative differences by variant and tensor; what the rank that sends most sends in a call."""
     differences, sent = {}, {}
-    for name, (gates, exchange, wire) in VARIANTS.items():
-        one.run("write", gates, folder)
-        replies = ranks.run("compare", folder, gates, exchange, wire)
+    for name, variant in VARIANTS.items():
+        one.run(write_results, variant[0], folder)
+        replies = several.run(compare_results, variant, folder)
         sent[name] = [max(values) for values in zip(*(sent for _, sent in replies))]
         differences[name] = {}
-        for tensor in names_of(gates):
+        for tensor in names_of(variant[0]):
             error, size = (sum(sums[tensor][i] for sums, _ in replies) for i in (0, 1))
             differences[name][tensor] = (error / size) ** 0.5 if size else float("nan")
     return differences, sent
@@ -303,16 +205,11 @@ def main() -> int:
     args = parse()
     report.keep_memory(args.keep_memory)
     about = report.context("benchmarks/sequence_parallel_cpu.py", 1) | {"ranks": args.ranks}
-    with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder:
-        store = os.path.join(folder, "store")
-        one = Processes([None], args, store)
-        ranks = Processes(list(range(args.ranks)), args, store)
-        try:
-            samples = measure(one, ranks, args.rounds)
-            differences, sent = compare(one, ranks, folder)
-        finally:
-            one.close()
-            ranks.close()
+    with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder, Ranks(1) as one, Ranks(args.ranks) as several:
+        for world in (one, several):
+            world.run(set_up, args.ranks, args.tokens, args.heads)
+        samples = measure(one, several, args.rounds)
+        differences, sent = compare(one, several, folder)
 
     targets, rows = [], []
     for name, sides in samples.items():

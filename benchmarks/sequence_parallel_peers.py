@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.peers.contenders import CONTENDERS, difference, measure, set_up
+from benchmarks.program import options, pyplot
 from benchmarks.ranks import Ranks
 
 EXACT = 1e-12
@@ -35,31 +36,21 @@ OURS, PEER = "hla2, all_gather", "hla2 by heads (Megatron)"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="P", help="worlds (default: 2 4 8)")
-    add("--tokens", type=int, nargs="+", default=[8192, 16384, 65536, 262144, 1048576], metavar="T", help="in all")
-    add("--heads", type=int, default=8, metavar="H", help="heads, a multiple of every P (default: %(default)s)")
-    add("--dim", type=int, default=16, metavar="K", help="K = V (default: %(default)s)")
-    add(
-        "--rounds", type=int, default=3, metavar="N", help=f"measured rounds below {LONG} tokens (default: %(default)s)"
+    args = options(
+        __doc__,
+        "2 ranks, 512 and 1024 tokens, one round",
+        {"ranks": [2], "tokens": [512, 1024], "rounds": 1},
+        ranks=([2, 4, 8], "numbers of ranks"),
+        tokens=([8192, 16384, 65536, 262144, 1048576], "tokens in all"),
+        heads=(8, "heads, a multiple of every number of ranks"),
+        dim=(16, "K = V"),
+        rounds=(3, f"measured rounds below {LONG} tokens"),
+        cap=(5.0, "seconds a quadratic call may take"),
+        join=("", "JSON: also report what an earlier run measured on other numbers of ranks"),
     )
-    add("--cap", type=float, default=5.0, metavar="S", help="seconds a quadratic call may take (default: %(default)s)")
-    add("--join", type=Path, metavar="JSON", help="also report what an earlier run measured on other numbers of ranks")
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--quick", action="store_true", help="a smoke run: 2 ranks, 512 and 1024 tokens, one round")
-    add(
-        "--out", type=Path, metavar="DIR", help="where the report goes (default: benchmarks/results, or out/benchmarks)"
-    )
-    args = parser.parse_args()
-    if args.quick:
-        args.ranks, args.tokens, args.rounds = [2], [512, 1024], 1
-    if min(*args.ranks, *args.tokens, args.heads, args.dim, args.rounds) < 1:
-        parser.error("--ranks, --tokens, --heads, --dim, --rounds: expected at least 1")
     if any(n % p for p in args.ranks for n in (*args.tokens, args.heads)):
-        parser.error("--tokens, --heads: expected multiples of every number of ranks")
+        sys.exit("--tokens, --heads: expected multiples of every number of ranks")
     args.tokens.sort()
-    args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
     return args
 
 
@@ -114,10 +105,7 @@ def projection(row: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
     """Time, bytes and memory over tokens, on the largest world."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.4))
     for number, name in enumerate(CONTENDERS):
@@ -170,9 +158,9 @@ def targets_of(rows: list[dict[str, Any]], differences: dict[int, dict[str, floa
 
 def joined(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, dict[str, float]], list[dict[str, Any]]]:
     """Rows and differences of an earlier run but for the worlds that are measured now, and how it was run."""
-    if args.join is None:
+    if not args.join:
         return [], {}, []
-    record = json.loads(args.join.read_text())
+    record = json.loads(Path(args.join).read_text())
     rows = [row for row in record["rows"] if row["ranks"] not in args.ranks]
     differences = {int(p): x for p, x in record["differences"].items() if int(p) not in args.ranks}
     return rows, differences, [*record["earlier"], record["about"]]

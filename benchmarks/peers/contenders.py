@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import itertools
 import resource
@@ -18,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hla_dist
-from benchmarks.peak_memory import reset_mark, resident
 from benchmarks.peers import wire
 from benchmarks.peers.head_all_to_all import hla2_by_heads, ulysses
 from benchmarks.peers.lasp import lasp1, lasp2
 from benchmarks.peers.ring_attention import ring_attention
 from benchmarks.ranks import common_start
 from hla_dist.parallel import collectives, topology
+from hla_dist.scaling.memory import PeakMemory
 
 HEADER = 64  # bytes of a frame's header, docs/sequence-parallel.md
 Call = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -120,22 +118,25 @@ def measure(name: str, tokens: int, heads: int, dim: int) -> dict[str, float]:
     if key not in _inputs:
         _inputs.clear()
         _inputs[key] = _draw(tokens // size, heads, dim, rank, torch.float32)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, which the call would use again
-        ctypes.CDLL(None).malloc_trim(0)
-    if not reset_mark():
-        raise RuntimeError("this system cannot reset a process's peak of resident memory")
-    before, usage = resident("VmRSS:"), resource.getrusage(resource.RUSAGE_SELF)
+    memory = PeakMemory(torch.device("cpu"))
+    memory.start()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     wire.sent.reset()
     collectives.counter.reset()
     start = common_start()
     result = _results(lambda *qkv: contender.call(*qkv, _groups[name, torch.float32]), _inputs[key])
     wall = time.monotonic() - start
-    after, peak = resource.getrusage(resource.RUSAGE_SELF), resident("VmHWM:")
+    after, peak = resource.getrusage(resource.RUSAGE_SELF), memory.stop()
     del result
     messages, size_sent = _sent(contender, size)
     cpu = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
-    return {"wall": wall, "cpu": cpu, "memory": peak - before, "bytes": size_sent, "messages": messages}
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "memory": peak.proportional - peak.before,
+        "bytes": size_sent,
+        "messages": messages,
+    }
 
 
 def _sent(contender: Contender, size: int) -> tuple[int, int]:
