@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from hla_dist.checkpoints import tensors as stored_tensors
-from hla_dist.checkpoints.manifest import MANIFEST, describe_file, problem, sync_directory, write_json, write_manifest
+from hla_dist.checkpoints.manifest import MANIFEST, describe_file, problem, sync_directory, write_manifest
 from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size
 from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.processes.whole_file import write_json
 
 _NAME = re.compile(r"step-(\d{8,})$")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.data.text import BYTES
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.whole_file import whole_file
 
 KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
 
@@ -55,15 +55,10 @@ def export(trained: Trained, path: Path) -> None:
         "model": trained.model.config.to_dict(), "tokenizer": trained.tokenizer, "known_text": trained.known_text,
         "step": trained.step,
     }  # fmt: skip
-    partial = path.with_name(f".partial-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(trained.model.state_dict(), partial, metadata={KEY: json.dumps(about)})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
+        with whole_file(path) as partial:
+            save_file(trained.model.state_dict(), partial, metadata={KEY: json.dumps(about)})
     except Exception as exc:  # the package reports a full disk with an error of its own
-        partial.unlink(missing_ok=True)
         raise UserError(f"export: cannot write {path}: {describe(exc)}") from exc
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +23,9 @@ import numpy as np
 from hla_dist.data.sources import Document
 from hla_dist.data.text import BYTES, Codec
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.whole_file import sha256, whole_file
 
 VERSION = 1
-BLOCK = 1 << 22  # bytes hashed at a time
 BATCH = 1 << 20  # bytes of text that a process encodes at a time
 
 
@@ -67,40 +66,32 @@ def write_tokens(
     codec = Codec(tokenizer, end_token=end_token)
     dtype = np.dtype(next(f"uint{bits}" for bits in (8, 16, 32) if codec.vocab_size <= 1 << bits))
     digest, starts, total, text_bytes = hashlib.sha256(), array("q"), 0, 0
-    partial, partial_about = (p.with_name(f".partial-{p.name}") for p in (path, about_path(path)))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            for document, tokens in _encoded(documents, codec, processes, tokenizer, end_token):
-                if len(tokens):
-                    raw = tokens.astype(dtype, copy=False).tobytes()
-                    digest.update(raw)
-                    file.write(raw)
-                    starts.append(total)
-                    total += len(tokens)
-                    text_bytes += len(document.text) + codec.is_bytes
-                progress(document.size, len(tokens))
-                if max_tokens and total >= max_tokens:
-                    break
+        with whole_file(about_path(path)) as partial_about, whole_file(path) as partial:
+            with open(partial, "wb") as file:
+                for document, tokens in _encoded(documents, codec, processes, tokenizer, end_token):
+                    if len(tokens):
+                        raw = tokens.astype(dtype, copy=False).tobytes()
+                        digest.update(raw)
+                        file.write(raw)
+                        starts.append(total)
+                        total += len(tokens)
+                        text_bytes += len(document.text) + codec.is_bytes
+                    progress(document.size, len(tokens))
+                    if max_tokens and total >= max_tokens:
+                        break
             if not total:
                 raise UserError("--data: expected text, got none but empty or binary file(s)")
-            _to_disk(file)
-        kind = tokenizer_name(tokenizer)
-        about = About(
-            dtype.name, codec.vocab_size, kind, total, text_bytes, np.array(starts), digest.hexdigest(), end_token
-        )
-        with open(partial_about, "w") as file:
-            json.dump({"version": VERSION} | vars(about) | {"documents": starts.tolist()}, file)
-            _to_disk(file)
-        # tokens without a description are refused, so at no moment does one describe another's
-        about_path(path).unlink(missing_ok=True)
-        partial.rename(path)
-        partial_about.rename(about_path(path))
+            kind = tokenizer_name(tokenizer)
+            about = About(
+                dtype.name, codec.vocab_size, kind, total, text_bytes, np.array(starts), digest.hexdigest(), end_token
+            )
+            values = {"version": VERSION} | vars(about) | {"documents": starts.tolist()}
+            partial_about.write_text(json.dumps(values))
+            # tokens without a description are refused, so at no moment does one describe another's
+            about_path(path).unlink(missing_ok=True)
     except OSError as exc:
         raise UserError(f"--out: cannot write {path}: {describe(exc)}") from exc
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_about.unlink(missing_ok=True)
     return about
 
 
@@ -173,9 +164,9 @@ def open_tokens(path: Path, verify: bool = True) -> About:
         size = path.stat().st_size
         if size != about.tokens * item:
             raise UserError(f"--data: expected {about.tokens * item} bytes in {path} (see {beside}), got {size}")
-        if verify and (found := _sha256(path)) != about.sha256:
+        if verify and (digest := sha256(path)) != about.sha256:
             raise UserError(
-                f"--data: expected SHA-256 {about.sha256[:16]}.. of {path} (see {beside}), got {found[:16]}.."
+                f"--data: expected SHA-256 {about.sha256[:16]}.. of {path} (see {beside}), got {digest[:16]}.."
             )
     except OSError as exc:
         raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
@@ -198,17 +189,4 @@ def tokenizer_name(tokenizer: str) -> str:
         return BYTES
     if not Path(tokenizer).is_file():
         raise UserError(f"--tokenizer: expected a JSON file, got {tokenizer}, which is none")
-    return _sha256(Path(tokenizer))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return sha256(Path(tokenizer))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hla_dist import states
 from hla_dist.generation.generate import Reading
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.whole_file import whole_file
 
 KEY = "hla_dist_state"  # in the file's metadata: JSON of the fields below
 _FIELDS = {"model", "kinds", "position", "last"}
@@ -41,15 +41,10 @@ def save_state(reading: Reading, model: LanguageModel, path: Path) -> None:
         for index, layer in enumerate(reading.state)
         for name, field in layer._asdict().items()
     }
-    partial = path.with_name(f".partial-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={KEY: json.dumps(about)})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata={KEY: json.dumps(about)})
     except Exception as exc:  # the package reports a full disk with an error of its own
-        partial.unlink(missing_ok=True)
         raise UserError(f"--save-state: cannot write {path}: {describe(exc)}") from exc
 
 

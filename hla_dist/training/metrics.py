@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.whole_file import whole_file
 
 WANDB_ID = "wandb-id"
 MARKED = {"loss", "grad_norm", "held_out"}  # TensorBoard shows where these were not finite
@@ -41,9 +42,8 @@ class MetricsLog:
         self.history: list[dict[str, Any]] = []
         if resume_step is not None and self.path.is_file():
             self.history = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        partial.replace(self.path)  # at once: a kill between the lines would lose the rest
+        with whole_file(self.path) as partial:  # a kill between the lines would lose the rest
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         self._file = open(self.path, "a")
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge, flush_secs=30)

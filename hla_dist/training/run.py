@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -29,6 +28,7 @@ from hla_dist.parallel.shard import default_lengths
 from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
+from hla_dist.processes.whole_file import write_json
 from hla_dist.training.config import RUN_FILES, TrainConfig
 from hla_dist.training.continuation import Launch, decide
 from hla_dist.training.determinism import be_deterministic, check_equal_parameters, random_state, set_random_state
@@ -204,9 +204,7 @@ class Run:
             "torch": torch.__version__,
             "launch": self.launch.name,
         }
-        partial = out / ".partial-config.json"
-        partial.write_text(json.dumps(resolved, indent=2) + "\n")
-        partial.replace(out / "config.json")
+        write_json(out / "config.json", resolved)
         self.log = MetricsLog(out, self.step if own else None, self.config.output.wandb, resolved)
 
     def train(self) -> int:
@@ -397,7 +395,7 @@ class Run:
                 "tokens": self.tokens, "tokens_per_s": speed, "parity": parity and parity.to_dict(), "sample": text,
                 "seconds": time.monotonic() - self.started,
             }  # fmt: skip
-            (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            write_json(self.out / "summary.json", summary)
             self.say(f"in {self.out}: {', '.join(RUN_FILES)}")
 
     def write(self, **values: Any) -> None:
