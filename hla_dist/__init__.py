@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from hla_dist import reference
 from hla_dist.functional.any_order import Cascade, CausalPass
-from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, summarize
+from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, start, summarize
 from hla_dist.functional.exchange_ops import checkpoint_context
 from hla_dist.functional.validate import validation
 from hla_dist.nn import HLAAttention, SequenceParallelHLA, SoftmaxAttention
 from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
+from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
+from hla_dist.parallel.topology import set_ranks_per_node
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, KVState, LinearState, PrefixState
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it
@@ -38,13 +40,16 @@ __all__ = [
     "Summary",
     "checkpoint_context",
     "combine",
+    "counter",
     "hla2",
     "identity",
     "linear_attention",
     "reference",
     "scan_exclusive",
+    "set_ranks_per_node",
     "shard",
     "shard_batch",
+    "start",
     "summarize",
     "token_loss",
     "unshard",

@@ -30,10 +30,14 @@ _TAG = 0x484C41  # "HLA": on gloo our messages never meet those that a program s
 
 @dataclass
 class Counter:
-    """What this process has sent: collective calls, messages to single ranks, and the bytes of its own payloads.
+    """What this process has sent; ``hla_dist.counter`` is the one of the library.
 
-    ``waited``: seconds its host was held up until an exchange that had been started came through.
-    ``reducing``: seconds it was held up in reductions that were not started ahead.
+    Attributes:
+        calls: Collective calls.
+        messages: Messages to single ranks.
+        bytes: Bytes of this rank's own payloads.
+        waited: Seconds the host was held up until an exchange that had been started came through.
+        reducing: Seconds it was held up in reductions that were not started ahead.
     """
 
     calls: int = 0
@@ -57,6 +61,7 @@ class Counter:
             self.bytes += tensor.nbytes
 
     def reset(self) -> None:
+        """Count from zero again."""
         self.calls = self.messages = self.bytes = 0
         self.waited = self.reducing = 0.0
 

@@ -36,10 +36,14 @@ def ranks_per_node(pg: collectives.Group) -> int:
 
 
 def set_ranks_per_node(group: object, number: int) -> None:
-    """Say how many consecutive ranks share a machine, where host names do not tell (containers, several switches).
+    """Say how many consecutive ranks share a machine, where host names do not tell.
 
-    Call it alike on every rank, before the group's first operator. Raises ValueError unless ``number`` divides
-    the group's size. No communication.
+    Containers and several switches hide it. Call it alike on every rank, before the group's first
+    operator. No communication.
+
+    Args:
+        group: The ranks, as the operators take it.
+        number: Ranks on each machine; ValueError unless it divides the group's size.
     """
     pg = collectives.resolve_group(group)
     size = collectives.group_size(pg)
