@@ -30,9 +30,21 @@ class Arguments(NamedTuple):
     state: tuple[Tensor, ...]  # the carry before the first token, S symmetric
     gain: Tensor  # [1 or H, 1, 1]
     skip: Tensor  # [1 or H, 1, 1]
+    kind: Any  # the type of the state
+    ridge: float
+    normalize: bool
+    eps: float
+    mask: str
+    final: bool  # whether the state after the last token is returned
+
+    def result(self, out: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        """What an oracle returns for ``out [B, H, T, V]``; under ``normalize`` its last column is the denominator."""
+        if self.normalize:
+            out = out[..., :-1] / (out[..., -1:] + self.eps)
+        return out.permute(0, 2, 1, 3), self.kind(*state) if self.final else None
 
 
-def state_type(name: str, mask: str, decay_form: str) -> Any:
+def _state_type(name: str, mask: str, decay_form: str) -> Any:
     """The NamedTuple that holds the state of operator ``name`` under ``mask``."""
     if mask == "prefix":
         return PrefixState
@@ -45,18 +57,19 @@ def read_arguments(
     k: Tensor,
     v: Tensor,
     *,
-    log_decay: Tensor | None,
-    decay_form: str,
-    scale: float,
-    ridge: float,
-    normalize: bool,
-    mask: str,
-    initial_state: tuple[Tensor, ...] | None,
-    output_final_state: bool,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
     gain: float | Tensor = 1.0,
     skip: float | Tensor = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: tuple[Tensor, ...] | None = None,
+    output_final_state: bool = False,
 ) -> Arguments:
-    """Check the options and expand the tensors.
+    """Check the options, which are the oracles', and expand the tensors.
 
     Raises ValueError naming the argument, what was expected and what came.
     """
@@ -106,7 +119,8 @@ def read_arguments(
     v = v.repeat_interleave(H // G, dim=2)
 
     # S, where the state has one, is its first field and the only square one; every other field is [K, V]
-    fields = state_type(name, mask, decay_form)._fields
+    kind = _state_type(name, mask, decay_form)
+    fields = kind._fields
     shapes = [(B, H, K, K) if field == "S" else (B, H, K, V) for field in fields]
     if initial_state is None:
         state = tuple(q.new_zeros(shape) for shape in shapes)
@@ -118,19 +132,8 @@ def read_arguments(
             (x + x.mT) / 2 if field == "S" else x
             for field, x in zip(fields, (x.to(q.dtype) for x in initial_state), strict=True)
         )
-    heads_first = (0, 2, 1, 3)
+    q, k, v = (x.permute(0, 2, 1, 3) for x in (scale * q, k, v))
+    terms = (torch.as_tensor(x, dtype=q.dtype, device=q.device).reshape(-1, 1, 1) for x in (gain, skip))
     return Arguments(
-        scale * q.permute(heads_first),
-        k.permute(heads_first),
-        v.permute(heads_first),
-        gates.permute(0, 2, 1),
-        state,
-        *(torch.as_tensor(x, dtype=q.dtype, device=q.device).reshape(-1, 1, 1) for x in (gain, skip)),
+        q, k, v, gates.permute(0, 2, 1), state, *terms, kind, ridge, normalize, eps, mask, output_final_state
     )
-
-
-def finish(out: Tensor, normalize: bool, eps: float) -> Tensor:
-    """``[B, H, T, V]`` to ``[B, T, H, V]``; under ``normalize`` the last column is the denominator."""
-    if normalize:
-        out = out[..., :-1] / (out[..., -1:] + eps)
-    return out.permute(0, 2, 1, 3)

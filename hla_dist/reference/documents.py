@@ -19,7 +19,7 @@ def each(
     bounds = cu_seqlens.tolist()
     if q.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != q.shape[1] or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens: expected B = 1 and to rise from 0 to T = {q.shape[1]}, got {bounds}")
-    gates, initial = options["log_decay"], options["initial_state"]
+    gates, initial = options.get("log_decay"), options.get("initial_state")
     outs, states = [], []
     for n, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         own = dict(options)
@@ -30,5 +30,5 @@ def each(
         out, state = oracle(name, q[:, start:stop], k[:, start:stop], v[:, start:stop], **own)
         outs.append(out)
         states.append(state)
-    final = type(states[0])(*map(torch.cat, zip(*states))) if options["output_final_state"] else None
+    final = type(states[0])(*map(torch.cat, zip(*states))) if options.get("output_final_state") else None
     return torch.cat(outs, dim=1), final

@@ -11,29 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Arguments, finish, read_arguments, state_type
+from ..states import HLA2PaperState, PrefixState
+from .arguments import Arguments, read_arguments
 from .documents import each
 
 
 def quadratic(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    decay_form: str = "masked",
-    scale: float = 1.0,
-    ridge: float = 0.0,
-    gain: float | Tensor = 1.0,
-    skip: float | Tensor = 0.0,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    mask: str = "causal",
-    initial_state: tuple[Tensor, ...] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    name: str, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Any]:
     """Operator ``name`` as masked T x T matrices.
 
     D[t, i] is the product of the gates of tokens i + 1 .. t, and 0 for i > t. Without an initial state:
@@ -49,51 +34,26 @@ def quadratic(
     V, hla2 (N N^T + ridge Q Q^T) V, ahla N N V, hla3 (N N^T + ridge Q Q^T) N V. An initial state adds
     the terms of the algebra's section 4.
 
-    Shapes are as in the public operators. Returns ``out [B, T, H, V]`` and the state or None. Computes
-    in the dtype of q (decays in that of log_decay). Differentiable by autograd in every tensor; memory
-    B H T^2. Raises ValueError as ``read_arguments`` does. No communication.
+    Shapes and options are those of the public operators, without groups, backends and ``scale=None``.
+    Returns ``out [B, T, H, V]`` and the state or None. Computes in the dtype of q (decays in that of
+    log_decay). Differentiable by autograd in every tensor; memory B H T^2. Raises ValueError naming the
+    argument. No communication.
     """
     if cu_seqlens is not None:
-        options: dict[str, Any] = {
-            "log_decay": log_decay,
-            "decay_form": decay_form,
-            "scale": scale,
-            "ridge": ridge,
-            "gain": gain,
-            "skip": skip,
-            "eps": eps,
-        }
-        options |= {"normalize": normalize, "mask": mask, "initial_state": initial_state}
-        return each(quadratic, name, q, k, v, cu_seqlens, options | {"output_final_state": output_final_state})
-    a = read_arguments(
-        name,
-        q,
-        k,
-        v,
-        log_decay=log_decay,
-        decay_form=decay_form,
-        scale=scale,
-        ridge=ridge,
-        gain=gain,
-        skip=skip,
-        normalize=normalize,
-        mask=mask,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-    )
+        return each(quadratic, name, q, k, v, cu_seqlens, options)
+    a = read_arguments(name, q, k, v, **options)
     N, QQ = a.q @ a.k.mT, a.q @ a.q.mT  # [B, H, T, T]
-    if mask == "full":
+    if a.mask == "full":
         A = {"linear_attention": N, "ahla": N @ N}.get(name)
         if A is None:
-            A = N @ N.mT + ridge * QQ
+            A = N @ N.mT + a.ridge * QQ
             A = A if name == "hla2" else A @ N
-        return finish(A @ a.v, normalize, eps), None
+        return a.result(A @ a.v, ())
 
     D, from_start, to_end = _decays(a.log_decay, q.dtype)
     forms = {"linear_attention": _linear, "hla2": _hla2, "ahla": _ahla, "hla3": _hla3}
-    form = _prefix if mask == "prefix" else _paper if decay_form == "paper" else forms[name]
-    out, state = form(a, N, QQ, D, from_start, to_end, ridge)
-    return finish(out, normalize, eps), state_type(name, mask, decay_form)(*state) if output_final_state else None
+    form = {PrefixState: _prefix, HLA2PaperState: _paper}.get(a.kind) or forms[name]
+    return a.result(*form(a, N, QQ, D, from_start, to_end))
 
 
 def _decays(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,30 +80,30 @@ def _whole(from_start: Tensor) -> Tensor:
 Form = tuple[Tensor, tuple[Tensor, ...]]
 
 
-def _linear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+def _linear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:
     (P0,) = a.state
     P = a.k.mT @ (to_end * a.v) + _whole(from_start) * P0
     return (D * N) @ a.v + from_start * (a.q @ P0), (P,)
 
 
-def _hla2(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+def _hla2(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:
     S0, F0 = a.state
     rho = _whole(from_start)
-    out = _bilinear(a, N, QQ, D, from_start, ridge) @ a.v + from_start * (a.q @ F0)
+    out = _bilinear(a, N, QQ, D, from_start) @ a.v + from_start * (a.q @ F0)
     S = a.k.mT @ (to_end * a.k) + rho * S0
     # F column by column of K: key i has seen every query j >= i, and Gamma(end, j) Gamma(j, i) = Gamma(end, i)
     F = a.gain * ((to_end * a.k).mT @ (N.tril().mT @ a.v) + rho * S0 @ (a.q.mT @ a.v)) + rho * F0
-    F = F + (ridge * a.q + a.skip * a.k).mT @ (to_end * a.v)
+    F = F + (a.ridge * a.q + a.skip * a.k).mT @ (to_end * a.v)
     return out, (S, F)
 
 
-def _bilinear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, ridge: float) -> Tensor:
+def _bilinear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor) -> Tensor:
     """A[t, j] = Gamma(t, j) q_t^T ((gain S_j + ridge I) q_j + skip k_j) for j <= t, the initial S among the S_j."""
     carried = from_start * (a.q @ a.state[0] @ a.q.mT).tril()  # Gamma(t, j) Gamma(j, start) = Gamma(t, start)
-    return D * (a.gain * N @ (D * N).mT + ridge * QQ + a.skip * N) + a.gain * carried
+    return D * (a.gain * N @ (D * N).mT + a.ridge * QQ + a.skip * N) + a.gain * carried
 
 
-def _ahla(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+def _ahla(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:
     P0, E0 = a.state
     rho, W, M = _whole(from_start), D * N, N.tril()
     # between the two factors of W W the decay is Gamma(t, j) Gamma(j, i) = Gamma(t, i); towards the start likewise
@@ -153,32 +113,32 @@ def _ahla(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to
     return out, (P, E)
 
 
-def _hla3(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+def _hla3(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:
     S0, P0, F0 = a.state
     rho, W = _whole(from_start), D * N
     r = W @ a.v + from_start * (a.q @ P0)
-    out = _bilinear(a, N, QQ, D, from_start, ridge) @ r + from_start * (a.q @ F0)
+    out = _bilinear(a, N, QQ, D, from_start) @ r + from_start * (a.q @ F0)
     S = a.k.mT @ (to_end * a.k) + rho * S0
     P = a.k.mT @ (to_end * a.v) + rho * P0
-    u = a.gain * (W @ a.k + from_start * (a.q @ S0)) + ridge * a.q + a.skip * a.k
+    u = a.gain * (W @ a.k + from_start * (a.q @ S0)) + a.ridge * a.q + a.skip * a.k
     F = u.mT @ (to_end * r) + rho * F0
     return out, (S, P, F)
 
 
-def _prefix(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+def _prefix(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:
     S0, C0 = a.state
     rho, W = _whole(from_start), D * N
-    seen = W @ N.mT + ridge * QQ + from_start * (a.q @ S0 @ a.q.mT)  # [t, j] = q_t^T (S_t + ridge I) q_j
-    from_carry = W @ a.k + ridge * a.q + from_start * (a.q @ S0)  # q_t^T (S_t + ridge I)
+    seen = W @ N.mT + a.ridge * QQ + from_start * (a.q @ S0 @ a.q.mT)  # [t, j] = q_t^T (S_t + ridge I) q_j
+    from_carry = W @ a.k + a.ridge * a.q + from_start * (a.q @ S0)  # q_t^T (S_t + ridge I)
     out = (D * seen) @ a.v + from_start * (from_carry @ C0)
     S = a.k.mT @ (to_end * a.k) + rho * S0
     C = a.q.mT @ (to_end * a.v) + rho * C0
     return out, (S, C)
 
 
-def _paper(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor, ridge: float) -> Form:
+def _paper(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:
     S0, C0, G0 = a.state
-    out, (S, C) = _prefix(a._replace(state=(S0, C0)), N, QQ, D, from_start, to_end, ridge)
+    out, (S, C) = _prefix(a._replace(state=(S0, C0)), N, QQ, D, from_start, to_end)
     # y_t = C_{t-1}^T k_t: every decay ends one token earlier, and the first token meets C0 as it came
     before = torch.cat([torch.zeros_like(D[..., :1, :]), D[..., :-1, :]], dim=-2)
     start_before = torch.cat([torch.ones_like(from_start[..., :1, :]), from_start[..., :-1, :]], dim=-2)

@@ -11,29 +11,13 @@ import torch
 from torch import Tensor
 
 from ..states import HLA2PaperState, PrefixState
-from .arguments import finish, read_arguments, state_type
+from .arguments import read_arguments
 from .documents import each
 
 
 def serial(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    decay_form: str = "masked",
-    scale: float = 1.0,
-    ridge: float = 0.0,
-    gain: float | Tensor = 1.0,
-    skip: float | Tensor = 0.0,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    mask: str = "causal",
-    initial_state: tuple[Tensor, ...] | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    name: str, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Any]:
     """Operator ``name`` token by token: update the state with (g, k, v), then read it with q.
 
     q is replaced by scale q first, and every state decayed by the token's gate g = exp(log_decay). I is
@@ -52,53 +36,28 @@ def serial(
     recurrence. Its prefix mask and its full one have no G, so there the decay form changes nothing.
     ``mask="full"`` lets every token read the sums over the whole sequence.
 
-    Shapes are as in the public operators. Returns ``out [B, T, H, V]`` and the state or None. Computes
-    in the dtype of q. Differentiable by autograd in every tensor; memory linear in T times the state.
-    Raises ValueError as ``read_arguments`` does. No communication.
+    Shapes and options are those of the public operators, without groups, backends and ``scale=None``.
+    Returns ``out [B, T, H, V]`` and the state or None. Computes in the dtype of q. Differentiable by
+    autograd in every tensor; memory linear in T times the state.
+    Raises ValueError naming the argument. No communication.
     """
     if cu_seqlens is not None:
-        options: dict[str, Any] = {
-            "log_decay": log_decay,
-            "decay_form": decay_form,
-            "scale": scale,
-            "ridge": ridge,
-            "gain": gain,
-            "skip": skip,
-            "eps": eps,
-        }
-        options |= {"normalize": normalize, "mask": mask, "initial_state": initial_state}
-        return each(serial, name, q, k, v, cu_seqlens, options | {"output_final_state": output_final_state})
-    a = read_arguments(
-        name,
-        q,
-        k,
-        v,
-        log_decay=log_decay,
-        decay_form=decay_form,
-        scale=scale,
-        ridge=ridge,
-        gain=gain,
-        skip=skip,
-        normalize=normalize,
-        mask=mask,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-    )
-    if mask == "full":
-        return finish(_full(name, a.q, a.k, a.v, ridge), normalize, eps), None
+        return each(serial, name, q, k, v, cu_seqlens, options)
+    a = read_arguments(name, q, k, v, **options)
+    if a.mask == "full":
+        return a.result(_full(name, a.q, a.k, a.v, a.ridge), ())
 
     gates = a.log_decay.exp().to(q.dtype)  # [B, H, T]
     state = a.state
-    kind = state_type(name, mask, decay_form)
     outs = []
     # unbind, not x[:, :, t]: the gradient of an index is as large as x, once a token
     tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates[..., None, None]))
     for qt, kt, vt, gt in zip(*tokens, strict=True):
-        o, state = _step(name, kind, qt, kt, vt, gt, state, ridge, a.gain[..., 0], a.skip[..., 0])
+        o, state = _step(name, a.kind, qt, kt, vt, gt, state, a.ridge, a.gain[..., 0], a.skip[..., 0])
         outs.append(o)
     # with no tokens there is nothing to stack, and the state is the one that came
     out = torch.stack(outs, dim=2) if outs else a.v + a.q.sum(-1, keepdim=True)
-    return finish(out, normalize, eps), kind(*state) if output_final_state else None
+    return a.result(out, state)
 
 
 def _step(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import finish, read_arguments
+from .arguments import read_arguments
 
 
 def paper_third_order(
@@ -31,20 +31,7 @@ def paper_third_order(
     """
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma: expected a number in (0, 1], got {gamma}")
-    a = read_arguments(
-        "hla3",
-        q,
-        k,
-        v,
-        log_decay=None,
-        decay_form="masked",
-        scale=1.0,
-        ridge=0.0,
-        normalize=normalize,
-        mask="causal",
-        initial_state=None,
-        output_final_state=False,
-    )
+    a = read_arguments("hla3", q, k, v, normalize=normalize, eps=eps)
     B, H, _, K = a.q.shape
     S, Q = (a.q.new_zeros(B, H, K, K) for _ in range(2))
     P, G1, G2, G3 = (a.q.new_zeros(B, H, K, a.v.shape[-1]) for _ in range(4))
@@ -62,4 +49,4 @@ def paper_third_order(
         z = Q @ (S @ qt)
         outs.append(z.mT @ P - qt.mT @ (G1 + G2 + G3))
     out = torch.cat(outs, dim=2) if outs else a.v + a.q.sum(-1, keepdim=True)
-    return finish(out, normalize, eps)
+    return a.result(out, ())[0]
