@@ -109,18 +109,18 @@ def generate(program: Program) -> int:
         program.connect(device, config.model.timeout)
     group: Any = dist.group.WORLD if world_size > 1 else None
     began = time.perf_counter()
-    model, codec = everywhere(group, lambda: open_model(program, config.model.checkpoint, device))
+    model, codec = together(group, lambda: open_model(program, config.model.checkpoint, device))
     reader = model if group is None else SequenceParallelHLA(model, group, reduce_gradients=False)
     asked = config.prompt
-    before = None if asked.state is None else everywhere(group, lambda: load_state(Path(str(asked.state)), model))
+    before = None if asked.state is None else together(group, lambda: load_state(Path(str(asked.state)), model))
     start, loaded = 0 if before is None else before.position, time.perf_counter()
     texts = asked.prompt or ([] if before is not None or asked.prompt_file is not None else ["\n"])
     total = 0
     if asked.prompt_file is not None:
-        tokens = everywhere(group, lambda: codec.encode(Path(str(asked.prompt_file)).read_text(errors="replace")))
+        tokens = together(group, lambda: codec.encode(Path(str(asked.prompt_file)).read_text(errors="replace")))
         before = read(reader, tokens, before, asked.piece)
         total = len(tokens)
-    prompts = everywhere(group, lambda: [codec.encode(text) for text in texts])
+    prompts = together(group, lambda: [codec.encode(text) for text in texts])
     readings = [read(reader, prompt, before, asked.piece) for prompt in prompts]
     if not readings:
         assert before is not None
@@ -128,7 +128,7 @@ def generate(program: Program) -> int:
     total += sum(map(len, prompts))
     if asked.save_state is not None:
         target = Path(asked.save_state)
-        everywhere(group, lambda: save_state(readings[0], model, target) if rank == 0 else None)
+        together(group, lambda: save_state(readings[0], model, target) if rank == 0 else None)
     if group is not None:
         assert isinstance(reader, SequenceParallelHLA)
         reader.unwrap()
@@ -176,11 +176,6 @@ def write(config: NewText, model: Any, codec: Codec, texts: list[str], readings:
             written[index] += streams[index].add(token)
     for index, text in enumerate(written):
         print(f"--- {index + 1} of {len(written)}\n{text}{streams[index].end()}", flush=True)
-
-
-def everywhere(group: Any, work: Any) -> Any:
-    """``work()``; with a group, what fails on one rank fails on all."""
-    return work() if group is None else together(group, work)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hla_dist.checkpoints import tensors as stored_tensors
 from hla_dist.checkpoints.manifest import MANIFEST, describe_file, problem, sync_directory, write_manifest
 from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size
-from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.whole_file import write_json
 
 _NAME = re.compile(r"step-(\d{8,})$")
@@ -88,12 +88,12 @@ def save(
             _move(unfinished, final)
 
     try:
-        _together(group, begin)
+        together(group, begin)
         stored_tensors.write(unfinished, tensors, group)
-        lines = _together(group, describe_own)
+        lines = together(group, describe_own)
         every = [lines] if group is None else all_gather_objects(lines, group)
         files = {name: line for part in every for name, line in part.items()}
-        _together(group, finish)
+        together(group, finish)
     except UserError as exc:
         if first:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -147,11 +147,11 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     share = (0, 1) if group is None else (group_rank(group), group_size(group))
     problems: list[str] = []
     for candidate in map(Path, names):
-        wrong = _together(group, partial(problem, candidate, *share), patient=True)  # files may differ much in size
+        wrong = together(group, partial(problem, candidate, *share), patient=True)  # files may differ much in size
         every = [wrong] if group is None else all_gather_objects(wrong, group)
         found = next((text for text in every if text is not None), None)
         if found is None:
-            return Checkpoint(candidate, _together(group, partial(_read_state, candidate)), problems)
+            return Checkpoint(candidate, together(group, partial(_read_state, candidate)), problems)
         problems.append(f"checkpoint {candidate} is not whole: {found}")
     rest = "" if itself else "; none before it is whole"
     raise UserError(f"checkpoint: expected a whole one, got {problems[0].removeprefix('checkpoint ')}{rest}")
@@ -195,17 +195,7 @@ def _move(partial: Path, final: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _together(group: Any, work: Callable[[], Any], patient: bool = False) -> Any:
-    """``work()``, its mistakes told to every rank of ``group``."""
-    if group is not None:
-        return together(group, work, patient)
-    try:
-        return work()
-    except (OSError, ValueError) as exc:
-        raise UserError(describe(exc)) from exc
-
-
 def _agreed(group: Any, work: Callable[[], Any]) -> Any:
     """What ``work()`` gives on the first rank: a directory may look different from another machine."""
-    value = _together(group, work)
+    value = together(group, work)
     return value if group is None else all_gather_objects(value, group)[0]

@@ -31,11 +31,16 @@ class Disagreement(UserError):
 def together(group: Any, work: Callable[[], Result], patient: bool = False) -> Result:
     """``work()`` on every rank of ``group``; if it raises anywhere, every rank raises :class:`UserError` alike.
 
-    ``patient``: the work, which must not communicate over ``group``, may take one rank longer than the group's timeout.
-    Communication: one small gather of objects, with ``patient`` four per second and one more. OSError and ValueError
-    count as user errors, since this wraps reading and writing of files and building from options; any other exception
-    is raised here as it is, after the other ranks have been told.
+    ``group`` None: this process alone. ``patient``: the work, which must not communicate over ``group``, may take one
+    rank longer than the group's timeout. Communication: one small gather of objects, with ``patient`` four per second
+    and one more. OSError and ValueError count as user errors, since this wraps reading and writing of files and
+    building from options; any other exception is raised here as it is, after the other ranks have been told.
     """
+    if group is None:
+        try:
+            return work()
+        except (OSError, ValueError) as exc:
+            raise UserError(describe(exc)) from exc
     result: Any = None
     failure: BaseException | None = None
     with _patience(group) if patient and group_size(group) > 1 else nullcontext():
