@@ -19,13 +19,12 @@ from torch import Tensor
 
 from hla_dist.functional.attention import linear_attention
 from hla_dist.functional.call import raise_everywhere
+from hla_dist.functional.options import DEFAULTS
 from hla_dist.functional.validate import FLOATS, refuse, refuse_transforms, require
 from hla_dist.states import LinearState
 
-_OPTIONS = (
-    *("log_decay", "scale", "ridge", "initial_state", "output_final_state", "cu_seqlens", "cu_seqlens_cpu"),
-    *("shard_lengths", "group", "exchange", "wire_dtype", "backend", "chunk_size", "self"),
-)
+_NONE = {"mask", "decay_form", "gain", "skip", "normalize", "eps"}  # the operators' options that a cascade has not
+_OPTIONS = tuple(name for name in DEFAULTS if name not in _NONE)
 
 
 class CausalPass(NamedTuple):
@@ -97,27 +96,15 @@ class Cascade:
     def __repr__(self) -> str:
         return f"Cascade({list(self.passes)})"
 
-    def __call__(
-        self,
-        *,
-        log_decay: Tensor | Mapping[str, Tensor | None] | None = None,
-        scale: float = 1.0,
-        ridge: float = 0.0,
-        initial_state: Mapping[str, Tensor] | None = None,
-        output_final_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_cpu: Tensor | None = None,
-        shard_lengths: list[int] | None = None,
-        group: Any = None,
-        exchange: str = "auto",
-        wire_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        chunk_size: int | None = None,
-        **sequences: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Run the cascade; see the class."""
+    def __call__(self, **arguments: Any) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Run the cascade on its sequences, with the options of ``linear_attention``; see the class."""
+        options = {name: arguments.get(name, DEFAULTS[name]) for name in _OPTIONS}
+        sequences = {name: x for name, x in arguments.items() if name not in _OPTIONS}
+        log_decay, scale, ridge, initial_state, group = (
+            options[name] for name in ("log_decay", "scale", "ridge", "initial_state", "group")
+        )
         try:
-            heads = self._check(sequences, scale, ridge, log_decay, initial_state, cu_seqlens)
+            heads = self._check(sequences, scale, ridge, log_decay, initial_state, options["cu_seqlens"])
         except ValueError as error:
             raise_everywhere(error, next(iter(sequences.values()), None), group)
         gates = log_decay if isinstance(log_decay, Mapping) else dict.fromkeys(heads, log_decay)
@@ -129,6 +116,7 @@ class Cascade:
             given = _together(given)
         out_dtype = sequences[self.sequences[0]].dtype
         dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+        options |= {"scale": 1.0, "ridge": 0.0}  # not every pass's: they are applied here
         x = {name: given[name].to(dtype) for name in self.sequences}  # type: ignore[union-attr]
         if scale != 1.0:
             x["q"] = x["q"] * scale
@@ -136,24 +124,17 @@ class Cascade:
         for step in steps:
             first, cs = step[0], [x[p.c] for p in step]
             n, kv = heads[first.out], math.lcm(x[first.b].shape[2], *(c.shape[2] for c in cs))
-            a, gate = _repeated(x[first.a], 2, n), given[f"gate {first.out}"]
-            carry = None if initial_state is None else _joined([_entering(p, given[f"state {p.out}"]) for p in step])
-            result, state = linear_attention(
-                a,
+            a, b, c = (
+                _repeated(x[first.a], 2, n),
                 _repeated(x[first.b], 2, kv),
                 _joined([_repeated(c, 2, kv) for c in cs]),
-                log_decay=None if gate is None else _repeated(gate, -1, n),
-                initial_state=None if carry is None else LinearState(carry),
-                output_final_state=output_final_state,
-                cu_seqlens=cu_seqlens,
-                cu_seqlens_cpu=cu_seqlens_cpu,
-                shard_lengths=shard_lengths,
-                group=group,
-                exchange=exchange,
-                wire_dtype=wire_dtype,
-                backend=backend,
-                chunk_size=chunk_size,
             )
+            gate = given[f"gate {first.out}"]
+            options["log_decay"] = None if gate is None else _repeated(gate, -1, n)
+            if initial_state is not None:
+                carry = _joined([_entering(p, given[f"state {p.out}"]) for p in step])
+                options["initial_state"] = LinearState(carry)
+            result, state = linear_attention(a, b, c, **options)
             widths = [c.shape[3] for c in cs]
             for p, part in zip(step, result.split(widths, -1)):
                 x[p.out] = part + ridge * a if p.ridge else part
@@ -163,7 +144,7 @@ class Cascade:
         if group is not None:
             results = _together(results)
         out = results.pop("").to(out_dtype)
-        return out, results if output_final_state else None
+        return out, results if options["output_final_state"] else None
 
     def _check(self, sequences, scale, ridge, log_decay, initial_state, cu_seqlens) -> dict[str, int]:
         """Check what linear_attention would not, or only under another name; return the heads of every pass."""
@@ -217,7 +198,7 @@ def _check_passes(passes: tuple[CausalPass, ...]) -> tuple[str, ...]:
     for i, p in enumerate(passes):
         require(isinstance(p, CausalPass), "passes", "CausalPass entries", type(p).__name__)
         for name in p[:4]:
-            ok = isinstance(name, str) and name.isidentifier() and name not in _OPTIONS
+            ok = isinstance(name, str) and name.isidentifier() and name not in (*_OPTIONS, "self")
             require(ok, "passes", "names that are identifiers and no option of the call", repr(name))
         require(p.out not in results[:i], "passes", "a name of its own for every result", f"{p.out!r} twice")
         for name in (p.a, p.b, p.c):
