@@ -21,6 +21,7 @@ from hla_dist.functional.attention import linear_attention
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.options import DEFAULTS
 from hla_dist.functional.validate import FLOATS, refuse, refuse_transforms, require
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.states import LinearState
 
 _NONE = {"mask", "decay_form", "gain", "skip", "normalize", "eps"}  # the operators' options that a cascade has not
@@ -115,7 +116,7 @@ class Cascade:
         if group is not None:
             given = _together(given)
         out_dtype = sequences[self.sequences[0]].dtype
-        dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+        dtype = sum_dtype(out_dtype)
         options |= {"scale": 1.0, "ridge": 0.0}  # not every pass's: they are applied here
         x = {name: given[name].to(dtype) for name in self.sequences}  # type: ignore[union-attr]
         if scale != 1.0:
@@ -241,7 +242,7 @@ def _check_carry(carry: Any, name: str, shape: tuple[int, ...], dtype: torch.dty
     require(isinstance(carry, Tensor), name, "a tensor [N, heads, rows, columns]", type(carry).__name__)
     if tuple(carry.shape) != shape:
         refuse(name, f"shape {shape}", f"shape {tuple(carry.shape)}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = sum_dtype(dtype)
     require(carry.dtype == wide, name, f"{wide} for {dtype} sequences", carry.dtype)
 
 

@@ -14,7 +14,7 @@ from hla_dist.functional.documents import Documents
 from hla_dist.functional.options import DEFAULTS
 from hla_dist.operators import NAMED, OPERATORS
 from hla_dist.operators.cascade import Operator
-from hla_dist.operators.precision import as_autocast
+from hla_dist.operators.precision import as_autocast, sum_dtype
 from hla_dist.parallel import agreement, collectives, topology
 
 
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     def zeros(self, q: Tensor, v: Tensor, names: tuple[str, ...]) -> list[Tensor]:
         """Zero states, moments or reverse states by name, ``[B, H, rows, columns]``."""
         op, dims = self.cascade, (q.shape[3], v.shape[3] + int(self.normalize))
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = sum_dtype(q.dtype)
         return [torch.zeros(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in names]
 
     def kept_output(self, out: Tensor) -> Tensor:

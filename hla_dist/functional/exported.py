@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.operators import OPERATORS
+from hla_dist.operators.precision import sum_dtype
 
 _OPTIONS = "str cascade, float scale, float ridge, bool normalize, float eps, int chunk_size, str backend"
 
@@ -40,6 +41,6 @@ def attend(q, k, v, log_decay, gain, skip, initial, name, mask, decay_form, *opt
 @attend.register_fake
 def _(q, k, v, log_decay, gain, skip, initial, name, mask, decay_form, *options) -> list[Tensor]:
     op, dims = OPERATORS[options[0]], (q.shape[3], v.shape[3] + int(options[3]))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(q.dtype)
     fields = [torch.empty(q.shape[0], q.shape[2], *op.shape(n, *dims), dtype=dtype, device=q.device) for n in op.states]
     return [torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device), *fields]

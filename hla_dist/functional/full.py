@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hla_dist.functional import exchange_ops
 from hla_dist.functional.call import Call, Plan
+from hla_dist.operators.precision import sum_dtype
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -77,7 +78,7 @@ def attend(call: Call) -> Tensor:
 
 def _moments(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """``[B, H, rows, columns]`` each; K/V heads are broadcast over their query heads."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(q.dtype)
     x = {"q": q.to(dtype) * plan.scale, "k": k.to(dtype), "v": v.to(dtype)}
     if plan.normalize:
         x["v"] = torch.cat([x["v"], x["v"].new_ones(*v.shape[:3], 1)], dim=-1)

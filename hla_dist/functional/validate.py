@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from hla_dist.functional.documents import Documents
 from hla_dist.operators import NAMED
 from hla_dist.operators.cascade import Operator
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.topology import EXCHANGES
 
 # Derivatives are closed forms behind one autograd.Function: first order, right to left. What else torch can do to a
@@ -260,7 +261,7 @@ def check_state(
     require(plain or isinstance(state, kind), "initial_state", expected, came)
     B, _, H, K = q.shape
     rows = B if documents is None else documents.count
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(q.dtype)
     for letter, x in zip(names, state):
         name = f"initial_state.{letter}"
         shape = (rows, H, *op.shape(letter, K, value_dim))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist.nn.chunks import CHUNK_TOKENS, map_tokens
+from hla_dist.operators.precision import sum_dtype
 
 CHUNK_LOGITS = 1 << 24  # numbers: 64 MiB in float32, 512 tokens of a vocabulary of 32 K
 
@@ -37,10 +37,8 @@ def summed_cross_entropy(
 
     def of_tokens(part: Tensor, wanted: Tensor) -> Tensor:
         logits = to_logits(part)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(
-            wide.flatten(0, 1), wanted.flatten().long(), ignore_index=ignore_index, reduction="none"
-        )
+        logits = logits.to(sum_dtype(logits.dtype)).flatten(0, 1)
+        losses = F.cross_entropy(logits, wanted.flatten().long(), ignore_index=ignore_index, reduction="none")
         return losses.view(part.shape[:2])
 
     tokens = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocab_size))

@@ -1,4 +1,4 @@
-"""Autocast does not reach into the operators: their precision is that of their inputs and their own rules."""
+"""Precision of sums; autocast does not reach into the operators, whose precision is their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and states over inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

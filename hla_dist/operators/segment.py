@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hla_dist.operators.cascade import Operator
 from hla_dist.operators.gates import BlockGates
+from hla_dist.operators.precision import sum_dtype
 
 CHUNK = 64  # fewer tokens waste matrix-product efficiency, more waste the upper triangle
 BLOCK_TOKENS = 512  # tokens of one row in a block: the scans over its 8 chunks cost 3 % of the arithmetic
@@ -73,7 +74,7 @@ class Segment:
         self.G = k.shape[2]
         self.V = v.shape[3] + int(settings.normalize)
         self.heads_per_kv = self.H // self.G
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dtype = sum_dtype(q.dtype)
         self.device = q.device
         longest = settings.chunk_size or CHUNK
         self._block_tokens = max(1, BLOCK_TOKENS // longest) * longest

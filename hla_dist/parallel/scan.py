@@ -228,7 +228,7 @@ def backward(
         summed = payload[split:].view(layout.wire).to(layout.dtype)
         with agreement.named(pending):
             collectives.all_reduce_sum(summed, pending.pg)
-        entering = replace(way, layout=layout.wide()).unpack(summed.view(torch.uint8), short=True)
+        entering = replace(way, layout=layout.unrounded()).unpack(summed.view(torch.uint8), short=True)
         if line.position == 0:
             own |= op.combine_reverse(own, own, entering)
     carry = receive_carry(line, way, own, exchange)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.agreement import settle
 from hla_dist.parallel.collectives import Group, all_gather_flat, all_reduce_sum, group_rank, group_size, resolve_group
 
@@ -287,9 +288,9 @@ def token_loss(
     if problem:
         raise ValueError(problem)
     classes = logits.shape[-1]
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(sum_dtype(logits.dtype))
     total = F.cross_entropy(
-        wide.reshape(labels.numel(), classes), labels.reshape(-1).long(), ignore_index=ignore_index, reduction="sum"
+        logits.reshape(labels.numel(), classes), labels.reshape(-1).long(), ignore_index=ignore_index, reduction="sum"
     )
     if isinstance(valid_tokens, Tensor):
         return total / valid_tokens.clamp(min=1)

@@ -44,7 +44,7 @@ class WireLayout:
             parts.append((name, (self.batch, self.heads, *packed), self.wire))
         return parts
 
-    def wide(self) -> WireLayout:
+    def unrounded(self) -> WireLayout:
         """The same with every field in ``dtype``."""
         return replace(self, wire=self.dtype)
 

@@ -18,8 +18,9 @@ from einops import rearrange
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel import collectives
-from hla_dist.softmax.exchange import FetchKeys, HeadsForTokens, wide
+from hla_dist.softmax.exchange import FetchKeys, HeadsForTokens
 from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.states import KVState
 
@@ -202,7 +203,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         first, last, scale = ctx.call
-        dk, dv = (torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device) for x in (k, v))
+        dk, dv = (torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in (k, v))
         dq = []
         for a, b in _blocks(first, last):
             low, high = int(first[a]), int(last[b - 1]) + 1

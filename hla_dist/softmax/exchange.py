@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.collectives import Group, all_to_all_flat, group_rank, group_size
 from hla_dist.softmax.key_spans import KeySpans
 
@@ -52,7 +53,7 @@ class FetchKeys(torch.autograd.Function):
         with named("keys backward", pg):
             flat = all_to_all_flat(torch.cat(parts), _sizes(taken, width), _sizes(given, width), pg)
         pieces = flat.split(_sizes(given, width))
-        total = torch.zeros(end - begin, *rows.shape[1:], dtype=wide(grad.dtype), device=grad.device)
+        total = torch.zeros(end - begin, *rows.shape[1:], dtype=sum_dtype(grad.dtype), device=grad.device)
         for source, (a, b) in enumerate(given):
             if source == rank:
                 total += rows[begin - low : end - low]
@@ -105,11 +106,6 @@ def _intervals(spans: KeySpans, pg: Group) -> tuple[list[tuple[int, int]], list[
 
 def _sizes(intervals: list[tuple[int, int]], width: int) -> list[int]:
     return [(b - a) * width for a, b in intervals]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are taken."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @contextmanager

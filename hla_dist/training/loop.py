@@ -189,11 +189,6 @@ def model_inputs(tokens: Tensor, mesh: MeshPlace, cuts: Tensor | None) -> tuple[
     return batch.inputs, labels, cu_seqlens_of(cuts, tokens.shape[1] - 1)
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or float64 if they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def gradient_norm(parameters: Any) -> Tensor:
     """Global 2-norm of all gradients; the same bits on every rank where the gradients are, or their shards add up."""
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from hla_dist import SequenceParallelHLA
 from hla_dist.data.windows import Mixture, Windows
 from hla_dist.models import LanguageModel
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.collectives import all_gather_objects, all_reduce_sum, group_size
 from hla_dist.processes.mesh import MeshPlace
 from hla_dist.training.fully_sharded import twin_in, whole
-from hla_dist.training.loop import gradient_norm, micro_batch_loss, wide
+from hla_dist.training.loop import gradient_norm, micro_batch_loss
 
 LIMIT = 1e-5
 
 
 @dataclass(frozen=True)
-class Gradients:
+class Measured:
     """Loss, and gradients by parameter name, of one batch."""
 
     loss: float
@@ -39,7 +40,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Relative differences of two :class:`Gradients` of the same batch."""
+    """Relative differences of two :class:`Measured` of the same batch."""
 
     loss: tuple[float, float]
     grad_norm: tuple[float, float]
@@ -156,7 +157,7 @@ def computing_in(dtype: torch.dtype, model: nn.Module, mesh: MeshPlace | None = 
         model.to(before)
 
 
-def compare(one: Gradients, other: Gradients) -> Comparison:
+def compare(one: Measured, other: Measured) -> Comparison:
     """Relative differences, those of ``other`` as the truth."""
     gradients = {name: relative_difference(one.by_name[name], other.by_name[name]) for name in other.by_name}
     return Comparison((one.loss, other.loss), (one.norm, other.norm), gradients)
@@ -169,7 +170,7 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
     return 0.0 if float(difference) == 0.0 else float(difference / size) if float(size) > 0 else float("inf")
 
 
-def _gradients_of_all(model: nn.Module, sample: Tensor, cuts: Tensor | None, labels: int, mesh: MeshPlace) -> Gradients:
+def _gradients_of_all(model: nn.Module, sample: Tensor, cuts: Tensor | None, labels: int, mesh: MeshPlace) -> Measured:
     share = micro_batch_loss(model, sample, mesh, labels, cuts=cuts)
     share.backward()
     loss = share.detach().double()
@@ -177,21 +178,22 @@ def _gradients_of_all(model: nn.Module, sample: Tensor, cuts: Tensor | None, lab
     return _collected(model, float(loss))
 
 
-def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor], cuts: list[Tensor | None], labels: int) -> Gradients:
+def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor], cuts: list[Tensor | None], labels: int) -> Measured:
     """Documents are read one by one here, so packing is compared too."""
     loss = 0.0
     for sample, inside in zip(tokens, cuts, strict=True):
         part = torch.zeros((), dtype=next(alone.parameters()).dtype, device=sample.device)
         for document in sample[0].tensor_split(inside) if inside is not None else sample:
             if len(document) > 1:
-                logits = wide(alone(document[None, :-1]))
-                part = part + F.cross_entropy(logits[0], document[1:], reduction="sum") / max(labels, 1)
+                logits = alone(document[None, :-1])[0]
+                logits = logits.to(sum_dtype(logits.dtype))
+                part = part + F.cross_entropy(logits, document[1:], reduction="sum") / max(labels, 1)
         part.backward()
         loss += float(part.detach())
     return _collected(alone, loss)
 
 
-def _collected(model: nn.Module, loss: float) -> Gradients:
+def _collected(model: nn.Module, loss: float) -> Measured:
     norm = float(gradient_norm(model.parameters()))
     zero = {name: whole(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in model.named_parameters()}
-    return Gradients(loss, norm, {name: grad.clone() for name, grad in zero.items()})
+    return Measured(loss, norm, {name: grad.clone() for name, grad in zero.items()})
