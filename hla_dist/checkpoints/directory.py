@@ -149,10 +149,10 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     for candidate in map(Path, names):
         wrong = together(group, partial(problem, candidate, *share), patient=True)  # files may differ much in size
         every = [wrong] if group is None else all_gather_objects(wrong, group)
-        found = next((text for text in every if text is not None), None)
-        if found is None:
+        reason = next((text for text in every if text is not None), None)
+        if reason is None:
             return Checkpoint(candidate, together(group, partial(_read_state, candidate)), problems)
-        problems.append(f"checkpoint {candidate} is not whole: {found}")
+        problems.append(f"checkpoint {candidate} is not whole: {reason}")
     rest = "" if itself else "; none before it is whole"
     raise UserError(f"checkpoint: expected a whole one, got {problems[0].removeprefix('checkpoint ')}{rest}")
 
@@ -170,8 +170,8 @@ def _candidates(path: Path) -> tuple[list[str], bool]:
     """Directories to try in order, and whether that is ``path`` itself."""
     if (path / MANIFEST).is_file() or (_NAME.match(path.name) and path.is_dir()):
         return [str(path)], True
-    found = _steps(path) or _steps(path / "checkpoints")
-    return [str(p) for p in reversed(found)], False
+    steps = _steps(path) or _steps(path / "checkpoints")
+    return [str(p) for p in reversed(steps)], False
 
 
 def _steps(directory: Path) -> list[Path]:

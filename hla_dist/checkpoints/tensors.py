@@ -110,12 +110,12 @@ def read_tensors(directory: Path, tensors: dict[str, Any]) -> None:
 
 def stored_shapes(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor by today's name; UserError if ``directory``'s index is not one of tensors."""
-    found = {}
+    shapes = {}
     for name, item in Reader(directory).read_metadata().state_dict_metadata.items():
         if not isinstance(item, TensorStorageMetadata):  # anything else would be unpickled on reading
             raise UserError(f"checkpoint: expected tensors only in {directory}, got {name} as {type(item).__name__}")
-        found[current_name(name)] = (tuple(item.size), item.properties.dtype)
-    return found
+        shapes[current_name(name)] = (tuple(item.size), item.properties.dtype)
+    return shapes
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

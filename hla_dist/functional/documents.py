@@ -73,7 +73,7 @@ class Documents:
         return left, right
 
     @cached_property
-    def here(self) -> tuple[Crossing | None, Crossing | None]:
+    def edges(self) -> tuple[Crossing | None, Crossing | None]:
         """``crossing`` of this shard."""
         return self.crossing(self.rank)
 
@@ -112,7 +112,7 @@ class Documents:
         for r in self.rows:
             at = self.cu[r.documents, None] + torch.arange(r.length)
             parts.append(torch.where(at < self.cu[r.documents + 1, None], at - self.start, tokens).flatten())
-        left, right = self.here
+        left, right = self.edges
         if left is not None:
             parts.append(torch.arange(left.tokens))
         if right is not None:
@@ -132,7 +132,7 @@ class Documents:
         index, inverse = (x.to(sequences[0].device, non_blocking=True) for x in self.slots)
         slots = [Rearranged.apply(x[0], index, inverse) for x in sequences]
         sizes = [(len(r.documents), r.length) for r in self.rows]
-        sizes += [(1, c.tokens if c else 0) for c in self.here] if group else []
+        sizes += [(1, c.tokens if c else 0) for c in self.edges] if group else []
         split = [x.split([rows * length for rows, length in sizes]) for x in slots]
         parts = [[x.unflatten(0, size) for x in part] for size, *part in zip(sizes, *split)]
         return Pieces(parts[: len(self.rows)], parts[len(self.rows) :])

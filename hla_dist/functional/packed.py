@@ -131,7 +131,7 @@ def attend(call: Call) -> tuple[Tensor, list[Tensor]]:
         states.append(state)
         numbers.append(rows.documents)
     if plan.group_name:
-        left, right = documents.here
+        left, right = documents.edges
         left_inputs, right_inputs = pieces.crossing
         # no row where none is read: the gradient is zero all the same, not missing
         start = [x[right.document, None] if right else x[:0] for x in initial]

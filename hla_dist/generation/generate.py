@@ -90,10 +90,10 @@ def read(
     for begin in range(0, max(ids.shape[1], 1), piece * ranks):  # one empty piece gives the state before any token
         part = ids[:, begin : begin + piece * ranks]
         lengths = default_lengths(part.shape[1], ranks)
-        mine = part if group is None else shard(part, group, lengths=lengths)
+        local = part if group is None else shard(part, group, lengths=lengths)
         first = start + begin + sum(lengths[:rank])
-        positions = torch.arange(first, first + mine.shape[1], device=device)
-        _, state = alone.features(alone.embedding(mine.to(device)), state, positions=positions, return_state=True)
+        positions = torch.arange(first, first + local.shape[1], device=device)
+        _, state = alone.features(alone.embedding(local.to(device)), state, positions=positions, return_state=True)
     alone.train(training)
     assert state is not None
     return Reading(state, start + len(text) - 1, text[-1])

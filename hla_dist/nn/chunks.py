@@ -90,23 +90,23 @@ class _Chunks(torch.autograd.Function):
         of_sequences = [torch.empty_like(x) if w else None for x, w in zip(sequences, wanted)]
         device, dtype, enabled = ctx.autocast
         for start in range(0, sequences[0].shape[1], ctx.step):
-            here = slice(start, start + ctx.step)
-            parts = [x[:, here].detach().requires_grad_(w) for x, w in zip(sequences, wanted)]
+            chunk = slice(start, start + ctx.step)
+            parts = [x[:, chunk].detach().requires_grad_(w) for x, w in zip(sequences, wanted)]
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                 results = functional_call(ctx.call, dict(zip(ctx.names, aliases, strict=True)), tuple(parts))
             used = [i for i, y in enumerate(results) if y.requires_grad]
             leaves = [x for x in (*parts, *aliases) if x.requires_grad]
-            found = iter(
+            computed = iter(
                 torch.autograd.grad(
-                    [results[i] for i in used], leaves, [gradients[i][:, here] for i in used], materialize_grads=True
+                    [results[i] for i in used], leaves, [gradients[i][:, chunk] for i in used], materialize_grads=True
                 )
             )
             for target in of_sequences:
                 if target is not None:
-                    target[:, here] = next(found)
+                    target[:, chunk] = next(computed)
             for i, alias in enumerate(aliases):
                 if alias.requires_grad:
-                    gradient, total = next(found), of_parameters[i]
+                    gradient, total = next(computed), of_parameters[i]
                     of_parameters[i] = gradient if total is None else total.add_(gradient)
         return None, None, None, None, *of_sequences, *of_parameters
 

@@ -85,14 +85,14 @@ class GradientReduction:
     def _parameters(self) -> list[nn.Parameter]:
         """The parameters to reduce, in order; raises ValueError if one was replaced by another after construction."""
         parameters = [p for p in self._module.parameters() if p.requires_grad and not is_dtensor(p)]
-        ours = [p for p in parameters if id(p) in self._ours and self._ours[id(p)]() is p]
-        if len(ours) < len(parameters) and "torch.distributed.fsdp" not in sys.modules:
-            new = {id(p) for p in parameters} - {id(p) for p in ours}
+        wrapped = [p for p in parameters if id(p) in self._ours and self._ours[id(p)]() is p]
+        if len(wrapped) < len(parameters) and "torch.distributed.fsdp" not in sys.modules:
+            new = {id(p) for p in parameters} - {id(p) for p in wrapped}
             names = [name for name, p in self._module.named_parameters() if id(p) in new]
             raise ValueError(
                 f"module: expected the parameters it was wrapped with, got others for {names}: wrap it last"
             )
-        return ours
+        return wrapped
 
     def _hook_parameters(self) -> None:
         """Before every step, since a parameter without gradient takes no hook and may be unfrozen later."""

@@ -276,9 +276,9 @@ def _agree(module: nn.Module, problem: str, pg: Group) -> None:
     if len({d for _, d in answers}) > 1:
         everything = all_gather_objects(described, pg)
         rank = next(r for r, other in enumerate(everything) if other != everything[0])
-        ours, theirs = (dict.fromkeys(one) for one in (everything[0], everything[rank]))
-        here, there = ([item for item in a if item not in b] for a, b in ((ours, theirs), (theirs, ours)))
+        first, other = everything[0], everything[rank]
+        alone = [[item for item in a if item not in set(b)] for a, b in ((first, other), (other, first))]
         raise ValueError(
             "module: expected the same parameters in the same order on every rank, got "
-            f"{(here or ['another order'])[0]} on rank 0 and {(there or ['another order'])[0]} on rank {rank}"
+            f"{(alone[0] or ['another order'])[0]} on rank 0 and {(alone[1] or ['another order'])[0]} on rank {rank}"
         )

@@ -38,10 +38,10 @@ class RankInfo(NamedTuple):
 def rank_info(environ: Mapping[str, str]) -> RankInfo:
     """This process by torchrun's variables, the only one where there are none. Raises UserError for a wrong one."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    found = RankInfo(*(number(environ, name, default) for name, default in names.items()))
-    if found.rank >= found.world_size:
-        raise UserError(f"RANK: expected less than WORLD_SIZE {found.world_size}, got {found.rank}")
-    return found
+    info = RankInfo(*(number(environ, name, default) for name, default in names.items()))
+    if info.rank >= info.world_size:
+        raise UserError(f"RANK: expected less than WORLD_SIZE {info.world_size}, got {info.rank}")
+    return info
 
 
 def number(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -84,8 +84,8 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float)
     dead process's number is never confirmed by the rank that has taken its place. Raises RuntimeError after
     ``timeout_s`` seconds.
     """
-    mine = uuid.uuid4().hex
-    store.set(f"hla/number/{rank}", mine)
+    own = uuid.uuid4().hex
+    store.set(f"hla/number/{rank}", own)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if rank == 0:
@@ -93,7 +93,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float)
             store.set("hla/list", ",".join(numbers))
         else:
             numbers = store.get("hla/list").decode().split(",")
-        if len(numbers) == world_size and numbers[rank] == mine:
+        if len(numbers) == world_size and numbers[rank] == own:
             life = hashlib.sha256(",".join(numbers).encode()).hexdigest()[:16]
             store.set(f"hla/{life}/confirmed/{rank}", "")
             if rank == 0 and store.check([f"hla/{life}/confirmed/{r}" for r in range(world_size)]):

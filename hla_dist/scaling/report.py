@@ -79,10 +79,10 @@ def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
         for axis, panel in zip(axes, wanted, strict=True):
             x, unit = panel.split(": ")
             for name in over_ranks if x == "ranks" else ["length"]:
-                mine = sorted((r for r in rows if r["what"] == what and name in r["series"]), key=lambda r: r[x])
-                for label, marks, values in _lines(panel, mine):
+                chosen = sorted((r for r in rows if r["what"] == what and name in r["series"]), key=lambda r: r[x])
+                for label, marks, values in _lines(panel, chosen):
                     label = f"{name}: {label}" if x == "ranks" else label
-                    axis.plot([r[x] for r in mine], values, marks, label=label)
+                    axis.plot([r[x] for r in chosen], values, marks, label=label)
             axis.set(xlabel=x, ylabel=unit, title=f"{what} ({config.op})", ylim=(0, None))
             if x == "tokens":
                 axis.set_xscale("log", base=2)

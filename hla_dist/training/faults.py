@@ -54,7 +54,7 @@ class Faults:
 
     def __init__(self, text: str = "", rank: int = 0, restart: int = 0) -> None:
         everything = [parse_fault(part) for part in text.split()]
-        self.mine = [fault for fault in everything if (fault.rank, fault.restart) == (rank, restart)]
+        self.own = [fault for fault in everything if (fault.rank, fault.restart) == (rank, restart)]
         self._hooks: list[Any] = []
 
     def before(self, step: int, model: nn.Module) -> None:
@@ -62,12 +62,12 @@ class Faults:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for fault in (fault for fault in self.mine if fault.step == step):
+        for fault in (fault for fault in self.own if fault.step == step):
             self._strike(fault, model)
 
     def saving(self, moment: str, step: int) -> None:
         """Called by the thread that writes a checkpoint."""
-        if any((fault.kind, fault.step) == (f"kill-{moment}", step) for fault in self.mine):
+        if any((fault.kind, fault.step) == (f"kill-{moment}", step) for fault in self.own):
             kill()
 
     def _strike(self, fault: Fault, model: nn.Module) -> None:

@@ -48,8 +48,8 @@ def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, mesh: MeshPlace) -> 
             layer.exchange, layer.wire_dtype = its.exchange, its.wire_dtype
     twin = distributed(copy, mesh, sync_parameters=False, shard_lengths=model.shard_lengths)
     with torch.no_grad():
-        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-            local(ours).copy_(local(theirs))
+        for to, source in zip(twin.parameters(), model.parameters(), strict=True):
+            local(to).copy_(local(source))
     return twin
 
 

@@ -126,8 +126,8 @@ def check_parity(
     sharded, single = [], []
     for dtype in (torch.float64, torch.float32):
         with computing_in(dtype, model, mesh) as model_in_dtype:
-            mine = (tokens[mesh.replica], cuts[mesh.replica])
-            sharded.append(_gradients_of_all(model_in_dtype, *mine, labels, mesh))
+            own = (tokens[mesh.replica], cuts[mesh.replica])
+            sharded.append(_gradients_of_all(model_in_dtype, *own, labels, mesh))
         if alone is not None:
             with computing_in(dtype, alone):
                 single.append(_gradients_of_one(alone, tokens, cuts, labels))

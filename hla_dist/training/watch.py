@@ -52,18 +52,18 @@ class Watch:
         """
         bad = torch.stack([bad for _, bad in self._notes]).tolist() if self._notes else []
         first = next((i for i, flag in enumerate(bad) if flag), None)
-        mine = None if first is None else (first, self._notes[first][0])
-        if mine is None and not loss_finite:
-            mine = (len(self._notes), "the loss")
-        answers = all_gather_objects(mine, group)
-        found = {rank: answer for rank, answer in enumerate(answers) if answer is not None}
-        if not found:
+        first_note = None if first is None else (first, self._notes[first][0])
+        if first_note is None and not loss_finite:
+            first_note = (len(self._notes), "the loss")
+        answers = all_gather_objects(first_note, group)
+        noted = {rank: answer for rank, answer in enumerate(answers) if answer is not None}
+        if not noted:
             return "on no rank alone: the sum of the ranks' gradients, or its norm, overflows"
-        earliest = min(index for index, _ in found.values())
-        where = next(text for index, text in found.values() if index == earliest)
-        together = [rank for rank, (index, _) in found.items() if index == earliest]
+        earliest = min(index for index, _ in noted.values())
+        where = next(text for index, text in noted.values() if index == earliest)
+        together = [rank for rank, (index, _) in noted.items() if index == earliest]
         origin = together[0] if where.startswith("the output") else together[-1]
-        others = [str(rank) for rank in found if rank != origin]
+        others = [str(rank) for rank in noted if rank != origin]
         return f"first on rank {origin} in {where}" + (f", then on rank(s) {', '.join(others)}" if others else "")
 
     def _after(self, name: str, layer: nn.Module, arguments: Any, output: Any) -> None:
@@ -85,12 +85,12 @@ class Watch:
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Named parts of a model at the depth at which one would speak of them."""
-    found = []
+    parts = []
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):
             for number, element in child.named_children():
                 inside = [(f"{name}.{number}.{part}", module) for part, module in element.named_children()]
-                found += inside or [(f"{name}.{number}", element)]
+                parts += inside or [(f"{name}.{number}", element)]
         else:
-            found.append((name, child))
-    return found
+            parts.append((name, child))
+    return parts
