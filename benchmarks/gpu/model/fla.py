@@ -45,171 +45,59 @@ def import_fla(site: str) -> tuple[Any, Any]:
     return h, o
 
 
-def _p(dtype: torch.dtype = torch.bfloat16) -> Any:
-    return Pointer(dtype)
-
-
 BF, FP = torch.bfloat16, torch.float32
+
+
+def tensors(names: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Arguments of these names that Triton takes for tensors."""
+    return {name: Pointer(dtype) for name in names.split()}
 
 
 def variants(which: str, h: Any, o: Any, shape: tuple, gated: bool, forward_states: torch.dtype) -> list[model.Launch]:
     """One kernel at each configuration tried."""
     B, T, H, K = shape
-    NT, G = -(-T // 64), _p(FP) if gated else None
-    seq = B * T * H * K * 2
-    found = []
-    flags = dict(IS_VARLEN=False, STATE_V_FIRST=False, USE_G=gated, USE_G_GAMMA=False)
-    none = dict(cu_seqlens=None, g_gamma=None)
-
-    def add(
-        kernel: Any, a: dict, grid: int, warps: int, stages: int, steps: int, bytes_: float, text: str, inner: int = 1
-    ) -> None:
-        c = model.compile_launch(kernel, a, {"num_warps": warps, "num_stages": stages})
-        found.append(model.Launch(f"fla {which} {text} w{warps} s{stages}", c, grid, warps, steps, bytes_, inner))
-
-    if which in ("fwd_h", "bwd_dh"):
-        out_bytes = B * NT * H * K * K * (2 if forward_states == BF else 4)
-        for (BK, BV), warps, stages in [
-            ((32, 32), 2, 3),
-            ((32, 64), 4, 3),
-            ((64, 64), 4, 3),
-            ((64, 64), 4, 4),
-            ((32, 32), 1, 4),
-            ((32, 32), 4, 4),
-        ]:
-            grid = (K // BK) * (K // BV) * B * H
-            size = dict(H=H, K=K, V=K, BT=64, BS=64, BK=BK, BV=BV, USE_GK=False, USE_GV=False)
-            if which == "fwd_h":
-                a = dict(
-                    k=_p(),
-                    v=_p(),
-                    h=_p(forward_states),
-                    g=G,
-                    gk=None,
-                    gv=None,
-                    h0=None,
-                    ht=None,
-                    split_offsets=None,
-                    T=T,
-                    USE_INITIAL_STATE=False,
-                    STORE_FINAL_STATE=False,
-                    **size,
-                    **flags,
-                    **none,
-                )
-                kernel = h.chunk_fwd_kernel_h
-            else:
-                a = dict(
-                    q=_p(),
-                    g=G,
-                    gk=None,
-                    gv=None,
-                    do=_p(),
-                    dh=_p(FP),
-                    dht=None,
-                    dh0=None,
-                    split_offsets=None,
-                    scale=0.5,
-                    T=T,
-                    HQ=H,
-                    NG=1,
-                    STORE_INITIAL_STATE_GRADIENT=False,
-                    USE_FINAL_STATE_GRADIENT=False,
-                    **size,
-                    **flags,
-                    **none,
-                )
-                kernel = h.chunk_bwd_kernel_dh
-            add(kernel, a, grid, warps, stages, NT, 2 * seq + out_bytes, f"{BK}x{BV}")
-    elif which == "fwd_o":
-        for BK, BV, warps, stages in [(64, 64, 4, 3), (128, 128, 8, 3), (32, 32, 2, 3)]:
-            if BK > K:
-                continue
-            a = dict(
-                q=_p(),
-                k=_p(),
-                v=_p(),
-                h=_p(),
-                g=G,
-                o=_p(),
-                chunk_indices=None,
-                scale=0.5,
-                T=T,
-                H=H,
-                HV=H,
-                K=K,
-                V=K,
-                BT=64,
-                BK=BK,
-                BV=BV,
-                **flags,
-                **none,
-            )
-            add(
-                o.chunk_fwd_kernel_o,
-                a,
-                (K // BV) * NT * B * H,
-                warps,
-                stages,
-                0,
-                4 * seq + B * NT * H * K * K * 2,
-                f"{BK}x{BV}",
-                K // BK,
-            )
+    chunks, sequence = -(-T // 64), B * T * H * K * 2  # bytes
+    states = B * chunks * H * K * K  # numbers
+    a = dict(T=T, H=H, K=K, V=K, BT=64, IS_VARLEN=False, STATE_V_FIRST=False, USE_G=gated, USE_G_GAMMA=False)
+    a |= dict.fromkeys(("cu_seqlens", "g_gamma")) | (tensors("g", FP) if gated else {"g": None})
+    configurations: list[tuple[int, int, int, int]] = [  # BK, BV, warps, stages
+        (min(K, 128), min(K, 128), warps, stages) for warps, stages in itertools.product((2, 4), (2, 3))
+    ]
+    over_chunks = which in ("fwd_h", "bwd_dh")  # a program walks over them, instead of one for each
+    if over_chunks:
+        a |= dict(BS=64, USE_GK=False, USE_GV=False) | dict.fromkeys(("gk", "gv", "split_offsets"))
+        configurations = [(32, 32, 2, 3), (32, 64, 4, 3), (64, 64, 4, 3)]
+        configurations += [(64, 64, 4, 4), (32, 32, 1, 4), (32, 32, 4, 4)]
+        moved = 2 * sequence + states * (2 if forward_states == BF else 4)
+    if which == "fwd_h":
+        kernel = h.chunk_fwd_kernel_h
+        a |= tensors("k v") | tensors("h", forward_states) | dict.fromkeys(("h0", "ht"))
+        a |= dict(USE_INITIAL_STATE=False, STORE_FINAL_STATE=False)
+    elif which == "bwd_dh":
+        kernel = h.chunk_bwd_kernel_dh
+        a |= tensors("q do") | tensors("dh", FP) | dict.fromkeys(("dht", "dh0")) | dict(scale=0.5, HQ=H, NG=1)
+        a |= dict(STORE_INITIAL_STATE_GRADIENT=False, USE_FINAL_STATE_GRADIENT=False)
+    else:
+        a |= dict(chunk_indices=None, scale=0.5, HV=H)
+    if which == "fwd_o":
+        kernel, moved = o.chunk_fwd_kernel_o, 4 * sequence + states * 2
+        a |= tensors("q k v h o")
+        configurations = [c for c in ((64, 64, 4, 3), (128, 128, 8, 3), (32, 32, 2, 3)) if c[0] <= K]
     elif which == "bwd_dqkwg":
-        for warps, stages in itertools.product((2, 4), (2, 3)):
-            a = dict(
-                q=_p(),
-                k=_p(),
-                v=_p(),
-                g=G,
-                h=_p(FP),
-                do=_p(),
-                dh=_p(FP),
-                dq=_p(),
-                dk=_p(),
-                dw=None,
-                dv=None,
-                dg=_p(FP) if gated else None,
-                chunk_indices=None,
-                scale=0.5,
-                B=B,
-                T=T,
-                H=H,
-                HV=H,
-                K=K,
-                V=K,
-                BT=64,
-                BK=min(K, 128),
-                BV=min(K, 128),
-                USE_DW=False,
-                **flags,
-                **none,
-            )
-            add(o.chunk_bwd_kernel_dqkwg, a, NT * B * H, warps, stages, 0, 6 * seq + 2 * B * NT * H * K * K * 4, "")
+        kernel, moved = o.chunk_bwd_kernel_dqkwg, 6 * sequence + 2 * states * 4
+        a |= tensors("q k v do dq dk") | tensors("h dh", FP) | dict(dw=None, dv=None, B=B, USE_DW=False)
+        a |= tensors("dg", FP) if gated else {"dg": None}
     elif which == "bwd_dv":
-        for warps, stages in itertools.product((2, 4), (2, 3)):
-            a = dict(
-                q=_p(),
-                k=_p(),
-                g=G,
-                do=_p(),
-                dv=_p(),
-                dh=_p(FP),
-                chunk_indices=None,
-                scale=0.5,
-                T=T,
-                H=H,
-                HV=H,
-                K=K,
-                V=K,
-                BT=64,
-                BK=min(K, 128),
-                BV=min(K, 128),
-                **flags,
-                **none,
-            )
-            add(o.chunk_bwd_kernel_dv, a, NT * B * H, warps, stages, 0, 4 * seq + B * NT * H * K * K * 4, "")
+        kernel, moved = o.chunk_bwd_kernel_dv, 4 * sequence + states * 4
+        a |= tensors("q k do dv") | tensors("dh", FP)
+    found = []
+    for BK, BV, warps, stages in configurations:
+        compiled = model.compile_launch(kernel, a | dict(BK=BK, BV=BV), {"num_warps": warps, "num_stages": stages})
+        name = f"fla {which} {BK}x{BV} w{warps} s{stages}"
+        inner = K // BK if which == "fwd_o" else 1
+        columns = K // BV if over_chunks or which == "fwd_o" else 1
+        grid = B * H * columns * (K // BK if over_chunks else chunks)
+        found.append(model.Launch(name, compiled, grid, warps, chunks if over_chunks else 0, moved, inner))
     return found
 
 
