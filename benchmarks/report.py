@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -100,6 +101,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def _strict(x: Any) -> Any:
+    """NaN and infinity have no place in JSON."""
+    if isinstance(x, dict):
+        return {key: _strict(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_strict(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def write(
     theme: str,
     out: Path,
@@ -127,8 +137,8 @@ def write(
         *body,
     ]
     path.write_text("\n\n".join(parts) + "\n")
-    record = {"about": about, "targets": [asdict(t) | {"met": t.met} for t in targets], **data}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    record = data | {"about": about, "targets": [asdict(t) | {"met": t.met} for t in targets]}
+    path.with_suffix(".json").write_text(json.dumps(_strict(record), indent=1) + "\n")
     return path
 
 

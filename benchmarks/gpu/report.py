@@ -9,12 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.gpu.contenders import PASSES, WALKS, Shape
 from benchmarks.gpu.timing import DIFFERENCE
+from benchmarks.program import pyplot
 from benchmarks.report import Target, table
 from hla_kernels.walks import OPERATORS
 
@@ -145,14 +146,11 @@ def _place(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def plot(found: dict[str, Any], out: Path) -> list[str]:
     """Time and percent of the bound against T."""
-    import matplotlib  # only here: everything else is written without it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    plt = pyplot()  # only here: everything else is written without it
 
     names = []
     for key, label in (("ms", "milliseconds, forward"), ("percent_of_bound", "percent of the bound, forward")):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        figure, axes = plt.subplots(figsize=(7, 4.5))
         for name in dict.fromkeys(row["contender"] for row in found["lengths"]):
             points = [(row["T"], row[key]) for row in found["lengths"] if row["contender"] == name]
             axes.loglog(*zip(*points), marker="o", label=name)
@@ -162,17 +160,8 @@ def plot(found: dict[str, Any], out: Path) -> list[str]:
             axes.legend()
         names.append(f"gpu_suite_{key}.png")
         figure.savefig(out / names[-1], dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
+        plt.close(figure)
     return names
-
-
-def _strict(x: Any) -> Any:
-    """NaN and infinity have no place in JSON."""
-    if isinstance(x, dict):
-        return {key: _strict(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_strict(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out: Path) -> None:
@@ -182,8 +171,6 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
     except Exception as error:
         images = []
         found["left_out"].append(f"plots: {type(error).__name__}: {error}")
-    record = {"about": about, "targets": [asdict(t) | {"met": t.met} for t in goals], **found}
-    (out / "gpu_suite.json").write_text(json.dumps(_strict(record), indent=1) + "\n")
     good = sum(c["good"] for c in found["checks"])
     checks = [
         [c["case"], c["tensor"], f"{c['error']:.2e}", f"{c['allowed']:.2e}"]
@@ -196,12 +183,12 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
         + [f"{r['percent_of_matrix_rate']:.0f}", f"{r['difference']:.1e}" if "difference" in r else ""]
         for r in found["rows"]
     ]
+    header = ["operator", "shape", "what", "contender", "ms", "predicted ms"]
+    header += ["% of bound", "% of matrix rate", "difference"]
     lengths = [
         [str(r["T"]), r["contender"], f"{r['ms']:.3f}", f"{r['percent_of_bound']:.0f}"] for r in found["lengths"]
     ]
     parts = [
-        "# The kernels on this GPU",
-        "\n".join(f"- {name}: {value}" for name, value in about.items()),
         "\n".join(
             [f"- CRASHED {text}" for text in found["crashed"]]
             + [f"- not checked, out of time: {name}" for name in found["unchecked"]]
@@ -209,28 +196,13 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
         )
         or "Nothing was left out.",
         verdict(found),
-        "## Targets",
-        table(["", "target", "measured", "bound"], [t.row for t in goals]),
         f"## Correctness: {good} of {len(found['checks'])} cases within their bound",
         table(["case", "tensor", "error", "allowed", ""], checks),
         "## Times",
         "The device's own, launches queued ahead. The bound: the larger of operations over the matrix rate and bytes "
         "over the copy bandwidth, both as measured. Operations: 2 * 64 K + 4 K^2 a token, head and pass forward, three "
         "times that backward, whatever is computed again. Difference: of a peer's output from this library's.",
-        table(
-            [
-                "operator",
-                "shape",
-                "what",
-                "contender",
-                "ms",
-                "predicted ms",
-                "% of bound",
-                "% of matrix rate",
-                "difference",
-            ],
-            rows,
-        ),
+        table(header, rows),
         table(["T", "contender, forward", "ms", "% of bound"], lengths),
         "\n".join(f"- decoding, {name}: {value:.1f}" for name, value in found["decoding"].items()),
         "\n".join(
@@ -246,4 +218,4 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
         else "",
         "\n".join(f"![]({name})" for name in images),
     ]
-    (out / "gpu_suite.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    report.write("gpu_suite", out, "The kernels on this GPU", about, goals, [part for part in parts if part], found)

@@ -57,6 +57,7 @@ from benchmarks.gpu import sanitized as gpu_sanitized  # noqa: E402
 from benchmarks.gpu import steps as gpu_steps  # noqa: E402
 from benchmarks.gpu import timing as gpu_timing  # noqa: E402
 from benchmarks.gpu.contenders import PASSES, Shape, call_peers_once  # noqa: E402
+from benchmarks.report import conclude as conclude_targets  # noqa: E402
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402
 from hla_kernels.device import Target  # noqa: E402
@@ -156,16 +157,13 @@ def conclude(found: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check:
     about["matrix rate, TFLOP/s"] = f"{found['rate'][1] / 1e12:.3g}"
     goals = gpu_report.targets(found, shapes) if shapes else []
     gpu_report.write(found, about, goals, out)
-    for goal in goals:
-        print("  ".join(goal.row))
     print(gpu_report.verdict(found) or "Walks: not run here")
     bad = gpu_report.wrong(found)
     for text in bad:
         print(f"WRONG: {text}")
     for text in found["left_out"]:
         print(f"FAILED or left out: {text}")
-    print(f"report: {out / 'gpu_suite.md'}", flush=True)
-    return int(bool(bad) or (check and not all(goal.met for goal in goals)))
+    return conclude_targets(goals, out / "gpu_suite.md", check) or int(bool(bad))
 
 
 def _version(package: str) -> str:
