@@ -63,10 +63,10 @@ class HLAAttention(RenamesOnLoad):
     like T, beyond fp16's 65504.
 
     The plain attributes ``group`` and ``shard_lengths`` are None until ``SequenceParallelHLA`` sets
-    them. They are not in the state_dict, not pickled, and shared by deepcopy. The operator's own options
-    are kept in ``options`` and may be set as attributes, too. ``chunk_tokens`` (0: off)
-    has all but the operator itself done for so many tokens at a time and computed again in backward, so
-    that no copies of a long shard are kept.
+    them. They are not in the state_dict, not pickled, and shared by deepcopy. The operator's own
+    options are kept in ``options`` and may be set as attributes, too. ``chunk_tokens`` (0: off) has all
+    but the operator itself done for so many tokens at a time and computed again in backward, so that no
+    copies of a long shard are kept.
 
     Communication: that of the operator over ``group``, one all-gather forward and one backward; with
     ``conv`` one ``halo`` exchange each way beside it; see ``rope_theta``.
