@@ -58,7 +58,7 @@ class Contender:
     gates: str = ""  # "", "head" or "token"
     heads_first: bool = True
     quadratic: bool = False
-    squares: tuple[int, int] = (0, 0)  # T x T matrices a head that live at once, forward and forward+backward
+    squares: tuple[int, int] = (0, 0)  # T x T matrices per head that live at once, forward and forward+backward
 
     def inputs(self, source: Source, tokens: int) -> tuple[list[Tensor], Tensor]:
         """Leaves ``q, k, v`` (and ``log_decay``), and the gradient of the output."""

@@ -34,9 +34,9 @@ LENGTHS = [1 << n for n in (10, 12, 14, 16, 18, 20)]
 ROUNDS = 15
 NEW = 16  # tokens a round
 MIB = 1 << 20
-HEADER = ["context", "state from", "read, tokens/s", "MiB peak reading", "ms a token", "CPU ms a token",
-          "tokens a CPU second", "state, KiB", "MiB peak generating",
-          "cache: CPU ms a token, attention alone", "cache, MiB"]  # fmt: skip
+HEADER = ["context", "state from", "read, tokens/s", "MiB peak reading", "ms per token", "CPU ms per token",
+          "tokens per CPU second", "state, KiB", "MiB peak generating",
+          "cache: CPU ms per token, attention alone", "cache, MiB"]  # fmt: skip
 
 
 def read_lengths(model: LanguageModel, lengths: Sequence[int], seconds: float) -> list[dict[str, Any]]:

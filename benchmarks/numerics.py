@@ -4,7 +4,7 @@
     python benchmarks/numerics.py --quick        a smoke run of seconds; report in out/benchmarks/
     python benchmarks/numerics.py --check        exit code 1 if a target is missed
 
-B = 1, K = V = 32; q and k of length 1 (as HLAAttention makes them), v and the output's gradient normal, gates a token
+B = 1, K = V = 32; q and k of length 1 (as HLAAttention makes them), v and the output's gradient normal, gates per token
 with memories of about 32 tokens and more, or none. Inputs are rounded to the dtype measured, then both it and float64
 compute from them; an error is the 2-norm of the difference over that of the truth, tensor by tensor. Up to 4096 tokens
 plain torch computes the same in bf16, as masked T x T matrices.
@@ -102,7 +102,7 @@ def judge(ours: dict[Key, Errors], plain: dict[Key, Errors]) -> list[report.Targ
 
 
 def tables(ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> list[str]:
-    """A table a dtype: output error, and the largest of the gradients'."""
+    """A table per dtype: output error, and the largest of the gradients'."""
 
     def cell(values: Errors | None) -> str:
         if values is None:
@@ -127,7 +127,7 @@ def tables(ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]
 
 
 def plot(path: Path, ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> None:
-    """Output error against T, a panel a dtype."""
+    """Output error against T, one panel per dtype."""
     plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)

@@ -152,7 +152,7 @@ def judge(args, lengths, time_of: dict[Case, float], rate: float, peaks: dict[Ca
     short, long = measured[0], lengths[-1]
     for mode in MODES:
         growth = time_of[HLA2.name, long, mode] / long / (time_of[HLA2.name, short, mode] / short)
-        targets.append(Target(f"hla2 {mode}, time a token at T = {long} over T = {short}", growth, 1.3, False))
+        targets.append(Target(f"hla2 {mode}, time per token at T = {long} over T = {short}", growth, 1.3, False))
     for mode in MODES:
         common = [t for t in lengths if t >= 2048 and (SOFTMAX.name, t, mode) in time_of]
         if common:
@@ -221,8 +221,8 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
             ]
         parts.append(
             "Resident memory at its highest during a call (the kernel's high-water mark, reset before the call) less "
-            "that before it, in a fresh process a contender and length. Inputs and the output's gradient are in the "
-            "baseline; the results (output and gradients) are counted, and every contender must hold them."
+            "that before it, in a fresh process for each contender and length. Inputs and the output's gradient are in "
+            "the baseline; the results (output and gradients) are counted, and every contender must hold them."
         )
     return parts
 

@@ -60,7 +60,7 @@ KINDS = ("summarise", "start", "projections", "wait and fold", "scan", "exchange
 def parse() -> argparse.Namespace:
     return options(
         __doc__,
-        "256 tokens a rank, 2 heads, 2 rounds",
+        "256 tokens per rank, 2 heads, 2 rounds",
         {"tokens": 256, "heads": 2, "rounds": 2},
         ranks=(2, "processes"),
         tokens=(4096, "tokens per rank"),
@@ -168,7 +168,7 @@ def main() -> int:
     parts = [
         "## What was measured",
         f"HLAAttention(hidden {64 * args.heads}, {args.heads} heads, hla2, decay a token), forward+backward, B = 1, "
-        f"{args.tokens} tokens on each of {args.ranks} gloo ranks, {os.cpu_count()} CPUs, one thread a rank. Medians "
+        f"{args.tokens} tokens on each of {args.ranks} gloo ranks, {os.cpu_count()} CPUs, one thread per rank. Medians "
         f"of {args.rounds} interleaved rounds, of the rank that waits longest. Exposed: blocked on the exchange.",
         report.table(["exchange", "way", "exposed ms", "step ms", "share"], rows),
     ]

@@ -47,7 +47,7 @@ class Ranks:
     """A world of ``size``; use it as a context."""
 
     def __init__(self, size: int):
-        # forked from a server that has torch imported: one import instead of one a rank
+        # forked from a server that has torch imported: one import instead of one per rank
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "hla_dist"])
         self._folder = tempfile.TemporaryDirectory(prefix="hla_benchmark_")

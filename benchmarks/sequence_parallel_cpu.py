@@ -4,7 +4,7 @@
     python benchmarks/sequence_parallel_cpu.py --quick    a smoke run of seconds; report in out/benchmarks/
     python benchmarks/sequence_parallel_cpu.py --check    exit code 1 if a target is missed
 
-Forward+backward, B = 1, K = V = 64, float32, one thread a process, ranks over gloo. Every round measures three sides:
+Forward+backward, B = 1, K = V = 64, float32, one thread per process, ranks over gloo. Every round measures three sides:
 
     one      the one process, while the ranks sleep
     turns    the ranks, no more of them computing at a time than there are processors (a rank gives its processor back
@@ -154,7 +154,7 @@ def compare_results(variant: Variant, folder: str) -> tuple[dict[str, list[float
     sums = {}
     for name, value in zip(names_of(variant[0]), values):
         rank = dist.get_rank()
-        if value.dim() == 1:  # gates a head: every rank has its own tokens' share
+        if value.dim() == 1:  # gates per head: every rank has its own tokens' share
             value, rank = value.clone(), 0
             dist.all_reduce(value)
         size, start = value.numel(), rank * value.numel()

@@ -4,7 +4,7 @@
     python benchmarks/sequence_parallel_peers.py --quick    a smoke run: 2 ranks, short; report in out/benchmarks/
     python benchmarks/sequence_parallel_peers.py --check    exit code 1 if a target is missed
 
-Forward and backward, B = 1, float32, one thread a rank, equal shards. First every contender is compared with one
+Forward and backward, B = 1, float32, one thread per rank, equal shards. First every contender is compared with one
 process in float64; then all are timed in turns. Quadratic contenders run as long as their time, four times as much for
 twice the tokens, stays under --cap seconds; beyond, they are not run and their figures are a projection: bytes and
 memory grow with the tokens, messages do not.
@@ -30,7 +30,7 @@ from benchmarks.program import options, pyplot
 from benchmarks.ranks import Ranks
 
 EXACT = 1e-12
-CHECKED = 33  # tokens a rank in the comparison
+CHECKED = 33  # tokens per rank in the comparison
 LONG = 262144  # from here on one round, and no warm-up of its own
 OURS, PEER = "hla2, all_gather", "hla2 by heads (Megatron)"
 
@@ -114,7 +114,7 @@ def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
         for panel, key in zip(panels, ("wall", "bytes", "memory")):
             values = [row[key] for row in mine]
             panel.loglog([row["tokens"] for row in mine], values, f"o{style}", color=f"C{number}", label=name, ms=3)
-    for panel, label in zip(panels, ("seconds", "bytes a rank sends", "peak bytes above the inputs, a rank")):
+    for panel, label in zip(panels, ("seconds", "bytes per rank", "peak bytes above the inputs, per rank")):
         panel.set_xlabel("tokens in all")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
@@ -187,9 +187,9 @@ def main() -> int:
         "contender",
         "seconds",
         "CPU s, all",
-        "MiB a rank",
-        "bytes sent a rank",
-        "messages a rank",
+        "MiB per rank",
+        "bytes sent per rank",
+        "messages per rank",
     ]
     runs = [f"`{x['command']}` at {x['commit']}, load average {x['load_average_at_start']}" for x in earlier]
     body = [

@@ -1,6 +1,6 @@
 """What the GPU suite measures against what, and how much work each function is.
 
-Peers compute the same functions with flash-linear-attention's kernels, one call a pass; softmax attention is another
+Peers compute the same functions with flash-linear-attention's kernels, one call per pass; softmax attention is another
 function, here as what one would use instead. Tensors are ``[B, T, H, K]`` for all but softmax's ``[B, H, T, K]``.
 """
 
@@ -66,7 +66,7 @@ def ours(operator: str, backend: str = "triton") -> Callable[..., Tensor]:
 
 
 def peers(operator: str, gated: bool) -> Callable[..., Tensor]:
-    """The same function as calls of flash-linear-attention, one a pass."""
+    """The same function as calls of flash-linear-attention, one per pass."""
 
     def first_order(a: Tensor, b: Tensor, c: Tensor, g: Tensor | None) -> Tensor:
         # looked up when called: where it is not installed, this contender fails and no other

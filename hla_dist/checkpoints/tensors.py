@@ -33,7 +33,7 @@ from hla_dist.nn import SequenceParallelHLA
 from hla_dist.nn.head_norm import current_name
 from hla_dist.processes.failure import UserError, describe
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one entry a parameter, however they are grouped
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one entry per parameter, however they are grouped
 
 
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer, random: Tensor, rank: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ GIVEN = 6  # tensors of every call, before its initial state
 class CausalFunction(torch.autograd.Function):
     """``(out, *final state)`` of an operator; see ``attention.py`` for the public face.
 
-    The initial state is one tensor a field, or None (fixed arguments: Dynamo shifts variadic ones without grad).
+    The initial state is one tensor per field, or None (fixed arguments: Dynamo shifts variadic ones without grad).
     Communication with a group: one exchange forward, one backward.
     """
 

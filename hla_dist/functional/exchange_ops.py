@@ -162,7 +162,7 @@ def _(ticket, initial, like, total, group_name, operator, dims, wide, exchange, 
     schema=f"(Tensor ticket, Tensor[] later, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
 )
 def exchange_finish_backward(ticket, later, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
-    """Wait for a backward exchange: the reverse carry that enters this rank from its right, one field a pass.
+    """Wait for a backward exchange: the reverse carry that enters this rank from its right, one field per pass.
 
     It starts from the sum over ranks of the gradients of the final state (``total``), then takes the later ranks,
     the last first.

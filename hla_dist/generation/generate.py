@@ -65,7 +65,7 @@ def read(
 
     With a SequenceParallelHLA every rank gives all tokens: pieces are cut into shards over its group, and the reading,
     the whole text's, is returned on every rank. A rank has at most ``piece`` tokens at a time, however long the text.
-    No logits are computed. Communication: a piece's summaries, an exchange a layer. Raises ValueError if there is
+    No logits are computed. Communication: a piece's summaries, one exchange per layer. Raises ValueError if there is
     neither a token nor a text before, for tokens that are not in the vocabulary, and for ``piece`` below 1.
     """
     if piece < 1:

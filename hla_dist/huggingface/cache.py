@@ -1,4 +1,4 @@
-"""The cache of generate(): one state of constant size a layer, however much has been read.
+"""The cache of generate(): one state of constant size per layer, however much has been read.
 
 Letters: B batch rows (beams included), H heads, K and V the sizes of keys and values.
 """

@@ -1,6 +1,6 @@
 """Third order: ``u = gain LA(q, k, k) + ridge q + skip k``, ``r = LA(q, k, v)``, ``o = LA(q, u, r)``; state (S, P, F).
 
-The cascade equals the masked matrix form and combines with 3 K^2 + 3 K V numbers a head (docs/algebra.md).
+The cascade equals the masked matrix form and combines with 3 K^2 + 3 K V numbers per head (docs/algebra.md).
 """
 
 from __future__ import annotations

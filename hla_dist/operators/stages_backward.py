@@ -56,7 +56,7 @@ def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Ten
 
 
 def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tensor]) -> Gradients:
-    """Every gradient of the segment whose reverse carry (one field a pass) enters from the right."""
+    """Every gradient of the segment whose reverse carry (one field per pass) enters from the right."""
     op, log_decay = segment.operator, segment.log_decay
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (segment.q, segment.k, segment.v))
     dlog: Tensor | None = None

@@ -127,7 +127,7 @@ def start(
     device: torch.device,
     failure: str | None = None,
 ) -> _Pending:
-    """Send one frame a rank; returns what ``finish`` waits for.
+    """Send one frame per rank; returns what ``finish`` waits for.
 
     description: everything that shapes the payload, as text, and its ``contents``; payload: flat uint8. ``failure``
     (then payload is None) is a local error: every rank raises it.

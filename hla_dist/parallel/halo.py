@@ -4,7 +4,7 @@ Every rank has up to n of its last tokens to give, ``last [B, n, C]``, right-ali
 hold unequal numbers of them, ``counts [B]``. A shard shorter than n gives fewer, an empty one none, and what is missing
 comes from the ranks further to the left.
 
-all_gather   every rank's ``last`` and counts in one frame a rank; nothing is read on the host
+all_gather   every rank's ``last`` and counts in one frame per rank; nothing is read on the host
 messages     a frame of counts; then ``last`` goes to the ranks in reach alone, the next one if shards are n tokens long
 
 Letters: B batch, n slots, C channels, P ranks. Sums over ranks are taken in rank order, in float32 or wider.

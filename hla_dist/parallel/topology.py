@@ -60,7 +60,7 @@ def _equal_runs(hosts: list[str]) -> int:
 
 @assume_constant_result
 def resolve(exchange: str, group_name: str) -> str:
-    """The exchange that runs: ``all_gather``, ``scan``, or ``hierarchical:N`` with N ranks a machine."""
+    """The exchange that runs: ``all_gather``, ``scan``, or ``hierarchical:N`` with N ranks per machine."""
     pg = collectives.group_by_name(group_name)
     size, node = collectives.group_size(pg), ranks_per_node(pg)
     if exchange == "auto":

@@ -1,4 +1,4 @@
-"""Packed documents, for the oracles: one call a document."""
+"""Packed documents, for the oracles: one call per document."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The streaming recurrences, one token at a time (algebra, sections 2 and 3).
 
-One Python iteration a token, one state a sequence and head: the meaning of the operators, at the speed of an oracle.
+One Python iteration per token, one state per sequence and head: what the operators mean, at the speed of an oracle.
 """
 
 from __future__ import annotations

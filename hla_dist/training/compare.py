@@ -124,7 +124,7 @@ def draw(runs: list[Recorded], path: Path, metrics: list[str], axis: str = "toke
 
 
 def table(runs: list[Recorded]) -> list[str]:
-    """A line a run: where it ended, and its usual speed, as JSON that other programs can read too."""
+    """A line per run: where it ended, and its usual speed, as JSON that other programs can read too."""
     lines = []
     for run in runs:
         held_out = run.last("held_out")

@@ -37,7 +37,7 @@ _BACKWARD = 2.5  # of a pass's forward: products with both operands' gradients, 
 
 @dataclass(frozen=True)
 class Step:
-    """What is estimated: one optimiser step over ``shards`` ranks a sequence, parameters whole on every rank."""
+    """What is estimated: one optimiser step over ``shards`` ranks per sequence, parameters whole on every rank."""
 
     model: ModelConfig
     seq_len: int
@@ -118,7 +118,7 @@ def _blocks(step: Step, local: int) -> int:
 def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
     """Bytes that a rank sends in a step, ``exchange="all_gather"``; independent of the sequence's length.
 
-    With the gradients goes a number a tensor that says who has one.
+    With the gradients goes one number per tensor that says who has one.
     """
     if step.shards == 1:
         return {}

@@ -219,7 +219,7 @@ class Run:
     def _train(self) -> int:
         mixers = self.config.model.pattern or self.config.model.op
         self.say(
-            f"{self.parameters:,} parameters, {mixers}; {self.config.data.seq_len:,} tokens a sequence over "
+            f"{self.parameters:,} parameters, {mixers}; {self.config.data.seq_len:,} tokens per sequence over "
             f"{self.mesh.shards} rank(s), {self.mesh.replicas} replica(s)" + self.mesh.sharding
         )
         evaluated = len(self.starts) * self.config.data.seq_len
