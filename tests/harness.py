@@ -134,6 +134,20 @@ def members(size: int) -> tuple[int, ...]:
     return tuple(range(POOL_SIZE)) if size == POOL_SIZE else SUB_GROUPS[size]
 
 
+def open_groups() -> set[dist.ProcessGroup]:
+    """The process groups this rank has."""
+    return set(dist.distributed_c10d._world.pg_map)
+
+
+def close_groups(keep: set[dist.ProcessGroup]) -> None:
+    """Close this rank's other groups, once every rank has done with them.
+
+    Each open gloo group has a thread that wakes a hundred times per second, on every rank, for as long as the rank lives.
+    """
+    for pg in open_groups() - keep:
+        dist.destroy_process_group(pg)
+
+
 def _rank_main(rank: int, world_size: int, store: str, sub_groups: bool, detail: bool, channel: Connection) -> None:
     """A rank: join the world, then run every function that comes down the channel until it closes."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, whatever its name resolves to
@@ -155,11 +169,13 @@ def _rank_main(rank: int, world_size: int, store: str, sub_groups: bool, detail:
             pg = dist.new_group(list(ranks))
             if rank in ranks:
                 _groups[size] = pg
+    keep = open_groups()
     while True:
         try:
             fn, args = pickle.loads(channel.recv_bytes())
         except EOFError:
             break
+        close_groups(keep)  # the last function's: every rank has returned from it
         try:
             reply = (True, fn(*args))
         except BaseException:
@@ -296,7 +312,7 @@ class RankPool:
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """``fn(*args)`` on every rank of the pool; ``group(size)`` there is the sub-group of that size."""
         if self._world is None:
-            self._world = _World(POOL_SIZE, sub_groups=True)
+            self._world = _World(POOL_SIZE, sub_groups=True, detail=False)
         try:
             return self._world.run(fn, args, timeout, ())
         except BaseException:

@@ -99,7 +99,7 @@ def trained_in_every_way() -> list[dict[str, Any]]:
 def test_every_factorisation_of_eight_equals_one_process() -> None:
     assert len(FACTORS) == 10
     alone = run_ranks(trained_alone, 1)[0]
-    for rank, results in enumerate(run_ranks(trained_in_every_way, 8, timeout=120)):
+    for rank, results in enumerate(run_ranks(trained_in_every_way, 8, timeout=120, detail=False)):
         for case, got in zip(CASES, results, strict=True):
             want = alone[case[1]]
             assert len(got["steps"]) == 1 + (case[0] == (2, 2, 2))
