@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,10 @@ def raises_value_error(*parts: str) -> Iterator[None]:
         raise AssertionError(f"expected ValueError with {list(parts)}, nothing was raised")
 
 
+# MPICH's ranks ask for messages without a pause: with more ranks than cores they take turns from those that compute
+PATIENT_MPI = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "MPIR_CVAR_POLLS_BEFORE_YIELD": "10"}
+
+
 class RankError(AssertionError):
     """A function failed on some rank; ``by_rank`` maps each failed rank to its traceback, or how it ended."""
 
@@ -142,7 +147,7 @@ def open_groups() -> set[dist.ProcessGroup]:
 def close_groups(keep: set[dist.ProcessGroup]) -> None:
     """Close this rank's other groups, once every rank has done with them.
 
-    Each open gloo group has a thread that wakes a hundred times per second, on every rank, for as long as the rank lives.
+    Each open gloo group has a thread that wakes a hundred times per second, on every rank, while the rank lives.
     """
     for pg in open_groups() - keep:
         dist.destroy_process_group(pg)
@@ -268,6 +273,13 @@ def run_ranks(
         return world.run(fn, args, timeout, may_exit)
     finally:
         world.close()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def run_program(

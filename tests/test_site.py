@@ -118,6 +118,7 @@ def test_the_reference_has_every_public_name() -> None:
     assert {f"hla_dist.{name}" for name in public - {"reference", "counter"}} == set(listed())
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
     """Every shell block in order, in one shell, beside the repository's programs."""
     (tmp_path / "launch").symlink_to(ROOT / "launch")

@@ -23,6 +23,11 @@ from tests.problems import RIDGED, STREAMING, Problem, check, draw, run
 assert INTERPRETED, "run by test_interpreter.py, with TRITON_INTERPRET=1"
 
 WITH_KERNELS = [kind for kind in STREAMING if kind[1] != "paper"]
+# what one operator shows of all: a symmetric cascade and the longest one, the others in the whole suite
+TWO_OF_THEM = [
+    kind if kind in (("hla2", "causal"), ("hla3", "causal")) else pytest.param(*kind, marks=pytest.mark.slow)
+    for kind in WITH_KERNELS
+]
 
 
 def compare(problem: Problem) -> None:

@@ -17,14 +17,14 @@ Running = dict[str, tuple[subprocess.Popen[bytes], Path]]
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """All of them at once, and where each writes."""
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """All of them at once, with the slow ones where the whole run takes them, and where each writes."""
     found: Running = {}
     folder = tmp_path_factory.mktemp("interpreted")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     for cases in CASES:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.kernels.interpreted"]
-        command.append(str(HERE / cases))
+        command += ["-m", request.config.option.markexpr, str(HERE / cases)]
         written = folder / f"{cases}.txt"
         with written.open("wb") as file:
             process = subprocess.Popen(

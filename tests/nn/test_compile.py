@@ -61,7 +61,9 @@ def _assert_trained_alike(got: dict[str, Tensor], want: dict[str, Tensor]) -> No
         assert_close(name, got[name], want[name], FLOAT64, scale=scale)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[] if form in ("hla2", "hla3") else [pytest.mark.slow]) for form in FORMS]
+)
 def test_a_model_compiles_without_graph_breaks(form: str) -> None:
     """Training and decoding give what they give uncompiled."""
     model = _model(form)
@@ -114,7 +116,15 @@ def _over_a_group(pg: dist.ProcessGroup, form: str, checkpointing: bool) -> tupl
     return values, counter.calls
 
 
-@pytest.mark.parametrize(("form", "checkpointing"), [("hla2", False), ("hla2", True), ("ahla", False), ("hla3", True)])
+@pytest.mark.parametrize(
+    ("form", "checkpointing"),
+    [
+        ("hla2", False),
+        ("hla3", True),
+        pytest.param("hla2", True, marks=pytest.mark.slow),
+        pytest.param("ahla", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_compiles_over_a_group(pool: RankPool, form: str, checkpointing: bool) -> None:
     model = _model(form)
     want = _train(model, model)

@@ -126,7 +126,7 @@ def test_a_cut_is_a_cut(name: str, mask: str, dtype: torch.dtype) -> None:
         assert_bitwise(name, results[2][name], results[0][name])
 
 
-@pytest.mark.parametrize("gates", ["none", "H", "BTH"])
+@pytest.mark.parametrize("gates", ["none", pytest.param("H", marks=pytest.mark.slow), "BTH"])
 @pytest.mark.parametrize(("name", "mask"), STREAMING)
 def test_long_sequences(name: str, mask: str, gates: str) -> None:
     """float32 keeps its tolerance past every internal block of 512 tokens, and at T = 4096."""

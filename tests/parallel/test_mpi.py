@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import PATIENT_MPI
+
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sysconfig.get_path("scripts")) / "mpirun"  # of the mpich wheel: no system MPI takes part
 SECONDS = 300  # a hang; alone it takes 40, beside other tests on two slow cores it has taken 120
@@ -37,7 +39,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     directory = tmp_path_factory.mktemp("mpi")
     python = [sys.executable, "-m", "mpi4py", "-m", "tests.parallel.mpi_ranks"]
     command = [str(MPIRUN), "-n", "8", *python, str(directory), *CHECKS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    environment = os.environ | PATIENT_MPI | {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     files = [directory / f"{rank}.json" for rank in range(8)]
     assert all(file.exists() for file in files), done.stdout[-2000:] + done.stderr[-4000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from hla_dist.processes import mpirun, srun
 from hla_dist.processes.program import Program
-from tests.harness import raises_value_error, run_ranks
+from tests.harness import PATIENT_MPI, free_port, raises_value_error, run_ranks
 from tests.training.corpora import write_text
 from tests.training.test_program import FAILING, SECONDS, SMALL, environment, errors
 
@@ -28,15 +27,13 @@ MPIRUN = Path(sysconfig.get_path("scripts")) / "mpirun"  # of the mpich wheel
 SCRIPTS = ("mpirun.sh", "slurm.sh", "torchrun_multinode.sh")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def run(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(x) for x in command], env=environment() | more, capture_output=True, text=True, timeout=SECONDS
+        [str(x) for x in command],
+        env=environment() | PATIENT_MPI | more,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
 
 

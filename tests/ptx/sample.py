@@ -41,7 +41,7 @@ def allowed(row: dict[str, Any]) -> bool:
 def _case(row: dict[str, Any]) -> check.Case:
     K, V = row["columns"]
     segment = 64 if row["tokens"] == "several segments" else None
-    T = 1 if row["tokens"] == "decode" else 130 if segment else 90
+    T = 1 if row["tokens"] == "decode" else 130 if segment else 66
     more = {name: row[name] for name in ("fused", "state", "normalize", "grouped", "ridge")}
     return check.Case(row["arch"], row["operator"], row["dtype"], K, V, row["gated"], segment, T=T, **more)
 
