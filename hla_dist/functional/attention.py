@@ -143,8 +143,8 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
         q: ``[B, T, H, K]``.
         k: ``[B, T, G, K]``.
         v: ``[B, T, G, V]``.
-        **options: log_decay, decay_form, scale, ridge, gain, skip, normalize, mask (not full), backend and
-            chunk_size, as for the operator named.
+        **options: log_decay, decay_form, scale, ridge, gain, skip, normalize, mask (not full),
+            backend and chunk_size, as for the operator named.
     """
     validate.require(operator in NAMED, "operator", f"one of {tuple(NAMED)}", repr(operator))
     for name in options:

@@ -116,6 +116,8 @@ class HLAAttention(RenamesOnLoad):
             ``feature_map``; None: none. Its last inputs are part of the state (``ConvHLA2State``, for
             example). Its weight decays like a matrix.
         conv_backend: As for ``ShortConvolution``.
+        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 1 and 0: how much of u is the
+            query seen through the keys, and how much the token's own key. For hla2 and hla3.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.
@@ -166,6 +168,7 @@ class HLAAttention(RenamesOnLoad):
         rope_theta: float | None = None,
         conv: int | None = None,
         conv_backend: str = "auto",
+        key_term: bool = False,
         mask: str = "causal",
         decay_form: str = "masked",
         ridge: float = 0.0,
@@ -215,6 +218,11 @@ class HLAAttention(RenamesOnLoad):
             check_width("conv", conv)
             if mask == "full":
                 raise ValueError(f"conv: expected None with mask='full', which has no order, got {conv}")
+        if key_term and not (NAMED[op].keyed and mask == "causal" and decay_form == "masked"):
+            raise ValueError(
+                f"key_term: expected False for {op} with mask={mask!r} and decay_form={decay_form!r} "
+                f"(only hla2 and hla3, causal and masked, have a key term), got {key_term!r}"
+            )
         if mask == "full" and decay is not None:
             raise ValueError(
                 f"decay: expected None with mask='full', which sees the whole sequence alike, got {decay!r}"
@@ -238,6 +246,9 @@ class HLAAttention(RenamesOnLoad):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # all of one dimension: optimisers know by that, or by the name, what not to decay
         self.decay_bias = None if decay is None else nn.Parameter(torch.empty(self.decay_heads, **factory))
+        self.gain, self.skip = (
+            nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
+        )
         self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
         self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
         self.o_norm = HeadNorm(self.value_dim, output_norm_eps, num_heads, **factory) if output_norm else None
@@ -265,6 +276,9 @@ class HLAAttention(RenamesOnLoad):
         self._reset_gates()
 
     def _reset_gates(self) -> None:
+        if self.gain is not None and self.skip is not None:
+            nn.init.ones_(self.gain)
+            nn.init.zeros_(self.skip)
         if self.decay_bias is not None:
             shortest, longest = (math.log(tau) for tau in self.decay_range)
             steps = max(self.decay_heads - 1, 1)
@@ -352,6 +366,8 @@ class HLAAttention(RenamesOnLoad):
             "shard_lengths": lengths,
             "group": group,
         }
+        if self.gain is not None and self.skip is not None:
+            options |= {"gain": self.gain, "skip": self.skip}
         ahead: tuple[Tensor, ...] = ()
         if group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():
             o, state = functional.attend(self.op, q, k, v, **options)

@@ -73,6 +73,8 @@ class Model(Checked):
     kv_heads: Natural = 0  # key/value heads; 0: as many as query heads
     head_dim: Natural = 0  # dimension of a head; 0: width / heads
     conv: Natural = 0  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
+    # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second
+    key_term: bool = False
     tie_embeddings: bool = True  # the output layer is the embedding; off: a matrix of its own
 
 
@@ -213,8 +215,10 @@ class TrainConfig:
                                    "head_dim": model.head_dim}  # fmt: skip
         changes = {name: value for name, value in changes.items() if value}
         changes |= {"softmax": {"window": model.window}} if model.window else {}
-        if model.conv:
-            changes["attention"] = SIZES[model.size].get("attention", {}) | {"conv": model.conv}
+        attention = {"conv": model.conv} if model.conv else {}
+        attention |= {"key_term": True} if model.key_term else {}
+        if attention:
+            changes["attention"] = SIZES[model.size].get("attention", {}) | attention
         changes |= {"tie_word_embeddings": model.tie_embeddings}
         try:
             return ModelConfig.named(model.size, vocab_size=vocab_size, op=model.op, pattern=model.pattern, **changes)

@@ -13,6 +13,7 @@ import hla_dist
 from hla_dist.nn import HLAAttention
 from hla_dist.nn.attention import _FEATURE_MAPS as FEATURE_MAPS
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.training.optim import build_adamw
 from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 
@@ -36,6 +37,7 @@ VARIANTS = {
     "prefix": dict(mask="prefix"),
     "the paper's decay": dict(decay_form="paper"),
     "convolution": dict(conv=4, num_kv_heads=2, value_dim=6, rope_theta=1e4),
+    "key term": dict(op="hla3", key_term=True, num_kv_heads=2),
 }
 
 
@@ -129,6 +131,26 @@ def test_first_order_layer_is_the_linear_transformer():
     scores = (q @ k.mT).tril()
     want = layer.o_proj((scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
     assert_close("y", layer(x)[0].detach(), want.detach(), FLOAT64)
+
+
+def test_the_key_term_starts_as_hla2_and_reaches_first_order():
+    """Two vectors of H numbers, which no optimiser decays; the other parameters are those without it."""
+    layer, plain, first = _layer(key_term=True), _layer(), _layer(op="linear_attention")
+    x = _tokens(9)
+    assert {n for n, _ in layer.named_parameters()} - {n for n, _ in plain.named_parameters()} == {"gain", "skip"}
+    assert layer.gain.shape == layer.skip.shape == (4,)
+    assert {"gain", "skip"} <= {n for n, p in layer.named_parameters() if any(p is q for q in _undecayed(layer))}
+    assert_close("hla2", layer(x)[0].detach(), plain(x)[0].detach(), FLOAT64)
+    with torch.no_grad():
+        layer.gain.zero_()
+        layer.skip.fill_(1.0)
+    assert_close("first order", layer(x)[0].detach(), first(x)[0].detach(), FLOAT64)
+    layer.reset_parameters()
+    assert layer.gain.tolist() == [1.0] * 4 and layer.skip.tolist() == [0.0] * 4
+
+
+def _undecayed(layer: HLAAttention) -> list[torch.Tensor]:
+    return next(g["params"] for g in build_adamw(layer, 0.1, 0.1).param_groups if g["weight_decay"] == 0)
 
 
 def test_final_state_comes_when_streaming_or_without_gradients():
@@ -301,6 +323,8 @@ def test_compiles_without_graph_breaks():
         (dict(conv=1), ("conv", "from 2 to 8", "got 1")),
         (dict(conv=4, conv_backend="triton"), ("conv_backend", "'auto', 'torch'", "'triton'")),
         (dict(conv=4, mask="full", decay=None), ("conv", "None with mask='full'", "got 4")),
+        (dict(key_term=True, op="ahla"), ("key_term", "False for ahla", "only hla2 and hla3")),
+        (dict(key_term=True, mask="prefix"), ("key_term", "mask='prefix'", "got True")),
         (dict(feature_map="tanh"), ("feature_map", "'relu'", "None", "'tanh'")),
     ],
 )

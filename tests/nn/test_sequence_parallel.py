@@ -41,7 +41,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.layers = nn.ModuleList(
             [
-                HLAAttention(HIDDEN, 4, num_kv_heads=2, rope_theta=100.0, decay_range=(2, 60)),
+                HLAAttention(HIDDEN, 4, num_kv_heads=2, rope_theta=100.0, decay_range=(2, 60), key_term=True),
                 HLAAttention(
                     HIDDEN, 2, op="linear_attention", decay="head", qk_norm="rms", decay_range=(2, 60), conv=4
                 ),

@@ -113,7 +113,8 @@ def run(pg: dist.ProcessGroup, config: Any) -> int:
 
 def test_a_run_trains_saves_and_keeps_parity(pool: RankPool, tmp_path: Path) -> None:
     data, out = write_text(tmp_path / "text.txt", 4000), tmp_path / "out"
-    changes = dict(pattern="hla2,softmax", window=20, heads=2, kv_heads=1, conv=4, checkpoint_activations=True)
+    changes = dict(pattern="hla2,softmax", window=20, heads=2, kv_heads=1, conv=4, key_term=True)
+    changes |= dict(checkpoint_activations=True)
     assert pool.run_group(3, run, small_config(data, out=str(out), **changes)) == [0, 0, 0]  # parity held
     saved = checkpoint.open_checkpoint(out)
     model = LanguageModel(ModelConfig.from_dict(saved.state["model"]))
