@@ -1,4 +1,4 @@
-"""Whole cascades by walks: outputs and every gradient of hla2, ahla and linear attention. sm_90, bfloat16, K, V <= 128.
+"""Whole cascades by walks: outputs and every gradient of every causal operator. sm_90, bfloat16, K, V <= 128.
 
     hla2                 first pass               second pass              how they meet    tiles in, out
     out                  u = LA(q, k, k) + l q    o = LA(q, u, v)          makes b          q k v, o
@@ -12,6 +12,9 @@
     dr dv                dr = rLA(k, q, do)       dv = rLA(k, q, dr)       makes c          k q do, dr dv
     dk                   rLA(r, do, q)            rLA(v, dr, q)            adds             r do q v dr, dk
     dq                   LA(do, r, k)             LA(dr, v, k)             adds             do r k dr v, dq
+
+linear attention has a walk of one pass for each of o, dq, dk and dv. hla3 makes r beforehand, then walks as hla2 does
+with r for v; what r adds to dk and dq comes in a walk more each, on top of what is there.
 
 Few heads are cut into segments so that programs fill the device. Their states are then formed beforehand by the
 kernels of passes (first_order.py, segments.py), but for the last state of ``out``: its walk starts every segment from
@@ -37,7 +40,7 @@ from hla_kernels.sequences import gates
 from hla_kernels.stages import Gradients, edge, gate_gradient, own_heads
 from hla_kernels.walk import CHUNK, walk_kernel
 
-OPERATORS = ("hla2", "ahla", "linear_attention")
+OPERATORS = ("hla2", "ahla", "linear_attention", "hla3")
 BY_DEFAULT = False  # whether "auto" takes walks where they run: once the GPU suite has found them right and faster
 WIDEST = 128  # columns of q, k and v
 SHORTEST = 1024  # tokens of the shortest segment: what states cost stays below what it walks
@@ -68,13 +71,14 @@ class Walk(NamedTuple):
     link: str
     reverse: bool = False
     pairs: str = ". ."
-    add: str = ""  # what is added, times the ridge; to the second pass where that is added to the first
+    add: str = ""  # what is added: times the ridge, or dk and dq so far; to the second pass where the first adds that
 
     def streams(self, paired: bool) -> list[str]:
         """What is loaded: every name but that of what the first pass makes, each once."""
         names = [name for one in self.passes for name in one.split()]
         if self.link.startswith("makes"):
             del names[3 + "abc".index(self.link[-1])]
+        names += [self.add] if self.add else []
         names += [pair[1:] for pair in self.pairs.split() if paired and pair != "."]
         return list(dict.fromkeys(names))
 
@@ -99,6 +103,16 @@ WALKS = {
         "dv": Walk(("k q do",), "alone", True),
         "dk": Walk(("v do q",), "alone", True, "-k"),
         "dq": Walk(("do v k",), "alone", False, "+q"),
+    },
+    "hla3": {
+        "r": Walk(("q k v",), "alone"),
+        "out": Walk(("q k k", "q u r"), "makes b", add="q"),
+        "inner": Walk(("q k k", "q k v"), "apart", add="q"),
+        "apart": Walk(("r do q", "u q do"), "apart", True, "-u ."),
+        "dk": Walk(("k du q", "k q du"), "adds", True, "-k ."),
+        "dk dv": Walk(("v dr q", "k q dr"), "apart", True, "-k .", "dk"),
+        "dq": Walk(("do r u", "du k k"), "adds", False, "+q +q", "du"),
+        "dq again": Walk(("dr v k",), "alone", False, "+q", "dq"),
     },
 }
 
@@ -140,17 +154,18 @@ class _Call:
         self.problem.find(carry, left, right, self.problem.times_scale(b, c), initial, self.cut)
         return carry
 
-    def run(self, name: str, outs: tuple[Tensor | None, Tensor | None], states: tuple[_State, ...]) -> None:
+    def run(self, name: str, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
         """Launch one walk. ``outs``: where its passes' results go."""
         walk, problem = self.walks[name], self.problem
         names = walk.streams(self.gate)
         inputs = [_tma_ready(self.sequences[x]) for x in names]
         columns = 64 if max(x.shape[3] for x in inputs) <= 64 else WIDEST
         adder = 1 if walk.link == "adds" else 0
+        beta = 1.0 if walk.add in ("dk", "dq") else self.ridge
         passes, sizes, entering, leaving, terms, weights = [], [], [], [], [], []
         for i, (one, pair, state) in enumerate(zip(walk.passes, walk.pairs.split(), states)):
             a, b, c = one.split()
-            add = walk.add if self.ridge and i == adder else ""
+            add = walk.add if beta and i == adder else ""
             paired = pair[1:] if self.gate else ""
             passes.append(tuple(names.index(x) if x in names else -(x == "") for x in (a, b, c, add, paired)))
             flags = (state.entering is not None, state.leaving is not None, state.swapped)
@@ -165,7 +180,7 @@ class _Call:
             walk_kernel,
             self.cut[0] * problem.rows,
             streams=streams,
-            outs=tuple(streams[0] if x is None else _rows(x, columns) for x in outs),
+            outs=_two([streams[0] if x is None else _rows(x, columns) for x in outs]),
             gate_rows=streams[0] if self.gate_rows is None else _gate_tiles(self.gate_rows),
             states=_two(entering),
             leaving=_two(leaving),
@@ -175,7 +190,7 @@ class _Call:
             segments=self.cut[0],
             segment_chunks=self.cut[1] // CHUNK,
             alpha=float(problem.scale),
-            beta=float(self.ridge),
+            beta=float(beta),
             into_states=_two(into_states),
             weights=_two(weights),
             PASSES=_two(passes),
@@ -225,15 +240,19 @@ class _Call:
 def scan(problem: Problem, carry: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``, as ``stages.scan``."""
     call = _Call(problem)
-    first, last = problem.passes[0], problem.passes[-1]
-    one = call.state(first.b, first.c, carry[0], reverse=False)
+    *inner, last = problem.passes
+    states = [call.state(p.b, p.c, entering, reverse=False) for p, entering in zip(inner, carry)]
     out = call.empty("v")
-    if first is last:
-        call.run("out", (out, None), (_whole(one),))
-        return out.contiguous(), [edge(problem, one)]
-    call.sequences[first.out] = call.sequences[first.c]  # stands in: as wide as what the first pass makes
-    two = call.run_linked("out", last.a, last.b, last.c, (None, out), one, carry[1])
-    return out.contiguous(), [edge(problem, one), edge(problem, two)]
+    if not inner:
+        states = [call.state(last.b, last.c, carry[0], reverse=False)]
+        call.run("out", (out,), (_whole(states[0]),))
+        return out.contiguous(), [edge(problem, states[0])]
+    for p, state in zip(inner[1:], states[1:]):
+        call.sequences[p.out] = call.empty(p.c)
+        call.run(p.out, (call.sequences[p.out],), (_whole(state),))
+    call.sequences[inner[0].out] = call.sequences[inner[0].c]  # stands in: as wide as what the first pass makes
+    states.append(call.run_linked("out", last.a, last.b, last.c, (None, out), states[0], carry[-1]))
+    return out.contiguous(), [edge(problem, state) for state in states]
 
 
 def scan_backward(
@@ -242,30 +261,39 @@ def scan_backward(
     """Every gradient of the segment, as ``stages.scan_backward``; ``gate``: that of log_decay too."""
     call = _Call(problem, gate)
     x = call.sequences
-    x["do"] = dout
-    first, last = problem.passes[0], problem.passes[-1]
-    dq, dk, dv = (call.empty(name) for name in "qkv")
-    one = call.state(first.b, first.c, carry[0], reverse=False)
-    if first is last:
-        right = call.state("q", "do", reverse_carry[0], reverse=True)
-        call.run("dq", (dq, None), (_read(one, True, gate),))
-        call.run("dk", (dk, None), (_read(right, True),))
-        call.run("dv", (dv, None), (_whole(right),))
-        return _gradients(call, (dq, dk, dv), [one], [right])
-    inner, d_inner = first.out, f"d{first.out}"
-    x[inner], x[d_inner] = call.empty(first.c), call.empty(first.c)
-    call.run("inner", (x[inner], None), (_read(one),))
-    two = call.state(last.b, last.c, carry[1], reverse=False)
-    right = call.state("q", "do", reverse_carry[1], reverse=True)
-    if inner == last.b:
-        call.run("apart", (x[d_inner], dv), (_read(right, True), _whole(right)))
-        left = call.state("q", d_inner, reverse_carry[0], reverse=True)
-        call.run("dk", (dk, None), (_read(left, True), _whole(left)))
+    *inner, last = problem.passes
+    x |= {"do": dout} | {f"d{name}": call.empty(name) for name in "qkv"}
+    for p in inner:
+        x[p.out], x[f"d{p.out}"] = call.empty(p.c), call.empty(p.c)
+    forward = [call.state(p.b, p.c, entering, reverse=False) for p, entering in zip(inner, carry)]
+    if inner:
+        call.run("inner", tuple(x[p.out] for p in inner), tuple(_read(state) for state in forward))
+    forward.append(call.state(last.b, last.c, carry[-1], reverse=False))
+    right = call.state("q", "do", reverse_carry[-1], reverse=True)
+    ends = [_read(state, True, gate) for state in forward]
+    if not inner:
+        call.run("dk", (x["dk"],), (_read(right, True),))
+        call.run("dv", (x["dv"],), (_whole(right),))
+        call.run("dq", (x["dq"],), (ends[0],))
+        return _gradients(call, forward, [right])
+    d_inner = f"d{inner[0].out}"
+    if last.c == inner[0].out:
+        left = call.run_linked("apart", "k", "q", d_inner, (x[d_inner], x["dv"]), right, reverse_carry[0])
+        call.run("dk", (x["dk"],), (_read(right, True), _read(left, True)))
+        reverse = [left, right]
     else:
-        left = call.run_linked("apart", "k", "q", d_inner, (x[d_inner], dv), right, reverse_carry[0])
-        call.run("dk", (dk, None), (_read(right, True), _read(left, True)))
-    call.run("dq", (dq, None), (_read(two, True, gate), _read(one, True, gate)))
-    return _gradients(call, (dq, dk, dv), [one, two], [left, right])
+        call.run("apart", (x[d_inner], x[f"d{last.c}"]), (_read(right, True), _whole(right)))
+        left = call.state("q", d_inner, reverse_carry[0], reverse=True)
+        call.run("dk", (x["dk"],), (_read(left, True), _whole(left)))
+        reverse = [left, right]
+    if len(inner) == 2:
+        middle = call.state("q", f"d{last.c}", reverse_carry[1], reverse=True)
+        call.run("dk dv", (x["dk"], x["dv"]), (_read(middle, True), _whole(middle)))
+        reverse.insert(1, middle)
+    call.run("dq", (x["dq"],), (ends[-1], ends[0]))
+    if len(inner) == 2:
+        call.run("dq again", (x["dq"],), (ends[1],))
+    return _gradients(call, forward, reverse)
 
 
 def _whole(carry: SegmentStates) -> _State:
@@ -287,12 +315,11 @@ def _two(items: list[Any]) -> tuple[Any, Any]:
     return items[0], items[-1]
 
 
-def _gradients(
-    call: _Call, found: tuple[Tensor, ...], forward: list[SegmentStates], reverse: list[SegmentStates]
-) -> Gradients:
+def _gradients(call: _Call, forward: list[SegmentStates], reverse: list[SegmentStates]) -> Gradients:
     """Summed over the query heads of every K/V head; that of the gates from its terms."""
     problem = call.problem
-    dq, dk, dv = (own_heads(x, problem.sequences[name], None).contiguous() for x, name in zip(found, "qkv"))
+    found = ((call.sequences[f"d{name}"], problem.sequences[name]) for name in "qkv")
+    dq, dk, dv = (own_heads(x, like, None).contiguous() for x, like in found)
     dlog = gate_gradient(problem, call.terms, forward, reverse, call.cut) if call.gate else None
     return Gradients(dq, dk, dv, dlog, [edge(problem, carry) for carry in reverse])
 

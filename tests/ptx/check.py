@@ -53,6 +53,7 @@ class Case:
     grouped: bool = True
     ridge: bool = True
     backend: str = "triton"
+    gate_values: str = "mild"
     B: int = 1
 
     def problem(self) -> Problem:
@@ -68,6 +69,7 @@ class Case:
             K=self.K,
             V=self.V,
             gates="BTH" if self.gated else "none",
+            gate_values=self.gate_values,
             scale=0.3 / self.K,
             ridge=0.3 if self.ridge and name in RIDGED else 0.0,
             normalize=self.normalize,
@@ -78,6 +80,7 @@ class Case:
     def __str__(self) -> str:
         more = ["gates" * self.gated, f"segments of {self.segment}" if self.segment else "one segment"]
         more += ["state" * self.state, "normalize" * self.normalize, "grouped" * self.grouped]
+        more += [self.gate_values if self.gated and self.gate_values != "mild" else ""]
         more += [f"B={self.B}" * (self.B > 1), "walks" * (self.backend == "gluon")]
         more += ["" if self.ridge else "no ridge", "" if self.fused else "pass by pass"]
         size = f"T={self.T} K={self.K} V={self.V}"

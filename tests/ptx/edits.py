@@ -41,6 +41,24 @@ EDITS: dict[str, Edit] = {
     ),
 }
 
+# of kernels with specialised warps; waits, barriers and fences of theirs may be superfluous: another says the same
+WALK_EDITS: dict[str, Edit] = {
+    "an mbarrier's other phase": (
+        r"(mbarrier\.try_wait\S* complete, \[%r\d+\], )(%r\d+);",
+        lambda m: f".reg .b32 other; xor.b32 other, {m[2]}, 1; {m[1]} other;",
+    ),
+    "one arrival less": (r"@%p\d+ mbarrier\.arrive\.shared\S*\s[^;]*;", lambda m: ""),
+    "two arrivals for one": (r"(@%p\d+ mbarrier\.arrive\.shared\S*\s[^;]*);", lambda m: f"{m[1]}, 2;"),
+    "fewer bytes expected": (
+        r"(mbarrier\.arrive\.expect_tx[^;]*, )(\d+);",
+        lambda m: f"{m[1]}{int(m[2]) - 1024};",
+    ),
+    "one mbarrier not initialized": (r"@%p\d+ mbarrier\.init\S*\s[^;]*;", lambda m: ""),
+    "one tile less": (r"@%p\d+ cp\.async\.bulk\.tensor[^;]*;", lambda m: ""),
+    "cp.async.bulk.wait_group later by one": (r"(cp\.async\.bulk\.wait_group\S*\s+)(\d+);", later),
+    "wgmma.wait_group later by one": (r"(wgmma\.wait_group\S* )(\d+);", later),
+}
+
 
 def places(text: str, pattern: str, edit: Callable[[re.Match[str]], str]) -> list[str]:
     """The text with one place edited, for every place."""

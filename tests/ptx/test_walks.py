@@ -12,7 +12,7 @@ import hla_dist
 from hla_kernels import walks
 from hla_kernels.device import Target
 from tests.harness import raises_value_error
-from tests.ptx import check  # not before Triton is known to be there
+from tests.ptx import check, edits  # not before Triton is known to be there
 from tests.ptx.backend import triton_backend
 
 CASE = check.Case("sm_90", "hla2", "bf16", 128, 128, False, T=70, backend="gluon", state=True)
@@ -28,6 +28,9 @@ SLOW = [
         replace(CASE, operator=name, gated=True, T=300, segment=128, state=False)
         for name in ("ahla", "linear_attention")
     ),
+    *(replace(CASE, operator="hla3", gated=gated, ridge=gated) for gated in (False, True)),
+    replace(CASE, operator="hla3", K=64, V=96, gated=True, T=300, segment=128, state=False),
+    replace(CASE, gated=True, gate_values="least"),
 ]
 
 
@@ -38,11 +41,28 @@ def test_walks(case: check.Case) -> None:
     assert "walk_kernel" in result.kernels
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", ["makes b", "apart", "adds"])
+def test_faults_taken_out_of_a_walk_are_reported(walk: str) -> None:
+    """The first and the last place of each kind, in hla2 with gates: more chunks than slots, the last not whole."""
+    q, k, v = (torch.randn(1, 258, 1, 64).mul(0.1).bfloat16().requires_grad_() for _ in range(3))
+    gates = torch.rand(1, 258, 1).mul(-0.1).requires_grad_()
+    with triton_backend("sm_90", exact=False) as emulator:
+        hla_dist.hla2(q, k, v, log_decay=gates, backend="gluon")[0].square().sum().backward()
+    launch = [one for one in emulator.launches if one.arguments.get("LINK") == walk][-1]
+    outs = [out.base for out in launch.arguments["outs"]][1 if walk == "makes b" else 0 :]
+    for name, (pattern, edit) in edits.WALK_EDITS.items():
+        texts = edits.places(launch.loaded.text, pattern, edit)
+        assert texts, name
+        for text in (texts[0], texts[-1]):
+            assert edits.notice(launch, text, *outs), f"{walk}: {name}"
+
+
 def test_what_walks_refuse() -> None:
     """By name, in one line."""
     target = Target("sm_90", 132)
     for changes, parts in (
-        ({"operator": "hla3"}, ("one of hla2, ahla, linear_attention", "got hla3")),
+        ({"operator": "hla2_prefix"}, ("one of hla2, ahla, linear_attention, hla3", "got hla2_prefix")),
         ({"target": Target("sm_80", 108)}, ("sm_90 (Hopper)", "got sm_80")),
         ({"dtype": torch.float32}, ("torch.bfloat16", "got torch.float32")),
         ({"key_dim": 129}, ("K <= 128", "got K = 129")),
