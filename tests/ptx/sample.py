@@ -47,6 +47,7 @@ def _case(row: dict[str, Any]) -> check.Case:
 
 
 SAMPLE = [_case(row) for row in covering(OPTIONS, allowed)]
+SAMPLE += [check.Case(arch, "hla2", "bf16", 64, 64, True, 64, T=130, gate_values="least") for arch in OPTIONS["arch"]]
 
 
 def of(arch: str) -> list[check.Case]:
