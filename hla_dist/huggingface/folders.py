@@ -70,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    to_folder = directions.add_parser("to-hf", help="to a folder for from_pretrained", allow_abbrev=False)
-    to_folder.add_argument("source", metavar="PATH", help="a checkpoint, the --out of a run, or a .safetensors file")
-    to_folder.add_argument("target", metavar="FOLDER", help="the folder to write")
-    back = directions.add_parser("from-hf", help="to a file for launch/generate.py", allow_abbrev=False)
-    back.add_argument("source", metavar="FOLDER", help="a folder that save_pretrained wrote")
-    back.add_argument("target", metavar="FILE", help="the file to write, ending in .safetensors")
+    to_hf = directions.add_parser("to-hf", help="to a folder for from_pretrained", allow_abbrev=False)
+    to_hf.add_argument("source", metavar="PATH", help="a checkpoint, the --out of a run, or a .safetensors file")
+    to_hf.add_argument("target", metavar="FOLDER", help="the folder to write")
+    from_hf = directions.add_parser("from-hf", help="to a file for launch/generate.py", allow_abbrev=False)
+    from_hf.add_argument("source", metavar="FOLDER", help="a folder that save_pretrained wrote")
+    from_hf.add_argument("target", metavar="FILE", help="the file to write, ending in .safetensors")
     options = parser.parse_args(arguments)
     source, target = Path(options.source), Path(options.target)
     try:

@@ -133,7 +133,7 @@ def read_arguments(
             for field, x in zip(fields, (x.to(q.dtype) for x in initial_state), strict=True)
         )
     q, k, v = (x.permute(0, 2, 1, 3) for x in (scale * q, k, v))
-    terms = (torch.as_tensor(x, dtype=q.dtype, device=q.device).reshape(-1, 1, 1) for x in (gain, skip))
+    gain, skip = (torch.as_tensor(x, dtype=q.dtype, device=q.device).reshape(-1, 1, 1) for x in (gain, skip))
     return Arguments(
-        q, k, v, gates.permute(0, 2, 1), state, *terms, kind, ridge, normalize, eps, mask, output_final_state
+        q, k, v, gates.permute(0, 2, 1), state, gain, skip, kind, ridge, normalize, eps, mask, output_final_state
     )
