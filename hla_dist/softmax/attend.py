@@ -24,8 +24,8 @@ from hla_dist.softmax.exchange import FetchKeys, HeadsForTokens
 from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.states import KVState
 
-_BLOCK_QUERIES = 512
-_MASK_NUMBERS = 1 << 24  # bounds the mask of a block: fewer queries where they see more keys
+BLOCK_QUERIES = 512
+MASK_NUMBERS = 1 << 24  # bounds the mask of a block: fewer queries where they see more keys
 
 
 class SoftmaxCall(NamedTuple):
@@ -165,8 +165,8 @@ def _blocks(first: Tensor, last: Tensor) -> list[tuple[int, int]]:
     """Runs of queries whose mask is small."""
     blocks, begin, tokens = [], 0, len(first)
     while begin < tokens:
-        end = min(begin + _BLOCK_QUERIES, tokens)
-        while end - begin > 1 and (end - begin) * int(last[end - 1] - first[begin] + 1) > _MASK_NUMBERS:
+        end = min(begin + BLOCK_QUERIES, tokens)
+        while end - begin > 1 and (end - begin) * int(last[end - 1] - first[begin] + 1) > MASK_NUMBERS:
             end = begin + (end - begin) // 2
         blocks.append((begin, end))
         begin = end

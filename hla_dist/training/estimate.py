@@ -2,12 +2,14 @@
 
 Memory comes from the program itself: one forward and backward on fake tensors, which have shapes and lifetimes but no
 contents, over a fake group of as many ranks; every tensor is counted from its birth to its death. Beyond a few thousand
-tokens the peak is a straight line in the length of the shard, so two short traces give it for any.
+tokens the peak is a straight line in the length of the shard, so two short traces give it for any. What softmax layers
+fetch from other ranks, and what FSDP2 gathers, is counted by rules of their own.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +23,17 @@ from torch.utils._pytree import tree_leaves
 from hla_dist.data.text import Codec
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import HLAAttention, SoftmaxAttention
+from hla_dist.nn.chunks import map_tokens
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.segment import CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
+from hla_dist.parallel.shard import default_lengths
 from hla_dist.parallel.topology import set_ranks_per_node
 from hla_dist.parallel.wire import WireLayout
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.options import flag
+from hla_dist.softmax.attend import BLOCK_QUERIES, MASK_NUMBERS
+from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.training.config import TrainConfig
 
 TRACED = 4096  # tokens of the shorter trace
@@ -37,7 +43,10 @@ _BACKWARD = 2.5  # of a pass's forward: products with both operands' gradients, 
 
 @dataclass(frozen=True)
 class Step:
-    """What is estimated: one optimiser step over ``shards`` ranks per sequence, parameters whole on every rank."""
+    """What is estimated: one optimiser step over ``shards`` ranks per sequence.
+
+    Parameters are whole on every rank, or sharded by FSDP2 over ``sharded`` ranks if that is not 0.
+    """
 
     model: ModelConfig
     seq_len: int
@@ -46,22 +55,22 @@ class Step:
     accumulate: int = 1
     checkpointing: str = "none"
     bf16: bool = False
+    sharded: int = 0
 
 
 def planned(config: TrainConfig, world_size: int) -> Step:
     """The step that launch/train.py's options describe; UserError for what is not estimated."""
     options = config.to_dict()
-    for name, wanted in (("dp_shard", (0,)), ("exchange", ("auto", "all_gather")), ("bf16_wire", (False,)),
+    for name, wanted in (("exchange", ("auto", "all_gather")), ("bf16_wire", (False,)),
                          ("offload_activations", (False,)), ("offload_parameters", (False,))):  # fmt: skip
         if options[name] not in wanted:
             raise UserError(f"--dry-run: expected {flag(name)} {wanted[-1]}, got {options[name]}")
     model = config.model_config(config.data.vocab_size or Codec(config.data.tokenizer).vocab_size)
-    if "softmax" in model.mixers:
-        raise UserError(f"--dry-run: expected a --pattern without softmax, got {config.model.pattern}")
-    step = config.optimisation
+    step, ranks = config.optimisation, config.ranks
+    shards = ranks.sp or max(1, world_size // (max(1, ranks.dp_shard) * max(1, ranks.dp_replicate)))
     return Step(
-        model, config.data.seq_len, config.ranks.sp or world_size, step.batch_size, step.accumulate,
-        step.checkpoint_activations, step.bf16,
+        model, config.data.seq_len, shards, step.batch_size, step.accumulate, step.checkpoint_activations, step.bf16,
+        ranks.dp_shard * shards,
     )  # fmt: skip
 
 
@@ -95,20 +104,34 @@ def estimate(step: Step) -> Estimate:
         high, _, _ = _trace(step, 2 * short)
         peak = low + (high - low) * (local - short) // short
     tokens = 8 * step.batch_size * (step.seq_len + 1)
+    parts = max(1, step.sharded)
     memory = {
-        "parameters": 4 * parameters,
-        "gradients": gradients,
-        "optimiser": 8 * parameters,
+        "parameters": -(-4 * parameters // parts),
+        "gradients": -(-gradients // parts),
+        "optimiser": -(-8 * parameters // parts),
         "activations": max(0, peak - gradients),
         "an operator's blocks": _blocks(step, local),
         "the batch's tokens": tokens,
     }
+    if step.sharded:
+        block, rest = _units(step.model)
+        # a block is computed while the next one comes, and its gradient while the last one's is on its way
+        memory |= {"gathered parameters": 4 * (rest + 2 * block), "gradients of a block": 4 * max(2 * block, rest)}
     return Estimate(parameters, step_flops(step), memory, wire_bytes(step, parameters))
 
 
+def _units(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of the largest block, and of all that is in none: the units of FSDP2 (``fully_sharded.py``)."""
+    model = _build(config)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    return max(blocks), sum(p.numel() for p in model.parameters()) - sum(blocks)
+
+
 def _blocks(step: Step, local: int) -> int:
-    """Inside an operator, where no trace looks."""
+    """Inside an operator, where no trace looks; of softmax over ranks a block of queries' mask, and it as floats."""
     sizes = [0]
+    if step.shards > 1 and "softmax" in step.model.mixers:
+        sizes.append(5 * min(MASK_NUMBERS, BLOCK_QUERIES * step.seq_len))
     for layer in _layers(_build(step.model)):
         tokens = min(TILE_TOKENS, local * step.batch_size * layer.num_heads)
         sizes.append(4 * _BLOCK_BUFFERS * tokens * max(layer.head_dim, layer.value_dim))
@@ -116,31 +139,75 @@ def _blocks(step: Step, local: int) -> int:
 
 
 def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
-    """Bytes that a rank sends in a step, ``exchange="all_gather"``; independent of the sequence's length.
+    """Bytes that a rank sends in a step, ``exchange="all_gather"``; of keys and values, the rank that sends most.
 
-    With the gradients goes one number per tensor that says who has one.
+    With the gradients goes one number per tensor that says who has one. Of what FSDP2 sends, as a ring does it: a
+    block's parameters are gathered for forward and again for backward, the others once, and every micro-batch reduces
+    its gradients.
     """
-    if step.shards == 1:
-        return {}
-    sent = {"forward": 0, "backward": 0}
-    halo = {"forward": 0, "backward": 0}
     model = _build(step.model)
-    tensors = len(list(model.parameters()))
+    sent: dict[str, int] = {}
+    if step.shards > 1:
+        sent |= _frames(step, model)
+        if softmax := _softmax_layers(model):
+            sent["keys and values"] = sum(_keys_and_values(step, layer) for layer in softmax)
+    if step.sharded > 1:
+        block, rest = _units(step.model)
+        blocks = parameters - rest
+        others = (step.sharded - 1) / step.sharded
+        sent["FSDP2, parameters"] = round(4 * others * (2 * blocks + rest))
+        sent["FSDP2, gradients"] = round(4 * others * parameters)
+    sent = {kind: step.accumulate * count for kind, count in sent.items()}
+    if step.shards > 1 and not step.sharded:
+        sent["gradients"] = 4 * (parameters + len(list(model.parameters())))
+    return sent | ({"agreement on the step": 4 * 8} if sent else {})
+
+
+def _frames(step: Step, model: nn.Module) -> dict[str, int]:
+    """Summaries and the halos of convolutions, by direction.
+
+    A group's frames of one direction are as long as the longest: a softmax layer's too, of three whole numbers.
+    """
+    payloads: dict[str, list[int]] = {"summaries, forward": [3 * 8] * len(_softmax_layers(model))}
     for layer in _layers(model):
         op = OPERATORS[layer.op]
         value_dim = layer.value_dim + int(layer.normalize)
         layout = WireLayout(
             op, step.batch_size, layer.num_heads, layer.head_dim, value_dim, torch.float32, torch.float32
         )
-        sent["forward"] += HEADER_BYTES + layout.nbytes(["rho", *op.fields])
-        sent["backward"] += HEADER_BYTES + layout.nbytes(list(op.reverses))
+        sizes = {
+            "summaries, forward": layout.nbytes(["rho", *op.fields]),
+            "summaries, backward": layout.nbytes(list(op.reverses)),
+        }
         if layer.conv is not None:
             last = step.batch_size * (layer.conv.width - 1) * layer.conv.channels * (2 if step.bf16 else 4)
-            halo["forward"] += HEADER_BYTES + 8 * step.batch_size + last
-            halo["backward"] += HEADER_BYTES + last
-    wire = {f"summaries, {way}": step.accumulate * count for way, count in sent.items()}
-    wire |= {f"halos, {way}": step.accumulate * count for way, count in halo.items() if count}
-    return wire | {"gradients": 4 * (parameters + tensors), "agreement on the step": 4 * 8}
+            sizes |= {"halos, forward": 8 * step.batch_size + last, "halos, backward": last}
+        for kind, size in sizes.items():
+            payloads.setdefault(kind, []).append(size)
+    return {kind: len(sizes) * (HEADER_BYTES + max(sizes)) for kind, sizes in payloads.items()}
+
+
+def _keys_and_values(step: Step, layer: SoftmaxAttention) -> int:
+    """Forward and backward, of the rank that sends most."""
+    lengths, ranks = default_lengths(step.seq_len, step.shards), range(step.shards)
+    size = step.batch_size * layer.head_dim * (2 if step.bf16 else 4)
+    if _by_heads(step, layer):  # heads for tokens and back, forward and backward
+        numbers = 2 * layer.num_heads + 2 * layer.num_kv_heads
+        return size * numbers * (max(lengths) * step.shards + step.seq_len) // step.shards
+    whole, nothing = torch.tensor([0, step.seq_len]), torch.zeros(1, dtype=torch.int64)
+    spans = KeySpans(whole, lengths, nothing, layer.window, False, False)
+    sizes = [[0 if a == b else _length(spans.sent(a, b)) for b in ranks] for a in ranks]
+    most = max(sum(sizes[rank]) + sum(row[rank] for row in sizes) for rank in ranks)
+    return size * 2 * layer.num_kv_heads * most
+
+
+def _length(interval: tuple[int, int]) -> int:
+    return interval[1] - interval[0]
+
+
+def _by_heads(step: Step, layer: SoftmaxAttention) -> bool:
+    """Whether the layer's own choice is Ulysses."""
+    return layer.num_kv_heads % step.shards == 0 and layer.window is None
 
 
 def _build(config: ModelConfig) -> LanguageModel:
@@ -150,6 +217,10 @@ def _build(config: ModelConfig) -> LanguageModel:
 
 def _layers(model: nn.Module) -> list[HLAAttention]:
     return [layer for layer in model.modules() if isinstance(layer, HLAAttention)]
+
+
+def _softmax_layers(model: nn.Module) -> list[SoftmaxAttention]:
+    return [layer for layer in model.modules() if isinstance(layer, SoftmaxAttention)]
 
 
 def step_flops(step: Step) -> dict[str, float]:
@@ -168,7 +239,7 @@ def step_flops(step: Step) -> dict[str, float]:
         for size in (op.columns(p.c, K, V) for p in op.passes):
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
     attention = 0.0
-    for softmax in (layer for layer in model.modules() if isinstance(layer, SoftmaxAttention)):
+    for softmax in _softmax_layers(model):
         window = min(softmax.window or step.seq_len, step.seq_len)
         keys = window - window * (window - 1) / 2 / step.seq_len  # seen by the mean query
         attention += 2 * 2 * softmax.num_heads * softmax.head_dim * keys
@@ -183,12 +254,12 @@ def step_flops(step: Step) -> dict[str, float]:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all tensors made inside that are still alive, and their peak."""
+    """Bytes of all tensors made inside that are still alive, and their peak; views of ``parameters`` are not new."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {x.untyped_storage()._cdata for x in parameters}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
@@ -208,6 +279,51 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
 
+class _Attended(torch.autograd.Function):
+    """What softmax attention over ``fetched`` keys of other ranks and the own ones holds, without computing it.
+
+    Forward: the rows as they arrive and in their order, kept for backward. Backward: gradients of all keys in float32,
+    on their way, and of the own ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fetched: int) -> torch.Tensor:
+        rows = torch.cat([k, v], -1)
+        if fetched:
+            arriving = rows.new_empty(rows.shape[0], fetched, *rows.shape[2:])
+            rows = torch.cat([arriving, rows], 1)
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, rows, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, rows, _ = ctx.saved_tensors
+        drows = torch.empty_like(rows, dtype=torch.float32)
+        dq, leaving = torch.empty_like(q), torch.empty_like(rows)
+        own = drows[:, leaving.shape[1] - q.shape[1] :].to(q.dtype)
+        dk, dv = own.chunk(2, -1)
+        return dq, dk, dv, None
+
+
+def _hold_only(layer: SoftmaxAttention, step: Step, tokens: int) -> None:
+    """Let a layer hold what the last rank's does, which fetches most, for a shard of ``tokens``."""
+    if step.shards == 1 or _by_heads(step, layer):
+        fetched = 0
+    elif layer.window is None:
+        fetched = tokens * (step.shards - 1)
+    else:
+        fetched = min(layer.window - 1, step.seq_len - step.seq_len // step.shards)
+
+    def attend(x: torch.Tensor, call: Any) -> tuple[torch.Tensor, None]:
+        positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+        q, k, v = map_tokens(layer._operands, x, positions, modules=[layer], tokens=layer.chunk_tokens)
+        o = _Attended.apply(q, k, v, fetched)
+        return map_tokens(layer._result, o, modules=[layer], tokens=layer.chunk_tokens), None
+
+    layer._attend = attend  # type: ignore[method-assign]
+
+
 def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
     """Peak bytes of a forward and backward over a shard of ``tokens``, parameters, bytes of gradients."""
     group = _fake_group(step.shards)
@@ -216,7 +332,9 @@ def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
         model.activation_checkpointing = step.checkpointing
         for layer in _layers(model):
             layer.group = group
-        live = _Live()
+        for softmax in _softmax_layers(model):
+            _hold_only(softmax, step, tokens)
+        live = _Live(model.parameters())
         with live:
             text, labels = torch.zeros(2, step.batch_size, tokens, dtype=torch.int64)
             with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16):
@@ -231,6 +349,8 @@ def _fake_group(size: int) -> Any:
     """A group of ``size`` ranks that sends nothing; None for one."""
     if size == 1:
         return None
+    if dist.is_initialized() and dist.get_backend() == "fake" and dist.get_world_size() != size:
+        dist.destroy_process_group()
     if not dist.is_initialized():
         from torch.testing._internal.distributed.fake_pg import FakeStore
 

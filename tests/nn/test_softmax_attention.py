@@ -97,7 +97,7 @@ CASES = [
 @pytest.mark.parametrize("block", [512, 6], ids=["one block", "blocks"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_dense_matrices(case: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "_BLOCK_QUERIES", block)
+    monkeypatch.setattr(softmax, "BLOCK_QUERIES", block)
     options = dict(case)
     cu = CU if options.pop("cu", False) else None
     batch = 2 if cu is None else 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import counter
 from hla_dist.processes.failure import UserError
+from hla_dist.processes.mesh import build_mesh, factorise
 from hla_dist.training.config import parse
 from hla_dist.training.estimate import Step, estimate, planned, step_flops, wire_bytes
+from hla_dist.training.fully_sharded import distributed, local
 from hla_dist.training.meter import Meter
-from tests.harness import RankPool, run_program, shifted
+from tests.harness import RankPool, run_program, run_ranks, shifted
 from tests.training.test_steps import mesh_of, trainer_on
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +31,12 @@ MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2)
 def allocated(model: LanguageModel, tokens: int) -> int:
     """Most bytes that torch's allocator held at once in a forward and backward."""
     text, labels = torch.randint(64, (2, 1, tokens))
+    return allocated_by(lambda: model(text, labels=labels).backward())
+
+
+def allocated_by(work: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(text, labels=labels).backward()
+        work()
     events = profiler.profiler.kineto_results.events()
     live = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -36,17 +45,36 @@ def allocated(model: LanguageModel, tokens: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("policy", ["none", "layer", "sublayer"])
-def test_memory_is_what_the_allocator_counts(policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "pattern", "tokens"),
+    # 20,000: beyond what is traced, extrapolated
+    [("none", "", 20_000), ("layer", "", 20_000), ("sublayer", "", 20_000), ("none", "hla2,softmax", 3000)],
+)
+def test_memory_is_what_the_allocator_counts(policy: str, pattern: str, tokens: int) -> None:
     torch.manual_seed(shifted(0))
-    tokens = 20_000  # beyond what is traced: extrapolated
-    model = LanguageModel(MODEL)
+    config = replace(MODEL, pattern=pattern)
+    model = LanguageModel(config)
     model.activation_checkpointing = policy
-    got = estimate(Step(MODEL, tokens, checkpointing=policy))
+    got = estimate(Step(config, tokens, checkpointing=policy))
     assert got.parameters == sum(p.numel() for p in model.parameters())
     assert got.memory["gradients"] == got.memory["parameters"] == 4 * got.parameters
     peak = sum(got.memory[kind] for kind in ("activations", "gradients", "an operator's blocks"))
     assert peak == pytest.approx(allocated(model, tokens), rel=0.15)
+
+
+def test_softmax_layers_hold_the_keys_that_they_fetch() -> None:
+    """Of the last rank: all others', or a window's; with Ulysses as many numbers as it has itself."""
+    T, shards = 1200, 6
+    memory = []
+    for heads, window in ((2, 0), (2, 600), (6, 0)):
+        softmax = {"window": window} if window else {}
+        model = ModelConfig(vocab_size=64, hidden_size=48, num_layers=1, num_heads=heads, pattern="softmax",
+                            softmax=softmax, mlp_size=32)  # fmt: skip
+        memory.append(estimate(Step(model, T, shards=shards)).memory["activations"])
+    every, window, ulysses = memory
+    row = 3 * 4 * 2 * 48  # a key and a value in float32, their gradients, and these on their way
+    assert every - ulysses == pytest.approx(row * (T - T // shards), rel=0.3)
+    assert window - ulysses == pytest.approx(row * 599, rel=0.3)
 
 
 def test_flops_of_softmax_layers_are_those_of_the_keys_that_queries_see() -> None:
@@ -62,24 +90,51 @@ def test_flops_of_softmax_layers_are_those_of_the_keys_that_queries_see() -> Non
     assert "softmax" not in step_flops(Step(MODEL, T))
 
 
-def sent_in_a_step() -> tuple[int, int] | None:
-    pg = dist.new_group([3, 6])  # of its own: frames are as long as the longest that a group has agreed on
-    if dist.get_rank() not in (3, 6):
-        return None
-    trainer = trainer_on(mesh_of(pg), 2, 3, attention={"conv": 4})
+def sent_in_a_step(ranks: int, model: ModelConfig) -> int:
+    pg = dist.new_group(list(range(ranks)))  # which has not agreed on longer frames yet
+    if dist.get_rank() >= ranks:
+        return 0
+    trainer = trainer_on(mesh_of(pg), 2, 3, config=model)
     trainer.model.module.float()
     trainer.compute_gradients()
     counter.reset()
     trainer.compute_gradients()
-    return counter.bytes, sum(p.numel() for p in trainer.model.parameters())
+    return counter.bytes
 
 
-def test_bytes_on_the_wire_are_those_counted(pool: RankPool) -> None:
-    results = pool.run(sent_in_a_step)
-    for sent, parameters in (results[3], results[6]):
-        model = ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2, attention={"conv": 4})
-        step = Step(model, 45, shards=2, batch_size=2, accumulate=3)
-        assert sum(wire_bytes(step, parameters).values()) == sent
+@pytest.mark.parametrize(
+    ("ranks", "pattern", "window"),
+    [(2, "", 0), (2, "hla2,ahla,softmax", 0), (3, "softmax,hla2", 0), (3, "softmax", 20)],
+)
+def test_bytes_on_the_wire_are_those_counted(pool: RankPool, ranks: int, pattern: str, window: int) -> None:
+    """On the rank that sends most: with a window, and with lengths that differ, ranks do not send alike."""
+    model = ModelConfig(vocab_size=30, hidden_size=32, num_layers=3, num_heads=2, pattern=pattern,
+                        softmax={"window": window} if window else {}, attention={"conv": 4})  # fmt: skip
+    step = Step(model, 45, shards=ranks, batch_size=2, accumulate=3)
+    parameters = sum(p.numel() for p in LanguageModel(model).parameters())
+    assert sum(wire_bytes(step, parameters).values()) == max(pool.run(sent_in_a_step, ranks, model))
+
+
+def sharded_step(model: ModelConfig, tokens: int) -> tuple[int, int, int]:
+    """On two ranks with FSDP2: bytes of parameters held, of gradients, and at the worst moment of a step above them."""
+    mesh = build_mesh(factorise(2, dp_shard=1), torch.device("cpu"))
+    network = distributed(LanguageModel(model), mesh)
+    text, labels = torch.randint(64, (2, 1, tokens // 2))
+    network(text, labels=labels).backward()  # the first step makes buffers that stay
+    network.zero_grad()
+    peak = allocated_by(lambda: network(text, labels=labels).backward())
+    held = sum(local(p).nbytes for p in network.parameters())
+    return held, sum(local(p.grad).nbytes for p in network.parameters() if p.grad is not None), peak
+
+
+def test_memory_with_sharded_parameters() -> None:
+    model = ModelConfig(vocab_size=64, hidden_size=256, num_layers=3, num_heads=4)
+    got = estimate(Step(model, 64, shards=2, sharded=2)).memory
+    for held, gradients, peak in run_ranks(sharded_step, 2, model, 64):
+        assert got["parameters"] == pytest.approx(held, rel=0.01)
+        assert got["gradients"] == pytest.approx(gradients, rel=0.01)
+        kinds = ("gradients", "activations", "an operator's blocks", "gathered parameters", "gradients of a block")
+        assert sum(got[kind] for kind in kinds) == pytest.approx(peak, rel=0.15)
 
 
 def test_the_program_says_it_without_the_ranks() -> None:
@@ -93,9 +148,10 @@ def test_the_program_says_it_without_the_ranks() -> None:
 
 
 def test_what_is_not_estimated_is_refused() -> None:
-    with pytest.raises(UserError, match="--dry-run: expected --dp-shard 0, got 2"):
-        planned(parse(["--dry-run", "--dp-shard", "2"]), 8)
     with pytest.raises(UserError, match="--dry-run: expected --exchange all_gather, got scan"):
         planned(parse(["--dry-run", "--exchange", "scan"]), 8)
-    with pytest.raises(UserError, match="--dry-run: expected a --pattern without softmax, got hla2,softmax"):
-        planned(parse(["--dry-run", "--pattern", "hla2,softmax"]), 8)
+    assert (planned(parse(["--dry-run", "--dp-shard", "2"]), 8).shards, planned(parse(["--dry-run"]), 8).shards) == (
+        4,
+        8,
+    )
+    assert planned(parse(["--dry-run", "--dp-shard", "2", "--sp", "4"]), 1).sharded == 8

@@ -59,9 +59,8 @@ def mesh_of(pg: dist.ProcessGroup) -> MeshPlace:
 
 def trainer_on(mesh: MeshPlace, batch_size: int, accumulate: int, **changes: Any) -> Trainer:
     torch.manual_seed(shifted(5))
-    attention = changes.pop("attention", {})
-    sizes = dict(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2)
-    model = LanguageModel(ModelConfig(**sizes, attention=attention)).double()
+    config = changes.pop("config", ModelConfig(vocab_size=30, hidden_size=32, num_layers=2, num_heads=2))
+    model = LanguageModel(config).double()
     model.activation_checkpointing = changes.pop("checkpointing", "none")
     wrapped = SequenceParallelHLA(model, mesh.sequence, gradient_group=mesh.world)
     tokens = np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8)
