@@ -18,7 +18,7 @@ from hla_dist.parallel.halo import EXCHANGES
 def halo(x: Tensor, tokens: int, group: Any, *, exchange: str = "auto") -> Tensor:
     """Return the last ``tokens`` tokens of the ranks to the left of this one, ``[B, tokens, ...]``.
 
-        halo_r = X[:, s_r - tokens : s_r]      X: the whole sequence, zeros before it; s_r: where x begins
+        halo_r = X[:, s_r - tokens : s_r]      s_r: where x begins in the whole sequence X, 0 before
 
     Exact for shards of any lengths, shorter than the halo and empty ones too. Differentiable: a
     token's gradient comes back to the rank that holds it, the sum of all ranks' that took it.

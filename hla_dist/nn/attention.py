@@ -112,12 +112,12 @@ class HLAAttention(RenamesOnLoad):
             global: those given to forward, or else counted from the shard's start. ``shard_lengths``
             tell where that is; without them one all-gather of one integer per call asks. A call with
             ``state`` needs positions.
-        conv: Width, 2 to 8, of a ``ShortConvolution`` with SiLU that queries, keys and values pass before
-            ``feature_map``; None: none. Its last inputs are part of the state (``ConvHLA2State``, for
-            example). Its weight decays like a matrix.
+        conv: Width, 2 to 8, of a ``ShortConvolution`` with SiLU that queries, keys and values pass
+            before ``feature_map``; None: none. Its last inputs are part of the state
+            (``ConvHLA2State``, for example). Its weight decays like a matrix.
         conv_backend: As for ``ShortConvolution``.
-        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 1 and 0: how much of u is the
-            query seen through the keys, and how much the token's own key. For hla2 and hla3.
+        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 1 and 0: how much of u
+            is the query seen through the keys, and how much the token's own key. For hla2 and hla3.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.

@@ -97,8 +97,8 @@ class ShortConvolution(nn.Module):
             x: ``[B, T, C]``, with a group this rank's shard.
             state: ``[B, w - 1, C]``, or ``[N, w - 1, C]`` with documents: what an earlier call returned. It
                 is read, and returned, on the ranks on which an operator's would be.
-            cu_seqlens: ``[N + 1]``, documents packed into one sequence (B = 1). A document's first tokens see
-                no other's.
+            cu_seqlens: ``[N + 1]``, documents packed into one sequence (B = 1). A document's first tokens
+                see no other's.
             attention_mask: ``[B, T]``, 0 where there is no token: later tokens look past it, y there means
                 nothing.
             group: As for the operators.
