@@ -57,14 +57,15 @@ def train(program: Program) -> int:
         if program.ranks.rank == 0:
             print("\n".join(estimate(planned(config, world_size)).lines()))
         return 0
-    degrees = factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp)
     device = program.device(ranks.device)
-    if device.type == "cpu":
-        config.refuse_offload_on_cpu()
     launch = read_launch(program.ranks.rank)
     program.flight = Path(config.output.out) / "flight" if config.output.out else None
     program.share_cores(ranks.threads)
     program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
+    # from here on all ranks have the same options, and raise alike
+    degrees = factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp)
+    if device.type == "cpu":
+        config.refuse_offload_on_cpu()
     stop = StopSignal()  # from here on there is something to save
     return Run(config, build_mesh(degrees, device, ranks.save_timeout), stop, STARTED, launch).train()
 

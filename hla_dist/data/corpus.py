@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hla_dist.data.fingerprint import Fingerprint, Sources, joined, of_memmap
 from hla_dist.data.packing import part_of
 from hla_dist.data.sources import LeftOut, read_documents, standard_library
 from hla_dist.data.text import BYTES, JOINED, Codec
@@ -43,6 +44,7 @@ class Corpus:
     tokenizer: str = ""  # "bytes", or the SHA-256 of the tokenizer's file; empty: not known
     notes: tuple[str, ...] = ()  # lines that a user should see: what was left out, documents that run together
     shares: tuple[float, ...] = (1.0,)
+    fingerprint: Fingerprint = field(default_factory=dict)
 
     @property
     def train(self) -> np.ndarray:
@@ -78,6 +80,7 @@ def load_corpus(
     text_field: str = "text",
     end_token: str | None = None,
     verify: bool = True,
+    whole: bool = False,
     weights: Sequence[float] = (),
 ) -> Corpus:
     """Read ``paths`` (none: the running Python's standard library) and splits off held-out text.
@@ -85,7 +88,8 @@ def load_corpus(
     What text is read, and in which order: :func:`hla_dist.data.sources.read_documents`. One ``.npy`` or ``.bin``
     file is a memmap of tokens, never read whole but to compare its SHA-256 (``verify``) with the one that
     launch/prepare.py has written beside it; without that, ``.bin`` is raw ``token_dtype``, and both kinds need
-    ``vocab_size``. ``end_token`` follows each document that a tokenizer ends otherwise.
+    ``vocab_size``; ``whole`` takes the SHA-256 of these into the fingerprint, too. ``end_token`` follows each document
+    that a tokenizer ends otherwise.
     With 20 documents or more, a document is held out if the hash of its name says so; with fewer, or a memmap, the
     tail of the stream is. With ``weights``, one per path, each path is a text of its own, memmaps too, and gets its
     share of the samples (:class:`~hla_dist.data.windows.Mixture`). Raises UserError for missing, unreadable or empty
@@ -94,10 +98,11 @@ def load_corpus(
     if weights:
         options = dict(seq_len=seq_len, held_out=held_out, tokenizer=tokenizer, vocab_size=vocab_size)
         options |= dict(token_dtype=token_dtype, text_field=text_field, end_token=end_token, verify=verify)
+        options |= dict(whole=whole)
         return _mixed([str(path) for path in paths], weights, options)
     if len(paths) == 1 and Path(paths[0]).suffix in TOKEN_SUFFIXES:
         path = Path(paths[0])
-        corpus = _from_memmap(path, vocab_size, token_dtype, held_out, seq_len, tokenizer, end_token, verify)
+        corpus = _from_memmap(path, vocab_size, token_dtype, held_out, seq_len, tokenizer, end_token, verify, whole)
     else:
         corpus = _from_text(paths, tokenizer, held_out, seq_len, text_field, end_token)
     if vocab_size and corpus.vocab_size > vocab_size:
@@ -121,12 +126,12 @@ def _from_text(
 ) -> Corpus:
     codec, left_out = Codec(tokenizer, end_token=end_token), LeftOut()
     encoded: list[tuple[str, np.ndarray]] = []
-    sources, bytes_read = set(), 0
+    sources, bytes_read = Sources(), 0
     for document in read_documents(paths, text_field, left_out):
         tokens = codec.encode_file(document.text)
         if len(tokens):
             encoded.append((document.name, tokens))
-            sources.add(document.source)
+            sources.add(document)
             bytes_read += len(document.text) + codec.is_bytes  # the separator is predicted too
     where = ", ".join(paths) if paths else f"the standard library of Python in {standard_library()}"
     if not encoded:
@@ -145,9 +150,11 @@ def _from_text(
     notes += [JOINED] if codec.joins_documents and len(encoded) > 1 else []
     per_token = bytes_read / tokens_read
     kind = tokenizer_name(tokenizer or BYTES)
+    fingerprint = sources.fingerprint() | {"tokenizer": {"sha256": f"{kind}{'' if end_token is None else end_token}"}}
     return Corpus(
-        (Text(*train),), test, test_documents, codec.vocab_size, per_token, described, codec, kind, tuple(notes)
-    )
+        (Text(*train),), test, test_documents, codec.vocab_size, per_token, described, codec, kind, tuple(notes),
+        fingerprint=fingerprint,
+    )  # fmt: skip
 
 
 def _from_memmap(
@@ -159,6 +166,7 @@ def _from_memmap(
     tokenizer: str | None,
     end_token: str | None,
     verify: bool,
+    whole: bool,
 ) -> Corpus:
     about = open_tokens(path, verify) if about_path(path).exists() else None
     if not vocab_size and about is None:
@@ -185,7 +193,9 @@ def _from_memmap(
             f"{path}, got {vocab_size}: a wider --token-dtype, or a smaller vocabulary"
         )
     described = f"{len(tokens):,} tokens of {path}"
-    parts = _split_tail(tokens, None if about is None else about.documents, held_out, seq_len)
+    known, documents = ("", None) if about is None else (about.sha256, about.documents)
+    fingerprint = of_memmap(path, tokens, documents, known, whole)
+    parts = _split_tail(tokens, documents, held_out, seq_len)
     train, (test, test_documents) = parts
     texts = (Text(*train),)
     if about is None:
@@ -193,11 +203,14 @@ def _from_memmap(
         size, kind = vocab_size, ""
         if tokenizer:
             size, kind = max(vocab_size, codec.vocab_size), tokenizer_name(tokenizer)
-        return Corpus(texts, test, None, size, None, described, codec, kind)
+        return Corpus(texts, test, None, size, None, described, codec, kind, fingerprint=fingerprint)
     codec = Codec(tokenizer_of(path, about, tokenizer), known=tokenizer is not None or about.tokenizer == "bytes")
     described += f", {len(about.documents):,} document(s)"
     per_token = about.text_bytes / len(tokens)
-    return Corpus(texts, test, test_documents, about.vocab_size, per_token, described, codec, about.tokenizer)
+    return Corpus(
+        texts, test, test_documents, about.vocab_size, per_token, described, codec, about.tokenizer,
+        fingerprint=fingerprint,
+    )  # fmt: skip
 
 
 def _mixed(paths: list[str], weights: Sequence[float], options: dict[str, Any]) -> Corpus:
@@ -237,7 +250,7 @@ def _mixed(paths: list[str], weights: Sequence[float], options: dict[str, Any]) 
     texts = tuple(text for corpus in corpora for text in corpus.texts)
     return Corpus(
         texts, np.concatenate(tails), documents, first.vocab_size, mean, described, first.codec, first.tokenizer,
-        notes, shares,
+        notes, shares, joined(corpus.fingerprint for corpus in corpora),
     )  # fmt: skip
 
 

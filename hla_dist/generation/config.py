@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from hla_dist.generation.generate import Sampling
 from hla_dist.processes.failure import UserError
-from hla_dist.processes.options import Checked, Count, File, Natural, Seconds
+from hla_dist.processes.options import Checked, Count, File, Local, Natural, Seconds, Threads
 
 
 @dataclass
@@ -17,9 +17,10 @@ class Model(Checked):
     """Which model, and where it runs."""
 
     # a checkpoint, the --out of a run, or a .safetensors file of launch/export.py
-    checkpoint: Annotated[str, arg(metavar="PATH")]
-    device: str = "cpu"  # cpu, cuda, cuda:1, ...; with several ranks cuda is a GPU for each
-    threads: Natural = 0  # CPU threads per rank; 0: the machine's cores over its ranks
+    checkpoint: Annotated[str, arg(metavar="PATH"), Local()]
+    # cpu, cuda, cuda:1, ...; with several ranks cuda is a GPU for each
+    device: Annotated[str, Local(value=True)] = "cpu"
+    threads: Threads = 0  # CPU threads per rank; 0: the machine's cores over its ranks
     timeout: Seconds = 600.0  # seconds after which a collective that cannot finish is an error
 
 

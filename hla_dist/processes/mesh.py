@@ -8,6 +8,7 @@ Parameters are whole on every rank or, with FSDP2, sharded over ``dp_shard x cp`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hla_dist.parallel.collectives import Group, group_rank, group_size, resolve_group
+from hla_dist.processes.alike import check_options
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.rendezvous import fresh_store, meet
 
@@ -97,19 +99,23 @@ def connect(
     from_env: bool,
     store: dist.Store | None = None,
     on_host: bool = False,
+    options: Mapping[str, str] | None = None,
 ) -> None:
     """Joins the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none.
 
-    ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo beside NCCL.
+    ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo beside NCCL. ``options`` must be
+    alike on all ranks, else all raise UserError.
     """
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
-        options["device_id"] = device
+        settings["device_id"] = device
     if store is None and from_env:
         store = fresh_store(meet(timeout_s), rank, world_size, timeout_s)
-    options |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
+    if store is not None and options is not None:
+        check_options(store, rank, world_size, options, timeout_s)
+    settings |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if on_host else "nccl"
-    dist.init_process_group(backend, **options)
+    dist.init_process_group(backend, **settings)
 
 
 def build_mesh(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> MeshPlace:

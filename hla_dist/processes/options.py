@@ -34,13 +34,25 @@ class AtLeast:
     minimum: float
 
 
+@dataclass(frozen=True)
+class Local:
+    """As a mark in its annotation: an option may differ between ranks, a path for example.
+
+    Whether it is given may not, nor which of ``words`` it is; with ``value`` it may differ in every way.
+    """
+
+    words: tuple[str, ...] = ()
+    value: bool = False
+
+
 Count = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]
 Amount = Annotated[float, AtLeast(0)]
 Seconds = Annotated[float, AtLeast(1)]
-Paths = Annotated[list[str], arg(metavar="PATH [PATH ...]")]
-File = Annotated[str | None, arg(metavar="FILE")]
-Directory = Annotated[str | None, arg(metavar="DIR")]
+Threads = Annotated[int, AtLeast(0), Local(value=True)]
+Paths = Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()]
+File = Annotated[str | None, arg(metavar="FILE"), Local()]
+Directory = Annotated[str | None, arg(metavar="DIR"), Local()]
 
 
 class Checked:
@@ -80,6 +92,9 @@ def optional_value(alone: str, metavar: str) -> PrimitiveConstructorSpec[str | N
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda value: [] if value is None else [value],
     )
+
+
+Device = Annotated[str, one_of("auto", "cpu", "cuda"), Local(value=True)]
 
 
 def parse_options(

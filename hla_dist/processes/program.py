@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.processes import mpirun
+from hla_dist.processes.alike import told
 from hla_dist.processes.failure import UserError, describe
 from hla_dist.processes.memory import keep_freed_memory
 from hla_dist.processes.mesh import connect
@@ -37,6 +38,7 @@ class Program:
         self.ranks = RankInfo(0, 1, 0, 1)
         keep_freed_memory(os.environ)
         end_with_launcher(os.environ)
+        self.told: dict[str, str] | None = None  # the options, which all ranks compare when they connect
         self.flight: Path | None = None  # where to write down the last collectives when another rank is gone
         try:
             self.store = mpirun.join(os.environ)
@@ -46,7 +48,9 @@ class Program:
 
     def options(self, kind: type[Options], arguments: list[str] | None = None) -> Options:
         """The command line as ``kind``; rank 0 alone prints --help."""
-        return parse_options(kind, f"launch/{self.name}", self.about, arguments, quiet=self.ranks.rank > 0)
+        options = parse_options(kind, f"launch/{self.name}", self.about, arguments, quiet=self.ranks.rank > 0)
+        self.told = told(options)
+        return options
 
     def device(self, name: str) -> torch.device:
         """This rank's device for ``name``: auto, cpu, cuda (a GPU per rank) or cuda:1. UserError if there is none."""
@@ -71,9 +75,12 @@ class Program:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.ranks.local_size))
 
     def connect(self, device: torch.device, timeout_s: float, on_host: bool = False) -> None:
-        """Join the other ranks; see :func:`hla_dist.processes.mesh.connect`."""
+        """Join the other ranks, which must have the same options; see :func:`hla_dist.processes.mesh.connect`."""
         rank, world_size, _, _ = self.ranks
-        connect(rank, world_size, device, timeout_s, from_env="RANK" in os.environ, store=self.store, on_host=on_host)
+        connect(
+            rank, world_size, device, timeout_s, from_env="RANK" in os.environ, store=self.store, on_host=on_host,
+            options=self.told,
+        )  # fmt: skip
 
     def run(self, work: Callable[[], int]) -> int:
         """The exit code of ``work``; whatever it raises ends the process with one line and exit code 1."""
@@ -105,8 +112,8 @@ class Program:
         """Say in one line what is wrong; the exit code, 1. Of several ranks, this one ends here.
 
         Of a mistake that all ranks share, rank 0 speaks. The others give it a moment first: torchrun and mpirun end all
-        ranks as soon as one has failed. os._exit, since tearing down a process group whose peers may be gone can wait
-        for them.
+        ranks as soon as one has failed. A rank that is still there then says it too. os._exit, since tearing down a
+        process group whose peers may be gone can wait for them.
         """
         rank, world_size, _, _ = self.ranks
         if rank == 0 or not alike:
@@ -114,6 +121,8 @@ class Program:
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
+            # nobody has ended this rank: it was started by itself, and perhaps the mistake is its own
+            self.say(f"error (rank {rank}): {message}")
         sys.stdout.flush()
         if world_size == 1:
             return 1

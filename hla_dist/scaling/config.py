@@ -9,7 +9,18 @@ from typing import Annotated, Any
 from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError
-from hla_dist.processes.options import Checked, Count, Directory, Natural, Seconds, flag, one_of, parse_options
+from hla_dist.processes.options import (
+    Checked,
+    Count,
+    Device,
+    Directory,
+    Natural,
+    Seconds,
+    Threads,
+    flag,
+    one_of,
+    parse_options,
+)
 
 ABOUT = (
     "Measure how an operator, and a training step, scale with ranks and tokens: time, CPU seconds, bytes on the wire, "
@@ -53,8 +64,8 @@ class ScalingConfig(Checked):
 
     check: bool = True  # compare with float64, handed from rank to rank: no second full run
     seed: Natural = 0  # seed of inputs and parameters
-    device: Annotated[str, one_of("auto", "cpu", "cuda")] = "auto"  # auto: a GPU per rank where there are GPUs
-    threads: Natural = 0  # CPU threads per rank; 0: the machine's cores over its ranks
+    device: Device = "auto"  # auto: a GPU per rank where there are GPUs
+    threads: Threads = 0  # CPU threads per rank; 0: the machine's cores over its ranks
     timeout: Seconds = 600.0  # seconds after which a collective that cannot finish is an error
     out: Directory = None  # directory for the report: Markdown, JSON and a plot; none: the table alone
 

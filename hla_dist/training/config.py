@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import DisallowNone, arg
 
 from hla_dist.data.packing import PACKINGS
 from hla_dist.models.config import SIZES, ModelConfig
@@ -17,10 +17,13 @@ from hla_dist.processes.options import (
     Amount,
     Checked,
     Count,
+    Device,
     File,
+    Local,
     Natural,
     Paths,
     Seconds,
+    Threads,
     flag,
     one_of,
     optional_value,
@@ -50,7 +53,11 @@ class Data(Checked):
     # documents: a state for each document of a sequence, none sees another, and their first tokens are not predicted;
     # none: the text runs on
     packing: Annotated[str, one_of(*PACKINGS)] = "none"
-    verify_data: bool = True  # compare a prepared memmap's SHA-256 at the start; reads it once
+    # whether the whole SHA-256 of memmaps is taken at the start: every rank reads its own file; none: one rank does, of
+    # a prepared one; off: the first and last MiB have to do
+    verify_data: Annotated[bool | None, DisallowNone] = None
+    # go on from a checkpoint although the data are no longer those it was trained on
+    allow_changed_data: bool = False
     vocab_size: Natural = 0  # vocabulary; 0: the data's (a memmap that is not prepared needs it)
     # numbers of a .bin memmap that is not prepared; none: it has to be prepared
     token_dtype: Annotated[str, one_of("none", "uint8", "uint16", "uint32")] = "none"
@@ -118,8 +125,8 @@ class Ranks(Checked):
     tp: Count = 1  # tensor-parallel ranks; there is no tensor parallelism: 1
     exchange: Annotated[str, one_of(*EXCHANGES)] = "auto"  # how summaries travel between the ranks of a sequence
     bf16_wire: bool = False  # summaries travel rounded to bfloat16, in half the bytes
-    device: Annotated[str, one_of("auto", "cpu", "cuda")] = "auto"  # auto: a GPU per rank where there are GPUs
-    threads: Natural = 0  # CPU threads per rank; 0: the machine's cores over its ranks
+    device: Device = "auto"  # auto: a GPU per rank where there are GPUs
+    threads: Threads = 0  # CPU threads per rank; 0: the machine's cores over its ranks
     timeout: Seconds = 120.0  # seconds after which a collective that cannot finish is an error
     save_timeout: Seconds = 1800.0  # the same for ranks that wait for each other to write a checkpoint
     check_every: Natural = 100  # steps between checks that all ranks have the same parameters; 0: never
@@ -133,14 +140,16 @@ class Output(Checked):
     # needing them
     dry_run: bool = False
     out: Annotated[
-        str | None, arg(metavar="DIR", help=f"directory of the run: {', '.join(RUN_FILES)}; none: nothing is written")
+        str | None,
+        arg(metavar="DIR", help=f"directory of the run: {', '.join(RUN_FILES)}; none: nothing is written"),
+        Local(),
     ] = None
     # go on from a checkpoint: a directory, or without a value the newest whole one of --out; auto: that one if there is
     # any, else start. A run that torchrun restarts goes on by itself
-    resume: Annotated[str | None, optional_value("", "DIR")] = None
+    resume: Annotated[str | None, optional_value("", "DIR"), Local(words=("", "auto"))] = None
     # begin with these parameters, at step 0 and with fresh moments: a .safetensors file or folder, a checkpoint, or the
     # --out of a run; --size and the like must describe its model
-    init_from: Annotated[str | None, arg(metavar="PATH")] = None
+    init_from: Annotated[str | None, arg(metavar="PATH"), Local()] = None
     # log to this project of Weights & Biases too, by the package 'wandb' (needs --out)
     wandb: str | None = None
     eval_every: Count = 200  # steps between evaluations on held-out text, besides first and last

@@ -19,6 +19,7 @@ from hla_dist.checkpoints.tensors import capture, read_random
 from hla_dist.checkpoints.weights import put_weights, read_weights
 from hla_dist.data.bigram import bigram_bits
 from hla_dist.data.corpus import Corpus, load_corpus
+from hla_dist.data.fingerprint import changes, check_alike
 from hla_dist.data.packing import cuts_between
 from hla_dist.data.windows import cut, held_out_windows
 from hla_dist.generation.generate import generate
@@ -58,6 +59,7 @@ class Run:
         self.log: MetricsLog | None = None
         self.out = None if output.out is None else Path(output.out)
         self.corpus: Corpus = together(mesh.world, self._load_corpus, patient=True)
+        check_alike(self.corpus.fingerprint, self.corpus.description, mesh.world)
         self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(self._vocabulary()))
         if optimisation.deterministic:
             be_deterministic()
@@ -101,8 +103,8 @@ class Run:
         return load_corpus(
             data.data, seq_len=data.seq_len, held_out=data.held_out, tokenizer=data.tokenizer,
             vocab_size=data.vocab_size, token_dtype=None if data.token_dtype == "none" else data.token_dtype,
-            text_field=data.text_field, end_token=data.end_token, verify=data.verify_data and self.main,
-            weights=data.data_weights,
+            text_field=data.text_field, end_token=data.end_token, weights=data.data_weights,
+            verify=self.main if data.verify_data is None else data.verify_data, whole=bool(data.verify_data),
         )  # fmt: skip
 
     @property
@@ -150,6 +152,7 @@ class Run:
             for name in self.model_config.differences(before):  # parameters of the same shapes do not tell
                 theirs, ours = getattr(before, name), getattr(self.model_config, name)
                 raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {theirs}, got {ours}")
+            self._compare_data(saved)
             self.step = saved.step
             self._find_position(saved.state)
             self.saved = self.step if self.start.in_place else -1
@@ -163,6 +166,20 @@ class Run:
         together(world, load, patient=True)
         if self.launch.restart:
             self.say(f"restart {self.launch.restart}: going on from {saved.path}")
+
+    def _compare_data(self, saved: checkpoints.Checkpoint) -> None:
+        """UserError, or with --allow-changed-data a line, if these are not the data that ``saved`` was trained on."""
+        if "data" not in saved.state:
+            self.warn(f"{saved.path} does not know its data: nobody can say whether they have changed", all_ranks=False)
+            return
+        if not (changed := changes(saved.state["data"], self.corpus.fingerprint)):
+            return
+        if not self.config.data.allow_changed_data:
+            raise UserError(
+                f"--data: expected what {saved.path} was trained on (or --allow-changed-data), got other data: "
+                f"{changed} ({self.corpus.description})"
+            )
+        self.warn(f"going on from {saved.path} with other data: {changed}", all_ranks=False)
 
     def _find_position(self, state: dict[str, Any]) -> None:
         """Where the data goes on: at the same window, or for another ``--seq-len`` at the same token of the epoch."""
@@ -347,6 +364,7 @@ class Run:
                 "schedule": {name: getattr(self.config.optimisation, name) for name in schedule},
                 "model": self.model_config.to_dict(),
                 "run": self.config.to_dict(),
+                "data": self.corpus.fingerprint,
             }
             self.saver.wait()  # before the copy: two would be twice the memory
             random = random_state(self.mesh.device)

@@ -8,6 +8,7 @@ import time
 import types
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -449,3 +450,57 @@ def test_degrees_must_make_up_the_world() -> None:
             factorise(8, sp, shard, replicate)
     with pytest.raises(UserError, match="--tp: expected 1 .*, got 2"):
         factorise(8, tp=2)
+
+
+def run_on_own_text(pg: dist.ProcessGroup, texts: list[Path]) -> int | str:
+    """Rank r reads ``texts[r]``."""
+    return run_config(pg, small_config(texts[dist.get_rank(pg)], parity=False, sample=0, steps=1))
+
+
+def test_ranks_that_read_other_data_end_alike(pool: RankPool, tmp_path: Path) -> None:
+    texts = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        texts.append(write_text(tmp_path / str(rank) / "text.txt", 4000))
+    assert pool.run_group(2, run_on_own_text, texts) == [0, 0]  # paths may differ
+    write_text(texts[1], 3000)
+    lines = pool.run_group(2, run_on_own_text, texts)
+    start = "--data: expected the same on every rank, got text.txt 4,000 bytes, sha256 "
+    assert lines[0] == lines[1] and lines[0].startswith(start)
+    assert " on rank 0; 3,000 bytes, sha256 " in lines[0] and f"of {texts[1]}" in lines[0]
+
+
+def resume_and_listen(pg: dist.ProcessGroup, config: TrainConfig) -> tuple[int | str, list[str]]:
+    """The step a run resumes after or its error, and its warnings."""
+    said: list[str] = []
+    warn, Run.warn = Run.warn, lambda self, text, all_ranks=True: said.append(text)  # type: ignore[method-assign]
+    try:
+        return Run(config, mesh_of(pg), NoSignal(), time.monotonic()).step, said
+    except UserError as exc:
+        return str(exc), said
+    finally:
+        Run.warn = warn  # type: ignore[method-assign]
+
+
+def test_data_that_changed_before_a_resume_are_refused_by_name(pool: RankPool, tmp_path: Path) -> None:
+    data, out = write_text(tmp_path / "text.txt", 4000), tmp_path / "out"
+    options: dict[str, Any] = dict(out=str(out), parity=False, sample=0)
+    assert pool.run_group(2, run_config, small_config(data, steps=2, **options)) == [0, 0]
+    options |= dict(resume="")
+    assert pool.run_group(2, resume_and_listen, small_config(data, **options)) == [(2, [])] * 2
+    write_text(data, 3000)
+    for error, _ in pool.run_group(2, resume_and_listen, small_config(data, **options)):
+        assert str(error).startswith(f"--data: expected what {out}/checkpoints/step-00000002 was trained on (or ")
+        assert "text.txt had 4,000 bytes, sha256 " in str(error) and ", has 3,000 bytes, " in str(error)
+    allowed = small_config(data, **options, allow_changed_data=True)
+    for step, said in pool.run_group(2, resume_and_listen, allowed):
+        assert step == 2 and "with other data: text.txt had 4,000 bytes" in said[0]
+
+    state = out / "checkpoints" / "step-00000002" / "state.json"  # as an older checkpoint
+    older = json.loads(state.read_text())
+    del older["data"]
+    checkpoint.save(tmp_path / "older", 2, {"x": torch.zeros(1)}, older)
+    run = SimpleNamespace(warn=lambda text, all_ranks: warned.append(text))
+    warned: list[str] = []
+    Run._compare_data(run, checkpoint.open_checkpoint(tmp_path / "older"))  # type: ignore[arg-type]
+    assert warned[0].endswith("does not know its data: nobody can say whether they have changed")
