@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hla_dist.parallel.collectives import _backward_groups
+
 # members of the sub-groups every pool offers, by size: mostly neither contiguous nor holding rank 0 of the world
 SUB_GROUPS: dict[int, tuple[int, ...]] = {1: (5,), 2: (3, 6), 3: (1, 4, 7), 4: (0, 2, 5, 6)}
 POOL_SIZE = 8
@@ -149,7 +151,8 @@ def close_groups(keep: set[dist.ProcessGroup]) -> None:
 
     Each open gloo group has a thread that wakes a hundred times per second, on every rank, while the rank lives.
     """
-    for pg in open_groups() - keep:
+    backward = {twin for pg, twin in _backward_groups.items() if pg in keep}
+    for pg in open_groups() - keep - backward:
         dist.destroy_process_group(pg)
 
 

@@ -97,7 +97,7 @@ def exchange_start(
             pending = agreement.start(pg, direction, description, payload.new_empty(0), device)
             way = scan.forward if direction == "forward" else scan.backward
             job = partial(way, pending, layout, payload, kept, total, exchange)
-            under_way = background.start(pg, job, device, thread=not total and may_use_threads(pg))
+            under_way = background.start(pending.pg, job, device, thread=not total and may_use_threads(pg))
         ticket = next(_tickets)
         _under_way[ticket] = under_way
         return torch.tensor([ticket])

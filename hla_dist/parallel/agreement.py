@@ -46,7 +46,8 @@ class _Direction:
 class _Pending:
     """A frame under way."""
 
-    pg: collectives.Group
+    group: collectives.Group  # the caller's
+    pg: collectives.Group  # over which it travels
     direction: str
     work: Any
     gathered: Tensor
@@ -111,10 +112,10 @@ class named:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, RuntimeError):
             p = self.pending
-            rank, size = collectives.group_rank(p.pg), collectives.group_size(p.pg)
+            rank, size = collectives.group_rank(p.group), collectives.group_size(p.group)
             raise RuntimeError(
                 f"{p.direction} exchange number {p.call} of {p.description or 'a failed call'} over group "
-                f"'{p.pg.group_name}' did not complete on rank {rank} of {size}: another rank left, failed or timed "
+                f"'{p.group.group_name}' did not complete on rank {rank} of {size}: another rank left, failed or timed "
                 f"out ({error})"
             ) from error
 
@@ -134,12 +135,14 @@ def start(
     Communication: one all-gather; one more when the signature is new or its payload outgrows the agreed length.
     """
     topology.ranks_per_node(pg)  # first of all on every rank, whatever comes next
+    backward_group = collectives.backward_group(pg)  # on every rank at its first call, whatever that is
     agreed = _agreements.of(pg)[direction]
     settle(pg)
     agreed.calls += 1
     signature, _, data = description.partition(_CONTENTS)
     hashes = _hash(signature), _hash(data)
-    pending = _Pending(pg, direction, None, torch.empty(0), 0, agreed.calls, *hashes, description)
+    lane = backward_group if direction.endswith("backward") else pg
+    pending = _Pending(pg, lane, direction, None, torch.empty(0), 0, agreed.calls, *hashes, description)
     if failure is not None:
         _send(pending, _FAILED, agreed.length, None, device)
         _wait(pending)
@@ -166,7 +169,7 @@ def finish(pending: _Pending, at_once: bool = False) -> Tensor:
     _wait(pending)
     frames = pending.gathered.view(collectives.group_size(pending.pg), -1)
     if _reads_later(pending) and not at_once:
-        _deferred[pending.pg] = (*_copy_to_host(frames[:, :HEADER_BYTES]), pending)
+        _deferred[pending.group] = (*_copy_to_host(frames[:, :HEADER_BYTES]), pending)
     else:
         _check(pending, _headers(pending), _OK)
     return frames[:, HEADER_BYTES : HEADER_BYTES + pending.payload_bytes]

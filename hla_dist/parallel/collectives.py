@@ -10,11 +10,15 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from hla_dist.parallel import arrivals, background, mpi
@@ -67,6 +71,7 @@ class Counter:
 
 
 counter = Counter()
+_backward_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @atexit.register
@@ -143,7 +148,8 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
     counter.add(x)
     if isinstance(pg, MPIGroup):
         return out, _done(pg.all_gather(out, x), async_op)
-    work = _all_gather_flat(out, x, group=pg, async_op=async_op)
+    with arrivals.waiting(pg):  # with TORCH_DISTRIBUTED_DEBUG=DETAIL the start waits for everyone
+        work = _all_gather_flat(out, x, group=pg, async_op=async_op)
     return out, work
 
 
@@ -223,6 +229,45 @@ def _in_turn(pg: Group) -> None:
     job = background.in_front(pg)
     if job is not None:
         wait(job)
+
+
+def backward_group(pg: Group) -> Group:
+    """The group over which backward exchanges go: on gloo one of its own, made at the first call of all ranks.
+
+    A rank that leaves out a backward is then waited for, to the group's timeout. On one group its next forward would
+    meet the others' backward, and gloo answers messages of unequal length by ending the process. Elsewhere ``pg``.
+    """
+    if isinstance(pg, MPIGroup) or dist.get_backend(pg) != "gloo" or group_size(pg) == 1:
+        return pg
+    if pg not in _backward_groups:
+        _backward_groups[pg] = _twin(pg, f"{pg.group_name}/backward")
+    return _backward_groups[pg]
+
+
+def _twin(pg: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
+    """Another group of the same ranks, made by these alone.
+
+    Not by ``dist.new_group(use_local_synchronization=True)``: the name it gives depends on how many groups a process
+    has, so that ranks of several overlapping groups wait for each other under different names.
+    """
+    ranks = dist.get_process_group_ranks(pg)
+    backend: Any = pg._get_backend(torch.device("cpu"))
+    backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
+    make: Any = distributed_c10d._new_process_group_helper  # that name's type is not the same in every torch
+    twin, _ = make(
+        len(ranks), dist.get_rank(pg), ranks, "gloo", distributed_c10d._get_process_group_store(pg),
+        name, timeout=backend.options._timeout,
+    )  # fmt: skip
+    distributed_c10d._world.pg_group_ranks[twin] = {rank: place for place, rank in enumerate(ranks)}
+    weakref.finalize(pg, _close, weakref.ref(twin)).atexit = False
+    return twin
+
+
+def _close(twin: weakref.ref[dist.ProcessGroup]) -> None:
+    """Close a group if it is still open."""
+    pg = twin()
+    if pg is not None and pg in distributed_c10d._world.pg_map:
+        dist.destroy_process_group(pg)
 
 
 def may_use_threads(pg: Group) -> bool:

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hla_dist.operators.precision import sum_dtype
-from hla_dist.parallel.collectives import Group, all_to_all_flat, group_rank, group_size
+from hla_dist.parallel.collectives import Group, all_to_all_flat, backward_group, group_rank, group_size
 from hla_dist.softmax.key_spans import KeySpans
 
 
@@ -51,7 +51,8 @@ class FetchKeys(torch.autograd.Function):
         parts = [rows[a - low : b - low].flatten() for a, b in taken]
         width = rows.shape[1] * rows.shape[2]
         with named("keys backward", pg):
-            flat = all_to_all_flat(torch.cat(parts), _sizes(taken, width), _sizes(given, width), pg)
+            over = backward_group(pg)
+            flat = all_to_all_flat(torch.cat(parts), _sizes(taken, width), _sizes(given, width), over)
         pieces = flat.split(_sizes(given, width))
         total = torch.zeros(end - begin, *rows.shape[1:], dtype=sum_dtype(grad.dtype), device=grad.device)
         for source, (a, b) in enumerate(given):
@@ -77,7 +78,7 @@ class HeadsForTokens(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lengths, pg, inverse = ctx.call
-        return (_to_heads if inverse else _to_tokens)(grad, lengths, pg), None, None, None
+        return (_to_heads if inverse else _to_tokens)(grad, lengths, backward_group(pg)), None, None, None
 
 
 def _to_heads(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
