@@ -37,6 +37,7 @@ KEYED = (("hla2", "causal"), ("hla3", "causal"))
 KEY_TERMS = ("none", "numbers", "H")  # gain and skip: 1 and 0, other numbers, one a head with gradients
 STREAMING = tuple(kind for kind in KINDS if kind[1] != "full")
 GATE_FORMS = ("none", "H", "G", "BTH", "BTG")
+CHANNEL_GATES = ("BTHK", "BTGK")  # of linear_attention
 # mild: memory of a few tokens. near_one: longer than the sequence. near_zero: no memory to speak of.
 # hard_cut: the past is gone at some tokens, with ordinary gates between them. zero: gate exactly 1.
 # least: cuts of -inf and of the least finite number, whose sums overflow. per_head: every head another of these.
@@ -170,6 +171,7 @@ def _draw_gates(p: Problem, generator: torch.Generator) -> Tensor | None:
         return None
     heads = p.G if "G" in p.gates else p.H
     shape = (p.B, p.T, heads) if "BT" in p.gates else (heads,)
+    shape += (p.K,) if p.gates in CHANNEL_GATES else ()
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     cut = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.15
     least = torch.full_like(uniform, torch.finfo(p.dtype if p.dtype == torch.float64 else torch.float32).min)
@@ -184,7 +186,8 @@ def _draw_gates(p: Problem, generator: torch.Generator) -> Tensor | None:
     if p.gate_values != "per_head":
         return values[p.gate_values]
     kinds = list(values.values())
-    return torch.stack([kinds[h % len(kinds)][..., h] for h in range(heads)], dim=-1)
+    dim = 2 if p.gates in CHANNEL_GATES else -1
+    return torch.stack([kinds[h % len(kinds)].select(dim, h) for h in range(heads)], dim=dim)
 
 
 Values = dict[str, Tensor]  # "out", the fields of the final state, and "d..." of every input

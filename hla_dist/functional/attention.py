@@ -28,6 +28,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
 
         o_t = sum_{i<=t} Gamma(t, i) (q_t . k_i) v_i
 
+    ``log_decay`` may have a gate per channel, ``[B, T, H, K]``: then Gamma(t, i) is a vector that
+    multiplies k_i; plain torch, on a GPU too with ``backend="torch"``, in chunks of 16 tokens.
+
     The options are ``Options``, without ridge, gain, skip and the prefix mask. The state is
     ``LinearState(P)`` with ``P = sum Gamma(end, i) k_i v_i^T``, ``[B, H, K, V]``. Shapes,
     precision, communication and errors are those of ``hla2``.

@@ -12,21 +12,20 @@ from hla_dist.parallel.compiling import assume_constant_result
 
 
 def resolve(
-    requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None, keyed: bool = False
+    requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None, slow: str = ""
 ) -> str:
     """``"torch"``, ``"triton"`` or ``"gluon"``.
 
     ``"auto"`` is Triton for tensors on a GPU wherever its kernels compute the call, else torch. Raises ValueError
     naming the argument where ``"triton"`` was asked for and cannot run: no Triton, no GPU (and no interpreter), another
     architecture, float64, more columns than the kernels hold, an operator or option that has no kernels. ``"gluon"``,
-    the walks, is refused in the same way, and chosen by name alone unless ``hla_kernels.walks.BY_DEFAULT``.
+    the walks, is refused in the same way, and chosen by name alone unless ``hla_kernels.walks.BY_DEFAULT``. ``slow``
+    names what no kernels compute, if the call has it: then torch has to be asked for on a GPU.
     """
     if requested == "torch" or (requested == "auto" and q.device.type != "cuda"):
         return "torch"
-    if keyed:  # to be slow in silence where kernels were to be expected is worse than to be refused
-        raise ValueError(
-            f"backend: expected 'torch' with a key term (gain, skip), which has no kernels, got {requested!r}"
-        )
+    if slow:  # to be slow in silence where kernels were to be expected is worse than to be refused
+        raise ValueError(f"backend: expected 'torch' with {slow}, which no kernels compute, got {requested!r}")
     for kernels in ("gluon", "triton") if requested == "auto" else (requested,):
         call = (cascade, mask, q.device, q.dtype, q.shape[3], value_dim, chunk_size)
         reason = _obstacle(kernels, requested == "auto", *call)

@@ -129,13 +129,17 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         validate.refuse_transforms(name, q, k, v, o["log_decay"], o["initial_state"], o["gain"], o["skip"])
     validate.check_inputs(q, k, v)
     validate.check_options(name, o)
-    validate.check_log_decay(o["log_decay"], q, k)
+    validate.check_log_decay(name, o["log_decay"], q, k)
     gain, skip = (validate.check_key_term(term, o[term], q) for term in ("gain", "skip"))
     documents = None
     if o["cu_seqlens"] is not None:
         documents = validate.check_documents(o, q, *_rank_of(o["group"]))
     forms = NAMED[name].forms
     cascade = forms.get(o["mask"]) or (forms["paper"] if o["decay_form"] == "paper" and not full else NAMED[name])
+    per_channel = o["log_decay"] is not None and o["log_decay"].dim() == 4
+    if per_channel and not full:
+        cascade = forms["channels"]
+        validate.require(o["wire_dtype"] is None, "wire_dtype", "None with gates per channel", repr(o["wire_dtype"]))
     initial: tuple[Tensor, ...] = ()
     width = v.shape[3] + int(o["normalize"])
     if full:
@@ -145,14 +149,15 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         backend = "torch"
     else:
         initial = validate.check_state(o["initial_state"], cascade, q, width, documents)
-        keyed = gain is not None or skip is not None
-        backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"], keyed)
+        slow = "a key term (gain, skip)" if gain is not None or skip is not None else ""
+        slow = "gates per channel" if per_channel else slow
+        backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"], slow)
         if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
             initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
     if o["group"] is None and not initial:
         validate.warn_of_heads_first(q)
     gates = o["log_decay"]
-    if gates is not None and gates.shape[-1] != q.shape[2]:
+    if gates is not None and not per_channel and gates.shape[-1] != q.shape[2]:
         gates = gates.repeat_interleave(q.shape[2] // gates.shape[-1], dim=-1)
     scale = q.shape[3] ** -0.5 if o["scale"] is None else float(o["scale"])
     plan = Plan(
@@ -178,7 +183,8 @@ def _over_group(plan: Plan, o: dict[str, Any], documents: Documents | None, q: T
     exchange = topology.resolve(o["exchange"], pg.group_name)
     wire = "" if o["wire_dtype"] is None else str(o["wire_dtype"]).removeprefix("torch.")
     gates = o["log_decay"]
-    kind = "None" if gates is None else f"[{'' if gates.dim() == 1 else 'B,T,'}{gates.shape[-1]}]"
+    sizes = () if gates is None else gates.shape if gates.dim() == 1 else ("B", "T", *gates.shape[2:])
+    kind = "None" if gates is None else f"[{','.join(map(str, sizes))}]"
     term = " ".join(f"{x}={'[H]' if isinstance(o[x], Tensor) else float(o[x])}" for x in validate.KEY_TERM)
     description = (
         f"{plan.operator} B={q.shape[0]} H={q.shape[2]} G={k.shape[2]} K={q.shape[3]} V={v.shape[3]} dtype={q.dtype} "

@@ -28,7 +28,8 @@ class Options(SegmentOptions, total=False):
 
     Attributes:
         log_decay: Natural log of the gates, <= 0: ``[H]`` or ``[B, T, H]`` (``[G]``, ``[B, T,
-            G]``); -1e4 or less, -inf included, cuts the past off, with a gradient of 0. Default:
+            G]``); for linear_attention also one per channel of k, ``[B, T, H, K]`` (``[B, T, G,
+            K]``); -1e4 or less, -inf included, cuts the past off, with a gradient of 0. Default:
             None.
         decay_form: ``"masked"``, the operator's equations; ``"paper"``, for hla2: the paper's
             recurrence with decay to the letter, S_t = g S + k k^T, C_t = g C + q v^T, G_t = g G +

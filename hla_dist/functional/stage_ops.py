@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hla_dist.functional.backend import kernel_stages
 from hla_dist.functional.validate import no_second_derivative
-from hla_dist.operators import OPERATORS, stages, stages_backward
+from hla_dist.operators import OPERATORS, channels, stages, stages_backward
 from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.segment import Segment, Settings
 
@@ -49,7 +49,7 @@ def _stage(schema: str) -> Callable[[Callable[..., list[Tensor]]], Any]:
 def _backend(options: tuple[Any, ...]) -> tuple[Any, Any]:
     """The backend's modules with its forward and its backward stages."""
     if options[-1] == "torch":
-        return stages, stages_backward
+        return (channels, channels) if options[0] == channels.CHANNELS.name else (stages, stages_backward)
     return kernel_stages(options[-1]), kernel_stages(options[-1])
 
 

@@ -98,20 +98,30 @@ def check_inputs(q: Any, k: Any, v: Any) -> None:
         refuse("v", f"[B, T, G] = [{B}, {T}, {G}] like k in front of V", f"shape {tuple(v.shape)}")
 
 
-def check_log_decay(log_decay: Any, q: Tensor, k: Tensor) -> None:
-    """A natural log of gates: ``[H]``, ``[B, T, H]``, ``[G]`` or ``[B, T, G]``, <= 0; -inf is a cut."""
+def check_log_decay(name: str, log_decay: Any, q: Tensor, k: Tensor) -> None:
+    """A natural log of gates: ``[H]``, ``[B, T, H]``, ``[G]`` or ``[B, T, G]``, <= 0; -inf is a cut.
+
+    For first order also ``[B, T, H, K]`` or ``[B, T, G, K]``.
+    """
     if log_decay is None:
         return
-    B, T, H, _ = q.shape
+    B, T, H, K = q.shape
     G = k.shape[2]
     require(isinstance(log_decay, Tensor), "log_decay", "a tensor or None", type(log_decay).__name__)
     require(log_decay.dtype in FLOATS, "log_decay", "a floating dtype", log_decay.dtype)
     require(log_decay.device == q.device, "log_decay", f"q's device {q.device}", log_decay.device)
     shapes = [(H,), (B, T, H), (G,), (B, T, G)]  # a set would hash T, and every T would be compiled anew
+    per_channel = "channels" in NAMED[name].forms
+    if per_channel:
+        shapes += [(B, T, H, K), (B, T, G, K)]
+    elif log_decay.dim() == 4:
+        refuse("log_decay", f"a number per head for {name} (linear_attention takes gates per channel)", "[B, T, H, K]")
     if tuple(log_decay.shape) not in shapes:
         expected = f"shape [H] = [{H}] or [B, T, H] = [{B}, {T}, {H}]"
         if G != H:
             expected += f" (or [G] = [{G}], [B, T, G])"
+        if per_channel:
+            expected += f", or [B, T, H, K] with K = {K}"
         refuse("log_decay", expected, f"shape {tuple(log_decay.shape)}")
     if contents_visible(log_decay):
         bad = ~(log_decay <= 0)

@@ -70,6 +70,7 @@ class Operator:
     fields ``[..., rows, columns]`` that also hold ``rho [...]``. ``backward_fields`` are the forward fields of a
     segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries. Where they depend on the
     carry, ``settle(summary, before)`` gives them from the segment's own summary and that of all tokens before it.
+    ``products`` are fields of another kind, ``[K, 1]``: products of gates, 1 where there is no token.
     ``gained`` are the moments that all three read times the gain of a keyed pass.
 
     ``state`` makes the public state from ``states``. ``full`` lists the moments ``sum_i left_i right_i^T`` of the full
@@ -87,6 +88,7 @@ class Operator:
     forms: Mapping[str, Operator] = field(default_factory=dict, hash=False)
     backward_fields: tuple[str, ...] = ()
     settle: Callable[[Fields, Fields], Fields] | None = None
+    products: tuple[str, ...] = ()
     gained: frozenset[str] = frozenset()
     symmetric: frozenset[str] = frozenset()  # travel as a packed triangle
     combine_kept: Callable[[Fields, Fields], Fields] = _add_kept  # of rho and settled ``backward_fields``
@@ -120,7 +122,7 @@ class Operator:
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of a summary's fields other than ``rho``."""
-        return self.states + tuple(m.name for m in self.moments)
+        return self.states + tuple(m.name for m in self.moments) + self.products
 
     @property
     def first_level(self) -> tuple[Pass, ...]:
@@ -138,6 +140,8 @@ class Operator:
 
     def shape(self, field: str, key_dim: int, value_dim: int) -> tuple[int, int]:
         """Rows and columns of a state, reverse state or moment by name."""
+        if field in self.products:
+            return key_dim, 1
         pairs = {p.state: (p.b, p.c) for p in self.passes}
         pairs |= {p.reverse: (p.a, p.out) for p in self.passes}
         pairs |= {m.name: (m.left, m.right) for m in self.moments}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hla_dist.operators.cascade import Fields, Operator, Pass, decayed
+from hla_dist.operators.channels import CHANNELS
 from hla_dist.states import LinearState
 
 
@@ -24,4 +25,5 @@ LINEAR_ATTENTION = Operator(
     combine=_combine,
     combine_reverse=_combine_reverse,
     full=(("k", "v"),),
+    forms={"channels": CHANNELS},
 )

@@ -1,8 +1,8 @@
 """A segment's inputs, and how they are cut into tiles of rows and blocks of chunks that stay in cache.
 
-Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``[H]`` or ``[B, T, H]``, gain and skip
-``[H]``, states ``[B, H, rows, columns]``. In a block: N rows (batch x head), L tokens, sequences ``[N, L, D]`` and
-states ``[N, rows, columns]`` in the compute dtype.
+Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``[H]`` or ``[B, T, H]`` (per channel
+``[B, T, H or G, K]``), gain and skip ``[H]``, states ``[B, H, rows, columns]``. In a block: N rows (batch x head), L
+tokens, sequences ``[N, L, D]`` and states ``[N, rows, columns]`` in the compute dtype.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hla_dist.operators.cascade import Operator
 from hla_dist.operators.gates import BlockGates
 from hla_dist.operators.precision import sum_dtype
 
+CHANNEL_CHUNK = 16  # with a gate per channel, whose products are c K numbers a token
 CHUNK = 64  # fewer tokens waste matrix-product efficiency, more waste the upper triangle
 BLOCK_TOKENS = 512  # tokens of one row in a block: the scans over its 8 chunks cost 3 % of the arithmetic
 TILE_TOKENS = 2048  # tokens (or rows of states) a block has in all: 512 KiB a sequence at K = 64, which stays in cache
@@ -76,14 +77,18 @@ class Segment:
         self.heads_per_kv = self.H // self.G
         self.dtype = sum_dtype(q.dtype)
         self.device = q.device
-        longest = settings.chunk_size or CHUNK
+        per_channel = log_decay is not None and log_decay.dim() == 4
+        self._longest = CHANNEL_CHUNK if per_channel else CHUNK
+        longest = settings.chunk_size or self._longest
         self._block_tokens = max(1, BLOCK_TOKENS // longest) * longest
         self._shared_gates: dict[tuple[Tile, int], BlockGates] = {}
 
     @property
     def chunk(self) -> int:
         """Tokens per chunk."""
-        return self.settings.chunk_size or next(c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == CHUNK)
+        return self.settings.chunk_size or next(
+            c for c in (1, 2, 4, 8, 16, 32, CHUNK) if c >= self.T or c == self._longest
+        )
 
     @property
     def blocks(self) -> int:

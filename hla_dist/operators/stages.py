@@ -92,7 +92,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     op, normalize = segment.operator, segment.settings.normalize
     if segment.T == 1:
         o, leaving = step(segment, carry)
-        out, denominator = _ratio(segment, o[:, None])
+        out, denominator = ratio(segment, o[:, None])
         return Scanned(out.to(segment.q.dtype), denominator, leaving, [c.clone()[None] for c in carry])
     shape = (segment.B, segment.T, segment.H, segment.v.shape[3])
     out = torch.empty(shape, dtype=segment.q.dtype, device=segment.device)
@@ -113,7 +113,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
             for p in corrected:
                 local = segment.load_inner(results[p.out], tile, span)
                 block.correct(p, local, entering[p.state], past)
-            o, den = _ratio(segment, block.sequence("o"))
+            o, den = ratio(segment, block.sequence("o"))
             segment.store(out, tile, span, o)
             if normalize:
                 segment.store(denominator.unsqueeze(-1), tile, span, den.unsqueeze(-1))
@@ -127,7 +127,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     return Scanned(out, denominator, list(final.values()), list(checkpoints.values()))
 
 
-def _ratio(segment: Segment, o: Tensor) -> tuple[Tensor, Tensor]:
+def ratio(segment: Segment, o: Tensor) -> tuple[Tensor, Tensor]:
     """What a cascade gives ``[..., V]`` as output and denominator: with ``normalize`` its last column, else empty."""
     if not segment.settings.normalize:
         return o, o.new_empty(0)

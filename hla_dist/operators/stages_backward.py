@@ -92,6 +92,11 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
 def _block(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span, reverse: Fields) -> ReverseBlock:
     """A block with the reverse carry entering from its right."""
     carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(segment.operator.states, saved.checkpoints)}
+    return ReverseBlock(segment, tile, span, carry, reverse, numerators(segment, saved, dout, tile, span))
+
+
+def numerators(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span) -> Tensor:
+    """A block of the gradients of what the cascade itself gives, before any ratio."""
     gradient = segment.load(dout, tile, span)
     if segment.settings.normalize:
         # o = num / (den + eps): dnum = do / (den + eps), dden = -do . o / (den + eps)
@@ -99,4 +104,4 @@ def _block(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span,
         denominator = segment.load(saved.denominator.unsqueeze(-1), tile, span) + segment.settings.eps
         own = -(o * gradient).sum(-1, keepdim=True)
         gradient = torch.cat([gradient, own], -1) / denominator
-    return ReverseBlock(segment, tile, span, carry, reverse, gradient)
+    return gradient

@@ -140,7 +140,9 @@ def identity(
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
     op = OPERATORS[operator]
     fields = {
-        name: torch.zeros(batch, heads, *op.shape(name, key_dim, value_dim), dtype=dtype, device=device)
+        name: torch.full(
+            (batch, heads, *op.shape(name, key_dim, value_dim)), float(name in op.products), dtype=dtype, device=device
+        )
         for name in op.fields
     }
     return Summary(operator, torch.ones(batch, heads, dtype=dtype, device=device), fields, gain)
@@ -155,7 +157,8 @@ def scan_exclusive(summaries: Sequence[Summary]) -> list[Summary]:
     if not summaries:
         raise ValueError("summaries: expected at least one Summary, got none")
     first = summaries[0]
-    zeros = {name: torch.zeros_like(x) for name, x in first.fields.items()}
+    products = OPERATORS[first.operator].products
+    zeros = {name: torch.full_like(x, float(name in products)) for name, x in first.fields.items()}
     prefixes = [Summary(first.operator, torch.ones_like(first.rho), zeros, first.gain)]
     for summary in summaries[:-1]:
         prefixes.append(combine(prefixes[-1], summary))

@@ -26,7 +26,7 @@ class Arguments(NamedTuple):
     q: Tensor  # [B, H, T, K], scaled
     k: Tensor  # [B, H, T, K]
     v: Tensor  # [B, H, T, V], or V + 1 with normalize
-    log_decay: Tensor  # [B, H, T], zero where there is no gate
+    log_decay: Tensor  # [B, H, T], zero where there is no gate; [B, H, T, K] per channel
     state: tuple[Tensor, ...]  # the carry before the first token, S symmetric
     gain: Tensor  # [1 or H, 1, 1]
     skip: Tensor  # [1 or H, 1, 1]
@@ -106,9 +106,11 @@ def read_arguments(
         gates = q.new_zeros(B, T, H)
     else:
         gates = log_decay.expand(B, T, -1) if log_decay.ndim == 1 else log_decay
-        if gates.ndim != 3 or list(gates.shape[:2]) != [B, T] or gates.shape[2] not in (H, G):
+        channels = [K] if gates.ndim == 4 and name == "linear_attention" else []
+        if gates.ndim < 3 or list(gates.shape) not in ([B, T, H, *channels], [B, T, G, *channels]):
             raise ValueError(
-                f"log_decay: expected [{H}], [{G}], [{B}, {T}, {H}] or [{B}, {T}, {G}], got {list(log_decay.shape)}"
+                f"log_decay: expected [{H}], [{G}], [{B}, {T}, {H}] or [{B}, {T}, {G}], for linear_attention also "
+                f"[.., {K}], got {list(log_decay.shape)}"
             )
         gates = gates.repeat_interleave(H // gates.shape[2], dim=2)
 
@@ -135,5 +137,5 @@ def read_arguments(
     q, k, v = (x.permute(0, 2, 1, 3) for x in (scale * q, k, v))
     gain, skip = (torch.as_tensor(x, dtype=q.dtype, device=q.device).reshape(-1, 1, 1) for x in (gain, skip))
     return Arguments(
-        q, k, v, gates.permute(0, 2, 1), state, gain, skip, kind, ridge, normalize, eps, mask, output_final_state
+        q, k, v, gates.transpose(1, 2), state, gain, skip, kind, ridge, normalize, eps, mask, output_final_state
     )

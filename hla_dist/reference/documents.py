@@ -23,7 +23,7 @@ def each(
     outs, states = [], []
     for n, (start, stop) in enumerate(zip(bounds, bounds[1:])):
         own = dict(options)
-        if gates is not None and gates.ndim == 3:
+        if gates is not None and gates.ndim >= 3:
             own["log_decay"] = gates[:, start:stop]
         if initial is not None:
             own["initial_state"] = type(initial)(*(x[n : n + 1] for x in initial))

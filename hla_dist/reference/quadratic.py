@@ -23,7 +23,7 @@ def quadratic(
 
     D[t, i] is the product of the gates of tokens i + 1 .. t, and 0 for i > t. Without an initial state:
 
-        linear_attention     o = (D * N) V
+        linear_attention     o = (D * N) V      per channel N[t, i] = sum_c q_tc D_c[t, i] k_ic
         hla2                 o = A V                A = D * (gain N (D * N)^T + ridge Q Q^T + skip N)
         ahla                 o = (D * N) (D * N) V
         hla3                 o = A (D * N) V
@@ -50,10 +50,15 @@ def quadratic(
             A = A if name == "hla2" else A @ N
         return a.result(A @ a.v, ())
 
+    if a.log_decay.ndim == 4:
+        return a.result(*_channels(a))
     D, from_start, to_end = _decays(a.log_decay, q.dtype)
     forms = {"linear_attention": _linear, "hla2": _hla2, "ahla": _ahla, "hla3": _hla3}
     form = {PrefixState: _prefix, HLA2PaperState: _paper}.get(a.kind) or forms[name]
     return a.result(*form(a, N, QQ, D, from_start, to_end))
+
+
+Form = tuple[Tensor, tuple[Tensor, ...]]
 
 
 def _decays(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,12 +77,19 @@ def _decays(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return D.to(dtype), from_start.to(dtype), to_end.to(dtype)
 
 
+def _channels(a: Arguments) -> Form:
+    """First order with a gate per channel: every channel of N has a D of its own."""
+    (P0,) = a.state
+    D, from_start, to_end = (x.movedim(2, -1) for x in _decays(a.log_decay.permute(0, 1, 3, 2), a.q.dtype))
+    N = (a.q[..., :, None, :] * a.k[..., None, :, :] * D).sum(-1)
+    before, after = from_start[..., 0, :], to_end[..., 0, :]  # [B, H, T, K]
+    P = (after * a.k).mT @ a.v + _whole(before).mT * P0
+    return N @ a.v + (before * a.q) @ P0, (P,)
+
+
 def _whole(from_start: Tensor) -> Tensor:
     """The decay across all tokens [B, H, 1, 1]; an empty sequence decays nothing."""
     return from_start[..., -1:, :] if from_start.shape[-2] else from_start.new_ones(*from_start.shape[:2], 1, 1)
-
-
-Form = tuple[Tensor, tuple[Tensor, ...]]
 
 
 def _linear(a: Arguments, N: Tensor, QQ: Tensor, D: Tensor, from_start: Tensor, to_end: Tensor) -> Form:

@@ -20,8 +20,8 @@ def serial(
 ) -> tuple[Tensor, Any]:
     """Operator ``name`` token by token: update the state with (g, k, v), then read it with q.
 
-    q is replaced by scale q first, and every state decayed by the token's gate g = exp(log_decay). I is
-    the identity.
+    q is replaced by scale q first, and every state decayed by the token's gate g = exp(log_decay), the
+    rows of P by one each where there is one per channel. I is the identity.
 
         linear_attention     P += k v^T                                 o = P^T q
         hla2                 S += k k^T;  F += u v^T                    o = F^T q
@@ -47,11 +47,12 @@ def serial(
     if a.mask == "full":
         return a.result(_full(name, a.q, a.k, a.v, a.ridge), ())
 
-    gates = a.log_decay.exp().to(q.dtype)  # [B, H, T]
+    gates = a.log_decay.exp().to(q.dtype)[..., None]  # [B, H, T, 1], or [B, H, T, K, 1] per channel
+    gates = gates if gates.ndim == 5 else gates[..., None]
     state = a.state
     outs = []
     # unbind, not x[:, :, t]: the gradient of an index is as large as x, once a token
-    tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates[..., None, None]))
+    tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates))
     for qt, kt, vt, gt in zip(*tokens, strict=True):
         o, state = _step(name, a.kind, qt, kt, vt, gt, state, a.ridge, a.gain[..., 0], a.skip[..., 0])
         outs.append(o)
@@ -72,8 +73,8 @@ def _step(
     gain: Tensor,
     skip: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1, 1], gain and skip [1 or H, 1]: its output [B, H, V], and
-    the state after it.
+    """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1 or K, 1], gain and skip [1 or H, 1]: its output [B, H, V],
+    and the state after it.
     """
     if name == "linear_attention":
         (P,) = state

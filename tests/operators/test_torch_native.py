@@ -68,6 +68,7 @@ def _calls(p: Problem, pg: Any = None) -> dict[str, tuple[Any, tuple[Any, ...]]]
         ("hla2", "prefix", dict(gates="none")),
         ("hla2", "paper", dict(gates="H")),
         ("ahla", "causal", dict(normalize=True, gates="BTG")),
+        ("linear_attention", "causal", dict(normalize=True, gates="BTGK", T=40)),
         ("hla3", "causal", dict(T=1100)),  # more than a block: a state at each block's start is saved
         ("hla2", "causal", dict(key_term="H")),
         ("hla3", "causal", dict(key_term="numbers", gates="none")),
