@@ -89,14 +89,11 @@ def targets(rows: list[dict[str, Any]]) -> list[report.Target]:
 def write(config: ScalingConfig, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     series = config.series if len(config.series) < len(SERIES) else []
     theme = "_".join(["scaling", *config.what, *series])
-    body = ["## Figures", LEGEND, report.table(HEADER, [cells(row) for row in rows])]
+    body = ["## Figures", LEGEND, report.table(HEADER, [cells(row) for row in rows]), f"![plot]({theme}.png)"]
     data = {"config": config.to_dict(), "rows": rows}
     out = Path(config.out or "")
-    path = report.write(theme, out, "Scaling with ranks and tokens", about, [], body, data)
+    path = report.write(theme, out, "Scaling with ranks and tokens", about, targets(rows), body, data)
     plot(path.with_suffix(".png"), rows, config)
-    path = report.write(
-        theme, out, "Scaling with ranks and tokens", about, targets(rows), [*body, f"![plot]({path.stem}.png)"], data
-    )
     print(f"report: {os.path.relpath(path)}")
 
 

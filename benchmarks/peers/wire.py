@@ -6,7 +6,6 @@ for an all-to-all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,28 +14,7 @@ from torch import Tensor
 
 from hla_dist.parallel import collectives
 
-
-@dataclass
-class Sent:
-    """What left this rank since ``reset``."""
-
-    messages: int = 0
-    bytes: int = 0
-
-    def add(self, messages: int, size: int) -> None:
-        self.messages += messages
-        self.bytes += size
-
-    def reset(self) -> None:
-        self.messages = self.bytes = 0
-
-
-sent = Sent()
-
-
-def nbytes(x: Tensor) -> int:
-    """Bytes of its values."""
-    return x.numel() * x.element_size()
+sent = collectives.Counter()  # of the peers; this library has its own
 
 
 def place(group: Any) -> tuple[dist.ProcessGroup, int, int]:
@@ -51,7 +29,7 @@ def post(pg: dist.ProcessGroup, x: Tensor | None, to: int, into: Tensor | None, 
     if into is not None:
         operations.append(dist.P2POp(dist.irecv, into, group=pg, group_peer=source))
     if x is not None:
-        sent.add(1, nbytes(x))
+        sent.add(x, messages=1)
         operations.append(dist.P2POp(dist.isend, x, group=pg, group_peer=to))
     return dist.batch_isend_irecv(operations) if operations else []
 
@@ -65,15 +43,16 @@ def wait(works: list[Any]) -> None:
 def all_gather(x: Tensor, pg: dist.ProcessGroup) -> tuple[Tensor, Any]:
     """Start to gather ``[n]`` from every rank: ``[P, n]`` and the work to wait for."""
     size = collectives.group_size(pg)
-    sent.add(size - 1, (size - 1) * nbytes(x))
+    for _ in range(size - 1):
+        sent.add(x, messages=1)
     out, work = collectives.all_gather_flat(x, pg, async_op=True)
     return out.view(size, -1), work
 
 
 def all_to_all(x: Tensor, pg: dist.ProcessGroup) -> Tensor:
     """``[P, ...]`` by the rank it goes to: ``[P, ...]`` by the rank it came from."""
-    size = collectives.group_size(pg)
-    sent.add(size - 1, nbytes(x) // size * (size - 1))
+    for part in x[1:]:
+        sent.add(part, messages=1)
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=pg)
     return out

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional.call import raise_everywhere
@@ -254,9 +255,8 @@ class SoftmaxAttention(RenamesOnLoad):
         return y.reshape(batch, tokens, self.hidden_size), after
 
     def _operands(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (
-            projection(x).unflatten(2, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.head_dim) for y in projected)
         activation = v.dtype
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, q.dtype), self.k_norm(k, k.dtype)
@@ -266,7 +266,7 @@ class SoftmaxAttention(RenamesOnLoad):
         return q.to(activation), k.to(activation), v
 
     def _result(self, o: Tensor) -> Tensor:
-        return self.o_proj(o.flatten(2))
+        return self.o_proj(rearrange(o, "b t h k -> b t (h k)"))
 
     def _chosen(self, call: softmax.SoftmaxCall, ranks: int) -> str:
         """The exchange of this call; the agreed facts decide, so that every rank chooses, or refuses, alike."""

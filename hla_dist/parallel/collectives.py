@@ -52,17 +52,13 @@ class Counter:
     used: bool = False  # anything, ever
     lock: Any = field(default_factory=threading.Lock, repr=False)  # groups have threads of their own (background.py)
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor | None, messages: int = 0) -> None:
+        """Count a collective, or so many messages, of ``tensor`` (None: of objects, whose bytes do not count)."""
         with self.lock:
             self.used = True
-            self.calls += 1
-            self.bytes += tensor.nbytes
-
-    def add_message(self, tensor: Tensor) -> None:
-        with self.lock:
-            self.used = True
-            self.messages += 1
-            self.bytes += tensor.nbytes
+            self.calls += not messages
+            self.messages += messages
+            self.bytes += 0 if tensor is None else tensor.nbytes
 
     def reset(self) -> None:
         """Count from zero again."""
@@ -142,10 +138,8 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
 
     Returns the output and, with ``async_op``, the work to wait for. One collective.
     """
-    _in_turn(pg)
-    arrivals.count(pg)
+    _begin(pg, x)
     out = x.new_empty(group_size(pg) * x.numel())
-    counter.add(x)
     if isinstance(pg, MPIGroup):
         return out, _done(pg.all_gather(out, x), async_op)
     with arrivals.waiting(pg):  # with TORCH_DISTRIBUTED_DEBUG=DETAIL the start waits for everyone
@@ -155,9 +149,7 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
 
 def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
     """Sum ``x`` over the group, in place. One collective."""
-    _in_turn(pg)
-    arrivals.count(pg)
-    counter.add(x)
+    _begin(pg, x)
     began = time.perf_counter()
     if isinstance(pg, MPIGroup):
         work = _done(pg.all_reduce_sum(x), async_op)
@@ -174,10 +166,8 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
 
     [sum(sends)] -> [sum(receives)]; counts may be 0 and differ from rank to rank. One collective.
     """
-    _in_turn(pg)
-    arrivals.count(pg)
+    _begin(pg, x)
     out = x.new_empty(sum(receives))
-    counter.add(x)
     if isinstance(pg, MPIGroup):
         sent, received = list(enumerate(x.split(sends))), list(enumerate(out.split(receives)))
         received[pg.rank][1].copy_(sent[pg.rank][1])
@@ -192,9 +182,7 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
 
 def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
     """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
-    _in_turn(pg)
-    arrivals.count(pg)
-    counter.calls += 1
+    _begin(pg, None)
     if isinstance(pg, MPIGroup):
         return pg.all_gather_objects(obj)
     gathered: list[Any] = [None] * group_size(pg)
@@ -205,9 +193,7 @@ def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
 
 def broadcast(x: Tensor, pg: Group, source: int = 0) -> None:
     """Overwrite ``x`` with that of rank ``source`` of the group, in place. One collective."""
-    _in_turn(pg)
-    arrivals.count(pg)
-    counter.add(x)
+    _begin(pg, x)
     if isinstance(pg, MPIGroup):
         pg.broadcast(x, source).wait()
         return
@@ -222,6 +208,13 @@ def wait(work: Any, pg: Group | None = None) -> None:
         work.wait()
     if not background.on_thread():
         counter.waited += time.perf_counter() - began
+
+
+def _begin(pg: Group, x: Tensor | None) -> None:
+    """Another collective, of ``x`` or of objects: in its turn, and counted."""
+    _in_turn(pg)
+    arrivals.count(pg)
+    counter.add(x)
 
 
 def _in_turn(pg: Group) -> None:
@@ -287,7 +280,7 @@ def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, T
         sends, receives = ([(rank, x) for rank, x in messages if x.numel()] for messages in (sends, receives))
     for _, x in sends:
         if x.numel():
-            counter.add_message(x)
+            counter.add(x, messages=1)
     if isinstance(pg, MPIGroup):
         return pg.post(sends, receives)
     operations = [dist.P2POp(dist.irecv, x, group=pg, group_peer=rank, tag=_TAG) for rank, x in receives]
