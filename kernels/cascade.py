@@ -1,7 +1,8 @@
 """Any cascade of first-order passes, forward and backward, as launches of the kernels.
 
 A cascade is its list of passes ``out = LA(a, b, c) (+ ridge a)`` in order, by names; q, k and v are inputs, the last
-pass gives ``o``. Everything follows from the list (docs/algebra.md, gradients):
+pass gives ``o``. A keyed pass may have a key term (key_term.py). Everything follows from the list (docs/algebra.md,
+gradients):
 
     forward    out = LA(a, b, c)
     backward   da = LA(dout, c, b)      db = rLA(c, dout, a)      dc = rLA(b, a, dout)
@@ -40,22 +41,23 @@ SHORTEST = 256  # tokens of the shortest segment: its state's traffic stays belo
 
 
 class Pass(NamedTuple):
-    """``out = LA(a, b, c) (+ ridge a)``."""
+    """``out = LA(a, b, c) (+ ridge a)``; keyed, with a gain or a skip: ``gain LA(a, b, c) + ridge a + skip c``."""
 
     out: str
     a: str
     b: str
     c: str
     ridge: bool = False
+    keyed: bool = False
 
 
 # the operators by their passes, for what runs without hla_dist
 CASCADES: dict[str, tuple[Pass, ...]] = {
     "linear_attention": (Pass("o", "q", "k", "v"),),
-    "hla2": (Pass("u", "q", "k", "k", True), Pass("o", "q", "u", "v")),
+    "hla2": (Pass("u", "q", "k", "k", True, True), Pass("o", "q", "u", "v")),
     "hla2_prefix": (Pass("w", "q", "k", "k", True), Pass("o", "w", "q", "v")),
     "ahla": (Pass("r", "q", "k", "v"), Pass("o", "q", "k", "r")),
-    "hla3": (Pass("u", "q", "k", "k", True), Pass("r", "q", "k", "v"), Pass("o", "q", "u", "r")),
+    "hla3": (Pass("u", "q", "k", "k", True, True), Pass("r", "q", "k", "v"), Pass("o", "q", "u", "r")),
 }
 
 
@@ -82,6 +84,8 @@ class Problem:
     target: Target
     segment_tokens: int | None = None  # None: as many segments as fill the device
     operator: str = ""  # its name, where a single token has a kernel of its own
+    gain: Tensor | None = None  # of the keyed pass, [H] float32; None: 1
+    skip: Tensor | None = None  # likewise; None: 0
     sequences: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,6 +126,15 @@ class Problem:
     def times_scale(self, *names: str) -> float:
         """What a product of these sequences is to be multiplied with: q stands for ``scale * q``."""
         return self.scale ** sum(name == "q" for name in names)
+
+    def has_key_term(self, p: Pass) -> bool:
+        """Whether more stands beside the product of a pass than its ridge."""
+        return p.keyed and (self.gain is not None or self.skip is not None)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether some pass has a key term."""
+        return any(map(self.has_key_term, self.passes))
 
     @property
     def gated(self) -> bool:

@@ -162,8 +162,8 @@ def fused_forward_kernel(
 
 
 def runs(problem: Problem) -> bool:
-    """Whether one walk is the better schedule: a cascade, one segment, and states that fit."""
-    return problem.segments()[0] == 1 and _tile(problem) is not None
+    """Whether one walk is the better schedule: a cascade without key term, one segment, and states that fit."""
+    return problem.segments()[0] == 1 and not problem.keyed and _tile(problem) is not None
 
 
 def _tile(problem: Problem) -> tiles.Tile | None:

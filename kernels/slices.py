@@ -59,14 +59,19 @@ def sliced_backward(
         return scan_backward(problem, carry, dout, reverse_carry, gate)
     inputs = {"q": problem.q, "k": problem.k, "v": problem.v}
     whole = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items()}
+    given = {"gain": problem.gain, "skip": problem.skip}
     found = []
     for i in range(cut.parts):
         views = {name: cut.of(x, i) for name, x in inputs.items()}
         log_decay = None if problem.log_decay is None else cut.of(problem.log_decay, i)
-        one = replace(problem, **views, log_decay=log_decay, sequences={})
+        term = {name: x if x is None or cut.axis == 0 else _part(x, 0, i, cut.parts) for name, x in given.items()}
+        one = replace(problem, **views, **term, log_decay=log_decay, sequences={})
         entering, leaving = ([cut.of_state(x, i) for x in fields] for fields in (carry, reverse_carry))
         into = {name: cut.of(x, i) for name, x in whole.items()}
         found.append(scan_backward(one, entering, cut.of(dout, i), leaving, gate, into))
     dlog = [g.log_decay for g in found if g.log_decay is not None]
     dcarry = [torch.cat(fields, cut.state_axis) for fields in zip(*(g.carry for g in found))]
-    return Gradients(whole["q"], whole["k"], whole["v"], torch.cat(dlog, cut.axis) if dlog else None, dcarry)
+    key = [[x for x in of if x is not None] for of in zip(*((g.gain, g.skip) for g in found))]
+    dgain, dskip = (None if not x else torch.cat(x) if cut.axis else torch.stack(x).sum(0) for x in key)
+    dgates = torch.cat(dlog, cut.axis) if dlog else None
+    return Gradients(whole["q"], whole["k"], whole["v"], dgates, dcarry, dgain, dskip)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hla_kernels import fused, tiles
+from hla_kernels import fused, key_term, tiles
 from hla_kernels.cascade import RESTART, Pass, Problem, SegmentStates
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import launch
@@ -26,28 +26,45 @@ from hla_kernels.sequences import gates, last_axis_contiguous
 
 
 class Gradients(NamedTuple):
-    """Gradients in the inputs' dtypes, ``log_decay [B, T, H]`` float32 (None without gates), ``carry`` one a pass."""
+    """Gradients in the inputs' dtypes, ``log_decay [B, T, H]`` float32 (None without gates), ``carry`` one a pass.
+
+    ``gain`` and ``skip`` ``[H]`` float32, None where not given.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
     carry: list[Tensor]
+    gain: Tensor | None = None
+    skip: Tensor | None = None
 
 
 def _forward_pass(
-    problem: Problem, p: Pass, initial: Tensor | None, cut: tuple[int, int], out: Tensor
+    problem: Problem,
+    p: Pass,
+    initial: Tensor | None,
+    cut: tuple[int, int],
+    out: Tensor,
+    products: dict[str, Tensor] | None = None,
 ) -> SegmentStates:
-    """``out = LA(a, b, c) + ridge a`` and the carries of every segment."""
+    """``out = LA(a, b, c) + ridge a`` or with a key term, and the carries of every segment.
+
+    products: where ``LA(a, b, c)`` of a pass with a gain is put, which its gradient reads; None: nowhere.
+    """
     a, b, c = (problem.sequences[name] for name in (p.a, p.b, p.c))
     carry = problem.carry(b, c, initial, cut, reverse=False)
     problem.find(carry, b, c, problem.times_scale(p.b, p.c), initial, cut)
-    ridge = problem.ridge * problem.times_scale(p.a) if p.ridge else 0.0
+    keyed = problem.has_key_term(p)
+    ridge = problem.ridge * problem.times_scale(p.a) if p.ridge and not keyed else 0.0
+    product = out
+    if keyed and products is not None:
+        product = products[p.out] = torch.empty_like(out)
     problem.run(
         a,
         b,
         c,
-        out,
+        product,
         carry,
         False,
         cut,
@@ -55,15 +72,19 @@ def _forward_pass(
         into_state=problem.times_scale(p.b, p.c),
         add=(a, ridge) if ridge else None,
     )
+    if keyed:
+        key_term.apply(problem, p, product, out)
     return carry
 
 
-def _inner_forward(problem: Problem, carry: list[Tensor | None], cut: tuple[int, int]) -> list[SegmentStates]:
-    """Every pass but the last; results go to ``problem.sequences``."""
+def _inner_forward(
+    problem: Problem, carry: list[Tensor | None], cut: tuple[int, int], products: dict[str, Tensor] | None = None
+) -> list[SegmentStates]:
+    """Every pass but the last; results go to ``problem.sequences``, ``products`` as in ``_forward_pass``."""
     carries = []
     for p, initial in zip(problem.passes[:-1], carry):
         out = problem.inner(problem.sequences[p.c].shape[3])
-        carries.append(_forward_pass(problem, p, initial, cut, out))
+        carries.append(_forward_pass(problem, p, initial, cut, out, products))
         problem.sequences[p.out] = out
     return carries
 
@@ -76,7 +97,7 @@ def edge(problem: Problem, carry: SegmentStates) -> Tensor:
 
 def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
     """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``; ``out`` in q's dtype unless told."""
-    if problem.T == 1 and problem.operator in READS:
+    if problem.T == 1 and problem.operator in READS and not problem.keyed:
         inputs = (problem.q, problem.k, problem.v, problem.log_decay)
         return decode(problem.operator, *inputs, carry, problem.scale, problem.ridge, problem.target, out_dtype)
     if fused.runs(problem):
@@ -111,7 +132,10 @@ def finish(
         local, state = kept[2 * i], kept[2 * i + 1]
         out = torch.empty_like(local)
         scales = (problem.times_scale(p.a, p.b, p.c), problem.times_scale(p.b, p.c))
-        problem.correct(problem.sequences[p.a], local, out, initial, *scales, cut)
+        entering = initial
+        if problem.has_key_term(p) and problem.gain is not None:
+            entering = initial * problem.gain[:, None, None]
+        problem.correct(problem.sequences[p.a], local, out, entering, *scales, cut)
         problem.sequences[p.out] = out
         states.append(state + decay * initial)
     last = problem.passes[-1]
@@ -129,6 +153,8 @@ class _Backward:
     ):
         self.problem, self.cut, self.gate, self.into = problem, cut, gate, into or {}
         self.gradients = {"o": dout}
+        self.results: dict[str, Tensor] = {}  # gradients of results with a key term, as they were without its gain
+        self.key: tuple[Tensor | None, Tensor | None] = (None, None)
         self.terms: list[Tensor] = []
 
     def buffer(self, name: str) -> Tensor:
@@ -165,7 +191,7 @@ class _Backward:
         else:
             self.gradients[name] = self.buffer(name)
             ridge = problem.ridge * own if p.ridge and name == p.a else 0.0
-            add = (x[f"d{p.out}"], ridge) if ridge else None
+            add = (self.results.get(p.out, x[f"d{p.out}"]), ridge) if ridge else None
         pair = None
         if self.gate and weight is not None:
             width = problem.sequences[name].shape[3]
@@ -189,6 +215,20 @@ class _Backward:
             add=add,
             pair=pair,
         )
+
+    def key_term(self, p: Pass, product: Tensor | None = None) -> None:
+        """Once the gradient of a pass's result is known: from here on its gain is inside; ``product``: see key_term.py.
+
+        With it the gradient of c begins with ``skip dout``, and ``key`` has those of gain and skip.
+        """
+        if not self.problem.has_key_term(p):
+            return
+        dout = self.results[p.out] = self.gradients[p.out]
+        if product is not None and self.problem.skip is not None:
+            self.gradients[p.c] = self.buffer(p.c)
+        dc = self.gradients.get(p.c)
+        self.gradients[p.out], dgain, dskip = key_term.gradients(self.problem, p, dout, product, dc)
+        self.key = (dgain, dskip)
 
     def add_all(self, p: Pass, forward: SegmentStates, reverse: SegmentStates, wanted: set[str]) -> None:
         """What pass ``p`` adds to the gradients of ``wanted`` among its a, b and c."""
@@ -225,7 +265,8 @@ def scan_backward(
     """
     into = into or {}
     cut = problem.segments(RESTART[problem.dtype] if gate else None)
-    forward = _inner_forward(problem, list(carry), cut)
+    products: dict[str, Tensor] = {}
+    forward = _inner_forward(problem, list(carry), cut, products)
     last = problem.passes[-1]
     b, c = problem.sequences[last.b], problem.sequences[last.c]
     forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
@@ -235,6 +276,7 @@ def scan_backward(
     reverse: dict[str, SegmentStates] = {}
     steps = list(zip(problem.passes, forward, reverse_carry))
     for p, carry_in, entering in reversed(steps):
+        backward.key_term(p, products.pop(p.out, None))
         reverse[p.out] = _reverse_carry(backward, p, entering)
         backward.add_all(p, carry_in, reverse[p.out], inner)
     for p, carry_in, _ in steps:
@@ -242,7 +284,7 @@ def scan_backward(
     carries = [reverse[p.out] for p in problem.passes]
     dlog = gate_gradient(problem, backward.terms, forward, carries, cut) if gate else None
     dq, dk, dv = (own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
-    return Gradients(dq, dk, dv, dlog, [edge(problem, one) for one in carries])
+    return Gradients(dq, dk, dv, dlog, [edge(problem, one) for one in carries], *backward.key)
 
 
 def own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
@@ -350,6 +392,7 @@ def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> l
     if last.a in inner:  # only then is the last pass's own carry read
         problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
     for p, carry_in in reversed(list(zip(problem.passes, forward))):
+        backward.key_term(p)
         if inner & {p.a, p.b, p.c}:
             reverse = _reverse_carry(backward, p, None)
             backward.add_all(p, carry_in, reverse, inner)

@@ -12,7 +12,14 @@ from hla_dist.parallel.compiling import assume_constant_result
 
 
 def resolve(
-    requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None, slow: str = ""
+    requested: str,
+    cascade: str,
+    mask: str,
+    q: Tensor,
+    value_dim: int,
+    chunk_size: int | None,
+    slow: str = "",
+    keyed: bool = False,
 ) -> str:
     """``"torch"``, ``"triton"`` or ``"gluon"``.
 
@@ -20,7 +27,8 @@ def resolve(
     naming the argument where ``"triton"`` was asked for and cannot run: no Triton, no GPU (and no interpreter), another
     architecture, float64, more columns than the kernels hold, an operator or option that has no kernels. ``"gluon"``,
     the walks, is refused in the same way, and chosen by name alone unless ``hla_kernels.walks.BY_DEFAULT``. ``slow``
-    names what no kernels compute, if the call has it: then torch has to be asked for on a GPU.
+    names what no kernels compute, if the call has it: then torch has to be asked for on a GPU. ``keyed``: it has a key
+    term.
     """
     if requested == "torch" or (requested == "auto" and q.device.type != "cuda"):
         return "torch"
@@ -28,7 +36,7 @@ def resolve(
         raise ValueError(f"backend: expected 'torch' with {slow}, which no kernels compute, got {requested!r}")
     for kernels in ("gluon", "triton") if requested == "auto" else (requested,):
         call = (cascade, mask, q.device, q.dtype, q.shape[3], value_dim, chunk_size)
-        reason = _obstacle(kernels, requested == "auto", *call)
+        reason = _obstacle(kernels, requested == "auto", keyed, *call)
         if not reason:
             return kernels
     if requested == "auto":
@@ -45,6 +53,7 @@ def kernel_stages(backend: str) -> Any:
 def _obstacle(
     kernels: str,
     unnamed: bool,
+    keyed: bool,
     cascade: str,
     mask: str,
     device: torch.device,
@@ -64,6 +73,8 @@ def _obstacle(
         return f"backend: expected 'auto' or 'torch' where Triton cannot be imported ({error}), got {kernels!r}"
     if unnamed and not stages.BY_DEFAULT:
         return "backend: expected 'gluon' by name, got 'auto'"
+    if keyed and not stages.KEY_TERM:
+        return f"backend: expected 'auto', 'torch' or 'triton' with a key term (gain, skip), got {kernels!r}"
     try:
         stages.require_supported(cascade, device, dtype, key_dim, value_dim)
     except ValueError as error:

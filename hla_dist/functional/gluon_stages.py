@@ -17,7 +17,8 @@ from hla_dist.operators.stages_backward import Gradients, Saved
 from hla_kernels import device, walks
 
 BY_DEFAULT = walks.BY_DEFAULT
-__all__ = ["BY_DEFAULT", "require_supported", "scan", "scan_backward", "summarize", "summarize_backward"]
+KEY_TERM = False
+__all__ = ["BY_DEFAULT", "KEY_TERM", "require_supported", "scan", "scan_backward", "summarize", "summarize_backward"]
 
 
 def require_supported(operator: str, where: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:

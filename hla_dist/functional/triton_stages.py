@@ -28,6 +28,7 @@ from hla_kernels.sequences import last_axis_contiguous
 from hla_kernels.slices import sliced_backward
 
 BY_DEFAULT = True  # "auto" chooses these kernels wherever they run
+KEY_TERM = True  # gain and skip
 
 
 def has_kernels(operator: Operator) -> bool:
@@ -57,7 +58,7 @@ def on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _passes(operator: Operator) -> tuple[Pass, ...]:
-    return tuple(Pass(p.out, p.a, p.b, p.c, p.ridge) for p in operator.passes)
+    return tuple(Pass(p.out, p.a, p.b, p.c, p.ridge, p.keyed) for p in operator.passes)
 
 
 def problem_of(segment: Segment) -> Problem:
@@ -81,6 +82,8 @@ def problem_of(segment: Segment) -> Problem:
         settings.ridge,
         target,
         operator=segment.operator.name,
+        gain=None if segment.gain is None else segment.gain.contiguous(),
+        skip=None if segment.skip is None else segment.skip.contiguous(),
     )
 
 
@@ -141,4 +144,4 @@ def gradients_of(segment: Segment, g: stages.Gradients) -> Gradients:
     if dlog is not None and segment.log_decay is not None:
         dlog = (dlog.sum((0, 1)) if segment.log_decay.dim() == 1 else dlog).to(segment.log_decay.dtype).contiguous()
     dv = g.v[..., : segment.v.shape[3]].contiguous()
-    return Gradients(g.q, g.k, dv, dlog, None, None, g.carry)
+    return Gradients(g.q, g.k, dv, dlog, g.gain, g.skip, g.carry)

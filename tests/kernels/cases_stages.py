@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from hla_kernels.device import INTERPRETER
 from tests.harness import assert_close, run_ranks
 from tests.kernels.interpreted import WITH_KERNELS, compare, ridge_of
 from tests.parallel.sharded import assemble, run_shard, whole_problem
-from tests.problems import Problem, check, draw, run
+from tests.problems import KEYED, Problem, check, draw, run
 from tests.tolerances import FLOAT32
 
 
@@ -70,7 +72,7 @@ def test_over_ranks() -> None:
     calls = [
         (Problem("hla2", **shapes), [40, 0, 33]),
         (Problem("hla3", H=1, gates="H", **shapes), [30, 25, 18]),
-        (Problem("hla2", documents=documents, ridge=0.3, **shapes), [30, 25, 18]),
+        (Problem("hla2", documents=documents, ridge=0.3, key_term="H", **shapes), [30, 25, 18]),
         (Problem("ahla", H=1, documents=documents, gates="none", normalize=True, **shapes), [30, 25, 18]),
     ]
     parts = run_ranks(_on_a_rank, 3, calls)
@@ -88,8 +90,9 @@ def test_packed_documents(name, gates) -> None:
 def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
     """Over several segments, from a carry: equal to a scan from it, or one where the table says so."""
     problem = Problem(
-        name, mask, T=75, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=ridge_of(name), dtype=torch.float32
-    )
+        name, mask, T=75, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=ridge_of(name), dtype=torch.float32,
+        key_term="H" if (name, mask) in KEYED else "none",
+    )  # fmt: skip
     t = draw(problem)
     inputs = (t.q, t.k, t.v, t.log_decay, t.gain, t.skip)
     cascade_name = "hla2_prefix" if mask == "prefix" else name
@@ -107,6 +110,26 @@ def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, mo
         monkeypatch.setitem(tiles.LATE_CARRY, "interpreter", "again")
         again = stage_ops.scan(*inputs, carry, kept, *options)
         assert all(torch.equal(x, y) for x, y in zip(again, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "gates", "key_term"), [("hla2", "none", "numbers"), ("hla2", "BTH", "H"), ("hla3", "BTH", "numbers")]
+)
+def test_the_key_term(name, gates, key_term, short_segments) -> None:
+    """Several segments, a single token, no token; grouped heads, widths that are no power of two."""
+    shapes = {"H": 2, "G": 1, "K": 6, "V": 5, "gates": gates, "scale": 0.7, "ridge": 0.3, "key_term": key_term}
+    for T in (45, 1, 0):
+        compare(Problem(name, T=T, normalize=T == 1, dtype=torch.float32, **shapes))
+
+
+@pytest.mark.parametrize("cut", [slices.Slicing(2), slices.Slicing(2, axis=2, state_axis=1)])
+def test_the_key_term_in_slices(cut, monkeypatch) -> None:
+    """Of the batch and of the heads; one of its numbers alone."""
+    monkeypatch.setattr(slices, "slicing", lambda problem, gate: cut)
+    problem = Problem("hla2", B=2, T=9, H=2, G=2, K=5, V=4, scale=0.7, key_term="H", dtype=torch.float32)
+    tensors = draw(problem)
+    for given in (tensors, replace(tensors, **{"gain" if cut.axis else "skip": None})):
+        check(problem, given, run(problem, given, hla_dist.hla2, backend="triton"))
 
 
 @pytest.mark.parametrize(("name", "normalize"), [("hla2", True), ("hla3", False)])

@@ -40,7 +40,7 @@ def launched() -> Iterator[Launches]:
         driver.reset_active()
 
 
-def _everything(name: str, T: int, heads_first: bool, normalize: bool = False) -> None:
+def _everything(name: str, T: int, heads_first: bool, normalize: bool = False, key_term: bool = False) -> None:
     """All stages of an operator, as the library calls them, with gates."""
     B, H, K, V = 3, 3, 64, 80
     op = OPERATORS[name]
@@ -57,7 +57,8 @@ def _everything(name: str, T: int, heads_first: bool, normalize: bool = False) -
     saved = Saved(dout, empty(B, T, H), [x[None] for x in carry])
 
     def segment() -> Segment:
-        return Segment(op, q, k, v, empty(B, T, H), Settings(0.5, 0.3, normalize))
+        term = (empty(H), empty(H)) if key_term else ()
+        return Segment(op, q, k, v, empty(B, T, H), Settings(0.5, 0.3, normalize), *term)
 
     triton_stages.scan(segment(), carry, [])
     triton_stages.scan(segment(), carry, triton_stages.summarize(segment()).kept)
@@ -78,6 +79,8 @@ def test_the_length_is_in_no_compile_key(name: str, heads_first: bool, launched:
     for T in LENGTHS:
         launched.clear()
         _everything(name, T, heads_first, normalize=heads_first)
+        if OPERATORS[name].keyed:
+            _everything(name, T, heads_first, key_term=True)
         keys.append({aot.compile_key("sm_90", *launch) for launch in launched})
     assert len(keys[0]) > 5
     assert all(other == keys[0] for other in keys)
@@ -95,6 +98,12 @@ def test_nothing_around_the_stages_reads_a_tensor(name: str, T: int, on_sm_90: N
         out, state = getattr(hla_dist, name)(q, k, v, **options, **packed)
         found = torch.autograd.grad([out, *state], [q, k, v, log_decay], [torch.empty_like(x) for x in (out, *state)])
         assert {x.device.type for x in (out, *state, *found)} == {"meta"}
+
+
+def test_walks_have_no_key_term() -> None:
+    x = torch.zeros(1, 3, 1, 4)
+    with raises_value_error("backend: expected 'auto', 'torch' or 'triton' with a key term (gain, skip), got 'gluon'"):
+        hla_dist.hla2(x, x, x, backend="gluon", skip=0.5)
 
 
 def test_without_a_gpu() -> None:

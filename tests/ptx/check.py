@@ -52,6 +52,7 @@ class Case:
     normalize: bool = False
     grouped: bool = True
     ridge: bool = True
+    key_term: bool = False
     backend: str = "triton"
     gate_values: str = "mild"
     B: int = 1
@@ -72,6 +73,7 @@ class Case:
             gate_values=self.gate_values,
             scale=0.3 / self.K,
             ridge=0.3 if self.ridge and name in RIDGED else 0.0,
+            key_term="H" if self.key_term else "none",
             normalize=self.normalize,
             state=self.state,
             dtype=DTYPES[self.dtype],
@@ -82,7 +84,7 @@ class Case:
         more += ["state" * self.state, "normalize" * self.normalize, "grouped" * self.grouped]
         more += [self.gate_values if self.gated and self.gate_values != "mild" else ""]
         more += [f"B={self.B}" * (self.B > 1), "walks" * (self.backend == "gluon")]
-        more += ["" if self.ridge else "no ridge", "" if self.fused else "pass by pass"]
+        more += ["key term" * self.key_term, "" if self.ridge else "no ridge", "" if self.fused else "pass by pass"]
         size = f"T={self.T} K={self.K} V={self.V}"
         return f"{self.arch} {self.operator} {self.dtype} {size} {', '.join(m for m in more if m)}"
 

@@ -14,6 +14,13 @@ def test_as_compiled(case: check.Case) -> None:
     assert result.good, check.line(case, result)
 
 
+def test_the_key_term_as_compiled() -> None:
+    case = check.Case("sm_90", "hla2", "bf16", 64, 64, gated=True, T=66, state=True, key_term=True)
+    result = check.check(case)
+    assert result.good, check.line(case, result)
+    assert {"key_term_kernel", "key_term_backward_kernel"} <= set(result.kernels)
+
+
 def test_the_sample_meets_every_operator_dtype_and_width() -> None:
     for mine in (sample.of("sm_80"), sample.of("sm_90")):
         assert {case.operator for case in mine} == set(check.OPERATORS)
