@@ -35,6 +35,7 @@ from hla_dist.huggingface.modeling import (
     HLAModel,
 )
 from hla_dist.huggingface.parameters import from_huggingface, to_huggingface
+from hla_dist.huggingface.pretrained import load_softmax
 from hla_dist.huggingface.tokenizer import byte_tokenizer
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "HLAModel",
     "byte_tokenizer",
     "from_huggingface",
+    "load_softmax",
     "to_huggingface",
 ]
 

@@ -19,11 +19,13 @@ def normal_on_reset(module: nn.Module, std: float) -> None:
     module.__dict__["reset_parameters"] = partial(_normal, module._parameters, std)
 
 
-def normal_linear(in_features: int, out_features: int, std: float, **factory: Any) -> nn.Linear:
-    """Return a linear map without bias whose weight is drawn with deviation ``std``, now and on reset."""
+def normal_linear(in_features: int, out_features: int, std: float, bias: bool = False, **factory: Any) -> nn.Linear:
+    """Return a linear map whose weight is drawn with deviation ``std``, now and on reset; a bias begins as zeros."""
     weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")  # draws nothing
     linear.weight = weight
+    if bias:
+        linear.bias = nn.Parameter(torch.empty(out_features, **factory))
     normal_on_reset(linear, std)
     linear.reset_parameters()
     return linear
@@ -31,3 +33,5 @@ def normal_linear(in_features: int, out_features: int, std: float, **factory: An
 
 def _normal(parameters: dict[str, Any], std: float) -> None:
     nn.init.normal_(parameters["weight"], std=std)
+    if parameters.get("bias") is not None:
+        nn.init.zeros_(parameters["bias"])

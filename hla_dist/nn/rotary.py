@@ -5,21 +5,30 @@ Letters: B batch, T local tokens, H heads, K head size (even).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = ["apply_rotary", "rotary_tables"]
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float, factors: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles.
 
-        angle[t, m] = positions[t] * theta^(-2m / K),  m < K/2          positions [T] or [B, T] -> [.., T, K/2] each
+        angle[t, m] = positions[t] * theta^(-2m / K) / factors[m],  m < K/2
+
+    positions [T] or [B, T] -> [.., T, K/2] each; ``factors`` None: ones.
 
     Angles are computed in float64 (in float32 an angle near 10^6 is known to 0.06 only), tables returned in float32.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angle = positions.to(torch.float64).unsqueeze(-1) * theta**-exponent
+    frequency = theta**-exponent
+    if factors is not None:
+        frequency = frequency / torch.tensor(factors, dtype=torch.float64, device=positions.device)
+    angle = positions.to(torch.float64).unsqueeze(-1) * frequency
     return angle.cos().float(), angle.sin().float()
 
 

@@ -77,6 +77,10 @@ class SoftmaxAttention(RenamesOnLoad):
         norm_eps: Its epsilon.
         rope_theta: Base of rotary positions, which count from a document's start, earlier calls
             included. None: no positions; the causal mask alone tells order.
+        rope_factors: K/2 numbers that divide the rotary frequencies, as models made longer after their
+            training have them. None: ones.
+        qkv_bias: Give W_q, W_k and W_v a bias.
+        out_bias: Give W_o a bias.
         residual_scale: Factor on W_o's initialisation.
         exchange: What travels over a group. ``"gather"``: keys and values come to the ranks whose
             queries see them, for any number of ranks. ``"ulysses"``: heads for tokens, so that each
@@ -111,6 +115,9 @@ class SoftmaxAttention(RenamesOnLoad):
         qk_norm: str | None = "rms",
         norm_eps: float = 1e-6,
         rope_theta: float | None = 10000.0,
+        rope_factors: Sequence[float] | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
         residual_scale: float = 1.0,
         exchange: str = "auto",
         device: torch.device | str | None = None,
@@ -138,7 +145,11 @@ class SoftmaxAttention(RenamesOnLoad):
             rope_theta is None or (rope_theta > 0 and self.head_dim % 2 == 0),
             "rope_theta", "None, or > 0 and an even head_dim", f"{rope_theta} and {self.head_dim}",
         )  # fmt: skip
-        self.window, self.qk_norm, self.norm_eps, self.rope_theta = window, qk_norm, norm_eps, rope_theta
+        if rope_factors is not None:
+            good = len(rope_factors) == self.head_dim // 2 and min(rope_factors) > 0 and rope_theta is not None
+            require(good, "rope_factors", f"{self.head_dim // 2} numbers > 0 and a rope_theta", rope_factors)
+        self.window, self.qk_norm, self.norm_eps = window, qk_norm, norm_eps
+        self.rope_theta, self.rope_factors = rope_theta, rope_factors
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.exchange = exchange
         self.chunk_tokens = 0  # as in HLAAttention: projections this many tokens at a time, 0 all at once
@@ -151,10 +162,10 @@ class SoftmaxAttention(RenamesOnLoad):
         normed = qk_norm == "rms"
         self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if normed else None
         self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if normed else None
-        self.q_proj = normal_linear(hidden_size, queries, std, **factory)
-        self.k_proj = normal_linear(hidden_size, keys, std, **factory)
-        self.v_proj = normal_linear(hidden_size, keys, std, **factory)
-        self.o_proj = normal_linear(queries, hidden_size, residual_scale * queries**-0.5, **factory)
+        self.q_proj = normal_linear(hidden_size, queries, std, qkv_bias, **factory)
+        self.k_proj = normal_linear(hidden_size, keys, std, qkv_bias, **factory)
+        self.v_proj = normal_linear(hidden_size, keys, std, qkv_bias, **factory)
+        self.o_proj = normal_linear(queries, hidden_size, residual_scale * queries**-0.5, out_bias, **factory)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
@@ -261,7 +272,7 @@ class SoftmaxAttention(RenamesOnLoad):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, q.dtype), self.k_norm(k, k.dtype)
         if self.rope_theta is not None:
-            tables = rotary_tables(positions, self.head_dim, self.rope_theta)
+            tables = rotary_tables(positions, self.head_dim, self.rope_theta, self.rope_factors)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         return q.to(activation), k.to(activation), v
 

@@ -374,6 +374,11 @@ def test_a_mistake_is_every_ranks_error(pool: RankPool) -> None:
         (dict(exchange="ring"), ("exchange", "got 'ring'")),
         (dict(head_dim=5), ("rope_theta", "even head_dim")),
         (dict(qk_norm="l2"), ("qk_norm", "got 'l2'")),
+        (
+            dict(rope_factors=[1.0, 0.0, 1.0]),
+            ("rope_factors: expected 3 numbers > 0 and a rope_theta", "[1.0, 0.0, 1.0]"),
+        ),
+        (dict(rope_factors=[1.0]), ("rope_factors", "got [1.0]")),
     ):
         if "num_heads" not in options:
             with raises_value_error(*parts):
@@ -384,6 +389,14 @@ def test_a_mistake_is_every_ranks_error(pool: RankPool) -> None:
         layer(text(), short)
     with raises_value_error("state.v: expected [1, S, 8, 6], got [1, 2, 8, 5]"):
         layer(text(), short._replace(v=short.v[..., :5]))
+
+
+def test_biases_begin_as_zeros() -> None:
+    layer = SoftmaxAttention(24, 4, qkv_bias=True, out_bias=True, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    assert not any(projection.bias.any() for projection in projections)
+    assert all(type(projection) is nn.Linear and projection.weight.std() > 0.1 for projection in projections)
 
 
 def copies(pg: dist.ProcessGroup) -> None:
