@@ -62,8 +62,7 @@ def generate(program: Program) -> int:
         total = len(tokens)
     prompts = together(group, lambda: [codec.encode(text) for text in texts])
     readings = [read(reader, prompt, before, asked.piece) for prompt in prompts]
-    if not readings:
-        assert before is not None
+    if not readings and before is not None:
         readings = [before]
     total += sum(map(len, prompts))
     if asked.save_state is not None:
@@ -103,11 +102,9 @@ def write(config: NewText, model: Any, codec: Codec, texts: list[str], readings:
     rows = follow(model, readings, config.tokens, config.sampling, config.seed)
     streams = [TextStream(codec) for _ in readings]
     if len(readings) == 1:
-        sys.stdout.write("".join(texts))
-        sys.stdout.flush()
+        print("".join(texts), end="", flush=True)
         for (token,) in rows:
-            sys.stdout.write(streams[0].add(token))
-            sys.stdout.flush()
+            print(streams[0].add(token), end="", flush=True)
         print(streams[0].end(), flush=True)
         return
     written = list(texts)

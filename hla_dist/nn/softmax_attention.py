@@ -31,7 +31,7 @@ __all__ = ["SoftmaxAttention"]
 EXCHANGES = ("auto", "gather", "ulysses")
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """What a call says beside x; ``cu`` on the host."""
 
     state: KVState | None
@@ -208,12 +208,12 @@ class SoftmaxAttention(RenamesOnLoad):
             raise_everywhere(error, x, group)
         if output_final_state is None:
             output_final_state = state is not None or (ranks == 1 and not torch.is_grad_enabled())
-        call = Call(state, cu, positions, output_final_state, group, rank, ranks)
+        call = LayerCall(state, cu, positions, output_final_state, group, rank, ranks)
         if attention_mask is None:
             return self._attend(x, call)
         return self._among_padding(x, present(attention_mask, x.shape[:2]), call)
 
-    def _among_padding(self, x: Tensor, filled: Tensor, call: Call) -> tuple[Tensor, KVState | None]:
+    def _among_padding(self, x: Tensor, filled: Tensor, call: LayerCall) -> tuple[Tensor, KVState | None]:
         """The tokens of each row as one document; over a group row by row, since rows lie side by side on the ranks.
 
         Communication over a group: one all-gather of two integers, with documents another of N + 1.
@@ -245,7 +245,7 @@ class SoftmaxAttention(RenamesOnLoad):
             y, after = torch.cat([part for part, _ in parts], 1), _stacked([state for _, state in parts])
         return y.new_zeros(batch * tokens, y.shape[2]).index_copy(0, index, y[0]).view(x.shape), after
 
-    def _attend(self, x: Tensor, call: Call) -> tuple[Tensor, KVState | None]:
+    def _attend(self, x: Tensor, call: LayerCall) -> tuple[Tensor, KVState | None]:
         state, cu, positions, final, group, rank, ranks = call
         batch, tokens = x.shape[:2]
         ragged = cu is None and state is not None and bool((state.tokens != state.tokens[:1]).any())
