@@ -20,6 +20,7 @@ from benchmarks.gpu.model import ours, predict, sass, sm
 from hla_kernels import device, walks
 from hla_kernels.cascade import CASCADES, Problem
 
+LOADED, STORED = 8192, 4096  # bytes of one TMA load of 64 columns, and of one store
 # what a role's loop does with mbarriers, in program order
 LOADS = ("free", "ready")
 ALONE = ("ready", "free")
@@ -74,8 +75,7 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     channels = {"ready": (1, 0, copies), "free": (passes, a["SLOTS"], 0)}
     channels |= {"link_ready": (1, 0, 0), "link_free": (1, ahead, 0)}
     roles = [(body, 1 if any(x.name.startswith("UTMALDG") for x in body) else 4) for body in bodies]
-    tile = 64 * a["D"] * 2
-    few, many = (sm.simulate_roles(roles, channels, n, 1, chip.machine, tile, tile // 4) for n in (6, 18))
+    few, many = (sm.simulate_roles(roles, channels, n, 1, chip.machine, LOADED, STORED) for n in (6, 18))
     cycles = (many.cycles - few.cycles) / 12
     busy = {k: (many.busy[k] - few.busy[k]) / 12 for k in many.busy}
     bounds = predict.bounds_of(busy, (many.issued - few.issued) / 12, chip.machine)
