@@ -364,6 +364,7 @@ def _gate_tiles(rows: Tensor) -> TensorDescriptor:
 
 def _gate_rows(problem: Problem) -> Tensor:
     """What walks know of the gates, ``[B H chunks 4, 64]``."""
+    assert problem.log_decay is not None
     chunks = -(-problem.T // CHUNK)
     rows = torch.empty(problem.rows * chunks * 4, CHUNK, dtype=torch.float32, device=problem.q.device)
     log_decay = gates(problem.log_decay)
