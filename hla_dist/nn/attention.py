@@ -92,13 +92,15 @@ class HLAAttention(RenamesOnLoad):
             unrelated q and k has variance 1, so that the first tokens' outputs are of order 1.
         decay: ``"token"``: log g = log_sigmoid(x W_d + b) / temperature for each token and head, in
             float32, because bf16 rounds a slow gate of 1 - 10^-4 to 1. ``"head"``: the same without x
-            W_d. None: no decay.
+            W_d. ``"channel"``, of linear_attention alone: one per token and channel of k, as in GLA. None:
+            no decay.
         decay_heads: Gates per query head (H) or per key/value head (G; S is then shared within each);
             None: H.
         decay_temperature: How hard a token can cut. At 1 a gate moves freely between 0 and 1; GLA's 16
             keeps every gate near 1.
         decay_range: Memory of the first and the last head at initialisation, in tokens; the others lie
-            between, in equal ratios. So some heads read locally and some far from the start.
+            between, in equal ratios. So some heads read locally and some far from the start. With gates
+            per channel it is that of a head's first and last channel.
         norm_eps: Epsilon of ``qk_norm``.
         output_norm: RMS norm of each head's output, in float32. Outputs of order n grow like T^n
             without decay; with it the first token and the millionth leave this layer at the same scale.
@@ -198,7 +200,8 @@ class HLAAttention(RenamesOnLoad):
         self.decay_heads = num_heads if decay_heads is None else decay_heads
         _one_of("op", op, tuple(NAMED))
         _one_of("qk_norm", qk_norm, ("l2", "rms", None))
-        _one_of("decay", decay, ("token", "head", None))
+        kinds = ("token", "head", "channel") if "channels" in NAMED[op].forms else ("token", "head")
+        _one_of("decay", decay, (*kinds, None))
         _one_of("output_gate", output_gate, (*_GATES, None))
         _one_of("mask", mask, ("causal", "prefix", "full"))
         _one_of("decay_form", decay_form, ("masked", "paper") if "paper" in NAMED[op].forms else ("masked",))
@@ -245,7 +248,8 @@ class HLAAttention(RenamesOnLoad):
         std = hidden_size**-0.5
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # all of one dimension: optimisers know by that, or by the name, what not to decay
-        self.decay_bias = None if decay is None else nn.Parameter(torch.empty(self.decay_heads, **factory))
+        gates = self.decay_heads * (self.head_dim if decay == "channel" else 1)
+        self.decay_bias = None if decay is None else nn.Parameter(torch.empty(gates, **factory))
         self.gain, self.skip = (
             nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
         )
@@ -260,7 +264,8 @@ class HLAAttention(RenamesOnLoad):
         channels = queries + keys + values
         self.conv = None if conv is None else ShortConvolution(channels, conv, conv_backend=conv_backend, **factory)
         # gates that differ from token to token from the start: half a unit of the logit
-        self.d_proj = normal_linear(hidden_size, self.decay_heads, 0.5 * std, **factory) if decay == "token" else None
+        moving = decay in ("token", "channel")
+        self.d_proj = normal_linear(hidden_size, gates, 0.5 * std, **factory) if moving else None
         self._reset_gates()
 
     def reset_parameters(self) -> None:
@@ -268,7 +273,7 @@ class HLAAttention(RenamesOnLoad):
         device.
 
         The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, with tau from ``decay_range`` in
-        equal ratios.
+        equal ratios; of channel c, where each has its own, in every head.
         """
         for child in self.children():
             if isinstance(child, (nn.Linear, HeadNorm, ShortConvolution)):
@@ -281,12 +286,14 @@ class HLAAttention(RenamesOnLoad):
             nn.init.zeros_(self.skip)
         if self.decay_bias is not None:
             shortest, longest = (math.log(tau) for tau in self.decay_range)
-            steps = max(self.decay_heads - 1, 1)
+            count = self.head_dim if self.decay == "channel" else self.decay_heads
+            steps = max(count - 1, 1)
             # softplus(-b) = temperature / tau
             biases = [
                 -math.log(math.expm1(self.decay_temperature * math.exp(-(shortest + (longest - shortest) * h / steps))))
-                for h in range(self.decay_heads)
+                for h in range(count)
             ]
+            biases *= self.decay_bias.numel() // count
             with torch.no_grad():
                 self.decay_bias.copy_(_sharded_as(self.decay_bias, torch.tensor(biases)))
 
@@ -404,7 +411,7 @@ class HLAAttention(RenamesOnLoad):
         if self.rope_theta is not None:
             cos, sin = rotary_tables(more[-1], self.head_dim, self.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        gates = self._log_decay(x) if self.decay == "token" else None
+        gates = None if self.d_proj is None else self._log_decay(x)
         return (q, k, v) if gates is None else (q, k, v, gates)
 
     def _gate(self, x: Tensor) -> Tensor:
@@ -429,7 +436,10 @@ class HLAAttention(RenamesOnLoad):
         return norm(x, x.dtype)
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
-        """Natural log of the gates, [B, T, decay_heads] or [decay_heads]; float32 or wider, strictly below 0."""
+        """Natural log of the gates, [B, T, decay_heads] or [decay_heads] or [B, T, decay_heads, K].
+
+        float32 or wider, strictly below 0.
+        """
         if self.decay_bias is None:
             return None
         wide = torch.float64 if self.decay_bias.dtype == torch.float64 else torch.float32
@@ -437,7 +447,8 @@ class HLAAttention(RenamesOnLoad):
         if self.d_proj is not None:
             # only the small, token-dependent part is ever rounded to x's dtype
             logits = self.d_proj(x).to(wide) + logits
-        return F.logsigmoid(logits) / self.decay_temperature
+        logs = F.logsigmoid(logits) / self.decay_temperature
+        return logs.unflatten(-1, (self.decay_heads, self.head_dim)) if self.decay == "channel" else logs
 
     def _problem(self, x: Tensor, state: Any, positions: Tensor | None, attention_mask: Tensor | None) -> str:
         """What is wrong with forward's arguments; empty if nothing is."""
@@ -514,7 +525,9 @@ def _absent(
     """Operands that leave the state alone where ``padding`` [B, T] holds: q = k = v = 0 and gate 1."""
     q, k, v = (operand.masked_fill(padding[..., None, None], 0) for operand in (q, k, v))
     if log_decay is not None:
-        log_decay = log_decay.expand(*padding.shape, -1).masked_fill(padding[..., None], 0)
+        if log_decay.dim() == 1:
+            log_decay = log_decay.expand(*padding.shape, -1)
+        log_decay = log_decay.masked_fill(padding.view(*padding.shape, *[1] * (log_decay.dim() - 2)), 0)
     return q, k, v, log_decay
 
 

@@ -25,7 +25,8 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import HLAAttention, SoftmaxAttention
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.operators import OPERATORS
-from hla_dist.operators.segment import CHUNK, TILE_TOKENS
+from hla_dist.operators.cascade import Operator
+from hla_dist.operators.segment import CHANNEL_CHUNK, CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.parallel.topology import set_ranks_per_node
@@ -38,6 +39,7 @@ from hla_dist.training.config import TrainConfig
 
 TRACED = 4096  # tokens of the shorter trace
 _BLOCK_BUFFERS = 26  # sequences of a block that the torch backend holds: counted, hla2's backward, gates per token
+_CHANNEL_BUFFERS = 5  # with a gate per channel: of a product for every pair of tokens of a chunk and channel
 _BACKWARD = 2.5  # of a pass's forward: products with both operands' gradients, and the scores again
 
 
@@ -134,8 +136,15 @@ def _blocks(step: Step, local: int) -> int:
         sizes.append(5 * min(MASK_NUMBERS, BLOCK_QUERIES * step.seq_len))
     for layer in _layers(_build(step.model)):
         tokens = min(TILE_TOKENS, local * step.batch_size * layer.num_heads)
-        sizes.append(4 * _BLOCK_BUFFERS * tokens * max(layer.head_dim, layer.value_dim))
+        buffers = _BLOCK_BUFFERS + (_CHANNEL_BUFFERS * CHANNEL_CHUNK if _operator(layer).products else 0)
+        sizes.append(4 * buffers * tokens * max(layer.head_dim, layer.value_dim))
     return max(sizes)
+
+
+def _operator(layer: HLAAttention) -> Operator:
+    """The cascade that a layer runs, as far as bytes and FLOPs differ."""
+    named = OPERATORS[layer.op]
+    return named.forms["channels"] if layer.decay == "channel" else named
 
 
 def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
@@ -170,7 +179,7 @@ def _frames(step: Step, model: nn.Module) -> dict[str, int]:
     """
     payloads: dict[str, list[int]] = {"summaries, forward": [3 * 8] * len(_softmax_layers(model))}
     for layer in _layers(model):
-        op = OPERATORS[layer.op]
+        op = _operator(layer)
         value_dim = layer.value_dim + int(layer.normalize)
         layout = WireLayout(
             op, step.batch_size, layer.num_heads, layer.head_dim, value_dim, torch.float32, torch.float32
@@ -235,7 +244,8 @@ def step_flops(step: Step) -> dict[str, float]:
     matrices = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
     passes = 0
     for layer in _layers(model):
-        op, K, V, c = OPERATORS[layer.op], layer.head_dim, layer.value_dim, layer.chunk_size or CHUNK
+        op, K, V = _operator(layer), layer.head_dim, layer.value_dim
+        c = layer.chunk_size or (CHANNEL_CHUNK if op.products else CHUNK)
         for size in (op.columns(p.c, K, V) for p in op.passes):
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
     attention = 0.0

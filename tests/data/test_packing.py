@@ -48,7 +48,8 @@ class Counted:
 
 def model() -> LanguageModel:
     torch.manual_seed(shifted(5))
-    return LanguageModel(ModelConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2)).double()
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2)
+    return LanguageModel(ModelConfig(**sizes, attention={"conv": 4})).double()
 
 
 def packed_step(mesh: MeshPlace) -> tuple[float, list[torch.Tensor], list[int], float]:

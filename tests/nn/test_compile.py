@@ -20,7 +20,9 @@ from tests.harness import RankPool, assert_close, shifted
 from tests.tolerances import FLOAT64, tolerance
 
 FORMS: dict[str, dict[str, Any]] = {
-    "linear_attention": dict(op="linear_attention", attention=dict(decay="head", feature_map="elu+1", normalize=True)),
+    "linear_attention": dict(
+        op="linear_attention", attention=dict(decay="channel", feature_map="elu+1", normalize=True)
+    ),
     "hla2": dict(op="hla2", num_kv_heads=1, attention=dict(rope_theta=100.0, ridge=0.1, key_term=True)),
     "hla2 prefix": dict(op="hla2", attention=dict(mask="prefix", feature_map="softmax", qk_norm=None)),
     "ahla": dict(op="ahla", attention=dict(qk_norm="rms")),
