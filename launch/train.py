@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 STARTED = time.monotonic()
@@ -31,6 +32,7 @@ os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder; re
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # NCCL's watchdog writes the record too
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by --deterministic, before cuBLAS starts
 
+from hla_dist.processes.lock import Owner, holding  # noqa: E402
 from hla_dist.processes.mesh import build_mesh, factorise  # noqa: E402
 from hla_dist.processes.program import Program  # noqa: E402
 from hla_dist.processes.rendezvous import number  # noqa: E402
@@ -59,22 +61,30 @@ def train(program: Program) -> int:
         return 0
     device = program.device(ranks.device)
     launch = read_launch(program.ranks.rank)
-    program.flight = Path(config.output.out) / "flight" if config.output.out else None
+    out = Path(config.output.out) if config.output.out else None
+    program.flight = out / "flight" if out else None
     program.share_cores(ranks.threads)
-    program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
+    job = program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
     # from here on all ranks have the same options, and raise alike
     degrees = factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp)
     if device.type == "cpu":
         config.refuse_offload_on_cpu()
     stop = StopSignal()  # from here on there is something to save
-    return Run(config, build_mesh(degrees, device, ranks.save_timeout), stop, STARTED, launch).train()
+    mesh = build_mesh(degrees, device, ranks.save_timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":  # else each life of a job has a store of its own
+        launch = replace(launch, name=launch.name or job)
+    owner = Owner.this_process(job, ranks.timeout, under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
+    with holding(out, mesh.world, owner, config.output.break_lock, launch.restarts_left, program.warn) as lock:
+        return Run(config, mesh, stop, STARTED, launch, lock).train()
 
 
 def read_launch(rank: int) -> Launch:
     """Which job this is and how often it was restarted, by torchrun's variables; HLA_FAULTS are faults for tests."""
     restart = number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # without --standalone or --rdzv-id it is "none" for all
-    return Launch("" if name == "none" else name, restart, Faults(os.environ.get("HLA_FAULTS", ""), rank, restart))
+    left = number(os.environ, "TORCHELASTIC_MAX_RESTARTS", 0) > restart
+    faults = Faults(os.environ.get("HLA_FAULTS", ""), rank, restart)
+    return Launch("" if name == "none" else name, restart, left, faults)
 
 
 if __name__ == "__main__":

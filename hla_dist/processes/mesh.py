@@ -8,6 +8,7 @@ Parameters are whole on every rank or, with FSDP2, sharded over ``dp_shard x cp`
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,22 +101,27 @@ def connect(
     store: dist.Store | None = None,
     on_host: bool = False,
     options: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Joins the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none.
 
     ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo beside NCCL. ``options`` must be
-    alike on all ranks, else all raise UserError.
+    alike on all ranks, else all raise UserError. Returns a name of the store: that of the job, if the store outlives
+    its ranks.
     """
     settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         settings["device_id"] = device
+    job = uuid.uuid4().hex
     if store is None and from_env:
-        store = fresh_store(meet(timeout_s), rank, world_size, timeout_s)
+        kept = meet(timeout_s)
+        job = kept.compare_set("hla/job", "", job).decode()
+        store = fresh_store(kept, rank, world_size, timeout_s)
     if store is not None and options is not None:
         check_options(store, rank, world_size, options, timeout_s)
     settings |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if on_host else "nccl"
     dist.init_process_group(backend, **settings)
+    return job
 
 
 def build_mesh(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> MeshPlace:

@@ -74,10 +74,10 @@ class Program:
         """Use ``threads`` of the machine's cores; 0: as many as there are for each of its ranks."""
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.ranks.local_size))
 
-    def connect(self, device: torch.device, timeout_s: float, on_host: bool = False) -> None:
+    def connect(self, device: torch.device, timeout_s: float, on_host: bool = False) -> str:
         """Join the other ranks, which must have the same options; see :func:`hla_dist.processes.mesh.connect`."""
         rank, world_size, _, _ = self.ranks
-        connect(
+        return connect(
             rank, world_size, device, timeout_s, from_env="RANK" in os.environ, store=self.store, on_host=on_host,
             options=self.told,
         )  # fmt: skip
@@ -128,6 +128,9 @@ class Program:
             return 1
         mpirun.end(1)
         os._exit(1)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
 
     def say(self, text: str) -> None:
         """A line on standard error, in one piece: another thread's does not come between it and its end."""

@@ -144,6 +144,9 @@ class Output(Checked):
         arg(metavar="DIR", help=f"directory of the run: {', '.join(RUN_FILES)}; none: nothing is written"),
         Local(),
     ] = None
+    # take --out although a run on another machine was at work in it less than its --timeout ago: if you know that it is
+    # over
+    break_lock: bool = False
     # go on from a checkpoint: a directory, or without a value the newest whole one of --out; auto: that one if there is
     # any, else start. A run that torchrun restarts goes on by itself
     resume: Annotated[str | None, optional_value("", "DIR"), Local(words=("", "auto"))] = None

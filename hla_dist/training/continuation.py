@@ -20,6 +20,7 @@ class Launch:
 
     name: str = ""  # the same in all lives of a job; empty: not known
     restart: int = 0  # how often torchrun has started the ranks again
+    restarts_left: bool = False  # whether it will do so once more
     faults: Faults = field(default_factory=Faults)
 
 

@@ -27,6 +27,7 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.lock import DirectoryLock, followed
 from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
 from hla_dist.processes.whole_file import write_json
@@ -45,11 +46,18 @@ class Run:
     """State of one run on one rank. Rank 0 writes and prints; all ranks compute."""
 
     def __init__(
-        self, config: TrainConfig, mesh: MeshPlace, stop: StopSignal, started: float, launch: Launch | None = None
+        self,
+        config: TrainConfig,
+        mesh: MeshPlace,
+        stop: StopSignal,
+        started: float,
+        launch: Launch | None = None,
+        lock: DirectoryLock | None = None,
     ) -> None:
         data, optimisation, ranks, output = config.data, config.optimisation, config.ranks, config.output
         self.config = config
         self.launch = launch or Launch()
+        self.lock = lock  # of --out, on the first rank
         self.mesh = mesh
         self.stop = stop
         self.started = started  # time.monotonic() at the start of the program
@@ -57,7 +65,7 @@ class Run:
         self.step = 0
         self.saved = -1  # the step of the last checkpoint
         self.log: MetricsLog | None = None
-        self.out = None if output.out is None else Path(output.out)
+        self.out = None if output.out is None else followed(Path(output.out))
         self.corpus: Corpus = together(mesh.world, self._load_corpus, patient=True)
         check_alike(self.corpus.fingerprint, self.corpus.description, mesh.world)
         self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(self._vocabulary()))
@@ -204,7 +212,10 @@ class Run:
             raise UserError(f"--out: expected a directory, got the file {out}")
         own = self.start.in_place
         if not own and (out / "config.json").exists():
-            move_aside(out)
+            if self.lock is None:
+                move_aside(out)
+            else:
+                self.lock.move(lambda: move_aside(out))
         if own:
             for path in checkpoints.set_aside_later(out / "checkpoints", self.step):
                 self.warn(f"a later checkpoint is now {path}", all_ranks=False)
@@ -260,8 +271,13 @@ class Run:
         self.save(wait=True)
         return self._finish(before, last, speed)
 
+    def _check_lock(self) -> None:
+        if self.lock is not None and self.lock.lost:
+            raise UserError(f"--out: another run has taken {self.out}, this one ends after step {self.step}")
+
     def _stopped(self) -> int:
         """The end of a run that a signal stops; returns the exit code."""
+        together(self.mesh.world, self._check_lock)
         self.save(wait=True)
         how = f"; continue with --resume --out {self.out}" if self.out else ""
         self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
@@ -287,7 +303,8 @@ class Run:
         while True:
             self.meter.start(self.trainer.data_seconds)
             self.launch.faults.before(self.step + 1, self.model.module)
-            failed = self.saver is not None and self.saver.failed  # only all ranks together can find out why
+            # only all ranks together can find out why
+            failed = (self.saver is not None and self.saver.failed) or (self.lock is not None and self.lock.lost)
             agreed = self.trainer.compute_gradients(bool(self.stop) or failed, self._clock())
             after_warmup = (self.step - optimisation.warmup) / max(optimisation.steps - optimisation.warmup, 1)
             progress = max(after_warmup, agreed.clock)
@@ -444,9 +461,12 @@ def against(bigram: float | None, loss: float) -> str:
     return f"; a bigram model on the same text {bigram:.3f}, so the model is {abs(bigram - loss):.3f} {where} it"
 
 
-def move_aside(directory: Path) -> None:
-    """Renames an earlier run's directory to the first free ``<name>.N``, so that nothing of it is lost."""
+def move_aside(directory: Path) -> Path:
+    """Renames an earlier run's directory to the first free ``<name>.N``, so that nothing of it is lost; the new name.
+
+    Not one that is a link: see :func:`hla_dist.processes.lock.followed`.
+    """
     number = 1
     while (target := directory.with_name(f"{directory.name}.{number}")).exists():
         number += 1
-    directory.rename(target)
+    return directory.rename(target)

@@ -109,6 +109,12 @@ def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, text: str) -> None
     while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+    # the same command once more ends at once, and the first run goes on
+    second = run_program(ROOT / "launch" / "train.py", *arguments, cwd=tmp_path)
+    (line,) = errors(second)
+    assert second.returncode == 1 and not second.stdout
+    assert line.startswith(f"train.py: error: --out: {out} is in use by another run, process {process.pid} on ")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and process.poll() is None
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, stderr
