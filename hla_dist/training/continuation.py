@@ -31,6 +31,7 @@ class Start:
     source: Path | None  # a checkpoint or a directory of them; None: from the beginning
     in_place: bool  # --out holds what this run has done so far: add to it
     by_itself: bool  # nobody asked to go on: nothing being left to do is then no mistake
+    data: dict[str, Any] | None = None  # of an earlier life of this launch that has saved nothing: its fingerprint
 
 
 def decide(config: TrainConfig, launch: Launch, world: Any) -> Start:
@@ -44,11 +45,11 @@ def decide(config: TrainConfig, launch: Launch, world: Any) -> Start:
 def _look(config: TrainConfig, launch: Launch) -> Start:
     resume = config.output.resume
     out = None if config.output.out is None else Path(config.output.out)
-    if out is not None and _was_here(out, config, launch):
+    if out is not None and (before := _earlier_life(out, config, launch)) is not None:
         if checkpoints.find(out / "checkpoints"):
             return Start(out, in_place=True, by_itself=True)
         source = Path(resume) if resume and resume != "auto" else None
-        return Start(source, in_place=True, by_itself=True)
+        return Start(source, in_place=True, by_itself=True, data=before.get("fingerprint"))
     if resume is None:
         return Start(None, in_place=False, by_itself=False)
     if resume == "auto":
@@ -60,13 +61,13 @@ def _look(config: TrainConfig, launch: Launch) -> Start:
     return Start(source, in_place, by_itself=False)
 
 
-def _was_here(out: Path, config: TrainConfig, launch: Launch) -> bool:
-    """Whether an earlier life of this launch has opened ``out``; another run's results are nothing to go on from."""
+def _earlier_life(out: Path, config: TrainConfig, launch: Launch) -> dict[str, Any] | None:
+    """What an earlier life of this launch wrote on opening ``out``; another run's results are nothing to go on from."""
     if not launch.restart and not launch.name:
-        return False
+        return None
     try:
         before = json.loads((out / "config.json").read_text())
         same = before["launch"] == launch.name and TrainConfig.from_dict(before["run"]) == config
     except (OSError, ValueError, KeyError, TypeError, UserError):
-        return False
-    return bool(same)
+        return None
+    return before if same else None

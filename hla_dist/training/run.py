@@ -149,6 +149,8 @@ class Run:
         """Goes on from a checkpoint if the options say so, or if this launch has been here before."""
         world = self.mesh.world
         if self.start.source is None:
+            if self.start.data is not None:
+                self._compare_data(self.start.data, "the earlier life of this run")
             return
         saved = checkpoints.open_checkpoint(self.start.source, world)
         for line in saved.passed_over:
@@ -160,7 +162,7 @@ class Run:
             for name in self.model_config.differences(before):  # parameters of the same shapes do not tell
                 theirs, ours = getattr(before, name), getattr(self.model_config, name)
                 raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {theirs}, got {ours}")
-            self._compare_data(saved)
+            self._compare_data(saved.state.get("data"), str(saved.path))
             self.step = saved.step
             self._find_position(saved.state)
             self.saved = self.step if self.start.in_place else -1
@@ -175,19 +177,19 @@ class Run:
         if self.launch.restart:
             self.say(f"restart {self.launch.restart}: going on from {saved.path}")
 
-    def _compare_data(self, saved: checkpoints.Checkpoint) -> None:
-        """UserError, or with --allow-changed-data a line, if these are not the data that ``saved`` was trained on."""
-        if "data" not in saved.state:
-            self.warn(f"{saved.path} does not know its data: nobody can say whether they have changed", all_ranks=False)
+    def _compare_data(self, before: dict[str, Any] | None, name: str) -> None:
+        """UserError, or with --allow-changed-data a line, unless ``before``, the data of ``name``, are these."""
+        if before is None:
+            self.warn(f"{name} does not know its data: nobody can say whether they have changed", all_ranks=False)
             return
-        if not (changed := changes(saved.state["data"], self.corpus.fingerprint)):
+        if not (changed := changes(before, self.corpus.fingerprint)):
             return
         if not self.config.data.allow_changed_data:
             raise UserError(
-                f"--data: expected what {saved.path} was trained on (or --allow-changed-data), got other data: "
-                f"{changed} ({self.corpus.description})"
+                f"--data: expected what {name} was trained on (or --allow-changed-data), got other data: {changed} "
+                f"({self.corpus.description})"
             )
-        self.warn(f"going on from {saved.path} with other data: {changed}", all_ranks=False)
+        self.warn(f"going on from {name} with other data: {changed}", all_ranks=False)
 
     def _find_position(self, state: dict[str, Any]) -> None:
         """Where the data goes on: at the same window, or for another ``--seq-len`` at the same token of the epoch."""
@@ -232,7 +234,7 @@ class Run:
             "torch": torch.__version__,
             "launch": self.launch.name,
         }
-        write_json(out / "config.json", resolved)
+        write_json(out / "config.json", resolved | {"fingerprint": self.corpus.fingerprint})
         self.log = MetricsLog(out, self.step if own else None, self.config.output.wandb, resolved)
 
     def train(self) -> int:

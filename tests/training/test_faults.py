@@ -238,8 +238,11 @@ def test_a_restarted_job_never_reads_the_keys_of_its_last_life() -> None:
 
 
 def went_on(pg: dist.ProcessGroup, config: TrainConfig, launch: Launch) -> tuple[int, str]:
-    """The step a run would start after, and where from."""
-    run = Run(config, mesh_of(pg), NoSignal(), time.monotonic(), launch)
+    """The step a run would start after, and where from; -1 and what it is refused with."""
+    try:
+        run = Run(config, mesh_of(pg), NoSignal(), time.monotonic(), launch)
+    except UserError as exc:
+        return -1, str(exc)
     return run.step, str(run.start.source)
 
 
@@ -252,6 +255,14 @@ def test_only_a_launch_that_was_here_before_goes_on_by_itself(pool: RankPool, te
     (tmp_path / "out.1" / "checkpoints").rename(out / "checkpoints")  # as if this launch had written them
     assert pool.run_group(1, went_on, config, Launch("job", 2)) == [(2, str(out))]
     assert pool.run_group(1, went_on, config, Launch("another", 1)) == [(0, "None")]
+    # nothing was saved yet, and the data have changed since
+    text_of_its_own = write_text(tmp_path / "text.txt", 4000)
+    config = small_config(text_of_its_own, out=str(tmp_path / "begun"))
+    assert pool.run_group(1, went_on, config, Launch("job")) == [(0, "None")]
+    assert pool.run_group(1, went_on, config, Launch("job", 1)) == [(0, "None")]
+    write_text(text_of_its_own, 3000)
+    ((step, error),) = pool.run_group(1, went_on, config, Launch("job", 2))
+    assert step == -1 and error.startswith("--data: expected what the earlier life of this run was trained on")
     fresh = small_config(Path(text), out=str(tmp_path / "new"), resume="auto")
     assert pool.run_group(1, went_on, fresh, Launch()) == [(0, "None")]
     with pytest.raises(UserError, match="--resume: expected a directory, or --out to find the newest checkpoint in"):

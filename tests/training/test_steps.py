@@ -502,5 +502,6 @@ def test_data_that_changed_before_a_resume_are_refused_by_name(pool: RankPool, t
     checkpoint.save(tmp_path / "older", 2, {"x": torch.zeros(1)}, older)
     run = SimpleNamespace(warn=lambda text, all_ranks: warned.append(text))
     warned: list[str] = []
-    Run._compare_data(run, checkpoint.open_checkpoint(tmp_path / "older"))  # type: ignore[arg-type]
+    saved = checkpoint.open_checkpoint(tmp_path / "older")
+    Run._compare_data(run, saved.state.get("data"), str(saved.path))  # type: ignore[arg-type]
     assert warned[0].endswith("does not know its data: nobody can say whether they have changed")
