@@ -113,8 +113,12 @@ class DirectoryLock:
             return False
         except FileNotFoundError:  # the directory has just been moved aside
             return False
-        with open(descriptor, "w") as file:
-            json.dump(asdict(self.owner), file)
+        try:
+            with open(descriptor, "w") as file:
+                json.dump(asdict(self.owner), file)
+        except OSError:  # a full disk: half a lock would keep everybody out
+            self._path.unlink()
+            raise
         return True
 
     def _make_way(self, breaking: bool) -> None:
