@@ -32,8 +32,12 @@ os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder; re
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # NCCL's watchdog writes the record too
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by --deterministic, before cuBLAS starts
 
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from hla_dist.processes.failure import together  # noqa: E402
 from hla_dist.processes.lock import Owner, holding  # noqa: E402
-from hla_dist.processes.mesh import build_mesh, factorise  # noqa: E402
+from hla_dist.processes.mesh import Degrees, build_mesh, factorise  # noqa: E402
 from hla_dist.processes.program import Program  # noqa: E402
 from hla_dist.processes.rendezvous import number  # noqa: E402
 from hla_dist.processes.stop import StopSignal  # noqa: E402
@@ -65,10 +69,7 @@ def train(program: Program) -> int:
     program.flight = out / "flight" if out else None
     program.share_cores(ranks.threads)
     job = program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
-    # from here on all ranks have the same options, and raise alike
-    degrees = factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp)
-    if device.type == "cpu":
-        config.refuse_offload_on_cpu()
+    degrees = together(dist.group.WORLD, lambda: check_ranks(config, world_size, device))
     stop = StopSignal()  # from here on there is something to save
     mesh = build_mesh(degrees, device, ranks.save_timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":  # else each life of a job has a store of its own
@@ -76,6 +77,14 @@ def train(program: Program) -> int:
     owner = Owner.this_process(job, ranks.timeout, under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
     with holding(out, mesh.world, owner, config.output.break_lock, launch.restarts_left, program.warn) as lock:
         return Run(config, mesh, stop, STARTED, launch, lock).train()
+
+
+def check_ranks(config: TrainConfig, world_size: int, device: torch.device) -> Degrees:
+    """The mesh; after the ranks have compared their options, so that it is the same for all."""
+    if device.type == "cpu":
+        config.refuse_offload_on_cpu()
+    ranks = config.ranks
+    return factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp)
 
 
 def read_launch(rank: int) -> Launch:
