@@ -92,8 +92,8 @@ class HLAAttention(RenamesOnLoad):
             unrelated q and k has variance 1, so that the first tokens' outputs are of order 1.
         decay: ``"token"``: log g = log_sigmoid(x W_d + b) / temperature for each token and head, in
             float32, because bf16 rounds a slow gate of 1 - 10^-4 to 1. ``"head"``: the same without x
-            W_d. ``"channel"``, of linear_attention alone: one per token and channel of k, as in GLA. None:
-            no decay.
+            W_d. ``"channel"``, of linear_attention alone: one per token and channel of k, as in GLA.
+            None: no decay.
         decay_heads: Gates per query head (H) or per key/value head (G; S is then shared within each);
             None: H.
         decay_temperature: How hard a token can cut. At 1 a gate moves freely between 0 and 1; GLA's 16
