@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node 8 launch/generate.py --checkpoint out/train --prompt-file BOOK \
         --save-state book.safetensors                                          a long prompt, read by all ranks together
     python launch/generate.py --checkpoint out/train --state book.safetensors --prompt "Who" "Where"
+    python launch/generate.py --checkpoint SmolLM2-135M-Instruct --chat --prompt "What is a monad?"
 
 Tokens are printed as they come. Several ranks read the prompt; then rank 0 goes on alone, with the state of the whole
 text. Exit codes: 0; 1 an error, said in one line; 130 stopped by Ctrl-C.
@@ -30,7 +31,7 @@ from hla_dist.data.text import Codec, TextStream
 from hla_dist.generation.config import GenerateConfig, NewText
 from hla_dist.generation.generate import Reading, follow, read
 from hla_dist.generation.prompt_state import load_state, save_state
-from hla_dist.processes.failure import together
+from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.program import Program
 
 
@@ -60,7 +61,8 @@ def generate(program: Program) -> int:
         tokens = together(group, lambda: codec.encode(Path(str(asked.prompt_file)).read_text(errors="replace")))
         before = read(reader, tokens, before, asked.piece)
         total = len(tokens)
-    prompts = together(group, lambda: [codec.encode(text) for text in texts])
+    encode = codec.encode_turn if asked.chat else codec.encode
+    prompts = together(group, lambda: [encode(text) for text in texts])
     readings = [read(reader, prompt, before, asked.piece) for prompt in prompts]
     if not readings and before is not None:
         readings = [before]
@@ -77,10 +79,10 @@ def generate(program: Program) -> int:
         return 0
     loading, reading = loaded - began, time.perf_counter() - loaded
     began = time.perf_counter()
-    write(config.new_text, model, codec, texts, readings)
+    shown = [text + "\n" for text in texts] if asked.chat else texts
+    new = write(config.new_text, model, codec, shown, readings)
     if config.new_text.stats:
         writing = time.perf_counter() - began
-        new = config.new_text.tokens * len(readings)
         size = sum(field.numel() * field.element_size() for layer in readings[0].state for field in layer)
         program.say(
             f"model read in {loading:.1f} s; prompt: {total:,} tokens after {start:,} in {reading:.2f} s "
@@ -91,28 +93,46 @@ def generate(program: Program) -> int:
 
 
 def open_model(program: Program, checkpoint: str, device: torch.device) -> tuple[Any, Codec]:
-    trained = load_trained(Path(checkpoint))
+    path = Path(checkpoint)
+    about = path / "config.json"  # a run's has no model_type
+    if path.suffix == ".gguf" or (about.is_file() and '"model_type"' in about.read_text()):
+        try:
+            from hla_dist.huggingface.speech import load_speaker
+        except ImportError as exc:
+            raise UserError(f"--checkpoint: {exc}") from exc
+        model, codec = load_speaker(path)
+        return model.to(device), codec
+    trained = load_trained(path)
     for line in trained.warnings if program.ranks.rank == 0 else []:
         program.say(f"warning: {line}")
     return trained.model.to(device).eval(), Codec(trained.tokenizer, known=trained.known_text)
 
 
-def write(config: NewText, model: Any, codec: Codec, texts: list[str], readings: list[Reading]) -> None:
-    """One text as it comes; of several, each when all are done."""
+def write(config: NewText, model: Any, codec: Codec, texts: list[str], readings: list[Reading]) -> int:
+    """One text as it comes; of several, each when all are done. Returns the number of tokens drawn."""
     rows = follow(model, readings, config.tokens, config.sampling, config.seed)
     streams = [TextStream(codec) for _ in readings]
+    drawn = 0
     if len(readings) == 1:
         print("".join(texts), end="", flush=True)
         for (token,) in rows:
+            drawn += 1
+            if token in codec.ends:
+                break
             print(streams[0].add(token), end="", flush=True)
         print(streams[0].end(), flush=True)
-        return
-    written = list(texts)
+        return drawn
+    written, going = list(texts), set(range(len(texts)))
     for tokens in rows:
-        for index, token in enumerate(tokens):
-            written[index] += streams[index].add(token)
+        drawn += len(going)
+        going -= {index for index in going if tokens[index] in codec.ends}
+        for index in going:
+            written[index] += streams[index].add(tokens[index])
+        if not going:
+            break
     for index, text in enumerate(written):
         print(f"--- {index + 1} of {len(written)}\n{text}{streams[index].end()}", flush=True)
+    return drawn
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_the_lock_holds_for_the_running_python():
         ("hla_dist/data", ("train", "data"), False),
         ("hla_dist/generation", ("train",), False),
         ("hla_dist/processes", ("train", "mpi"), False),
-        ("hla_dist/huggingface", ("hf",), False),
+        ("hla_dist/huggingface", ("hf", "convert"), False),
         ("hla_dist/scaling", ("train",), False),
         ("kernels", ("triton",), False),
         ("hla_dist/parallel", ("mpi",), False),

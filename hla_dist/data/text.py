@@ -25,6 +25,7 @@ class Codec:
 
     def __init__(self, tokenizer_file: str | None = None, known: bool = True, end_token: str | None = None) -> None:
         self.known = known
+        self.ends: frozenset[int] = frozenset()  # tokens after which nothing more is to be written
         self.tokenizer: Any = None if tokenizer_file in (None, BYTES) else load_tokenizer(tokenizer_file)
         self.end: int | None = None
         if end_token is not None:
@@ -52,6 +53,10 @@ class Codec:
         if not self.known:
             raise UserError("--prompt: expected the --tokenizer of the tokens (or --sample 0), got a memmap without")
         return list(text.encode()) if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
+
+    def encode_turn(self, text: str) -> list[int]:
+        """Tokens of what somebody says to the model, up to where its answer begins."""
+        raise UserError("--chat: expected a model with a chat template, got one without")
 
     def encode_file(self, text: bytes) -> np.ndarray:
         """Tokens of a document with what ends it: after bytes the separator, after others the end token if given."""

@@ -16,7 +16,8 @@ from hla_dist.processes.options import Checked, Count, File, Local, Natural, Sec
 class Model(Checked):
     """Which model, and where it runs."""
 
-    # a checkpoint, the --out of a run, or a .safetensors file of launch/export.py
+    # a checkpoint, the --out of a run, a .safetensors file of launch/export.py, or a pretrained softmax model: a folder
+    # of transformers or a .gguf file
     checkpoint: Annotated[str, arg(metavar="PATH"), Local()]
     # cpu, cuda, cuda:1, ...; with several ranks cuda is a GPU for each
     device: Annotated[str, Local(value=True)] = "cpu"
@@ -31,6 +32,7 @@ class Prompt(Checked):
     # the text to continue; several are continued each, as one batch; none: a line end, unless there is a --prompt-file
     # or --state
     prompt: list[str] = field(default_factory=list)
+    chat: bool = False  # every --prompt is a turn of the model's chat template, and what comes is the answer
     prompt_file: File = None  # a text that comes before every --prompt, read once
     state: File = None  # go on from a text that --save-state kept, before --prompt-file and --prompt
     save_state: File = None  # keep the state after the prompt, for this model only (safetensors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hla_dist.huggingface.gguf_file import GGUFFile
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import describe
 
@@ -87,7 +88,8 @@ def load_softmax(source: str | Path, dtype: torch.dtype = torch.float32) -> Lang
     several. The model is on the CPU and in evaluation mode; memory holds it and one tensor more.
 
     Args:
-        source: A folder with ``config.json`` and safetensors, as transformers saves one.
+        source: A folder with ``config.json`` and safetensors, as transformers saves one; or a ``.gguf``
+            file of such a model, quantised or not, which takes the extra ``convert``.
         dtype: Of the parameters.
 
     Raises:
@@ -95,12 +97,20 @@ def load_softmax(source: str | Path, dtype: torch.dtype = torch.float32) -> Lang
             or pickled ones only, or names or shapes differ; the message names which.
     """
     path = Path(source)
-    config = model_config(_read_config(path), str(path / "config.json"))
-    files = _weight_files(path)
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        config = model_config(family_config(file.family, file.values, str(path)), str(path))
+        factors = file.rope_factors()
+        if factors is not None:
+            config = replace(config, softmax={**config.softmax, "rope_factors": factors})
+        tensors = file.tensors()
+    else:
+        config = model_config(_read_config(path), str(path / "config.json"))
+        tensors = _tensors(_weight_files(path))
     with torch.device("meta"):
         model = LanguageModel(config)
     model.to(dtype).to_empty(device="cpu")
-    fill(model, _tensors(files), str(path))
+    fill(model, tensors, str(path))
     return model.eval()
 
 
@@ -215,15 +225,16 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         kind = values.pop("model_type", None)
     except (OSError, ValueError, AttributeError) as exc:
         raise ValueError(f"{folder}: expected a folder with config.json, got: {describe(exc)}") from exc
-    return family_config(kind, values, str(file))
+    return family_config(kind, lambda: values, str(file))
 
 
-def family_config(kind: Any, values: dict[str, Any], where: str) -> PreTrainedConfig:
+def family_config(kind: Any, values: Callable[[], dict[str, Any]], where: str) -> PreTrainedConfig:
     """transformers' configuration with its defaults, older spellings read; ValueError for a family not in the table."""
     if kind not in FAMILIES:
         raise ValueError(f"{where}: expected model_type one of {', '.join(FAMILIES)}, got {kind!r}")
+    given = values()
     try:
-        return AutoConfig.for_model(kind, **values)
+        return AutoConfig.for_model(kind, **given)
     except Exception as exc:  # transformers has errors of its own for wrong types and for wrong sizes
         raise ValueError(f"{where}: {describe(exc)}") from exc
 

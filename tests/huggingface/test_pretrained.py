@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hla_dist.huggingface import from_huggingface, load_softmax, pretrained, to_huggingface
+from hla_dist.huggingface import from_huggingface, gguf_file, load_softmax, pretrained, to_huggingface
 from tests.harness import assert_bitwise, assert_close, shifted
 from tests.tolerances import FLOAT32
 
@@ -87,6 +88,73 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
     first, state = model(TOKENS[:, :30], return_state=True)
     second, _ = model(TOKENS[:, 30:], state, positions=torch.arange(30, 50), return_state=True)
     assert_close("in pieces", torch.cat([first, second], 1), logits, FLOAT32)
+
+
+def write_gguf(path: Path, reference: PreTrainedModel, **changes: Any) -> None:
+    """As llama.cpp's converter writes one; matrices in Q8_0, and the same rounded numbers go into ``reference``."""
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the extra convert")
+    config, family = reference.config, reference.config.model_type
+    writer = gguf.GGUFWriter(path, changes.pop("architecture", family))
+    factors = changes.pop("factors", None)
+    words = {word: getattr(config, name, None) for word, name in gguf_file.FIELDS.items() if word != "rope.freq_base"}
+    for word, value in {**words, "rope.freq_base": config.rope_parameters["rope_theta"], **changes}.items():
+        if isinstance(value, (int, float)):
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{family}.{word}", value)
+    names = {theirs: own for own, theirs in (gguf_file.MODULES | gguf_file.LAYER_MODULES).items()}
+    for name, parameter in reference.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, kind = name.rpartition(".")
+        own = names.get(module)
+        if own is None:
+            index, module = module.removeprefix("model.layers.").split(".", 1)
+            own = f"blk.{index}.{names[module]}"
+        quantised = parameter.dim() == 2 and parameter.shape[1] % 32 == 0
+        kind_of = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F32
+        parameter.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(parameter.numpy(), kind_of), kind_of).copy()))
+        rows = parameter
+        if family == "llama" and own.endswith(("attn_q", "attn_k")):
+            heads = config.num_attention_heads if own.endswith("q") else config.num_key_value_heads
+            rows = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+        writer.add_tensor(f"{own}.{kind}", gguf.quantize(rows.contiguous().numpy(), kind_of), raw_dtype=kind_of)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", torch.tensor(factors).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("case", ["llama, biases, own head_dim", "llama 3", "smollm2", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_gguf_file_has_the_same_logits(tmp_path: Path, case: str) -> None:
+    reference = random_model(*CASES[case])
+    factors = None
+    if case == "llama 3":
+        factors = pretrained.model_config(reference.config, "").softmax["rope_factors"]
+    write_gguf(tmp_path / "model.gguf", reference, factors=factors)
+    assert_close("logits", load_softmax(tmp_path / "model.gguf")(TOKENS), reference(TOKENS).logits, FLOAT32)
+
+
+@torch.no_grad()
+def test_a_gguf_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, reference = tmp_path / "model.gguf", random_model("llama", {})
+    for changes, message in (
+        ({"logit_scale": 2.0}, "expected metadata that is known here, got llama.logit_scale"),
+        ({"rope.dimension_count": 4}, "expected llama.rope.dimension_count = 8, got 4"),
+        ({"block_count": 3}, "expected tensor model.layers.2"),
+        ({"architecture": "gemma3"}, "expected model_type one of llama, mistral, qwen2, qwen3, got 'gemma3'"),
+    ):
+        write_gguf(file, reference, **changes)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {re.escape(message)}") as caught:
+            load_softmax(file)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: cannot be read as GGUF: "):
+        load_softmax(file)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="expected the package gguf, got none; pip install 'hla-dist\\[convert\\]'"):
+        load_softmax(file)
 
 
 @pytest.mark.parametrize("kind", pretrained.FAMILIES)
