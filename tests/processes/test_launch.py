@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -89,8 +90,7 @@ def test_what_the_scripts_start(stubs: str) -> None:
 def test_a_launch_has_a_name_only_if_it_was_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run goes on by itself in its launch's name: the id that torchrun_multinode.sh gives everybody is none."""
     monkeypatch.syspath_prepend(str(LAUNCH))
-    import train
-
+    train = importlib.import_module("train")
     names = []
     for run_id in ("none", "mine"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
