@@ -12,7 +12,7 @@ ARGS ?=
 PYTEST := $(PY) -m pytest --numprocesses $${WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-portable test-matrix test-all lint docs install clean
+.PHONY: help train test test-portable test-matrix test-all evidence evidence-all lint docs install clean
 
 help:
 	@echo "make train      train the small byte-level model on 8 ranks; results in out/train"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-portable   the tests most at risk, computed as another processor would"
 	@echo "make test-matrix    a core of the suite with other versions of Python and torch"
 	@echo "make test-all   every test"
+	@echo "make evidence   which operator learns what: a subset; evidence-all: the grid, resumed where it stopped"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in out/site"
 	@echo "make install    only set up .venv"
@@ -48,6 +49,14 @@ test-matrix: $(STAMP)
 
 test-all: $(STAMP)
 	@$(PYTEST) $(ARGS)
+
+# One process per core, one thread each. --processes N or --part i/n in ARGS for other machines.
+EVIDENCE := benchmarks/evidence/run.py --processes 2
+evidence: $(STAMP)
+	@$(PY) $(EVIDENCE) $(ARGS)
+
+evidence-all: $(STAMP)
+	@$(PY) $(EVIDENCE) --all $(ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

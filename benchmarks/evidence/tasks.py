@@ -1,7 +1,7 @@
 """Tasks made by a generator: what a mixer must remember, without downloads.
 
-A task is a function ``(generator, batch, length, **options) -> (tokens, targets, scored)``, each ``[B, T]``; ``targets``
-count only where ``scored``, and every one follows from tokens up to its own position.
+A task is a function ``(generator, batch, length, **options) -> (tokens, targets, scored)``, each ``[B, T]``.
+``targets`` count only where ``scored``, and every one follows from tokens up to its own position.
 """
 
 from __future__ import annotations
