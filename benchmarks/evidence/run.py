@@ -40,6 +40,11 @@ def read(path: Path) -> Lines:
     return {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
 
 
+def group_of(line: dict[str, Any]) -> str:
+    """Return what lines of one table have in common: task and steps."""
+    return f"{line['key'].split(';')[0]}, {line['steps']} steps"
+
+
 def part_of(runs: list[Run], part: str) -> list[Run]:
     """Return every n-th of ``runs`` from the i-th on, for ``part`` "i/n"."""
     index, slash, count = part.partition("/")
@@ -100,10 +105,10 @@ def table(task: str, lines: list[dict[str, Any]]) -> str:
 def plot(path: Path, lines: list[dict[str, Any]]) -> None:
     """Draw the best accuracy against the state's bytes, one panel per task."""
     plt = pyplot()
-    tasks = list(dict.fromkeys(line["key"].split(";")[0] for line in lines))
+    tasks = list(dict.fromkeys(group_of(line) for line in lines))
     figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 6 * len(tasks), 4.5), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks):
-        group = [line for line in lines if line["key"].split(";")[0] == task]
+        group = [line for line in lines if group_of(line) == task]
         for mixer in MIXER_ORDER:
             points = [line for line in group if line["mixer"] == mixer]
             if points:
@@ -124,14 +129,13 @@ def write(args: Any, about: dict[str, Any], runs: list[Run], lines: Lines, plan:
         body += [
             "Runs were made on: " + "; ".join(sorted({f"{x['hardware']}, commit {x['commit']}" for x in used})) + "."
         ]
-        for task in dict.fromkeys(line["key"].split(";")[0] for line in used):
-            body.append(table(task, [line for line in used if line["key"].split(";")[0] == task]))
+        for task in dict.fromkeys(group_of(line) for line in used):
+            body.append(table(task, [line for line in used if group_of(line) == task]))
         args.out.mkdir(parents=True, exist_ok=True)
         plot(args.out / "evidence.png", used)
         body.append("![accuracy against state](evidence.png)")
-    header = ["task", "runs planned", "done", *(["core-minutes left, predicted"] if plan and len(plan[0]) == 4 else [])]
     body += ["## Planned", "`make evidence` runs the first row's first two seeds, `make evidence-all` everything."]
-    body.append(report.table(header, plan))
+    body.append(report.table(["task", "runs planned", "done"], plan))
     targets = [
         report.Target(f"softmax solves {task}", best, 0.99, True)
         for task, best in _best(used, "softmax").items()
@@ -143,7 +147,7 @@ def _best(lines: list[dict[str, Any]], mixer: str) -> dict[str, float]:
     best: dict[str, float] = {}
     for line in lines:
         if line["mixer"] == mixer:
-            task = line["key"].split(";")[0]
+            task = group_of(line)
             best[task] = max(best.get(task, 0.0), line["accuracy"])
     return best
 
@@ -185,9 +189,9 @@ def main() -> int:
     lines = read(path)
     grid = runs if args.quick else everything()
     plan = []
-    for task in dict.fromkeys(run.task for run in grid):
-        group = [run for run in grid if run.task == task]
-        plan.append([task.name, str(len(group)), str(sum(run.key in lines for run in group))])
+    for task, steps in dict.fromkeys((run.task, run.steps) for run in grid):
+        group = [run for run in grid if (run.task, run.steps) == (task, steps)]
+        plan.append([f"{task.name}, {steps} steps", str(len(group)), str(sum(run.key in lines for run in group))])
     written = write(args, about, grid, lines, plan)
     return report.conclude([], written, args.check)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 Examples = tuple[Tensor, Tensor, Tensor]
-VALIDATION = 1 << 40  # added to a run's seed: no training seed reaches it
+VALIDATION = 1_000_000  # generator seeds below it are for validation; torch keeps only 32 bits of a seed
 
 
 def _permutations(generator: Generator, batch: int, size: int) -> Tensor:
@@ -101,7 +101,8 @@ class Task:
 
     def examples(self, seed: int, batch: int, validation: bool = False) -> Examples:
         """Return the examples of ``seed``; a validation seed never equals a training seed."""
-        if not 0 <= seed < VALIDATION:
-            raise ValueError(f"seed: expected 0 to {VALIDATION - 1}, got {seed}")
-        generator = Generator().manual_seed(seed + VALIDATION * validation)
+        first, count = (0, VALIDATION) if validation else (VALIDATION, (1 << 32) - VALIDATION)
+        if not 0 <= seed < count:
+            raise ValueError(f"seed: expected 0 to {count - 1}, got {seed}")
+        generator = Generator().manual_seed(first + seed)
         return MAKERS[self.maker][0](generator, batch, self.length, **self.options)

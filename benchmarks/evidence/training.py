@@ -46,8 +46,8 @@ def _labels(targets: Tensor, scored: Tensor) -> Tensor:
 
 
 def _step(model: LanguageModel, run: Run, optimizer: torch.optim.Optimizer, index: int) -> None:
-    # a run's training seeds: a million apart from the next run seed's, all below the validation seeds
-    tokens, targets, scored = run.task.examples(1_000_000 * (run.seed + 1) + index, run.batch)
+    # the training seeds of two run seeds are a million apart: more than any run has steps
+    tokens, targets, scored = run.task.examples(1_000_000 * run.seed + index, run.batch)
     loss = model(tokens, labels=_labels(targets, scored)) / scored.sum()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
