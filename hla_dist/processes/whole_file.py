@@ -18,8 +18,8 @@ from typing import Any
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a hidden path to write; when the block ends it is fsynced and gets its name, after an error it is gone."""
     partial = path.with_name(f".partial-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())

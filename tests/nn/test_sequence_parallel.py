@@ -374,7 +374,7 @@ def test_bf16_and_autocast_lose_no_more_than_in_one_process(pool):
     for mode, (alone_logits, alone_gradient) in enumerate(alone):
         got = torch.cat([r[mode][0] for r in ranks], 1)
         assert_close("logits", got, logits, LOW_PRECISION_FACTOR * relative_error(alone_logits, logits))
-        assert relative_error(alone_gradient, gradient) < 0.1
+        assert relative_error(alone_gradient, gradient) < 0.5  # or twice as much would allow anything
         for rank in ranks:
             allowed = LOW_PRECISION_FACTOR * relative_error(alone_gradient, gradient)
             assert_close("gradients", rank[mode][1], gradient, allowed)

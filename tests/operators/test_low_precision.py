@@ -38,8 +38,16 @@ def test_at_most_twice_the_error_of_plain_torch(name: str, mask: str, dtype: tor
             plain = oracle(problem, tensors, quadratic, dtype=dtype)
             got = run(problem, tensors, getattr(hla_dist, name))
             for key in want:
-                allowed = LOW_PRECISION_FACTOR * relative_error(plain[key], want[key])
-                assert_close(f"{key} of {problem}", got[key], want[key], allowed)
+                error = relative_error(plain[key], want[key])
+                if want[key].numel() <= 4:  # so few numbers can be near by luck: the worst of several draws
+                    error = max(error, *(_error_of_plain_torch(replace(problem, seed=s), key) for s in (1, 2, 3)))
+                assert_close(f"{key} of {problem}", got[key], want[key], LOW_PRECISION_FACTOR * error)
+
+
+def _error_of_plain_torch(problem: Problem, key: str) -> float:
+    tensors = draw(problem)
+    plain = oracle(problem, tensors, quadratic, dtype=problem.dtype)
+    return relative_error(plain[key], oracle(problem, tensors)[key])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

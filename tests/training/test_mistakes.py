@@ -114,7 +114,11 @@ def test_export_and_scaling(
         ("export", [], "the following arguments are required: --checkpoint, --to"),
         ("export", [*needed, tmp_path / "x.safetensors", "--colour"], "unrecognized arguments: --colour"),
         ("export", [*needed, tmp_path / "x.bin"], "--to: expected a name ending in .safetensors, got "),
-        ("export", [*needed, tmp_path / "file" / "x.safetensors"], f"{tmp_path / 'file'}"),
+        (
+            "export",
+            [*needed, tmp_path / "file" / "x.safetensors"],
+            f"export: cannot write {tmp_path / 'file' / 'x.safetensors'}: {tmp_path / 'file'}: File exists",
+        ),
         ("export", ["--checkpoint", LAUNCH, "--to", "x.safetensors"], "checkpoint: expected a directory with manifest"),
         ("export", ["--checkpoint", __file__, "--to", "x.safetensors"], f"checkpoint: cannot read {__file__}: "),
         ("scaling", [*SCALING, "--out", tmp_path / "file"], f"--out: cannot write {tmp_path / 'file'}: File exists"),
@@ -139,7 +143,7 @@ def test_a_port_in_use_and_a_disk_that_fills_up_while_training(tmp_path: Path, p
     full = [*arguments, "--steps", "100", "--out", str(out)]
     for given, variables, limit, message in (
         (arguments, port, None, " (rank 0): rendezvous: cannot meet the other ranks: The server socket has failed"),
-        (full, {}, fills_up, f": metrics: cannot write {out / 'metrics.jsonl'}: File too large"),
+        (full, {}, fills_up, f": metrics: cannot write {out / 'tensorboard'}: File too large"),
     ):
         done = subprocess.run(
             command(0, *given), env=environment() | variables, capture_output=True, text=True, timeout=SECONDS,
