@@ -102,7 +102,7 @@ class ShortConvolution(nn.Module):
             attention_mask: ``[B, T]``, 0 where there is no token: later tokens look past it, y there means
                 nothing.
             group: As for the operators.
-            shard_lengths: One a rank; needed with ``cu_seqlens`` over unequal shards.
+            shard_lengths: One per rank; needed with ``cu_seqlens`` over unequal shards.
             output_final_state: Return the state too.
         """
         rank, ranks = (0, 1) if group is None else (group_rank(resolve_group(group)), group_size(resolve_group(group)))

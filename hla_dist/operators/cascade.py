@@ -28,7 +28,7 @@ Fields = dict[str, Tensor]
 class Pass(NamedTuple):
     """One causal pass ``out = sign LA(a, b, c) (+ ridge * a)`` with the names of its forward and reverse states.
 
-    A keyed pass has the key term: ``out = gain LA(a, b, c) + ridge * a + skip * c``, two numbers a head.
+    A keyed pass has the key term: ``out = gain LA(a, b, c) + ridge * a + skip * c``, two numbers per head.
     """
 
     out: str

@@ -19,7 +19,7 @@ from hla_dist.operators.cascade import Operator
 from hla_dist.operators.gates import BlockGates
 from hla_dist.operators.precision import sum_dtype
 
-CHANNEL_CHUNK = 16  # with a gate per channel, whose products are c K numbers a token
+CHANNEL_CHUNK = 16  # with a gate per channel, whose products are c K numbers per token
 CHUNK = 64  # fewer tokens waste matrix-product efficiency, more waste the upper triangle
 BLOCK_TOKENS = 512  # tokens of one row in a block: the scans over its 8 chunks cost 3 % of the arithmetic
 TILE_TOKENS = 2048  # tokens (or rows of states) a block has in all: 512 KiB a sequence at K = 64, which stays in cache

@@ -12,34 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.model import predict as model
 from hla_kernels import device, slices, stages
 from hla_kernels.cascade import CASCADES, Problem
 
+Shape = tuple[int, int, int, int]
 
-def launches_of(call: Callable[[], object], shape: tuple[int, int, int, int]) -> list[model.Launch]:
-    """Every launch of a call on meta tensors, in order, not run."""
+
+def captured(call: Callable[[], object]) -> list[tuple[Any, int, dict, dict]]:
+    """Every launch of a call on meta tensors, in order, not run: kernel, grid, arguments, options."""
     found: list[tuple[Any, int, dict, dict]] = []
     device.replace_launcher(lambda *launch: found.append(launch))
     try:
         call()
     finally:
         device.replace_launcher(None)
-    return [launch_of(*one, shape) for one in found]
+    return found
 
 
-def launches(
-    shape: tuple[int, int, int, int], gated: bool, backward: bool, operator: str = "hla2"
-) -> list[model.Launch]:
-    """Every launch of an operator's forward, or of its backward."""
+def launches_of(call: Callable[[], object], shape: Shape) -> list[model.Launch]:
+    """Every launch of a call on meta tensors, in order, not run, as the model takes it."""
+    return [launch_of(*one, shape) for one in captured(call)]
+
+
+def on_meta(shape: Shape, operator: str, gated: bool) -> tuple[Problem, list[Tensor], Tensor]:
+    """A bfloat16 problem of ``shape`` [B, T, H, K], a carry and the outputs' gradient, without memory."""
     B, T, H, K = shape
     passes = CASCADES[operator]
     with torch.device("meta"):
         q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
         log = torch.empty(B, T, H) if gated else None
         carry = [torch.empty(B, H, K, K) for _ in passes]
-    problem = Problem(passes, q, k, v, log, 1.0, 0.0, device.Target("sm_90", 132), operator=operator)
+    return Problem(passes, q, k, v, log, 1.0, 0.0, device.Target("sm_90", 132), operator=operator), carry, do
+
+
+def launches(shape: Shape, gated: bool, backward: bool, operator: str = "hla2") -> list[model.Launch]:
+    """Every launch of an operator's forward, or of its backward."""
+    problem, carry, do = on_meta(shape, operator, gated)
     if backward:
         return launches_of(lambda: slices.sliced_backward(problem, carry, do, carry, gated), shape)
     return launches_of(lambda: stages.scan(problem, carry), shape)

@@ -17,8 +17,7 @@ import torch
 import triton
 
 from benchmarks.gpu.model import ours, predict, sass, sm
-from hla_kernels import device, walks
-from hla_kernels.cascade import CASCADES, Problem
+from hla_kernels import walks
 
 LOADED, STORED = 8192, 4096  # bytes of one TMA load of 64 columns, and of one store
 # what a role's loop does with mbarriers, in program order
@@ -91,32 +90,17 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     return Walked(name, total, cycles, bounds, waits, compiled.metadata.shared, local, hbm)
 
 
-def launches(
-    shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool
-) -> list[tuple[Any, int, dict, dict]]:
-    """Every launch of a forward, or of a backward, not run."""
-    B, T, H, K = shape
-    passes = CASCADES[operator]
-    with torch.device("meta"):
-        q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
-        log = torch.empty(B, T, H) if gated else None
-        carry = [torch.empty(B, H, K, K) for _ in passes]
-        problem = Problem(passes, q, k, v, log, 1.0, 0.0, device.Target("sm_90", 132), operator=operator)
-        found: list[tuple[Any, int, dict, dict]] = []
-        device.replace_launcher(lambda *launch: found.append(launch))
-        try:
-            walks.scan_backward(problem, carry, do, carry, gated) if backward else walks.scan(problem, carry)
-        finally:
-            device.replace_launcher(None)
-    return found
-
-
 def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool) -> float:
     """Print a table of a forward's launches, or of a backward's; total milliseconds."""
     total = 0.0
+    problem, carry, do = ours.on_meta(shape, operator, gated)
+    with torch.device("meta"):
+        launches = ours.captured(
+            lambda: walks.scan_backward(problem, carry, do, carry, gated) if backward else walks.scan(problem, carry)
+        )
     print("| launch | ms | cycles a chunk | tensor | shared | issue | shared KiB | local accesses in loops | HBM ms |")
     print("|---" * 9 + "|")
-    for kernel, grid, arguments, options in launches(shape, operator, gated, backward):
+    for kernel, grid, arguments, options in launches:
         if kernel is walks.walk_kernel:
             w = _walk(ours.stand_in(arguments), options, grid, predict.H200)
             bounds = [f"{w.bounds.get(k, 0):.0f}" for k in ("mma", "shared", "issue")]
