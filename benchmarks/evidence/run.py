@@ -120,8 +120,8 @@ def plot(path: Path, lines: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write(args: Any, about: dict[str, Any], runs: list[Run], lines: Lines, plan: list[list[str]]) -> Path:
-    """Write report and plot; what the lines hold of other hardware and commits is named."""
+def write(args: Any, about: dict[str, Any], lines: Lines, plan: list[list[str]]) -> tuple[list[report.Target], Path]:
+    """Write report and plot; what the lines hold of other hardware and commits is named. The targets, and where."""
     body = []
     used = list(lines.values())
     if used:
@@ -140,7 +140,8 @@ def write(args: Any, about: dict[str, Any], runs: list[Run], lines: Lines, plan:
         report.Target(f"softmax solves {task}", best, 0.99, True)
         for task, best in _best(used, "softmax").items()
     ]  # fmt: skip
-    return report.write("evidence", args.out, "Which operator learns what", about, targets, body, {"lines": used})
+    title = "Which operator learns what"
+    return targets, report.write("evidence", args.out, title, about, targets, body, {"lines": used})
 
 
 def _best(lines: list[dict[str, Any]], mixer: str) -> dict[str, float]:
@@ -174,6 +175,8 @@ def main() -> int:
         print(report.table(["task", "runs", "done", "core-minutes left, predicted"], planned(runs, read(path))))
         return 0
     if not args.report:
+        if args.part == "1/1":  # --processes gives every child a part: the steps are timed once
+            print(report.table(["task", "runs", "done", "core-minutes left, predicted"], planned(runs, read(path))))
         if args.processes > 1:
             flags = ["--out", str(args.out), *(["--all"] if args.all else []), *(["--quick"] if args.quick else [])]
             parts = [f"{i}/{args.processes}" for i in range(1, args.processes + 1)]
@@ -182,7 +185,6 @@ def main() -> int:
             if any(codes):
                 return 1
         else:
-            print(report.table(["task", "runs", "done", "core-minutes left, predicted"], planned(runs, read(path))))
             work(part_of(runs, args.part), path, about)
     if args.part != "1/1":
         return 0
@@ -192,8 +194,8 @@ def main() -> int:
     for task, steps in dict.fromkeys((run.task, run.steps) for run in grid):
         group = [run for run in grid if (run.task, run.steps) == (task, steps)]
         plan.append([f"{task.name}, {steps} steps", str(len(group)), str(sum(run.key in lines for run in group))])
-    written = write(args, about, grid, lines, plan)
-    return report.conclude([], written, args.check)
+    targets, written = write(args, about, lines, plan)
+    return report.conclude(targets, written, args.check)
 
 
 if __name__ == "__main__":
