@@ -42,7 +42,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]
         >>> out.shape, state.P.shape
         (torch.Size([1, 100, 4, 16]), torch.Size([1, 4, 16, 16]))
     """
-    return attend("linear_attention", q, k, v, **options)
+    return _from_outside("linear_attention", q, k, v, options)
 
 
 def hla2(
@@ -82,7 +82,7 @@ def hla2(
         >>> out.shape
         torch.Size([1, 1, 4, 32])
     """
-    return attend("hla2", q, k, v, **options)
+    return _from_outside("hla2", q, k, v, options)
 
 
 def ahla(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, AHLAState | None]:
@@ -94,7 +94,7 @@ def ahla(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[T
     ``AHLAState(P, E)`` with ``P = sum Gamma(end, i) k_i v_i^T`` and ``E = sum Gamma(end, i) k_i
     r_i^T``, both ``[B, H, K, V]``. All else is as for ``hla2``.
     """
-    return attend("ahla", q, k, v, **options)
+    return _from_outside("ahla", q, k, v, options)
 
 
 def hla3(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, HLA3State | None]:
@@ -107,7 +107,15 @@ def hla3(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[T
     ``HLA3State(S, P, F)``. Without decay F grows like T^3. A summary holds 3 K^2 + 3 K V numbers per
     head. All else is as for ``hla2``.
     """
-    return attend("hla3", q, k, v, **options)
+    return _from_outside("hla3", q, k, v, options)
+
+
+def _from_outside(name: str, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Any]:
+    """``attend``, with a warning of a layout that callers may mistake; the library's own layers do not."""
+    result = attend(name, q, k, v, **options)
+    if options.get("group") is None and options.get("initial_state") is None:
+        validate.warn_of_heads_first(q)
+    return result
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Any]:

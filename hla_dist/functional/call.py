@@ -153,8 +153,6 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"], slow, keyed)
         if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
             initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
-    if o["group"] is None and not initial:
-        validate.warn_of_heads_first(q)
     gates = o["log_decay"]
     if gates is not None and not per_channel and gates.shape[-1] != q.shape[2]:
         gates = gates.repeat_interleave(q.shape[2] // gates.shape[-1], dim=-1)

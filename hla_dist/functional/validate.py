@@ -293,7 +293,7 @@ def warn_of_heads_first(q: Tensor) -> None:
     warnings.warn(
         f"hla_dist: q has fewer tokens (T = {q.shape[1]}) than heads (H = {q.shape[2]}); inputs are [B, T, H, K]. "
         "Transpose inputs that are [B, H, T, K]. This is said once.",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 

@@ -214,6 +214,7 @@ def test_heads_before_tokens_are_warned_of_once(monkeypatch: pytest.MonkeyPatch)
         warnings.simplefilter("error")
         for tokens, options in ((1, {}), (8, {}), (5, {"initial_state": state})):
             hla_dist.linear_attention(*torch.randn(3, 1, tokens, 8, 4), **options)
+        hla_dist.HLAAttention(32, num_heads=8)(torch.randn(1, 5, 32))  # a layer lays its tensors out itself
     with pytest.warns(UserWarning, match=r"T = 5\) than heads \(H = 8\); inputs are \[B, T, H, K\]"):
         hla_dist.linear_attention(*torch.randn(3, 1, 5, 8, 4))
     with warnings.catch_warnings():
