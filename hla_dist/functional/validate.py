@@ -194,7 +194,7 @@ def _shown(value: Any) -> str:
 
 def check_key_term(name: str, value: Any, q: Tensor) -> Tensor | None:
     """``gain`` or ``skip`` as ``[H]`` in the states' dtype, or None for what leaves the operator as it is."""
-    H, dtype = q.shape[2], torch.float64 if q.dtype == torch.float64 else torch.float32
+    H, dtype = q.shape[2], sum_dtype(q.dtype)
     if not isinstance(value, Tensor):
         check_number(name, value)
         return None if value == KEY_TERM[name] else torch.full((H,), float(value), dtype=dtype, device=q.device)

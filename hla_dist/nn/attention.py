@@ -26,6 +26,7 @@ from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width
 from hla_dist.operators import NAMED
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
 from hla_dist.states import convolved
@@ -442,7 +443,7 @@ class HLAAttention(RenamesOnLoad):
         """
         if self.decay_bias is None:
             return None
-        wide = torch.float64 if self.decay_bias.dtype == torch.float64 else torch.float32
+        wide = sum_dtype(self.decay_bias.dtype)
         logits = self.decay_bias.to(wide)
         if self.d_proj is not None:
             # only the small, token-dependent part is ever rounded to x's dtype

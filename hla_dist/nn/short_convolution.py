@@ -20,6 +20,7 @@ from hla_dist.functional.documents import Documents
 from hla_dist.functional.halo import between_ranks
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.padding import present
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
 
 __all__ = ["ShortConvolution"]
@@ -285,7 +286,7 @@ class _Convolution(torch.autograd.Function):
 
 def _sums(stream: Tensor, weight: Tensor) -> Tensor:
     """The weighted sums ``[B, T, C]``, float32 at least."""
-    wide = torch.float64 if stream.dtype == torch.float64 else torch.float32
+    wide = sum_dtype(stream.dtype)
     taps = weight.to(wide).unbind(1)
     tokens = stream.shape[1] - len(taps) + 1
     sums = stream[:, :tokens] * taps[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel import agreement, collectives
 from hla_dist.parallel.collectives import Group, group_rank, group_size
 
@@ -58,7 +59,7 @@ def backward(gradients: list[Tensor], counts: Tensor, whole: bool, pg: Group, ex
     frame = [] if exchange == "messages" else gradients
     pending = _start(frame, gradients[0], whole, pg, "backward", exchange)
     received = agreement.finish(pending, at_once=exchange == "messages")
-    wide = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+    wide = sum_dtype(gradients[0].dtype)
     if exchange == "messages":
         gathered = _messages(pending, gradients[0], _distances(counts.cpu(), slots), forward=False)
         wanted = list(gathered.to(wide)[rank + 1 :])
