@@ -73,35 +73,35 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> Errors:
 
 def measure(args: argparse.Namespace, lengths: list[int]) -> tuple[dict[Key, Errors], dict[Key, Errors]]:
     """Errors of the library, and of plain torch in bf16 up to ``PLAIN`` tokens."""
-    ours, plain = {}, {}
+    library, plain = {}, {}
     cases = [(o, d, n, t) for t in lengths for o in OPERATORS for d in DECAYS for n in DTYPES]
     for key in tqdm(cases, desc="numerics", leave=False):
         name, decay, kind, T = key
         x = draw(T, args.heads, args.size, decay, DTYPES[kind])
         want = run(getattr(hla_dist, name), x, torch.float64)
-        ours[key] = errors(run(getattr(hla_dist, name), x, DTYPES[kind]), want)
+        library[key] = errors(run(getattr(hla_dist, name), x, DTYPES[kind]), want)
         if T <= PLAIN and kind == "bf16":
 
             def matrices(q: Tensor, k: Tensor, v: Tensor, **gates: Tensor):
                 return quadratic(name, q, k, v, **gates)  # noqa: B023  (called at once)
 
             plain[key] = errors(run(matrices, x, DTYPES[kind]), want)
-    return ours, plain
+    return library, plain
 
 
-def judge(ours: dict[Key, Errors], plain: dict[Key, Errors]) -> list[report.Target]:
+def judge(library: dict[Key, Errors], plain: dict[Key, Errors]) -> list[report.Target]:
     targets = []
-    short = [key for key in ours if key[3] <= PLAIN and key[2] == "float32"]
-    worst = max(e for key in short for n, e in ours[key].items() if n != "dlog_decay")
+    short = [key for key in library if key[3] <= PLAIN and key[2] == "float32"]
+    worst = max(e for key in short for n, e in library[key].items() if n != "dlog_decay")
     targets.append(report.Target(f"float32, largest error up to T = {PLAIN}", worst, 1e-5, False))
-    worst = max((ours[key].get("dlog_decay", 0.0) for key in short), default=0.0)
+    worst = max((library[key].get("dlog_decay", 0.0) for key in short), default=0.0)
     targets.append(report.Target(f"float32, d log_decay up to T = {PLAIN}", worst, 3e-5, False))
-    ratios = [ours[key][n] / e for key, by in plain.items() if key[2] == "bf16" for n, e in by.items()]
+    ratios = [library[key][n] / e for key, by in plain.items() if key[2] == "bf16" for n, e in by.items()]
     targets.append(report.Target(f"bf16 over plain torch's bf16, largest up to T = {PLAIN}", max(ratios), 2.0, False))
     return targets
 
 
-def tables(ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> list[str]:
+def tables(library: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> list[str]:
     """A table per dtype: output error, and the largest of the gradients'."""
 
     def cell(values: Errors | None) -> str:
@@ -117,7 +117,7 @@ def tables(ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]
         rows = []
         for name in OPERATORS:
             for decay in DECAYS:
-                cells = [cell(ours[name, decay, kind, t]) for t in lengths]
+                cells = [cell(library[name, decay, kind, t]) for t in lengths]
                 if kind == "bf16":
                     cells.append(cell(plain.get((name, decay, kind, longest))))
                 rows.append([f"`{name}`, {decay}", *cells])
@@ -126,7 +126,7 @@ def tables(ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]
     return parts
 
 
-def plot(path: Path, ours: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> None:
+def plot(path: Path, library: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> None:
     """Output error against T, one panel per dtype."""
     plt = pyplot()
 
@@ -134,7 +134,7 @@ def plot(path: Path, ours: dict[Key, Errors], plain: dict[Key, Errors], lengths:
     for axis, kind in zip(axes, DTYPES):
         for i, name in enumerate(OPERATORS):
             for decay, style in zip(DECAYS, ("-", "--")):
-                values = [ours[name, decay, kind, t]["out"] for t in lengths]
+                values = [library[name, decay, kind, t]["out"] for t in lengths]
                 axis.loglog(lengths, values, style, color=f"C{i}", marker="o", markersize=3, label=f"{name}, {decay}")
         limits = (1e-8, 1e-5) if kind == "float32" else (1e-4, 1e-2)
         axis.set(title=f"{kind}: error of the output", xlabel="tokens", xticks=lengths, ylim=limits)
@@ -158,20 +158,20 @@ def main() -> int:
     )
     about = report.context("benchmarks/numerics.py", torch.get_num_threads())
     lengths = [t for t in LENGTHS if t <= args.longest * 1024]
-    ours, plain = measure(args, lengths)
-    targets = judge(ours, plain)
+    library, plain = measure(args, lengths)
+    targets = judge(library, plain)
     what = (
         f"B = 1, H = {args.heads}, K = V = {args.size}. In a cell: error of the output, the largest of dq, dk and dv, "
         "and, with decay, that of d log_decay; 2-norms of differences to float64 over those of the truth."
     )
-    body = tables(ours, plain, lengths)
-    records = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in ours.items()]
-    others = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in plain.items()]
+    body = tables(library, plain, lengths)
+    records = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in library.items()]
+    plain_records = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in plain.items()]
     path = report.write(
         "numerics", args.out, "Errors against float64", about, targets, [what, *body],
-        {"errors": records, "plain_torch": others},
+        {"errors": records, "plain_torch": plain_records},
     )  # fmt: skip
-    plot(path.with_suffix(".png"), ours, plain, lengths)
+    plot(path.with_suffix(".png"), library, plain, lengths)
     if args.out == report.RESULTS:
         run_on = f"`{about['command']}`, {about['started']}, commit {about['commit']}, torch {about['torch']}, "
         text = "\n\n".join([what, *body, run_on + f"{about['hardware']}."])

@@ -32,7 +32,7 @@ from benchmarks.ranks import Ranks
 EXACT = 1e-12
 CHECKED = 33  # tokens per rank in the comparison
 LONG = 262144  # from here on one round, and no warm-up of its own
-OURS, PEER = "hla2, all_gather", "hla2 by heads (Megatron)"
+LIBRARY, PEER = "hla2, all_gather", "hla2 by heads (Megatron)"
 
 
 def parse() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def one(ranks: Ranks, name: str, tokens: int, args: argparse.Namespace) -> dict[str, float]:
+def figures_of_call(ranks: Ranks, name: str, tokens: int, args: argparse.Namespace) -> dict[str, float]:
     """A call: the last rank's time, CPU seconds of all, the most of a rank otherwise."""
     replies = ranks.run(measure, name, tokens, args.heads, args.dim)
     total = {key: max(x[key] for x in replies) for key in replies[0]}
@@ -84,7 +84,7 @@ def world(size: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], di
             rounds = 1 if tokens >= LONG else args.rounds
             for i in tqdm(range(rounds + (tokens < LONG)), desc=f"{size} ranks, {tokens} tokens", leave=False):
                 for name in names:
-                    sample = one(ranks, name, tokens, args)
+                    sample = figures_of_call(ranks, name, tokens, args)
                     if i > 0 or tokens >= LONG:
                         samples[name].append(sample)
             for name, several in samples.items():
@@ -109,11 +109,11 @@ def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.4))
     for number, name in enumerate(CONTENDERS):
-        mine = [row for row in rows if row["name"] == name and row["ranks"] == size and not row["projected"]]
+        measured = [row for row in rows if row["name"] == name and row["ranks"] == size and not row["projected"]]
         style = {"softmax": ":", "linear_attention": "--"}.get(CONTENDERS[name].family, "-")
         for panel, key in zip(panels, ("wall", "bytes", "memory")):
-            values = [row[key] for row in mine]
-            panel.loglog([row["tokens"] for row in mine], values, f"o{style}", color=f"C{number}", label=name, ms=3)
+            values = [row[key] for row in measured]
+            panel.loglog([row["tokens"] for row in measured], values, f"o{style}", color=f"C{number}", label=name, ms=3)
     for panel, label in zip(panels, ("seconds", "bytes per rank", "peak bytes above the inputs, per rank")):
         panel.set_xlabel("tokens in all")
         panel.set_ylabel(label)
@@ -141,12 +141,12 @@ def targets_of(rows: list[dict[str, Any]], differences: dict[int, dict[str, floa
     for size, by_name in differences.items():
         worst = max(by_name.values())
         targets.append(report.Target(f"{size} ranks: largest relative difference, float64", worst, EXACT, False))
-        mine, peer = at[size, long, OURS], at[size, long, PEER]
+        row, peer = at[size, long, LIBRARY], at[size, long, PEER]
         what = f"{size} ranks, {long} tokens: hla2 over by heads"
-        grown = mine["bytes"] / at[size, short, OURS]["bytes"]
+        grown = row["bytes"] / at[size, short, LIBRARY]["bytes"]
         targets.append(report.Target(f"{size} ranks: hla2's bytes at {long} over {short} tokens", grown, 1.0, False))
         for key in ("bytes", "memory", "cpu"):
-            targets.append(report.Target(f"{what}, {key}", mine[key] / peer[key], 1.0, False))
+            targets.append(report.Target(f"{what}, {key}", row[key] / peer[key], 1.0, False))
         first = at[size, long, "first order, all_gather"]["cpu"]
         for name in ("LASP-1", "LASP-2"):
             ratio = first / at[size, long, name]["cpu"]

@@ -207,13 +207,13 @@ def check_graph(device: torch.device) -> Check:
 def checks(device: torch.device, target: Target, seed: int) -> list[tuple[str, Callable[[], Check]]]:
     """Every case by its name, not yet run."""
     small = target.arch == "interpreter"
-    found: list[tuple[str, Callable[[], Check]]] = [("long", functools.partial(check_long, device, small))]
+    named: list[tuple[str, Callable[[], Check]]] = [("long", functools.partial(check_long, device, small))]
     if not small:
-        found.append(("CUDA graph", functools.partial(check_graph, device)))
+        named.append(("CUDA graph", functools.partial(check_graph, device)))
     for problem in cases(target, seed):
-        found.append((_case(problem, target), functools.partial(check, problem, device, target)))
+        named.append((_case(problem, target), functools.partial(check, problem, device, target)))
     for problem in walked(target, seed):
         name = _case(problem, target) + WALKS
-        found.append((name, functools.partial(check, problem, device, target, "gluon")))
-    attempts = [(name, functools.partial(_attempted, name, work)) for name, work in found]
+        named.append((name, functools.partial(check, problem, device, target, "gluon")))
+    attempts = [(name, functools.partial(_attempted, name, work)) for name, work in named]
     return [(f"check {i}: {name}", attempt) for i, (name, attempt) in enumerate(attempts)]

@@ -46,10 +46,10 @@ class Work(NamedTuple):
 
 @contextlib.contextmanager
 def _collected() -> Iterator[list[Launch]]:
-    found: list[Launch] = []
-    device.replace_launcher(lambda kernel, grid, arguments, options: found.append((kernel, arguments, options)))
+    collected: list[Launch] = []
+    device.replace_launcher(lambda kernel, grid, arguments, options: collected.append((kernel, arguments, options)))
     try:
-        yield found
+        yield collected
     finally:
         device.replace_launcher(None)
 
@@ -57,9 +57,9 @@ def _collected() -> Iterator[list[Launch]]:
 def launches(work: Work | Problem, target: Target) -> list[Launch]:
     """Every launch of a call, not run. A small problem is run, on the CPU; a large one has no contents."""
     if isinstance(work, Problem):
-        with _collected() as found, mock.patch.object(triton_stages, "target_of", lambda _: target):
+        with _collected() as collected, mock.patch.object(triton_stages, "target_of", lambda _: target):
             run(work, draw(work), getattr(hla_dist, work.name), backend="triton")
-        return found
+        return collected
     op, (name, dtype, B, T, H, K, gated, late, _) = OPERATORS[work.operator], work
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
@@ -71,24 +71,24 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
     calls = [
         cascade.Problem(cascade.CASCADES[name], q, k, v, log_decay, 0.5, 0.0, target, operator=name) for _ in range(2)
     ]
-    with _collected() as found:
+    with _collected() as collected:
         if work.walked:
             walks.scan(calls[0], carry)
             walks.scan_backward(calls[1], carry, dout, carry, gated)
-            return found
+            return collected
         stages.scan(calls[0], carry)
         sliced_backward(calls[1], carry, dout, carry, gated)
         if late:
             kept = stages.summarize(replace(calls[0], sequences={}), tuple(map(tuple, op.moments)))[3]
             stages.finish(replace(calls[0], sequences={}), carry, kept, schedule="correct")
-    return found
+    return collected
 
 
 def compile_share(work: Sequence[Work | Problem], target: Target, number: int, shares: int) -> None:
     """Every ``shares``-th of the distinct kernels of all calls, from ``number`` on."""
     distinct: dict[str, Launch] = {}
-    for one in work:
-        for launch in launches(one, target):
+    for call in work:
+        for launch in launches(call, target):
             distinct.setdefault(aot.compile_key(target.arch, *launch), launch)
     for launch in list(distinct.values())[number::shares]:
         # one that does not compile fails again, and is named, where it is called

@@ -47,8 +47,8 @@ def operations(operator: str, shape: Shape, backward: bool) -> float:
     That is hla2's 4 * 64 K + 8 K^2 forward. Backward: three passes for each forward one, its three gradients;
     what is computed again is not counted.
     """
-    one = (2 * CHUNK * shape.K + 4 * shape.K**2) * shape.tokens
-    return len(PASSES[operator]) * one * (4 if backward else 1)
+    a_pass = (2 * CHUNK * shape.K + 4 * shape.K**2) * shape.tokens
+    return len(PASSES[operator]) * a_pass * (4 if backward else 1)
 
 
 def traffic(shape: Shape, itemsize: int, backward: bool) -> float:
@@ -56,7 +56,7 @@ def traffic(shape: Shape, itemsize: int, backward: bool) -> float:
     return shape.tokens * shape.K * itemsize * (4 + (7 if backward else 0))
 
 
-def ours(operator: str, backend: str = "triton") -> Callable[..., Tensor]:
+def library(operator: str, backend: str = "triton") -> Callable[..., Tensor]:
     """This library's operator."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
@@ -128,15 +128,15 @@ class Contender(NamedTuple):
 def contenders(operator: str, smoke: bool) -> list[Contender]:
     """This library and its peers for one operator."""
     gated = f"{operator}, gated"
-    found = [Contender(operator, ours(operator)), Contender(gated, ours(operator), True)]
+    chosen = [Contender(operator, library(operator)), Contender(gated, library(operator), True)]
     if operator in walks.OPERATORS and walks_run():
-        walked = ours(operator, "gluon")
-        found.append(Contender(f"{operator}{WALKS}", walked, same_as=operator))
-        found.append(Contender(f"{operator}{WALKS}, gated", walked, True, same_as=gated))
+        walked = library(operator, "gluon")
+        chosen.append(Contender(f"{operator}{WALKS}", walked, same_as=operator))
+        chosen.append(Contender(f"{operator}{WALKS}, gated", walked, True, same_as=gated))
     if not smoke:
         calls = len(PASSES[operator])
-        found.append(Contender(f"fla, {calls} calls", peers(operator, False), same_as=operator))
-        found.append(Contender(f"fla gated, {calls} calls", peers(operator, True), True, same_as=gated))
+        chosen.append(Contender(f"fla, {calls} calls", peers(operator, False), same_as=operator))
+        chosen.append(Contender(f"fla gated, {calls} calls", peers(operator, True), True, same_as=gated))
         if operator == "hla2":
-            found.append(Contender("fla, one first-order call", peers("linear_attention", False)))
-    return found
+            chosen.append(Contender("fla, one first-order call", peers("linear_attention", False)))
+    return chosen

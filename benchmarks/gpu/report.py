@@ -30,9 +30,9 @@ def _find(rows: list[dict], operator: str, what: str, contender: str, shape: Sha
     return NAN
 
 
-def targets(found: dict[str, Any], shapes: tuple[Shape, ...]) -> list[Target]:
+def targets(results: dict[str, Any], shapes: tuple[Shape, ...]) -> list[Target]:
     """The figures this suite is run for; what was not measured is NaN and a miss."""
-    rows, out = found["rows"], []
+    rows, out = results["rows"], []
     for operator, shape in [(o, s) for o in PASSES for s in shapes]:
         for gated in ("", "gated, "):
             peer = f"fla {gated.rstrip(', ')}".rstrip() + f", {len(PASSES[operator])} calls"
@@ -54,14 +54,14 @@ def targets(found: dict[str, Any], shapes: tuple[Shape, ...]) -> list[Target]:
                 own = [r for r in rows if r["contender"] == "hla2" and (r["what"], r["shape"]) == (what, str(shape))]
                 rate = own[0]["percent_of_matrix_rate"] if own else NAN
                 out.append(Target(f"hla2 {what}, {shape}: % of the matrix rate", rate, bound, True))
-    longest = {row["contender"]: row["ms"] for row in found["lengths"] if row["T"] == 32768}
+    longest = {row["contender"]: row["ms"] for row in results["lengths"] if row["T"] == 32768}
     ratio = longest.get("softmax (SDPA)", NAN) / longest.get("hla2", NAN)
     out.append(Target("FlashAttention's time over hla2's at T = 32768, forward", ratio, 25.0, True))
-    out.append(Target("one head, 1M tokens: % of a full device's throughput", found["one_head"], 60.0, True))
+    out.append(Target("one head, 1M tokens: % of a full device's throughput", results["one_head"], 60.0, True))
     for shape in shapes:
         name = f"peak memory beyond inputs, outputs and gradients, over their sum, {shape}"
-        out.append(Target(name, found["memory"].get(str(shape), NAN), 0.25, False))
-    out.append(Target("decoding: % of copy bandwidth", max(found["decoding"].values(), default=NAN), 60.0, True))
+        out.append(Target(name, results["memory"].get(str(shape), NAN), 0.25, False))
+    out.append(Target("decoding: % of copy bandwidth", max(results["decoding"].values(), default=NAN), 60.0, True))
     return out
 
 
@@ -71,7 +71,7 @@ def predicting(folder: Path, shapes: tuple[Shape, ...]) -> list[subprocess.Popen
     started = []
     for gated in ([], ["--gated"]):
         calls = []
-        for operator, shape, model in itertools.product(PASSES, shapes, ("ours", "walks")):
+        for operator, shape, model in itertools.product(PASSES, shapes, ("passes", "walks")):
             if model == "walks" and operator not in OPERATORS:
                 continue
             name = f"{operator}{'_walks' * (model == 'walks')}_{'_'.join(map(str, shape))}{'_gated' * bool(gated)}"
@@ -95,40 +95,40 @@ def predicted(folder: Path) -> dict[str, dict[str, float]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def _prediction(found: dict[str, Any], row: dict) -> str:
+def _prediction(results: dict[str, Any], row: dict) -> str:
     """The model's milliseconds for a row of this library, or nothing."""
     name = row["contender"].replace(", ", "_")
     sizes = "_".join(re.findall(r"\d+", row["shape"]))
     stem = name.replace("_gated", "") + f"_{sizes}" + "_gated" * name.endswith("_gated")
-    ms = found.get("predicted", {}).get(stem, {}).get(row["what"])
+    ms = results.get("predicted", {}).get(stem, {}).get(row["what"])
     return "" if ms is None else f"{ms:.3f}"
 
 
-def wrong(found: dict[str, Any]) -> list[str]:
+def wrong(results: dict[str, Any]) -> list[str]:
     """Checks that failed, none at all, and outputs that differ from a peer's."""
     lines = [
         f"{c['case']} {c['tensor']} {c['error']:.2e} > {c['allowed']:.2e} {c['failure']}"
-        for c in found["checks"]
+        for c in results["checks"]
         if not c["good"]
     ]
-    if not found["checks"]:
+    if not results["checks"]:
         lines.append("no check has run")
-    lines += [f"{name}: not run, out of time" for name in found["unchecked"]]
-    lines += [f"CRASHED {text}" for text in found["crashed"]]
-    for r in found["rows"]:
+    lines += [f"{name}: not run, out of time" for name in results["unchecked"]]
+    lines += [f"CRASHED {text}" for text in results["crashed"]]
+    for r in results["rows"]:
         if not r.get("difference", 0.0) <= DIFFERENCE and r["what"] == "forward":
             lines.append(f"{r['operator']}, {r['shape']}: {r['difference']:.2e} from {r['contender']}")
     return lines
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(results: dict[str, Any]) -> str:
     """What the walks came to beside the passes, and the one line that makes them the default if they are to be."""
-    checked = [c for c in found["checks"] if c["case"].endswith(WALKS)]
+    checked = [c for c in results["checks"] if c["case"].endswith(WALKS)]
     ratios = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         if WALKS in row["contender"]:
             passes = row["contender"].replace(WALKS, "")
-            ms = [r["ms"] for r in found["rows"] if r["contender"] == passes and _place(r) == _place(row)]
+            ms = [r["ms"] for r in results["rows"] if r["contender"] == passes and _place(r) == _place(row)]
             ratios += [ms[0] / row["ms"] if ms else NAN]
     if not checked and not ratios:
         return ""
@@ -144,19 +144,19 @@ def _place(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["operator"], row["shape"], row["what"]
 
 
-def plot(found: dict[str, Any], out: Path) -> list[str]:
+def plot(results: dict[str, Any], out: Path) -> list[str]:
     """Time and percent of the bound against T."""
     plt = pyplot()  # only here: everything else is written without it
 
     names = []
     for key, label in (("ms", "milliseconds, forward"), ("percent_of_bound", "percent of the bound, forward")):
         figure, axes = plt.subplots(figsize=(7, 4.5))
-        for name in dict.fromkeys(row["contender"] for row in found["lengths"]):
-            points = [(row["T"], row[key]) for row in found["lengths"] if row["contender"] == name]
+        for name in dict.fromkeys(row["contender"] for row in results["lengths"]):
+            points = [(row["T"], row[key]) for row in results["lengths"] if row["contender"] == name]
             axes.loglog(*zip(*points), marker="o", label=name)
         axes.set(xlabel="tokens, 16 heads of 128", ylabel=label)
         axes.grid(alpha=0.3)
-        if found["lengths"]:
+        if results["lengths"]:
             axes.legend()
         names.append(f"gpu_suite_{key}.png")
         figure.savefig(out / names[-1], dpi=120, bbox_inches="tight")
@@ -164,39 +164,39 @@ def plot(found: dict[str, Any], out: Path) -> list[str]:
     return names
 
 
-def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out: Path) -> None:
+def write(results: dict[str, Any], about: dict[str, Any], goals: list[Target], out: Path) -> None:
     """gpu_suite.json, gpu_suite_*.png and gpu_suite.md; what cannot be drawn is named."""
     try:
-        images = plot(found, out)
+        images = plot(results, out)
     except Exception as error:
         images = []
-        found["left_out"].append(f"plots: {type(error).__name__}: {error}")
-    good = sum(c["good"] for c in found["checks"])
+        results["left_out"].append(f"plots: {type(error).__name__}: {error}")
+    good = sum(c["good"] for c in results["checks"])
     checks = [
         [c["case"], c["tensor"], f"{c['error']:.2e}", f"{c['allowed']:.2e}"]
         + ["" if c["good"] else f"FAIL {c['failure']}".replace("\n", " ").replace("|", "/")]
-        for c in found["checks"]
+        for c in results["checks"]
     ]
     rows = [
-        [r["operator"], r["shape"], r["what"], r["contender"], f"{r['ms']:.3f}", _prediction(found, r)]
+        [r["operator"], r["shape"], r["what"], r["contender"], f"{r['ms']:.3f}", _prediction(results, r)]
         + [f"{r['percent_of_bound']:.0f}"]
         + [f"{r['percent_of_matrix_rate']:.0f}", f"{r['difference']:.1e}" if "difference" in r else ""]
-        for r in found["rows"]
+        for r in results["rows"]
     ]
     header = ["operator", "shape", "what", "contender", "ms", "predicted ms"]
     header += ["% of bound", "% of matrix rate", "difference"]
     lengths = [
-        [str(r["T"]), r["contender"], f"{r['ms']:.3f}", f"{r['percent_of_bound']:.0f}"] for r in found["lengths"]
+        [str(r["T"]), r["contender"], f"{r['ms']:.3f}", f"{r['percent_of_bound']:.0f}"] for r in results["lengths"]
     ]
     parts = [
         "\n".join(
-            [f"- CRASHED {text}" for text in found["crashed"]]
-            + [f"- not checked, out of time: {name}" for name in found["unchecked"]]
-            + [f"- FAILED or left out: {text}" for text in found["left_out"]]
+            [f"- CRASHED {text}" for text in results["crashed"]]
+            + [f"- not checked, out of time: {name}" for name in results["unchecked"]]
+            + [f"- FAILED or left out: {text}" for text in results["left_out"]]
         )
         or "Nothing was left out.",
-        verdict(found),
-        f"## Correctness: {good} of {len(found['checks'])} cases within their bound",
+        verdict(results),
+        f"## Correctness: {good} of {len(results['checks'])} cases within their bound",
         table(["case", "tensor", "error", "allowed", ""], checks),
         "## Times",
         "The device's own, launches queued ahead. The bound: the larger of operations over the matrix rate and bytes "
@@ -204,18 +204,18 @@ def write(found: dict[str, Any], about: dict[str, Any], goals: list[Target], out
         "times that backward, whatever is computed again. Difference: of a peer's output from this library's.",
         table(header, rows),
         table(["T", "contender, forward", "ms", "% of bound"], lengths),
-        "\n".join(f"- decoding, {name}: {value:.1f}" for name, value in found["decoding"].items()),
+        "\n".join(f"- decoding, {name}: {value:.1f}" for name, value in results["decoding"].items()),
         "\n".join(
-            f"- peak memory beyond, over the sum, {name}: {value:.3f}" for name, value in found["memory"].items()
+            f"- peak memory beyond, over the sum, {name}: {value:.3f}" for name, value in results["memory"].items()
         ),
-        "\n".join(f"- a carry that comes late, {name}: {ms:.3f} ms" for name, ms in found["schedules"].items()),
-        "\n".join(f"- compute-sanitizer: {text}" for text in found.get("watched", ())),
+        "\n".join(f"- a carry that comes late, {name}: {ms:.3f} ms" for name, ms in results["schedules"].items()),
+        "\n".join(f"- compute-sanitizer: {text}" for text in results.get("watched", ())),
         table(
             ["the static model's rates", "measured", "in the model"],
-            [[name, *(f"{x:.4g}" for x in pair)] for name, pair in found.get("fit", {}).items()],
+            [[name, *(f"{x:.4g}" for x in pair)] for name, pair in results.get("fit", {}).items()],
         )
-        if found.get("fit")
+        if results.get("fit")
         else "",
         "\n".join(f"![]({name})" for name in images),
     ]
-    report.write("gpu_suite", out, "The kernels on this GPU", about, goals, [part for part in parts if part], found)
+    report.write("gpu_suite", out, "The kernels on this GPU", about, goals, [part for part in parts if part], results)

@@ -99,23 +99,25 @@ def compiled_ahead(target: Target) -> str:
 
 def measure(steps: gpu_steps.Steps, target: Target) -> None:
     """Everything, step by step."""
-    d, found = steps.device, steps.found
+    d, results = steps.device, steps.results
 
     def put(name: str) -> Callable[[Any], None]:
-        return functools.partial(found.__setitem__, name)
+        return functools.partial(results.__setitem__, name)
 
     if not d.smoke:
         steps.run(COMPILING, lambda: compiled_ahead(target), put("compiled"))
     deadline = steps.start + CHECKS_END_S
-    for name, check in gpu_checks.checks(d.device, target, found["seed"]):
+    for name, check in gpu_checks.checks(d.device, target, results["seed"]):
         if time.monotonic() < deadline or d.smoke:
-            steps.run(name, check, lambda c: found["checks"].append(asdict(c) | {"good": c.good}))
-        elif name not in found["done"] and name not in found["unchecked"]:
-            found["unchecked"].append(name)
+            steps.run(name, check, lambda c: results["checks"].append(asdict(c) | {"good": c.good}))
+        elif name not in results["done"] and name not in results["unchecked"]:
+            results["unchecked"].append(name)
     for tool in () if d.smoke else gpu_sanitized.TOOLS:
-        steps.run(f"compute-sanitizer, {tool}", functools.partial(gpu_sanitized.watched, tool), found["watched"].append)
+        steps.run(
+            f"compute-sanitizer, {tool}", functools.partial(gpu_sanitized.watched, tool), results["watched"].append
+        )
     steps.run("copy bandwidth and matrix rate", lambda: gpu_timing.rates(d), put("rate"))
-    rate = tuple(found["rate"])
+    rate = tuple(results["rate"])
     shapes = (Shape(1, 96, 2, 16),) if d.smoke else SHAPES
 
     def time_operator(operator: str) -> None:
@@ -123,45 +125,47 @@ def measure(steps: gpu_steps.Steps, target: Target) -> None:
             rounds = 1 if d.smoke else 7
             work = functools.partial(gpu_timing.time_operator, d, operator, shape, backward, rate, rounds)
             steps.run(
-                f"{operator}, {shape}, {'forward + backward' * backward or 'forward'}", work, found["rows"].extend
+                f"{operator}, {shape}, {'forward + backward' * backward or 'forward'}", work, results["rows"].extend
             )
 
     time_operator("hla2")
     for T in [64, 128] if d.smoke else LENGTHS:
         work = functools.partial(gpu_timing.against_time, d, rate, T)
-        steps.run(f"forward against T = {T}", work, found["lengths"].extend)
-    steps.run("decoding", lambda: gpu_timing.decoding(d, rate[0]), found["decoding"].update)
+        steps.run(f"forward against T = {T}", work, results["lengths"].extend)
+    steps.run("decoding", lambda: gpu_timing.decoding(d, rate[0]), results["decoding"].update)
     for shape, gated in itertools.product(shapes, (False, True)):
         name = f"{shape}{', gated' * gated}"
         memory = functools.partial(gpu_timing.memory, d, shape, gated)
-        steps.run(f"peak memory, {name}", memory, functools.partial(found["memory"].__setitem__, name))
+        steps.run(f"peak memory, {name}", memory, functools.partial(results["memory"].__setitem__, name))
     steps.run("one head", lambda: gpu_timing.one_head(d), put("one_head"))
     for gated in (False, True):
         schedules = functools.partial(gpu_timing.schedules, d, target, gated)
-        steps.run(f"schedules{', gated' * gated}", schedules, found["schedules"].update)
+        steps.run(f"schedules{', gated' * gated}", schedules, results["schedules"].update)
     for operator in ("linear_attention", "ahla", "hla3"):
         time_operator(operator)
     if not d.smoke:
         from benchmarks.gpu.model.fit import fit  # it compiles with Triton, which smoke interprets
 
-        steps.run("the model's rates", lambda: fit(d, rate[0]), found["fit"].update)
-        steps.run("predictions", lambda: gpu_report.predicted(steps.path.parent / PREDICTED), found["predicted"].update)
+        steps.run("the model's rates", lambda: fit(d, rate[0]), results["fit"].update)
+        steps.run(
+            "predictions", lambda: gpu_report.predicted(steps.path.parent / PREDICTED), results["predicted"].update
+        )
 
 
-def conclude(found: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check: bool) -> int:
+def conclude(results: dict[str, Any], shapes: tuple[Shape, ...], out: Path, check: bool) -> int:
     """Write the report of what was found; the exit status."""
-    about = found["about"]
-    about["compiled"] = found["compiled"]
-    found["copy_bytes_per_s"], found["matrix_operations_per_s"] = found["rate"]
-    about["copy bandwidth, GB/s"] = f"{found['rate'][0] / 1e9:.4g}"
-    about["matrix rate, TFLOP/s"] = f"{found['rate'][1] / 1e12:.3g}"
-    goals = gpu_report.targets(found, shapes) if shapes else []
-    gpu_report.write(found, about, goals, out)
-    print(gpu_report.verdict(found) or "Walks: not run here")
-    bad = gpu_report.wrong(found)
+    about = results["about"]
+    about["compiled"] = results["compiled"]
+    results["copy_bytes_per_s"], results["matrix_operations_per_s"] = results["rate"]
+    about["copy bandwidth, GB/s"] = f"{results['rate'][0] / 1e9:.4g}"
+    about["matrix rate, TFLOP/s"] = f"{results['rate'][1] / 1e12:.3g}"
+    goals = gpu_report.targets(results, shapes) if shapes else []
+    gpu_report.write(results, about, goals, out)
+    print(gpu_report.verdict(results) or "Walks: not run here")
+    bad = gpu_report.wrong(results)
     for text in bad:
         print(f"WRONG: {text}")
-    for text in found["left_out"]:
+    for text in results["left_out"]:
         print(f"FAILED or left out: {text}")
     return conclude_targets(goals, out / "gpu_suite.md", check) or int(bool(bad))
 
@@ -204,9 +208,9 @@ def work(smoke: bool, progress: Path, start: float) -> int:
     os.environ["FLA_CACHE_RESULTS"] = "0"  # its tiles are chosen in this run, by this process, alone on the device
     steps = gpu_steps.Steps(d, progress, nothing_yet(smoke), start, float("inf") if smoke else STOP_S)
     if not smoke:
-        steps.found["about"]["GPU"] = torch.cuda.get_device_name()
+        steps.results["about"]["GPU"] = torch.cuda.get_device_name()
     measure(steps, target)
-    gpu_steps.save(progress, steps.found)
+    gpu_steps.save(progress, steps.results)
     return 0
 
 
@@ -226,21 +230,21 @@ def main() -> int:
         print("error: no GPU here; nothing was measured (--smoke walks through on the CPU)", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    found = nothing_yet(options.smoke)
-    gpu_steps.save(progress, found)
+    results = nothing_yet(options.smoke)
+    gpu_steps.save(progress, results)
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out), "--worker", str(start)]
     end = float("inf") if options.smoke else start + LIMIT_S
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worker is ended too
     predicting = [] if options.smoke else gpu_report.predicting(options.out / PREDICTED, SHAPES)
     try:
-        status = gpu_steps.supervise(command + ["--smoke"] * options.smoke, progress, found, end, longest_step_s)
+        status = gpu_steps.supervise(command + ["--smoke"] * options.smoke, progress, results, end, longest_step_s)
     finally:
         for process in predicting:
             process.kill()
             process.wait()
-        found = gpu_steps.load(progress, found)
-        found["about"]["seconds"] = f"{time.monotonic() - start:.0f}"
-        concluded = conclude(found, () if options.smoke else SHAPES, options.out, options.check)
+        results = gpu_steps.load(progress, results)
+        results["about"]["seconds"] = f"{time.monotonic() - start:.0f}"
+        concluded = conclude(results, () if options.smoke else SHAPES, options.out, options.check)
     return status or concluded
 
 

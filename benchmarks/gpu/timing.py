@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hla_dist
-from benchmarks.gpu.contenders import Contender, Shape, contenders, inputs, operations, ours, softmax, traffic
+from benchmarks.gpu.contenders import Contender, Shape, contenders, inputs, library, operations, softmax, traffic
 from hla_dist.operators import OPERATORS
 from hla_kernels import stages, tiles
 from hla_kernels.cascade import CASCADES, Problem
@@ -103,7 +103,7 @@ class Device:
                 if self.lost():
                     raise DeviceLost(name)
                 self.free()
-        return {name: statistics.median(found) for name, found in times.items()}
+        return {name: statistics.median(samples) for name, samples in times.items()}
 
     def fail(self, name: str, error: Exception) -> None:
         """Name what could not run."""
@@ -130,8 +130,8 @@ def rates(d: Device) -> tuple[float, float]:
     target = torch.empty_like(source)
     n = 64 if d.smoke else 8192
     a, b = (torch.randn(n, n, device=d.device, dtype=d.dtype) for _ in range(2))
-    found = d.interleaved({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, 11, "rate of the device")
-    return 2 * size / (found["copy"] * 1e-3), 2 * n**3 / (found["matrix"] * 1e-3)
+    ms = d.interleaved({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}, 11, "rate of the device")
+    return 2 * size / (ms["copy"] * 1e-3), 2 * n**3 / (ms["matrix"] * 1e-3)
 
 
 def calls_of(contender: Contender, leaves: list[Tensor]) -> tuple[Call, Call]:
@@ -153,10 +153,10 @@ def time_operator(
 ) -> list[dict]:
     """One shape, forward or forward + backward: a row for every contender; and how far outputs differ, forward."""
     rows: list[dict] = []
-    found = contenders(operator, d.smoke)
+    chosen = contenders(operator, d.smoke)
     leaves = {gated: inputs(shape, d.dtype, d.device, gated) for gated in (False, True)}
     what = "forward + backward" if backward else "forward"
-    calls = {c.name: calls_of(c, leaves[c.gated])[backward] for c in found}
+    calls = {c.name: calls_of(c, leaves[c.gated])[backward] for c in chosen}
     times = d.interleaved(calls, rounds, f"{operator}, {shape}, {what}")
     work, moved = operations(operator, shape, backward), traffic(shape, d.dtype.itemsize, backward)
     bound = 1e3 * max(work / rate[1], moved / rate[0])
@@ -167,7 +167,7 @@ def time_operator(
             "percent_of_matrix_rate": 100 * work / rate[1] / (ms * 1e-3),
         }
         rows.append({**row, "contender": name, "ms": ms, **percents})
-    for c in found:
+    for c in chosen:
         if not backward and c.same_as and {c.name, c.same_as} <= times.keys():
             try:
                 difference = _difference(calls[c.name](), calls[c.same_as]())
@@ -191,7 +191,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def memory(d: Device, shape: Shape, gated: bool) -> float:
     """Peak of forward + backward less inputs, outputs and gradients, over their sum."""
-    contender = Contender("hla2", ours("hla2"))
+    contender = Contender("hla2", library("hla2"))
     leaves = inputs(shape, d.dtype, d.device, gated)
     _, both = calls_of(contender, leaves)
     both()
@@ -210,28 +210,28 @@ def decoding(d: Device, bandwidth: float) -> dict[str, float]:
         with torch.no_grad():
             return hla_dist.hla2(q, k, v, initial_state=state, output_final_state=True, backend="triton")
 
-    found = d.interleaved({"eager": step}, 21, "decoding", ahead=False)
-    found |= d.interleaved({"queued ahead": step}, 21, "decoding")
+    times = d.interleaved({"eager": step}, 21, "decoding", ahead=False)
+    times |= d.interleaved({"queued ahead": step}, 21, "decoding")
     if not d.smoke:
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 step()
-            found |= d.interleaved({"CUDA graph": graph.replay}, 51, "decoding", ahead=False)
+            times |= d.interleaved({"CUDA graph": graph.replay}, 51, "decoding", ahead=False)
         except Exception as error:
             d.fail("decoding in a CUDA graph", error)
     moved = 2 * 2 * B * H * K * K * 4
-    return {f"{name}, % of copy bandwidth": 100 * moved / bandwidth / (ms * 1e-3) for name, ms in found.items()}
+    return {f"{name}, % of copy bandwidth": 100 * moved / bandwidth / (ms * 1e-3) for name, ms in times.items()}
 
 
 def against_time(d: Device, rate: tuple[float, float], T: int) -> list[dict]:
     """Forward of hla2, FlashAttention and the torch backend at one length, 16 heads of 128 (smoke: 16)."""
     rows = []
     shape = Shape(1, T, 1 if d.smoke else 16, 16 if d.smoke else 128)
-    found = [Contender("hla2", ours("hla2")), Contender("softmax (SDPA)", softmax, heads_first=True)]
+    chosen = [Contender("hla2", library("hla2")), Contender("softmax (SDPA)", softmax, heads_first=True)]
     if T <= 8192:
-        found.append(Contender("hla2, torch backend", ours("hla2", "torch")))
-    calls = {c.name: calls_of(c, inputs(shape, d.dtype, d.device, False, c.heads_first))[0] for c in found}
+        chosen.append(Contender("hla2, torch backend", library("hla2", "torch")))
+    calls = {c.name: calls_of(c, inputs(shape, d.dtype, d.device, False, c.heads_first))[0] for c in chosen}
     bound = 1e3 * max(operations("hla2", shape, False) / rate[1], traffic(shape, d.dtype.itemsize, False) / rate[0])
     for name, ms in d.interleaved(calls, 5, f"forward, {shape}").items():
         rows.append({"T": T, "contender": name, "ms": ms, "percent_of_bound": 100 * bound / ms})
@@ -243,7 +243,7 @@ ONE_HEAD = (Shape(1, 1 << 20, 1, 64), Shape(8, 1 << 14, 16, 64))  # and what fil
 
 def one_head(d: Device) -> float:
     """Throughput of one head of a million tokens over that of a full device, forward, percent."""
-    contender = Contender("hla2", ours("hla2"))
+    contender = Contender("hla2", library("hla2"))
     speeds = []
     for shape in (Shape(1, 512, 1, 16), Shape(1, 256, 4, 16)) if d.smoke else ONE_HEAD:
         forward, _ = calls_of(contender, inputs(shape, d.dtype, d.device))
@@ -274,5 +274,5 @@ def schedules(d: Device, target: Target, gated: bool) -> dict[str, float]:
         return both
 
     calls = {name: call(name) for name in tiles.SCHEDULES}
-    found = d.interleaved(calls, 7, f"schedules{', gated' * gated}")
-    return {f"{name}{', gated' * gated}": ms for name, ms in found.items()}
+    times = d.interleaved(calls, 7, f"schedules{', gated' * gated}")
+    return {f"{name}{', gated' * gated}": ms for name, ms in times.items()}

@@ -30,11 +30,11 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run one sequence over a group. ``ours``: this library's, whose traffic it counts itself."""
+    """A way to run one sequence over a group. ``counted``: this library's, whose traffic it counts itself."""
 
     family: str  # what it computes: "hla2", "linear_attention" or "softmax"
     call: Call
-    ours: bool = False
+    counted: bool = False
 
 
 def _library(operator: str, exchange: str) -> Contender:
@@ -98,9 +98,9 @@ def difference(name: str, tokens: int, heads: int, dim: int) -> list[float]:
     """On a rank, float64: relative differences of out, dq, dk, dv of its shard to one process's."""
     contender, rank, size = CONTENDERS[name], dist.get_rank(), dist.get_world_size()
     whole = _draw(tokens * size, heads, dim, 0, torch.float64)
-    mine = slice(rank * tokens, (rank + 1) * tokens)
-    want = [x[:, mine] for x in _results(lambda *qkv: alone(contender.family, *qkv), whole)]
-    got = _results(lambda *qkv: contender.call(*qkv, _groups[name, torch.float64]), [x[:, mine] for x in whole])
+    shard = slice(rank * tokens, (rank + 1) * tokens)
+    want = [x[:, shard] for x in _results(lambda *qkv: alone(contender.family, *qkv), whole)]
+    got = _results(lambda *qkv: contender.call(*qkv, _groups[name, torch.float64]), [x[:, shard] for x in whole])
     return [float((a - b).norm() / b.norm()) for a, b in zip(got, want)]
 
 
@@ -140,7 +140,7 @@ def measure(name: str, tokens: int, heads: int, dim: int) -> dict[str, float]:
 
 
 def _sent(contender: Contender, size: int) -> tuple[int, int]:
-    if not contender.ours:
+    if not contender.counted:
         return wire.sent.messages, wire.sent.bytes
     counter, others = collectives.counter, size - 1
     if counter.messages == 0 and counter.calls * HEADER < counter.bytes:

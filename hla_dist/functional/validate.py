@@ -63,18 +63,18 @@ class validation(AbstractContextManager["validation"]):
         _check_cuda_contents, _check_cpu_contents = self.previous
 
 
-def require(condition: bool, argument: str, expected: str, came: object) -> None:
+def require(condition: bool, argument: str, expected: str, actual: object) -> None:
     """Raise ``ValueError("argument: expected ..., got ...")`` unless ``condition``."""
     if not condition:
-        refuse(argument, expected, came)
+        refuse(argument, expected, actual)
 
 
-def refuse(argument: str, expected: str, came: object) -> NoReturn:
+def refuse(argument: str, expected: str, actual: object) -> NoReturn:
     """Raise ``ValueError("argument: expected ..., got ...")``.
 
     Texts with sizes in them are built only here: formatting a size makes a compiler specialise on it.
     """
-    raise ValueError(f"{argument}: expected {expected}, got {came}")
+    raise ValueError(f"{argument}: expected {expected}, got {actual}")
 
 
 def check_inputs(q: Any, k: Any, v: Any) -> None:
@@ -267,8 +267,8 @@ def check_state(
         state = (state,)
     plain = type(state) in (tuple, list) and len(state) == len(names)
     expected = f"a {kind.__name__} (or a tuple of its {len(names)} tensors)"
-    came = type(state).__name__ + (f" of {len(state)}" if type(state) in (tuple, list) else "")
-    require(plain or isinstance(state, kind), "initial_state", expected, came)
+    actual = type(state).__name__ + (f" of {len(state)}" if type(state) in (tuple, list) else "")
+    require(plain or isinstance(state, kind), "initial_state", expected, actual)
     B, _, H, K = q.shape
     rows = B if documents is None else documents.count
     dtype = sum_dtype(q.dtype)

@@ -29,8 +29,8 @@ class PretrainedCodec(Codec):
         ends = {self._whole.eos_token_id}
         if path.is_dir():
             kind = GenerationConfig if (path / "generation_config.json").is_file() else AutoConfig
-            told = kind.from_pretrained(path, local_files_only=True).eos_token_id
-            ends |= set(told) if isinstance(told, list) else {told}
+            token_ids = kind.from_pretrained(path, local_files_only=True).eos_token_id
+            ends |= set(token_ids) if isinstance(token_ids, list) else {token_ids}
         self.ends = frozenset(ends - {None})
 
     def encode_turn(self, text: str) -> list[int]:

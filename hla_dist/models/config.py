@@ -83,9 +83,12 @@ class ModelConfig:
 
         Its parameters may have the same names and shapes.
         """
-        one, two = ({f.name: getattr(c, f.name) for f in fields(c)} | c._resolved() for c in (self, other))
-        # by their JSON: a tuple comes back from a file as a list
-        return [name for name in one if json.dumps(one[name], sort_keys=True) != json.dumps(two[name], sort_keys=True)]
+        own, others = (
+            # as JSON: a tuple comes back from a file as a list
+            {name: json.dumps(value, sort_keys=True) for name, value in (vars(c) | c._resolved()).items()}
+            for c in (self, other)
+        )
+        return [name for name in own if own[name] != others[name]]
 
     def _resolved(self) -> dict[str, Any]:
         """Fields that can be written in more than one way, written in one; layer by layer, ``op`` says it all."""

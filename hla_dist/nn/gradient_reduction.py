@@ -74,9 +74,9 @@ class GradientReduction:
     def __init__(self, module: nn.Module, pg: Group) -> None:
         self.enabled = True
         self._module, self._pg = module, pg
-        # Ours are the plain parameters of now. FSDP2 puts plain ones in their place between a forward and its
+        # The plain parameters of now. FSDP2 puts plain ones in their place between a forward and its
         # backward, but those are other objects.
-        self._ours = {id(p): weakref.ref(p) for p in module.parameters() if not is_dtensor(p)}
+        self._wrapped = {id(p): weakref.ref(p) for p in module.parameters() if not is_dtensor(p)}
         self._hooks: dict[int, Any] = {}
         self._summed: set[int] = set()  # ids of parameters whose .grad is a sum over the group already
         self._at_end: weakref.ref | None = None
@@ -85,7 +85,7 @@ class GradientReduction:
     def _parameters(self) -> list[nn.Parameter]:
         """The parameters to reduce, in order; raises ValueError if one was replaced by another after construction."""
         parameters = [p for p in self._module.parameters() if p.requires_grad and not is_dtensor(p)]
-        wrapped = [p for p in parameters if id(p) in self._ours and self._ours[id(p)]() is p]
+        wrapped = [p for p in parameters if id(p) in self._wrapped and self._wrapped[id(p)]() is p]
         if len(wrapped) < len(parameters) and "torch.distributed.fsdp" not in sys.modules:
             new = {id(p) for p in parameters} - {id(p) for p in wrapped}
             names = [name for name, p in self._module.named_parameters() if id(p) in new]
@@ -99,7 +99,7 @@ class GradientReduction:
         for p in self._parameters():
             if id(p) not in self._hooks:
                 # the hook keeps the reduction: gradients are summed even where nobody has kept the wrapper
-                self._hooks[id(p)] = p.register_hook(partial(_before_accumulation, self, self._ours[id(p)]))
+                self._hooks[id(p)] = p.register_hook(partial(_before_accumulation, self, self._wrapped[id(p)]))
 
     def prepare(self, output: Any) -> None:
         """After a forward: see to it that a backward through ``output`` ends in a reduction, whatever it reaches."""

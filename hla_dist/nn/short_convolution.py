@@ -127,8 +127,8 @@ class ShortConvolution(nn.Module):
         if state is not None:
             shape = (x.shape[0] if documents is None else documents.count, self.width - 1, self.channels)
             fits = isinstance(state, Tensor) and state.is_floating_point() and tuple(state.shape) == shape
-            came = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            require(fits and state.device == x.device, "state", f"floats {list(shape)} on {x.device}", came)
+            actual = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            require(fits and state.device == x.device, "state", f"floats {list(shape)} on {x.device}", actual)
         return documents, None if mask is None else present(mask, x.shape[:2])
 
     def extra_repr(self) -> str:

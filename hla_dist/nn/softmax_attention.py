@@ -327,10 +327,10 @@ class SoftmaxAttention(RenamesOnLoad):
     def _check_state(self, x: Tensor, state: Any, rows: int, equal: bool) -> None:
         require(isinstance(state, KVState), "state", "a KVState", type(state).__name__)
         shape = (rows, self.num_kv_heads, self.head_dim)
-        for name, one in (("k", state.k), ("v", state.v)):
-            fits = one.dim() == 4 and (one.shape[0], *one.shape[2:]) == shape and one.shape == state.k.shape
-            require(fits, f"state.{name}", f"[{rows}, S, {shape[1]}, {shape[2]}]", list(one.shape))
-            require(one.device == x.device, f"state.{name}", f"x's device {x.device}", one.device)
+        for name, past in (("k", state.k), ("v", state.v)):
+            fits = past.dim() == 4 and (past.shape[0], *past.shape[2:]) == shape and past.shape == state.k.shape
+            require(fits, f"state.{name}", f"[{rows}, S, {shape[1]}, {shape[2]}]", list(past.shape))
+            require(past.device == x.device, f"state.{name}", f"x's device {x.device}", past.device)
         counts = state.tokens
         require(
             counts.shape == (rows,) and counts.dtype == torch.int64, "state.tokens", f"int64 [{rows}]",

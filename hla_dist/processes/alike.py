@@ -21,19 +21,19 @@ def differences(given: Sequence[Mapping[str, str]], most: int = SHOWN) -> str:
 
     ``--seed 0 on rank 0, 2; 5 on rank 1``, at most ``most`` names.
     """
-    names = [name for name in dict.fromkeys(name for one in given for name in one)
-             if len({one.get(name) for one in given}) > 1]  # fmt: skip
+    names = [name for name in dict.fromkeys(name for options in given for name in options)
+             if len({options.get(name) for options in given}) > 1]  # fmt: skip
     lines = []
     for name in names[:most]:
         ranks: dict[str, list[str]] = {}
-        for rank, one in enumerate(given):
-            ranks.setdefault(one.get(name, "not there"), []).append(str(rank))
+        for rank, options in enumerate(given):
+            ranks.setdefault(options.get(name, "not there"), []).append(str(rank))
         values = (f"{value} on rank {', '.join(numbers)}" for value, numbers in ranks.items())
         lines.append(f"{name} {'; '.join(values)}")
     return " | ".join(lines) + (f" | and {len(names) - most} more" if len(names) > most else "")
 
 
-def told(options: Any) -> dict[str, str]:
+def comparable(options: Any) -> dict[str, str]:
     """The options of a program by their flags, as text to compare; of what is ``Local`` only whether it is given."""
     lines: dict[str, str] = {}
     for name, hint in get_type_hints(type(options), include_extras=True).items():
@@ -41,7 +41,7 @@ def told(options: Any) -> dict[str, str]:
             continue
         value = getattr(options, name)
         if is_dataclass(value):
-            lines |= told(value)
+            lines |= comparable(value)
             continue
         local = next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Local)), None)
         if local is None:

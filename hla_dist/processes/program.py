@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.processes import mpirun
-from hla_dist.processes.alike import told
+from hla_dist.processes.alike import comparable
 from hla_dist.processes.failure import UserError, describe
 from hla_dist.processes.memory import keep_freed_memory
 from hla_dist.processes.mesh import connect
@@ -38,7 +38,7 @@ class Program:
         self.ranks = RankInfo(0, 1, 0, 1)
         keep_freed_memory(os.environ)
         end_with_launcher(os.environ)
-        self.told: dict[str, str] | None = None  # the options, which all ranks compare when they connect
+        self.comparable: dict[str, str] | None = None  # the options, which all ranks compare when they connect
         self.flight: Path | None = None  # where to write down the last collectives when another rank is gone
         try:
             self.store = mpirun.join(os.environ)
@@ -49,7 +49,7 @@ class Program:
     def options(self, kind: type[Options], arguments: list[str] | None = None) -> Options:
         """The command line as ``kind``; rank 0 alone prints --help."""
         options = parse_options(kind, f"launch/{self.name}", self.about, arguments, quiet=self.ranks.rank > 0)
-        self.told = told(options)
+        self.comparable = comparable(options)
         return options
 
     def device(self, name: str) -> torch.device:
@@ -79,7 +79,7 @@ class Program:
         rank, world_size, _, _ = self.ranks
         return connect(
             rank, world_size, device, timeout_s, from_env="RANK" in os.environ, store=self.store, on_host=on_host,
-            options=self.told,
+            options=self.comparable,
         )  # fmt: skip
 
     def run(self, work: Callable[[], int]) -> int:

@@ -58,17 +58,17 @@ def meet(timeout_s: float) -> dist.Store:
     In a thread of its own: torch bounds how long it tries to connect, but not how long a client waits for the first
     word of whatever listens there.
     """
-    came: Future[dist.Store] = Future()
+    met: Future[dist.Store] = Future()
 
     def connect() -> None:
         try:
-            came.set_result(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0])
+            met.set_result(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0])
         except Exception as exc:  # raised again where it is waited for
-            came.set_exception(exc)
+            met.set_exception(exc)
 
     threading.Thread(target=connect, name="rendezvous", daemon=True).start()
     try:
-        return came.result(2 * timeout_s + 2)  # torch tries again and again, up to about twice as long
+        return met.result(2 * timeout_s + 2)  # torch tries again and again, up to about twice as long
     except TimeoutError:
         reason = f"no word from a store at MASTER_ADDR:MASTER_PORT in {timeout_s:g} s; is it another program's port?"
     except (dist.DistError, ValueError) as exc:  # a port in use, an address that nobody has, a variable that is missing

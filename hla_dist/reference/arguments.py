@@ -128,8 +128,8 @@ def read_arguments(
         state = tuple(q.new_zeros(shape) for shape in shapes)
     else:
         if [tuple(x.shape) for x in initial_state] != shapes:
-            came = [list(x.shape) for x in initial_state]
-            raise ValueError(f"initial_state: expected {', '.join(fields)} of shapes {shapes}, got {came}")
+            shapes_given = [list(x.shape) for x in initial_state]
+            raise ValueError(f"initial_state: expected {', '.join(fields)} of shapes {shapes}, got {shapes_given}")
         state = tuple(
             (x + x.mT) / 2 if field == "S" else x
             for field, x in zip(fields, (x.to(q.dtype) for x in initial_state), strict=True)

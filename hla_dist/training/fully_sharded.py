@@ -43,13 +43,13 @@ def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, mesh: MeshPlace) -> 
     assert isinstance(original, LanguageModel)
     copy = LanguageModel(original.config).to(dtype).to(mesh.device)
     copy.activation_checkpointing = original.activation_checkpointing
-    for layer, its in zip(copy.modules(), original.modules(), strict=True):
-        if isinstance(layer, HLAAttention) and isinstance(its, HLAAttention):
-            layer.exchange, layer.wire_dtype = its.exchange, its.wire_dtype
+    for layer, source in zip(copy.modules(), original.modules(), strict=True):
+        if isinstance(layer, HLAAttention) and isinstance(source, HLAAttention):
+            layer.exchange, layer.wire_dtype = source.exchange, source.wire_dtype
     twin = distributed(copy, mesh, sync_parameters=False, shard_lengths=model.shard_lengths)
     with torch.no_grad():
-        for to, source in zip(twin.parameters(), model.parameters(), strict=True):
-            local(to).copy_(local(source))
+        for target, source in zip(twin.parameters(), model.parameters(), strict=True):
+            local(target).copy_(local(source))
     return twin
 
 

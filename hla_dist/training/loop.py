@@ -109,9 +109,9 @@ class Trainer:
         numbers = [loss, float(unfit), float(stop), clock if self.mesh.rank == 0 else 0.0]
         summed = torch.tensor(numbers, dtype=torch.float64, device=self.mesh.device)
         all_reduce_sum(summed, self.mesh.world)
-        mine = math.isfinite(loss)
+        own_finite = math.isfinite(loss)
         loss, unfits, stops, clock = summed.tolist()
-        blame = self.watch.blame(mine, self.mesh.world) if unfits else ""
+        blame = self.watch.blame(own_finite, self.mesh.world) if unfits else ""
         return Agreed(loss, norm, unfits == 0, stops > 0, clock, blame)
 
     def step(self, agreed: Agreed, lr: float) -> bool:
@@ -138,9 +138,9 @@ class Trainer:
         """
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-        mine = starts[self.mesh.replica :: self.mesh.replicas]
+        own_starts = starts[self.mesh.replica :: self.mesh.replicas]
         # Replicas without a window in the last round take one that does not count: with FSDP2 a forward is everybody's.
-        windows = mine + starts[: -(-len(starts) // self.mesh.replicas) - len(mine)]
+        windows = own_starts + starts[: -(-len(starts) // self.mesh.replicas) - len(own_starts)]
         for begin in range(0, len(windows), self.batch_size):
             stops = torch.tensor(float(stop()), device=self.mesh.device)
             all_reduce_sum(stops, self.mesh.world)
@@ -156,7 +156,7 @@ class Trainer:
                 inside = cuts_between(documents, windows[begin], self.windows.seq_len)
             inputs, labels, cu_seqlens = model_inputs(torch.stack(cuts), self.mesh, inside)
             labels = labels.clone()
-            labels[max(len(mine) - begin, 0) :] = -100
+            labels[max(len(own_starts) - begin, 0) :] = -100
             with autocast(self.mesh.device, self.bf16):
                 losses = self.model(inputs, None, cu_seqlens, labels=labels)
             total += torch.tensor([float(losses), float((labels != -100).sum())], dtype=torch.float64)

@@ -160,8 +160,8 @@ class Run:
             checkpoints.load(saved, self.model, self.trainer.optimizer)
             before = ModelConfig.from_dict(saved.state["model"])
             for name in self.model_config.differences(before):  # parameters of the same shapes do not tell
-                theirs, ours = getattr(before, name), getattr(self.model_config, name)
-                raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {theirs}, got {ours}")
+                stored, configured = getattr(before, name), getattr(self.model_config, name)
+                raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {stored}, got {configured}")
             self._compare_data(saved.state.get("data"), str(saved.path))
             self.step = saved.step
             self._find_position(saved.state)

@@ -193,8 +193,8 @@ def test_a_step_that_loses_the_device_is_made_again_without_its_contender(
         steps.run("hla2", step, kept.update)
     again = gpu_steps.Steps(d, tmp_path / "progress.json", lists, time.monotonic(), 60.0)
     again.run("hla2", step, kept.update)
-    assert set(kept) == {"ours"} and left == [gpu_steps.LOST] and again.found["done"] == ["hla2"]
-    assert again.found["left_out"][0].startswith("peer, forward: RuntimeError: an illegal memory access")
+    assert set(kept) == {"ours"} and left == [gpu_steps.LOST] and again.results["done"] == ["hla2"]
+    assert again.results["left_out"][0].startswith("peer, forward: RuntimeError: an illegal memory access")
 
 
 def test_the_report_of_what_there_is(tmp_path: Path) -> None:

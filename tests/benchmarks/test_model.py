@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
-from benchmarks.gpu.model import ours, predict  # not before Triton is known to be there
+from benchmarks.gpu.model import passes, predict  # not before Triton is known to be there
 
 
 def test_a_prediction_is_bound_by_its_slowest_part() -> None:
-    (launch,) = ours.launches((16, 4096, 16, 64), False, False, "linear_attention")
+    (launch,) = passes.launches((16, 4096, 16, 64), False, False, "linear_attention")
     chip = predict.H200
     found = predict.predict(launch, chip)
     assert launch.steps == 64 and launch.grid == 256 and found.spills == 0 and found.resident == 2

@@ -6,7 +6,7 @@ import threading
 
 import torch.distributed as dist
 
-from hla_dist.processes.alike import check_options, differences, told
+from hla_dist.processes.alike import check_options, comparable, differences
 from hla_dist.processes.failure import UserError
 from hla_dist.training.config import parse
 
@@ -14,7 +14,7 @@ from hla_dist.training.config import parse
 def lines_of_ranks(*ranks: list[str]) -> list[str]:
     """What each rank, a thread with its own command line, is told."""
     store, lines = dist.HashStore(), [""] * len(ranks)
-    options = [told(parse(arguments)) for arguments in ranks]
+    options = [comparable(parse(arguments)) for arguments in ranks]
 
     def start(rank: int) -> None:
         try:

@@ -49,7 +49,7 @@ def pass_of(programs: int, chip: predict.Chip, where: torch.device) -> Problem:
 
 def predicted_steps(programs: int, chip: predict.Chip) -> float:
     """Cycles a step of that pass by the model, all programs of a multiprocessor together."""
-    from benchmarks.gpu.model.ours import launches_of
+    from benchmarks.gpu.model.passes import launches_of
 
     problem = pass_of(programs, chip, torch.device("meta"))
     carry = [torch.empty(1, problem.H, 128, 128, device="meta")]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.model import predict as model
-from benchmarks.gpu.model.ours import Pointer
+from benchmarks.gpu.model.passes import Pointer
 from hla_kernels import aot
 
 
@@ -90,30 +90,30 @@ def variants(which: str, h: Any, o: Any, shape: tuple, gated: bool, forward_stat
     elif which == "bwd_dv":
         kernel, moved = o.chunk_bwd_kernel_dv, 4 * sequence + states * 4
         a |= tensors("q k do dv") | tensors("dh", FP)
-    found = []
+    launches = []
     for BK, BV, warps, stages in configurations:
         compiled = model.compile_launch(kernel, a | dict(BK=BK, BV=BV), {"num_warps": warps, "num_stages": stages})
         name = f"fla {which} {BK}x{BV} w{warps} s{stages}"
         inner = K // BK if which == "fwd_o" else 1
         columns = K // BV if over_chunks or which == "fwd_o" else 1
         grid = B * H * columns * (K // BK if over_chunks else chunks)
-        found.append(model.Launch(name, compiled, grid, warps, chunks if over_chunks else 0, moved, inner))
-    return found
+        launches.append(model.Launch(name, compiled, grid, warps, chunks if over_chunks else 0, moved, inner))
+    return launches
 
 
 def best(which: str, *rest: Any, verbose: bool = True) -> model.Prediction:
     """The configuration that autotuning would keep, by the model."""
-    found = []
+    predictions = []
     for x in variants(which, *rest):
         try:
             p = model.predict(x)
         except Exception as error:
             print(f"{x.name}: {error!r}", file=sys.stderr)
             continue
-        found.append((p.ms, x.grid, p))
+        predictions.append((p.ms, x.grid, p))
         if verbose:
             print(model.line(p, x.grid), flush=True)
-    return min(found, key=lambda f: f[0])[2]
+    return min(predictions, key=lambda f: f[0])[2]
 
 
 def main() -> None:
@@ -130,10 +130,10 @@ def main() -> None:
     steps = [("fwd_h", BF), ("fwd_o", BF)]
     if o.backward:
         steps = [("fwd_h", FP), ("bwd_dh", FP), ("bwd_dqkwg", FP), ("bwd_dv", FP)]
-    one = [best(name, h, co, shape, o.gated, dtype, verbose=not o.quiet) for name, dtype in steps]
-    total = 2 * sum(p.ms for p in one)
-    print("; ".join(f"{p.name} {p.ms:.3f}" for p in one))
-    print(f"two calls: {total:.3f} ms, of which bytes alone {2 * sum(p.hbm_ms for p in one):.3f}")
+    kept = [best(name, h, co, shape, o.gated, dtype, verbose=not o.quiet) for name, dtype in steps]
+    total = 2 * sum(p.ms for p in kept)
+    print("; ".join(f"{p.name} {p.ms:.3f}" for p in kept))
+    print(f"two calls: {total:.3f} ms, of which bytes alone {2 * sum(p.hbm_ms for p in kept):.3f}")
 
 
 if __name__ == "__main__":

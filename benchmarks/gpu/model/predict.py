@@ -105,17 +105,17 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
         return Prediction(
             launch.name, ms + 1e3 * chip.gap, "HBM", registers, spills, shared, count, 0.0, {}, 0.0, ms, 0.0, {}, zero
         )
-    found = sass.loops(code)
+    loops = sass.loops(code)
     machine = chip.machine
-    trips = {last: launch.inner for _, last in found[1:]}
+    trips = {last: launch.inner for _, last in loops[1:]}
     body: Counter = Counter()
 
     def run(steps: int, n: int, programs: int | None = None) -> sm.Result:
-        more = {found[0][1]: steps} if found and launch.steps else ({found[0][1]: launch.inner} if found else {})
+        more = {loops[0][1]: steps} if loops and launch.steps else ({loops[0][1]: launch.inner} if loops else {})
         return sm.simulate(code, trips | more, warps, n, programs or n, machine)
 
-    if launch.steps > 3 and found:
-        first, last = found[0]
+    if launch.steps > 3 and loops:
+        first, last = loops[0]
         body = Counter(x.name.split(".")[0] for x in code[first : last + 1])
         few, many = 4, 12
 
@@ -128,8 +128,8 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
         full, left = divmod(a_multiprocessor, count)
         cycles = full * (launch.steps * step + rest)
         if left:
-            one, other, *_ = wave(left)
-            cycles += launch.steps * one + other
+            last_step, last_rest, *_ = wave(left)
+            cycles += launch.steps * last_step + last_rest
         d = many - few
         bounds = bounds_of({k: (b.busy[k] - a.busy[k]) / d for k in b.busy}, (b.issued - a.issued) / d, machine)
         waits = {k: (b.waits[k] - a.waits[k]) / d / count / warps for k in b.waits}
@@ -169,11 +169,11 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
 
 def bounds_of(busy: dict[str, float], issued: float, machine: sm.Machine) -> dict[str, float]:
     """Cycles each unit is busy, a scheduler's share."""
-    found = {
+    bounds = {
         k: (v if k in ("shared", "beyond") else v / 4) for k, v in busy.items() if k not in ("tensor", "sync", "branch")
     }
-    found["issue"] = issued / 4
-    return found
+    bounds["issue"] = issued / 4
+    return bounds
 
 
 HEAD = (

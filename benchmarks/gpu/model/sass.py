@@ -94,7 +94,7 @@ def pipe_of(name: str) -> str:
 
 def parse(text: str) -> list[Instruction]:
     """Instructions of the first function in a disassembly."""
-    found: list[Instruction] = []
+    instructions: list[Instruction] = []
     lines = text.splitlines()
     functions = 0
     for i, line in enumerate(lines):
@@ -113,7 +113,7 @@ def parse(text: str) -> list[Instruction]:
         target = None
         if name.startswith("BRA"):
             target = int(_TARGET.search(body)[1], 16)
-        found.append(
+        instructions.append(
             Instruction(
                 int(match[1], 16),
                 match[2] or "",
@@ -127,15 +127,15 @@ def parse(text: str) -> list[Instruction]:
                 target,
             )
         )
-    return found
+    return instructions
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, int]]:
     """(first, last) instruction indices of every loop: a backward branch and its target, the longest first."""
     at = {x.address: i for i, x in enumerate(code)}
-    found = [(at[x.target], i) for i, x in enumerate(code) if x.target is not None and x.target < x.address]
-    found = [(a, b) for a, b in found if b - a > 2]
-    return sorted(set(found), key=lambda loop: loop[0] - loop[1])
+    jumps = [(at[x.target], i) for i, x in enumerate(code) if x.target is not None and x.target < x.address]
+    jumps = [(a, b) for a, b in jumps if b - a > 2]
+    return sorted(set(jumps), key=lambda loop: loop[0] - loop[1])
 
 
 _WIDTH = re.compile(r"\.(128|64|32|U16|S16|U8|S8|16)\b")

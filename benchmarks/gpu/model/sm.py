@@ -182,12 +182,12 @@ class Multiprocessor:
             if isinstance(w, int):
                 self.multiply(w, when)
                 continue
-            there = self.products(w, when)
-            if there is None:
+            ready = self.products(w, when)
+            if ready is None:
                 continue
-            if there > when:
-                self.waits["matrix products"] += there - when
-                self.push(there, w)
+            if ready > when:
+                self.waits["matrix products"] += ready - when
+                self.push(ready, w)
                 continue
             t, reason = self.earliest(w, when)
             if t > when + 1e-9:

@@ -3,7 +3,7 @@
 python -m benchmarks.gpu.model.walks [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
 
 A role is the loop of the loader, or of a pass. Mbarrier instructions are told apart by their order in it (``PLANS``).
-One program a multiprocessor; what is not a walk goes the way of ``ours.py``.
+One program a multiprocessor; what is not a walk goes the way of ``passes.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from benchmarks.gpu.model import ours, predict, sass, sm
+from benchmarks.gpu.model import passes, predict, sass, sm
 from hla_kernels import walks
 
 LOADED, STORED = 8192, 4096  # bytes of one TMA load of 64 columns, and of one store
@@ -46,13 +46,13 @@ class Walked(NamedTuple):
 
 def _loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
     """Loops that multiply or copy, without the polling ones around them."""
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for a, b in sorted(sass.loops(code), key=lambda ab: ab[1] - ab[0]):
         names = {x.name.split(".")[0] for x in code[a : b + 1]}
-        inner = any(a <= c <= b for c, _ in found)
+        inner = any(a <= c <= b for c, _ in spans)
         if names & {"HGMMA", "UTMALDG"} and not inner and code[b].predicate:
-            found.append((a, b))
-    return [code[a : b + 1] for a, b in sorted(found)]
+            spans.append((a, b))
+    return [code[a : b + 1] for a, b in sorted(spans)]
 
 
 def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.Chip) -> Walked:
@@ -70,15 +70,15 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
             x.channel = channel
         copies += sum(x.name.startswith("UTMALDG") for x in body)
     ahead = a["LINKS"] - (a["LINK"] == "adds")  # it frees a place a step later than it says so here
-    passes = 1 if a["LINK"] == "alone" else 2
-    channels = {"ready": (1, 0, copies), "free": (passes, a["SLOTS"], 0)}
+    consumers = 1 if a["LINK"] == "alone" else 2
+    channels = {"ready": (1, 0, copies), "free": (consumers, a["SLOTS"], 0)}
     channels |= {"link_ready": (1, 0, 0), "link_free": (1, ahead, 0)}
     roles = [(body, 1 if any(x.name.startswith("UTMALDG") for x in body) else 4) for body in bodies]
     few, many = (sm.simulate_roles(roles, channels, n, 1, chip.machine, LOADED, STORED) for n in (6, 18))
     cycles = (many.cycles - few.cycles) / 12
     busy = {k: (many.busy[k] - few.busy[k]) / 12 for k in many.busy}
     bounds = predict.bounds_of(busy, (many.issued - few.issued) / 12, chip.machine)
-    waits = {k: round((many.waits[k] - few.waits[k]) / 12 / 4 / passes) for k in many.waits}
+    waits = {k: round((many.waits[k] - few.waits[k]) / 12 / 4 / consumers) for k in many.waits}
     stored = {"alone": 1, "apart": 2, "adds": 1}.get(a["LINK"], 1 + a["SAVE"])
     heads = [x.base.shape[1] for x in a["streams"]]
     unique = (sum(heads) + stored * a["H"]) * a["streams"][0].base.shape[0] * a["T"] * a["D"] * 2
@@ -93,24 +93,24 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
 def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool) -> float:
     """Print a table of a forward's launches, or of a backward's; total milliseconds."""
     total = 0.0
-    problem, carry, do = ours.on_meta(shape, operator, gated)
+    problem, carry, do = passes.on_meta(shape, operator, gated)
     with torch.device("meta"):
-        launches = ours.captured(
+        launches = passes.captured(
             lambda: walks.scan_backward(problem, carry, do, carry, gated) if backward else walks.scan(problem, carry)
         )
     print("| launch | ms | cycles a chunk | tensor | shared | issue | shared KiB | local accesses in loops | HBM ms |")
     print("|---" * 9 + "|")
     for kernel, grid, arguments, options in launches:
         if kernel is walks.walk_kernel:
-            w = _walk(ours.stand_in(arguments), options, grid, predict.H200)
+            w = _walk(passes.stand_in(arguments), options, grid, predict.H200)
             bounds = [f"{w.bounds.get(k, 0):.0f}" for k in ("mma", "shared", "issue")]
             cells = [w.name, f"{w.ms:.3f}", f"{w.cycles:.0f}", *bounds, f"{w.shared / 1024:.0f}", w.local]
             print("| " + " | ".join(map(str, [*cells, f"{w.hbm_ms:.3f}"])) + " |", w.waits, flush=True)
             total += w.ms
         else:
-            one = predict.predict(ours.launch_of(kernel, grid, arguments, options, shape))
-            print(f"| {one.name} | {one.ms:.3f} |" + " |" * 7, flush=True)
-            total += one.ms
+            predicted = predict.predict(passes.launch_of(kernel, grid, arguments, options, shape))
+            print(f"| {predicted.name} | {predicted.ms:.3f} |" + " |" * 7, flush=True)
+            total += predicted.ms
     return total
 
 

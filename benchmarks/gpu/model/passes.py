@@ -1,6 +1,6 @@
 """The launches of ``hla2`` as this project makes them, forward and backward, put through the model.
 
-python -m benchmarks.gpu.model.ours [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
+python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Shape = tuple[int, int, int, int]
 
 def captured(call: Callable[[], object]) -> list[tuple[Any, int, dict, dict]]:
     """Every launch of a call on meta tensors, in order, not run: kernel, grid, arguments, options."""
-    found: list[tuple[Any, int, dict, dict]] = []
-    device.replace_launcher(lambda *launch: found.append(launch))
+    launched: list[tuple[Any, int, dict, dict]] = []
+    device.replace_launcher(lambda *launch: launched.append(launch))
     try:
         call()
     finally:
         device.replace_launcher(None)
-    return found
+    return launched
 
 
 def launches_of(call: Callable[[], object], shape: Shape) -> list[model.Launch]:
     """Every launch of a call on meta tensors, in order, not run, as the model takes it."""
-    return [launch_of(*one, shape) for one in captured(call)]
+    return [launch_of(*launch, shape) for launch in captured(call)]
 
 
 def on_meta(shape: Shape, operator: str, gated: bool) -> tuple[Problem, list[Tensor], Tensor]:
@@ -58,10 +58,10 @@ def launches(shape: Shape, gated: bool, backward: bool, operator: str = "hla2") 
 
 def predicted_ms(operator: str, shape: tuple[int, int, int, int], gated: bool, backward: bool) -> float:
     """Predicted milliseconds of a forward, or of a forward and a backward."""
-    found = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator)]
+    launched = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator)]
     kinds: dict[tuple, float] = {}
     total = 0.0
-    for x in found:
+    for x in launched:
         key = (x.name, x.compiled.hash, x.grid, x.steps, x.unique_bytes)
         if key not in kinds:
             kinds[key] = model.predict(x).ms
@@ -121,14 +121,14 @@ class Pointer:
         return 16
 
 
-def report(found: list[model.Launch]) -> tuple[float, list[model.Prediction]]:
+def report(launched: list[model.Launch]) -> tuple[float, list[model.Prediction]]:
     """Print a table; total milliseconds."""
-    seen: dict[tuple, model.Prediction] = {}
+    predictions: dict[tuple, model.Prediction] = {}
     total, rows = 0.0, []
     print(model.HEAD, model.RULE, sep="\n")
-    for x in found:
+    for x in launched:
         key = (x.name, x.compiled.hash, x.grid, x.steps, x.unique_bytes)
-        p = seen[key] = seen.get(key) or model.predict(x)
+        p = predictions[key] = predictions.get(key) or model.predict(x)
         total += p.ms
         rows.append(p)
         print(model.line(p, x.grid), flush=True)
