@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 import hla_dist
 from benchmarks.gpu.compiled import Work
 from benchmarks.gpu.contenders import WALKS
+from hla_dist.nn import ShortConvolution
 from hla_dist.reference import quadratic
 from hla_kernels import tiles, walks
 from hla_kernels.device import Target
@@ -54,7 +57,9 @@ def cases(target: Target, seed: int) -> Iterator[Problem]:
     """Every entry of both tables on this architecture first, then shapes and options."""
     if target.arch == "interpreter":
         for operator in ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3"):
-            yield Problem(**_named(operator), T=70, K=16, V=16, scale=0.02, dtype=torch.float32, seed=seed)
+            term = "H" if operator == "hla2" else "none"
+            sizes = {"T": 70, "K": 16, "V": 16, "scale": 0.02, "key_term": term}
+            yield Problem(**_named(operator), dtype=torch.float32, seed=seed, **sizes)
         return
 
     def problem(operator: str, dtype: torch.dtype, K: int, V: int, gated: bool, **more: Any) -> Problem:
@@ -77,6 +82,11 @@ def cases(target: Target, seed: int) -> Iterator[Problem]:
     for operator in ("linear_attention", "hla2", "hla2_prefix", "ahla", "hla3"):
         for gated in (False, True):
             yield problem(operator, torch.bfloat16, 128, 128, gated, T=1, state=True)  # decoding
+    for operator in ("hla2", "hla3"):
+        for dtype in DTYPES:
+            for gated in (False, True):
+                yield problem(operator, dtype, 64, 64, gated, key_term="H")
+        yield problem(operator, torch.bfloat16, 128, 128, True, T=1, state=True, key_term="H")
     yield problem("hla2", torch.bfloat16, 96, 80, True)
     yield problem("hla2", torch.bfloat16, 32, 128, False)
     yield problem("ahla", torch.bfloat16, 20, 33, True)
@@ -117,14 +127,15 @@ def _moved(t: Tensors, device: torch.device) -> Tensors:
 
     state = None if t.initial_state is None else type(t.initial_state)(*map(move, t.initial_state))
     q, k, v, log_decay, weight_out = map(move, (t.q, t.k, t.v, t.log_decay, t.weight_out))
-    return Tensors(q, k, v, log_decay, state, weight_out, tuple(map(move, t.weight_state)))
+    return Tensors(q, k, v, log_decay, state, weight_out, tuple(map(move, t.weight_state)), move(t.gain), move(t.skip))
 
 
 def _case(p: Problem, target: Target) -> str:
     tile = tiles.first_order(p.dtype, p.K, p.V + p.normalize, p.gates != "none", target)
+    more = " normalised" * p.normalize + " documents" * bool(p.documents) + " key term" * (p.key_term != "none")
     return (
-        f"{p.name} {p.mask} {str(p.dtype)[6:]} T {p.T} K {p.K} V {p.V} gates {p.gates}"
-        f"{' normalised' * p.normalize}{' documents' * bool(p.documents)}, tile {tile.BT}x{tile.BV} w{tile.warps}"
+        f"{p.name} {p.mask} {str(p.dtype)[6:]} T {p.T} K {p.K} V {p.V} gates {p.gates}{more}, "
+        f"tile {tile.BT}x{tile.BV} w{tile.warps}"
     )
 
 
@@ -204,12 +215,51 @@ def check_graph(device: torch.device) -> Check:
     return Check(case, "all", 0.0, 0.0)
 
 
+def check_convolution(device: torch.device, dtype: torch.dtype) -> Check:
+    """The short convolution with padding: outputs, state, gradients of inputs, weight and state, beside ``conv1d``."""
+    B, T, C, width = 2, 300, 96, 4
+    case = f"short convolution {str(dtype)[6:]} T {T} C {C} width {width}"
+    layer = ShortConvolution(C, width, device=device, dtype=dtype)
+    x, state, dy, dend = (torch.randn(B, n, C, device=device).to(dtype) for n in (T, width - 1, T, width - 1))
+    present = torch.rand(B, T, device=device) > 0.3
+    dy = dy * present[..., None]
+
+    def plain(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Row by row, its tokens alone."""
+        out, ends = torch.zeros_like(x), []
+        for row in range(B):
+            stream = torch.cat([state[row], x[row, present[row]]])
+            y = F.silu(F.conv1d(stream.T[None], weight[:, None], groups=C))[0].T
+            out = out.index_put((torch.tensor(row, device=device), present[row].nonzero()[:, 0]), y)
+            ends.append(stream[len(stream) - width + 1 :])
+        return out, torch.stack(ends)
+
+    def values(call: Callable[..., Any], wide: torch.dtype) -> dict[str, Tensor]:
+        leaves = [t.detach().to(wide).requires_grad_() for t in (x, layer.weight, state)]
+        y, end = call(*leaves)
+        y = y * present[..., None]  # elsewhere it means nothing
+        gradients = torch.autograd.grad((y, end), leaves, (dy.to(wide), dend.to(wide)))
+        return dict(zip(("y", "end", "dx", "dweight", "dstate"), (y.detach(), end.detach(), *gradients)))
+
+    def library(x: Tensor, weight: Tensor, state: Tensor) -> Any:
+        arguments = {"state": state, "attention_mask": present, "output_final_state": True}
+        return functional_call(layer, {"weight": weight}, (x,), arguments)
+
+    got, want = values(library, dtype), values(plain, torch.float64)
+    rough = values(plain, dtype)
+    errors = {n: (relative_error(got[n], want[n]), relative_error(rough[n], want[n])) for n in want}
+    worst = max(errors, key=lambda n: errors[n][0])
+    return Check(case, worst, errors[worst][0], max(FLOAT32, LOW_PRECISION_FACTOR * errors[worst][1]))
+
+
 def checks(device: torch.device, target: Target, seed: int) -> list[tuple[str, Callable[[], Check]]]:
     """Every case by its name, not yet run."""
     small = target.arch == "interpreter"
     named: list[tuple[str, Callable[[], Check]]] = [("long", functools.partial(check_long, device, small))]
     if not small:
         named.append(("CUDA graph", functools.partial(check_graph, device)))
+    for dtype in DTYPES:
+        named.append((f"short convolution {str(dtype)[6:]}", functools.partial(check_convolution, device, dtype)))
     for problem in cases(target, seed):
         named.append((_case(problem, target), functools.partial(check, problem, device, target)))
     for problem in walked(target, seed):

@@ -24,8 +24,10 @@ from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu import suite as gpu_suite
 from benchmarks.gpu import timing as gpu_timing
 from hla_dist.functional import triton_stages
+from hla_dist.nn import short_convolution
 from hla_kernels import aot, device, tiles
 from hla_kernels.device import Target
+from tests.problems import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,6 +98,22 @@ def test_every_case_can_be_compiled_ahead() -> None:
     found = [launch for p in gpu_checks.cases(target, 0) for launch in gpu_compile.launches(p, target)]
     kernels = {kernel.fn.__name__ for kernel, *_ in found}
     assert {"first_order_kernel", "fused_forward_kernel", "decode_kernel", "gate_gradient_kernel"} <= kernels
+    assert {"key_term_kernel", "key_term_backward_kernel"} <= kernels
+
+
+def test_the_key_term_and_the_convolution_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the term's tensors the device's own; a convolution that is wrong in one tap is seen."""
+    names = [name for name, _ in gpu_checks.checks(torch.device("cpu"), Target("sm_90", 132), 0)]
+    keyed = next(p for p in gpu_checks.cases(Target("sm_90", 132), 0) if p.key_term != "none")
+    assert sum("key term" in name for name in names) == 14 and sum("short convolution" in name for name in names) == 3
+    moved = gpu_checks._moved(draw(keyed), torch.device("meta"))
+    assert moved.gain is not None and moved.skip is not None
+    assert moved.gain.device.type == moved.skip.device.type == "meta"
+    for dtype in gpu_checks.DTYPES:
+        assert gpu_checks.check_convolution(torch.device("cpu"), dtype).good
+    sums = short_convolution._sums
+    monkeypatch.setattr(short_convolution, "_sums", lambda x, weight: sums(x, weight * (weight != weight[0, 0])))
+    assert not gpu_checks.check_convolution(torch.device("cpu"), torch.float32).good
 
 
 def test_every_entry_of_the_tables_is_checked() -> None:
