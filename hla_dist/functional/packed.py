@@ -77,8 +77,8 @@ class CrossingFunction(torch.autograd.Function):
         """Every rank must get here if one does."""
         plan, (has_left, left_ends, has_right), left_count, right_count, initial = ctx.call
         op, stage = plan.cascade, plan.stage_arguments
-        tensors, rest = ctx.saved_tensors, ctx.saved_tensors[2 * GIVEN :]
-        left_inputs, right_inputs = tensors[:GIVEN], tensors[GIVEN : 2 * GIVEN]
+        tensors = ctx.saved_tensors  # once: under checkpointing they can be had only once
+        left_inputs, right_inputs, rest = tensors[:GIVEN], tensors[GIVEN : 2 * GIVEN], tensors[2 * GIVEN :]
         left = (*left_inputs, *_saved(rest[:left_count]), left_dout.contiguous())
         right = (*right_inputs, *_saved(rest[left_count : left_count + right_count]), right_dout.contiguous())
         later = list(rest[left_count + right_count :])
