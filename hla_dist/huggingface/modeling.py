@@ -28,6 +28,7 @@ from hla_dist.models.language_model import EMBEDDING_STD, Block
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.short_convolution import ShortConvolution
 from hla_dist.parallel.collectives import group_size
 
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2")  # what training scripts pass
@@ -64,7 +65,7 @@ class HLAPreTrainedModel(PreTrainedModel):
                 bias.copy_(loaded)
         elif "reset_parameters" in module.__dict__:
             module.__dict__["reset_parameters"]()
-        elif isinstance(module, (nn.RMSNorm, HeadNorm)):
+        elif isinstance(module, (nn.RMSNorm, HeadNorm, ShortConvolution)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):  # heads, and embeddings that were resized
             nn.init.normal_(module.weight, std=EMBEDDING_STD)

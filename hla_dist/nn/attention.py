@@ -251,7 +251,7 @@ class HLAAttention(RenamesOnLoad):
         # all of one dimension: optimisers know by that, or by the name, what not to decay
         gates = self.decay_heads * (self.head_dim if decay == "channel" else 1)
         self.decay_bias = None if decay is None else nn.Parameter(torch.empty(gates, **factory))
-        self.gain, self.skip = (
+        self.gain_bias, self.skip_bias = (
             nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
         )
         self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
@@ -268,6 +268,16 @@ class HLAAttention(RenamesOnLoad):
         moving = decay in ("token", "channel")
         self.d_proj = normal_linear(hidden_size, gates, 0.5 * std, **factory) if moving else None
         self._reset_gates()
+
+    @property
+    def gain(self) -> nn.Parameter | None:
+        """Return the operator's gain ``[H]``, which is learned; None without ``key_term``."""
+        return self.gain_bias
+
+    @property
+    def skip(self) -> nn.Parameter | None:
+        """Return the operator's skip ``[H]``, which is learned; None without ``key_term``."""
+        return self.skip_bias
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
