@@ -27,6 +27,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("simulator/projections", 0),
         ("sequence_parallel_peers", 1),
         ("overlap", 1),
+        pytest.param("stability", 1, marks=pytest.mark.slow),
     ],
 )
 def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
