@@ -20,12 +20,12 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "script, images",
     [
-        ("operators_cpu", 1),
-        ("sequence_parallel_cpu", 0),
+        pytest.param("operators_cpu", 1, marks=pytest.mark.slow),
+        pytest.param("sequence_parallel_cpu", 0, marks=pytest.mark.slow),
         ("family_cpu", 0),
-        ("numerics", 1),
+        pytest.param("numerics", 1, marks=pytest.mark.slow),
         ("simulator/projections", 0),
-        ("sequence_parallel_peers", 1),
+        pytest.param("sequence_parallel_peers", 1, marks=pytest.mark.slow),
         ("overlap", 1),
         pytest.param("stability", 1, marks=pytest.mark.slow),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -47,6 +48,7 @@ def final(directory: Path) -> torch.Tensor:
     return torch.cat([torch.frombuffer(bytearray(stored[name]), dtype=torch.float32) for name in names])
 
 
+@pytest.mark.slow
 def test_eight_ranks_go_on_as_one_two_and_four(pool: RankPool, tmp_path: Path) -> None:
     data = write_text(tmp_path / "text.txt", 4000)
     common = dict(parity=False, sample=0, eval_every=100, warmup=2)

@@ -17,7 +17,7 @@ from tests.problems import Problem, draw, oracle, run
 from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
 
 
-@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+@pytest.mark.parametrize(("name", "mask"), TWO_OF_THEM)
 def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, short_segments) -> None:
     compare(
         Problem(

@@ -64,7 +64,7 @@ def _assert_trained_alike(got: dict[str, Tensor], want: dict[str, Tensor]) -> No
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form in ("hla2", "hla3") else [pytest.mark.slow]) for form in FORMS]
+    "form", [pytest.param(form, marks=[] if form == "hla2" else [pytest.mark.slow]) for form in FORMS]
 )
 def test_a_model_compiles_without_graph_breaks(form: str) -> None:
     """Training and decoding give what they give uncompiled."""
@@ -122,7 +122,7 @@ def _over_a_group(pg: dist.ProcessGroup, form: str, checkpointing: bool) -> tupl
     ("form", "checkpointing"),
     [
         ("hla2", False),
-        ("hla3", True),
+        pytest.param("hla3", True, marks=pytest.mark.slow),
         pytest.param("hla2", True, marks=pytest.mark.slow),
         pytest.param("ahla", False, marks=pytest.mark.slow),
     ],

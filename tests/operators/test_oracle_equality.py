@@ -138,7 +138,10 @@ def test_long_sequences(name: str, mask: str, gates: str) -> None:
         check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [kind if kind == ("hla2", "causal") else pytest.param(*kind, marks=pytest.mark.slow) for kind in STREAMING],
+)
 def test_long_sequences_of_many_rows(name: str, mask: str) -> None:
     """Past every internal block of tokens, of batch elements and of heads."""
     for gates in ("G", "BTH"):

@@ -28,17 +28,15 @@ CHECKS = (
     "nothing_is_pickled",
     "staged",
     "different_collectives",
-    "compiled",
     "one_rank_stays_away",
 )
+LONG = ("every_operator", "compiled")
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def run(directory: Path, checks: tuple[str, ...]) -> list[dict[str, str]]:
     """What every rank said of every check: nothing, or a traceback."""
-    directory = tmp_path_factory.mktemp("mpi")
     python = [sys.executable, "-m", "mpi4py", "-m", "tests.parallel.mpi_ranks"]
-    command = [str(MPIRUN), "-n", "8", *python, str(directory), *CHECKS]
+    command = [str(MPIRUN), "-n", "8", *python, str(directory), *checks]
     environment = os.environ | PATIENT_MPI | {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     files = [directory / f"{rank}.json" for rank in range(8)]
@@ -49,9 +47,25 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return answers
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_eight_ranks(said: list[dict[str, str]], name: str) -> None:
+def good(answers: list[dict[str, str]], name: str) -> None:
     texts = {
-        rank: answer.get(name, "no answer: another rank or check failed first") for rank, answer in enumerate(said)
+        rank: answer.get(name, "no answer: another rank or check failed first") for rank, answer in enumerate(answers)
     }
     assert not any(texts.values()), "\n".join(f"rank {rank}: {text}" for rank, text in texts.items() if text)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run(tmp_path_factory.mktemp("mpi"), CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_ranks(said: list[dict[str, str]], name: str) -> None:
+    good(said, name)
+
+
+@pytest.mark.slow
+def test_what_takes_long_on_eight_ranks(tmp_path: Path) -> None:
+    answers = run(tmp_path, LONG)
+    for name in LONG:
+        good(answers, name)

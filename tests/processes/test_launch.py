@@ -111,6 +111,7 @@ def test_training_over_mpirun_equals_one_process(text: str) -> None:
     assert len(parity) == 1 and parity[0].endswith(": ok")
 
 
+@pytest.mark.slow
 def test_one_rank_raising_ends_all_of_mpirun(tmp_path: Path, text: str) -> None:
     program = tmp_path / "failing.py"
     program.write_text(FAILING.format(root=str(ROOT), launch=str(LAUNCH)))

@@ -31,7 +31,7 @@ from tests.training.test_steps import NoSignal
 
 SAMPLES = 8
 ALL_THREE = Degrees(2, 2, 2, fully_sharded=True)  # with two steps, micro-batches and recomputation too
-# every way to write 8 as a product of dp_replicate, dp_shard and cp
+# every way to write 8 as a product of dp_replicate, dp_shard and cp, of the plain model
 FACTORS = [(r, s, 8 // (r * s)) for r in (1, 2, 4, 8) for s in (1, 2, 4, 8) if r * s <= 8]
 
 
@@ -40,10 +40,13 @@ MODELS: list[dict[str, Any]] = [
     {"pattern": "hla2,softmax"},  # over two sequence ranks by ulysses
     {"pattern": "softmax,hla3", "softmax": {"window": 14, "exchange": "gather"}},  # longer than a shard of four
 ]
-# factors, number of the model, options: all of the plain one; and hybrid models with other exchanges
-CASES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [(factors, 0, {}) for factors in FACTORS]
-CASES += [((2, 2, 2), 0, {"on_host": True})]
-CASES += [((1, 4, 2), 1, {"exchange": "scan"}), ((2, 1, 4), 2, {"exchange": "hierarchical"})]
+# factors, number of the model, options
+Case = tuple[tuple[int, int, int], int, dict[str, Any]]
+ONE_OF_EACH: list[Case] = [
+    ((2, 2, 2), 0, {"on_host": True}),
+    ((1, 4, 2), 1, {"exchange": "scan"}),
+    ((2, 1, 4), 2, {"exchange": "hierarchical"}),
+]
 
 
 def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_host: bool = False) -> dict[str, Any]:
@@ -91,16 +94,21 @@ def trained_alone() -> list[dict[str, Any]]:
     return [trained(Degrees(1, 1, 1), number) for number in range(len(MODELS))]
 
 
-def trained_in_every_way() -> list[dict[str, Any]]:
+def trained_in_ways(cases: list[Case]) -> list[dict[str, Any]]:
     offload.LEAST = 1  # all that is saved goes through the copies
-    return [trained(Degrees(*factors, fully_sharded=True), number, **options) for factors, number, options in CASES]
+    return [trained(Degrees(*factors, fully_sharded=True), number, **options) for factors, number, options in cases]
 
 
-def test_every_factorisation_of_eight_equals_one_process() -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [ONE_OF_EACH, pytest.param([(factors, 0, {}) for factors in FACTORS], marks=pytest.mark.slow)],
+    ids=["one of each", "every factorisation"],
+)
+def test_a_factorisation_of_eight_equals_one_process(cases: list[Case]) -> None:
     assert len(FACTORS) == 10
     alone = run_ranks(trained_alone, 1)[0]
-    for rank, results in enumerate(run_ranks(trained_in_every_way, 8, timeout=120, detail=False)):
-        for case, got in zip(CASES, results, strict=True):
+    for rank, results in enumerate(run_ranks(trained_in_ways, 8, cases, timeout=120, detail=False)):
+        for case, got in zip(cases, results, strict=True):
             want = alone[case[1]]
             assert len(got["steps"]) == 1 + (case[0] == (2, 2, 2))
             for (loss, norm), (loss_alone, norm_alone) in zip(got["steps"], want["steps"]):

@@ -29,7 +29,7 @@ def test_a_wrong_result_is_seen() -> None:
     assert "softmax" in small.wrong("sm_80", [lying])[0]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_faults_taken_out_of_compiled_code_are_reported(arch: str) -> None:
     """Waits, fences, copies and stores, each alone, in a pipelined product and in two chained ones."""
     kinds = set()

@@ -145,6 +145,7 @@ def test_the_plan_has_every_point_once() -> None:
             parse(flags)
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_report(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{ROOT}"}
