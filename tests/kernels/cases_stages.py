@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tests.kernels.interpreted import WITH_KERNELS, compare, ridge_of
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KEYED, Problem, check, draw, run
 from tests.tolerances import FLOAT32
+
+slowly = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
@@ -34,7 +37,14 @@ def test_summaries(name, mask, short_segments) -> None:
 
 
 @pytest.mark.parametrize(
-    ("B", "H", "G", "gates"), [(4, 1, 1, "BTH"), (2, 2, 1, "none"), (1, 4, 2, "none"), (1, 4, 2, "H"), (1, 2, 2, "BTH")]
+    ("B", "H", "G", "gates"),
+    [
+        (4, 1, 1, "BTH"),
+        slowly(2, 2, 1, "none"),
+        slowly(1, 4, 2, "none"),
+        (1, 4, 2, "H"),
+        (1, 2, 2, "BTH"),
+    ],
 )
 def test_backward_in_slices(B, H, G, gates, monkeypatch, short_segments) -> None:
     monkeypatch.setattr(slices, "SLICED", 0)
@@ -85,8 +95,11 @@ def test_packed_documents(name, gates) -> None:
     compare(Problem(name, T=73, H=2, G=1, K=6, V=5, gates=gates, documents=(33, 0, 1, 39), dtype=torch.float32))
 
 
-@pytest.mark.parametrize("gates", ["none", "BTH"])
-@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+@pytest.mark.parametrize("gates", [slowly("none"), "BTH"])
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [kind if kind in (("hla2", "causal"), ("ahla", "causal")) else slowly(*kind) for kind in WITH_KERNELS],
+)
 def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
     """Over several segments, from a carry: equal to a scan from it, or one where the table says so."""
     problem = Problem(
@@ -113,7 +126,8 @@ def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "gates", "key_term"), [("hla2", "none", "numbers"), ("hla2", "BTH", "H"), ("hla3", "BTH", "numbers")]
+    ("name", "gates", "key_term"),
+    [slowly("hla2", "none", "numbers"), ("hla2", "BTH", "H"), ("hla3", "BTH", "numbers")],
 )
 def test_the_key_term(name, gates, key_term, short_segments) -> None:
     """Several segments, a single token, no token; grouped heads, widths that are no power of two."""
@@ -122,7 +136,7 @@ def test_the_key_term(name, gates, key_term, short_segments) -> None:
         compare(Problem(name, T=T, normalize=T == 1, dtype=torch.float32, **shapes))
 
 
-@pytest.mark.parametrize("cut", [slices.Slicing(2), slices.Slicing(2, axis=2, state_axis=1)])
+@pytest.mark.parametrize("cut", [slowly(slices.Slicing(2)), slices.Slicing(2, axis=2, state_axis=1)])
 def test_the_key_term_in_slices(cut, monkeypatch) -> None:
     """Of the batch and of the heads; one of its numbers alone."""
     monkeypatch.setattr(slices, "slicing", lambda problem, gate: cut)
@@ -132,7 +146,7 @@ def test_the_key_term_in_slices(cut, monkeypatch) -> None:
         check(problem, given, run(problem, given, hla_dist.hla2, backend="triton"))
 
 
-@pytest.mark.parametrize(("name", "normalize"), [("hla2", True), ("hla3", False)])
+@pytest.mark.parametrize(("name", "normalize"), [("hla2", True), slowly("hla3", False)])
 def test_what_the_ops_say_of_their_results(name, normalize) -> None:
     """Shapes, dtypes and layouts without running, as compilers ask for them, and that no input is written."""
     t = draw(Problem(name, T=20, H=2, G=1, K=6, V=5, scale=0.7, normalize=normalize, dtype=torch.float32))
@@ -153,8 +167,13 @@ def test_what_the_ops_say_of_their_results(name, normalize) -> None:
         torch.library.opcheck(op.default, (*arguments, *options), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("gates", ["none", "BTH"])
-@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    ("gates", "short"),
+    [
+        ("BTH", True),
+        *(slowly(*case) for case in (("none", True), ("none", False), ("BTH", False))),
+    ],
+)
 def test_columns_in_several_tiles(gates, short, monkeypatch, request) -> None:
     """As on a GPU: programs with a part of the state's columns each, scores over slices; the last parts are masked."""
     monkeypatch.setattr(tiles, "first_order", lambda *args: tiles.Tile(16, 16, 4, 1, 16))
