@@ -12,7 +12,7 @@ from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, start, summarize
 from hla_dist.functional.exchange_ops import checkpoint_context
 from hla_dist.functional.validate import validation
-from hla_dist.nn import HLAAttention, SequenceParallelHLA, SoftmaxAttention
+from hla_dist.nn import HLAAttention, MemoryAttention, SequenceParallelHLA, SoftmaxAttention
 from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import ShardedBatch, shard, shard_batch, token_loss, unshard
@@ -33,6 +33,7 @@ __all__ = [
     "HLAAttention",
     "KVState",
     "LinearState",
+    "MemoryAttention",
     "PrefixState",
     "SequenceParallelHLA",
     "ShardedBatch",

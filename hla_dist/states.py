@@ -119,7 +119,12 @@ def _known(kind: Any) -> None:
     torch.serialization.add_safe_globals([kind])  # torch.load reads them with its default, weights_only
 
 
-_CONVOLVED: dict[Any, Any] = {}
+_COMPOSED: dict[str, Any] = {}
+SLOTS = (
+    "k",
+    "v",
+    "q",
+)  # fields [N, S, ...] of which each row fills so many: states of several rows are padded to one S
 
 
 def convolved(kind: Any) -> Any:
@@ -128,20 +133,35 @@ def convolved(kind: Any) -> Any:
     It has that state's fields and one more, ``inputs``: the convolution's last inputs ``[N, width - 1, C]``
     in the layer's dtype, C = (H + G) K + G V. ``ConvHLA2State(S, F, inputs)``, for example.
     """
-    return _CONVOLVED.get(kind) or _make_convolved(kind)
+    return _composed("Conv", kind, (), ("inputs",), "the last inputs of a short convolution")
 
 
-def _make_convolved(kind: Any) -> Any:
-    name = f"Conv{kind.__name__}"
-    state: Any = NamedTuple(name, [(field, Tensor) for field in (*kind._fields, "inputs")])  # type: ignore[misc]
-    state.__module__ = __name__
-    state.__doc__ = f"``{kind.__name__}`` and the last inputs of a short convolution."
-    globals()[name] = _CONVOLVED[kind] = state  # by its name, pickle finds it
-    _known(state)
-    return state
+def remembering(kind: Any) -> Any:
+    """Return the state of a ``MemoryAttention`` whose operator's state is a ``kind``.
+
+    Before that state's fields, which are sums over features of tokens that have left the window, it has
+    those of ``KVState``: ``k`` and ``v`` ``[N, S, G, K]`` of the tokens that have not, and ``tokens`` ``[N]``.
+    Above first order these tokens' queries ``q [N, S, H, K]`` are kept too, since the memory takes them up
+    with the keys. ``MemoryHLA2State(k, v, q, tokens, S, F)``, for example.
+    """
+    window = ("k", "v", "tokens") if kind is LinearState else ("k", "v", "q", "tokens")
+    return _composed("Memory", kind, window, (), "a window of tokens that it has not taken up")
 
 
-for _kind in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, KVState, PrefixState):
+def _composed(prefix: str, kind: Any, before: tuple[str, ...], after: tuple[str, ...], what: str) -> Any:
+    name = f"{prefix}{kind.__name__}"
+    if name not in _COMPOSED:
+        state: Any = NamedTuple(name, [(field, Tensor) for field in (*before, *kind._fields, *after)])  # type: ignore[misc]
+        state.__module__ = __name__
+        state.__doc__ = f"``{kind.__name__}`` and {what}."
+        globals()[name] = _COMPOSED[name] = state  # by its name, pickle finds it
+        _known(state)
+    return _COMPOSED[name]
+
+
+for _kind in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, PrefixState):
     _known(_kind)
-    if _kind is not KVState:
-        __all__ += [convolved(_kind).__name__]
+    __all__ += [convolved(_kind).__name__]
+_known(KVState)
+for _kind in (LinearState, HLA2State, AHLAState, HLA3State):
+    __all__ += [remembering(_kind).__name__]

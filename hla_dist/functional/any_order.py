@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hla_dist.functional.attention import linear_attention
+from hla_dist.functional.attention import attend
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.options import DEFAULTS
 from hla_dist.functional.validate import FLOATS, refuse, refuse_transforms, require
@@ -135,7 +135,7 @@ class Cascade:
             if initial_state is not None:
                 carry = _joined([_entering(p, given[f"state {p.out}"]) for p in step])
                 options["initial_state"] = LinearState(carry)
-            result, state = linear_attention(a, b, c, **options)
+            result, state = attend("linear_attention", a, b, c, **options)
             widths = [c.shape[3] for c in cs]
             for p, part in zip(step, result.split(widths, -1)):
                 x[p.out] = part + ridge * a if p.ridge else part

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hla_dist import KVState, SequenceParallelHLA, shard
+from hla_dist import SequenceParallelHLA, shard
 from hla_dist.models import LanguageModel
+from hla_dist.nn.softmax_attention import stacked
 from hla_dist.parallel.collectives import group_rank, group_size
 from hla_dist.parallel.shard import default_lengths
 
@@ -111,7 +111,7 @@ def follow(
     device = model.embedding.weight.device
     draws = [torch.Generator().manual_seed(seed + row) for row in range(len(readings))]
     layers = zip(*(reading.state for reading in readings), strict=True)
-    state = [as_rows(states) for states in layers]
+    state = [stacked(states) for states in layers]
     positions = torch.tensor([[reading.position] for reading in readings], device=device)
     following = [reading.last for reading in readings]
     training = model.training
@@ -129,18 +129,6 @@ def follow(
             yield following
     finally:
         model.train(training)
-
-
-def as_rows(states: Sequence[Any]) -> Any:
-    """States of texts as one state, a row each; keys and values of softmax layers are padded to the most there are."""
-    if isinstance(states[0], KVState):
-        most = max(state.k.shape[1] for state in states)
-        states = [state._replace(k=_padded(state.k, most), v=_padded(state.v, most)) for state in states]
-    return type(states[0])(*(torch.cat(fields) for fields in zip(*states, strict=True)))
-
-
-def _padded(x: Tensor, tokens: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, 0, 0, tokens - x.shape[1]))
 
 
 def generate(

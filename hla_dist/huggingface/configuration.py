@@ -29,12 +29,13 @@ class HLAConfig(PreTrainedConfig):
 
     The fields of ModelConfig keep their names and meanings. transformers' own names for some of them
     (``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads``) work too. JSON must be
-    able to hold the options of the layers, ``attention`` and ``softmax``.
+    able to hold the options of the layers, ``attention``, ``softmax`` and ``memory``.
 
     Attributes:
-        pattern: Which layers are of which operator or ``softmax``, as ``"hla2*3,softmax"``; empty:
-            ``op`` throughout.
+        pattern: Which layers are of which operator, ``softmax`` or ``memory``, as ``"hla2*3,softmax"``;
+            empty: ``op`` throughout.
         softmax: The options of ``hla_dist.SoftmaxAttention``.
+        memory: The options of ``hla_dist.MemoryAttention``.
         tie_word_embeddings: Whether the output layer is the embedding.
 
     Raises:
@@ -61,6 +62,7 @@ class HLAConfig(PreTrainedConfig):
     attention: dict[str, Any] = field(default_factory=dict)
     pattern: str = ""
     softmax: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -69,7 +71,7 @@ class HLAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for name in ("attention", "softmax"):
+        for name in ("attention", "softmax", "memory"):
             try:
                 json.dumps(getattr(self, name))
             except TypeError as exc:

@@ -28,6 +28,7 @@ from hla_dist.models.language_model import EMBEDDING_STD, Block
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.memory_attention import Hedgehog, MemoryAttention
 from hla_dist.nn.short_convolution import ShortConvolution
 from hla_dist.parallel.collectives import group_size
 
@@ -57,12 +58,12 @@ class HLAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The network's own initialisation, of the parameters that were not loaded."""
-        if isinstance(module, HLAAttention):
-            bias = module.decay_bias
-            loaded = bias.clone() if bias is not None and getattr(bias, "_is_hf_initialized", False) else None
-            module._reset_gates()
-            if bias is not None and loaded is not None:
-                bias.copy_(loaded)
+        if isinstance(module, (HLAAttention, MemoryAttention, Hedgehog)):
+            own = [p for p in module.parameters(recurse=False) if getattr(p, "_is_hf_initialized", False)]
+            loaded = [p.clone() for p in own]
+            module.reset_parameters() if isinstance(module, Hedgehog) else module._reset_gates()
+            for parameter, value in zip(own, loaded):
+                parameter.copy_(value)
         elif "reset_parameters" in module.__dict__:
             module.__dict__["reset_parameters"]()
         elif isinstance(module, (nn.RMSNorm, HeadNorm, ShortConvolution)):
@@ -169,7 +170,7 @@ class HLAModel(HLAPreTrainedModel):
         batch = read(
             x, attention_mask, position_ids, kwargs, past_key_values, wanted or past_key_values is not None,
             positions_matter=any(layer.rope_theta is not None for layer in attention),
-            hybrid="softmax" in self.network.config.mixers, group=attention[0].group,
+            hybrid=not {"softmax", "memory"}.isdisjoint(self.network.config.mixers), group=attention[0].group,
         )  # fmt: skip
         packed = batch.documents is not None
         if packed and use_cache is None:  # nor must a training step pay for states

@@ -25,10 +25,11 @@ class ModelConfig:
         op: The operator of every layer, unless ``pattern`` says otherwise.
         norm_eps: Epsilon of every norm.
         attention: Further options of ``hla_dist.HLAAttention``.
-        pattern: Makes a hybrid: names of operators or ``softmax``, separated by commas, each perhaps
-            with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``. Empty: ``op``
-            throughout.
+        pattern: Makes a hybrid: names of operators, ``softmax`` or ``memory``, separated by commas, each
+            perhaps with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``. Empty:
+            ``op`` throughout.
         softmax: Further options of ``hla_dist.SoftmaxAttention``.
+        memory: Further options of ``hla_dist.MemoryAttention``.
         tie_word_embeddings: False gives the output layer a matrix of its own instead of the
             embedding's.
 
@@ -48,6 +49,7 @@ class ModelConfig:
     attention: dict[str, Any] = field(default_factory=dict)
     pattern: str = ""
     softmax: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class ModelConfig:
 
     @property
     def mixers(self) -> list[str]:
-        """Return the operator of every layer, or ``softmax``."""
+        """Return the operator of every layer, or ``softmax``, or ``memory``."""
         period = read_pattern(self.pattern) or [self.op]
         return [period[layer % len(period)] for layer in range(self.num_layers)]
 
@@ -97,6 +99,7 @@ class ModelConfig:
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.hidden_size // self.num_heads,
             "softmax": self.softmax if "softmax" in self.mixers else {},
+            "memory": self.memory if "memory" in self.mixers else {},
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def read_pattern(pattern: str) -> list[str]:
     for item in pattern.split(",") if pattern else []:
         name, star, count = item.strip().partition("*")
         name, count = name.strip(), count.strip() if star else "1"
-        mixers = (*NAMED, "softmax")
+        mixers = (*NAMED, "softmax", "memory")
         if name not in mixers or not (count.isascii() and count.isdigit() and int(count) >= 1):
             raise ValueError(
                 f"pattern: expected a comma-separated list of {', '.join(mixers)}, each alone or as in hla2*3, got "

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hla_dist import checkpoint_context
 from hla_dist.models.config import ModelConfig
 from hla_dist.models.loss import summed_cross_entropy
-from hla_dist.nn import HLAAttention, SoftmaxAttention
+from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
 from hla_dist.nn.chunks import CHUNK_TOKENS, map_tokens
 from hla_dist.nn.initialization import normal_linear, normal_on_reset
 
@@ -53,9 +53,9 @@ class Block(nn.Module):
         sizes: dict[str, Any] = dict(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
         common = {"residual_scale": residual_scale(config), "norm_eps": config.norm_eps}
         self.attention: HLAAttention | SoftmaxAttention
-        if mixer == "softmax":
-            options = {**common, **config.softmax}
-            self.attention = SoftmaxAttention(config.hidden_size, config.num_heads, **sizes, **options)
+        if mixer in ("softmax", "memory"):
+            kind, own = (SoftmaxAttention, config.softmax) if mixer == "softmax" else (MemoryAttention, config.memory)
+            self.attention = kind(config.hidden_size, config.num_heads, **sizes, **{**common, **own})
         else:
             options = {**common, **config.attention}
             self.attention = HLAAttention(config.hidden_size, config.num_heads, op=mixer, **sizes, **options)

@@ -33,7 +33,7 @@ from hla_dist.states import convolved
 
 __all__ = ["HLAAttention"]
 
-_FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "elu+1": lambda x: F.elu(x) + 1,
     "relu": F.relu,
@@ -210,7 +210,7 @@ class HLAAttention(RenamesOnLoad):
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {self.num_kv_heads}")
         _one_of("decay_heads", self.decay_heads, (num_heads, self.num_kv_heads))
         if not callable(feature_map):
-            _one_of("feature_map", feature_map, (*_FEATURE_MAPS, None))
+            _one_of("feature_map", feature_map, (*FEATURE_MAPS, None))
         if not decay_temperature > 0:
             raise ValueError(f"decay_temperature: expected a number > 0, got {decay_temperature}")
         if len(decay_range) != 2 or not 0 < decay_range[0] <= decay_range[1] < math.inf:
@@ -296,17 +296,11 @@ class HLAAttention(RenamesOnLoad):
             nn.init.ones_(self.gain)
             nn.init.zeros_(self.skip)
         if self.decay_bias is not None:
-            shortest, longest = (math.log(tau) for tau in self.decay_range)
             count = self.head_dim if self.decay == "channel" else self.decay_heads
-            steps = max(count - 1, 1)
-            # softplus(-b) = temperature / tau
-            biases = [
-                -math.log(math.expm1(self.decay_temperature * math.exp(-(shortest + (longest - shortest) * h / steps))))
-                for h in range(count)
-            ]
+            biases = decay_biases(count, self.decay_range, self.decay_temperature)
             biases *= self.decay_bias.numel() // count
             with torch.no_grad():
-                self.decay_bias.copy_(_sharded_as(self.decay_bias, torch.tensor(biases)))
+                self.decay_bias.copy_(sharded_as(self.decay_bias, torch.tensor(biases)))
 
     def forward(
         self,
@@ -416,7 +410,7 @@ class HLAAttention(RenamesOnLoad):
         k = rearrange(k, "b t (g k) -> b t g k", g=self.num_kv_heads)
         v = rearrange(v, "b t (g v) -> b t g v", g=self.num_kv_heads)
         if self.feature_map is not None:
-            phi = self.feature_map if callable(self.feature_map) else _FEATURE_MAPS[self.feature_map]
+            phi = self.feature_map if callable(self.feature_map) else FEATURE_MAPS[self.feature_map]
             q, k = phi(q), phi(k)
         q, k = (self._normalized(x, norm).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         if self.rope_theta is not None:
@@ -512,7 +506,17 @@ class HLAAttention(RenamesOnLoad):
         )
 
 
-def _sharded_as(parameter: Tensor, values: Tensor) -> Tensor:
+def decay_biases(count: int, memories: tuple[float, float], temperature: float = 1.0) -> list[float]:
+    """``b_h`` with ``log_sigmoid(b_h) / temperature = -1 / tau_h``: tau from the first memory to the last, in equal
+    ratios.
+    """
+    shortest, longest = (math.log(tau) for tau in memories)
+    steps = max(count - 1, 1)
+    rates = [temperature * math.exp(-(shortest + (longest - shortest) * h / steps)) for h in range(count)]
+    return [-math.log(math.expm1(rate)) for rate in rates]  # softplus(-b) = rate
+
+
+def sharded_as(parameter: Tensor, values: Tensor) -> Tensor:
     """``values`` as a DTensor where ``parameter`` is one: made on the meta device and sharded before it has numbers."""
     if not is_dtensor(parameter):
         return values

@@ -18,6 +18,7 @@ from torch import nn
 
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.gradient_reduction import GradientReduction, broadcast_from_first, is_dtensor
+from hla_dist.nn.memory_attention import MemoryAttention
 from hla_dist.nn.softmax_attention import SoftmaxAttention
 from hla_dist.parallel.collectives import Group, all_gather_objects, group_size, resolve_group
 
@@ -91,7 +92,7 @@ class SequenceParallelHLA(nn.Module):
         self._layers = [layer for layer in module.modules() if isinstance(layer, _LAYERS)]
         for layer in self._layers:
             layer.group = pg
-            if isinstance(layer, HLAAttention):
+            if isinstance(layer, (HLAAttention, MemoryAttention)):
                 layer.exchange = exchange or layer.exchange
                 layer.wire_dtype = wire_dtype or layer.wire_dtype
         self.shard_lengths = shard_lengths

@@ -24,7 +24,7 @@ from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
 from hla_dist.softmax import attend as softmax
-from hla_dist.states import KVState
+from hla_dist.states import SLOTS, KVState
 
 __all__ = ["SoftmaxAttention"]
 
@@ -34,7 +34,7 @@ EXCHANGES = ("auto", "gather", "ulysses")
 class LayerCall(NamedTuple):
     """What a call says beside x; ``cu`` on the host."""
 
-    state: KVState | None
+    state: Any
     cu: Tensor | None
     positions: Tensor | None
     final: bool
@@ -186,7 +186,7 @@ class SoftmaxAttention(RenamesOnLoad):
         attention_mask: Tensor | None = None,
         group: Any = None,
         output_final_state: bool | None = None,
-    ) -> tuple[Tensor, KVState | None]:
+    ) -> tuple[Tensor, Any]:
         """Return ``y [B, T, D]`` and the state after the last token.
 
         Args:
@@ -213,7 +213,7 @@ class SoftmaxAttention(RenamesOnLoad):
             return self._attend(x, call)
         return self._among_padding(x, present(attention_mask, x.shape[:2]), call)
 
-    def _among_padding(self, x: Tensor, filled: Tensor, call: LayerCall) -> tuple[Tensor, KVState | None]:
+    def _among_padding(self, x: Tensor, filled: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
         """The tokens of each row as one document; over a group row by row, since rows lie side by side on the ranks.
 
         Communication over a group: one all-gather of two integers, with documents another of N + 1.
@@ -242,10 +242,10 @@ class SoftmaxAttention(RenamesOnLoad):
                     zip(rows.split(counts, 1), [None] * batch if positions is None else positions.split(counts, 1))
                 )
             ]
-            y, after = torch.cat([part for part, _ in parts], 1), _stacked([state for _, state in parts])
+            y, after = torch.cat([part for part, _ in parts], 1), stacked([state for _, state in parts])
         return y.new_zeros(batch * tokens, y.shape[2]).index_copy(0, index, y[0]).view(x.shape), after
 
-    def _attend(self, x: Tensor, call: LayerCall) -> tuple[Tensor, KVState | None]:
+    def _attend(self, x: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
         state, cu, positions, final, group, rank, ranks = call
         batch, tokens = x.shape[:2]
         ragged = cu is None and state is not None and bool((state.tokens != state.tokens[:1]).any())
@@ -253,19 +253,30 @@ class SoftmaxAttention(RenamesOnLoad):
             cu, x = torch.arange(batch + 1) * tokens, x.reshape(1, batch * tokens, -1)
             positions = positions if positions is None else positions.expand(batch, tokens).reshape(1, -1)
         agreed = softmax.agree(
-            x.shape[1], group, cu=cu, state=state, window=self.window, final=final, device=x.device,
+            x.shape[1], group, cu=cu, state=state, window=self._span, final=final, device=x.device,
             description=self._description(x, cu is not None, final),
         )  # fmt: skip
         exchange = self._chosen(agreed, ranks)
         if positions is None:
             positions = agreed.spans.positions(rank).to(x.device)
         rotary = (positions.expand(x.shape[:2]),)
-        q, k, v = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
-        o, after = softmax.attend(agreed, q, k, v, state, exchange, self.scale)
+        operands = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
+        o, after = self._mix(agreed, exchange, operands, state, group)
         y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
         return y.reshape(batch, tokens, self.hidden_size), after
 
-    def _operands(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def _span(self) -> int | None:
+        """Of how many tokens keys must be at hand; one less is a state's."""
+        return self.window
+
+    def _mix(
+        self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any, group: Any
+    ) -> tuple[Tensor, Any]:
+        q, k, v = operands
+        return softmax.attend(call, q, k, v, state, exchange, self.scale)
+
+    def _operands(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.head_dim) for y in projected)
         activation = v.dtype
@@ -288,7 +299,7 @@ class SoftmaxAttention(RenamesOnLoad):
             require(not states, "exchange", "'gather' where there are states", "'ulysses'")
         if self.exchange != "auto":
             return self.exchange
-        return "ulysses" if fits and not states and self.window is None else "gather"
+        return "ulysses" if fits and not states and self._span is None else "gather"
 
     def _description(self, x: Tensor, packed: bool, final: bool) -> str:
         return (
@@ -324,12 +335,17 @@ class SoftmaxAttention(RenamesOnLoad):
             self._check_state(x, state, len(x) if cu is None else len(cu) - 1, together)
         return cu
 
+    def _state_kind(self) -> Any:
+        return KVState
+
     def _check_state(self, x: Tensor, state: Any, rows: int, equal: bool) -> None:
-        require(isinstance(state, KVState), "state", "a KVState", type(state).__name__)
-        shape = (rows, self.num_kv_heads, self.head_dim)
-        for name, past in (("k", state.k), ("v", state.v)):
-            fits = past.dim() == 4 and (past.shape[0], *past.shape[2:]) == shape and past.shape == state.k.shape
-            require(fits, f"state.{name}", f"[{rows}, S, {shape[1]}, {shape[2]}]", list(past.shape))
+        kind = self._state_kind()
+        require(isinstance(state, kind), "state", f"a {kind.__name__}", type(state).__name__)
+        for name in (name for name in SLOTS if name in kind._fields):
+            past, heads = getattr(state, name), self.num_heads if name == "q" else self.num_kv_heads
+            shape = (rows, heads, self.head_dim)
+            fits = past.dim() == 4 and (past.shape[0], *past.shape[2:]) == shape and past.shape[1] == state.k.shape[1]
+            require(fits, f"state.{name}", f"[{rows}, S, {heads}, {self.head_dim}]", list(past.shape))
             require(past.device == x.device, f"state.{name}", f"x's device {x.device}", past.device)
         counts = state.tokens
         require(
@@ -337,7 +353,7 @@ class SoftmaxAttention(RenamesOnLoad):
             f"{counts.dtype} {list(counts.shape)}",
         )  # fmt: skip
         need = int(counts.max()) if rows else 0
-        need = need if self.window is None else min(need, self.window - 1)
+        need = need if self._span is None else min(need, self._span - 1)
         require(state.k.shape[1] >= need, "state.k", f"at least {need} keys a row", state.k.shape[1])
         alike = not equal or not bool((counts != counts[:1]).any())
         require(alike, "state.tokens", "rows of equal length over a group (or documents, cu_seqlens)", counts.tolist())
@@ -353,16 +369,19 @@ class SoftmaxAttention(RenamesOnLoad):
         )
 
 
-def _row(state: KVState | None, n: int) -> KVState | None:
-    return None if state is None else KVState(*(x[n : n + 1] for x in state))
+def _row(state: Any, n: int) -> Any:
+    return None if state is None else type(state)(*(x[n : n + 1] for x in state))
 
 
-def _stacked(states: list[KVState | None]) -> KVState | None:
-    """States of one row each as one of all rows, zeros after the shorter ones' keys."""
-    rows = [state for state in states if state is not None]
-    if not rows:
+def stacked(states: Sequence[Any]) -> Any:
+    """States of some rows each as one of all rows; keys and values are padded with zeros to the most there are."""
+    if states[0] is None:
         return None
-    slots = max(row.k.shape[1] for row in rows)
-    k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, slots - x.shape[1])) for x in xs]) for xs in
-            (([row.k for row in rows]), ([row.v for row in rows])))  # fmt: skip
-    return KVState(k, v, torch.cat([row.tokens for row in rows]))
+    fields = {}
+    for name in states[0]._fields:
+        parts = [getattr(state, name) for state in states]
+        if name in SLOTS:
+            most = max(part.shape[1] for part in parts)
+            parts = [F.pad(part, (0, 0, 0, 0, 0, most - part.shape[1])) for part in parts]
+        fields[name] = torch.cat(parts)
+    return type(states[0])(**fields)

@@ -3,8 +3,8 @@
     out[t] = sum_j p[t, j] v[j],   p[t, :] = softmax over j in first[t] .. last[t] of scale (q[t] . k[j])
 
 Letters: B batch, T local queries, S keys at hand, H query heads, G key/value heads, K head size. torch's
-``scaled_dot_product_attention`` does the arithmetic. Where it needs a mask, blocks of queries take turns and backward
-computes them again, so that a mask of T x S never exists.
+``scaled_dot_product_attention`` does the arithmetic, except where the weights' mass is wanted too. Where it needs a
+mask, blocks of queries take turns and backward computes them again, so that a mask of T x S never exists.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.states import KVState
 
 BLOCK_QUERIES = 512
+MASS_QUERIES = 128  # with the mass: scores exist as numbers, not only their mask
 MASK_NUMBERS = 1 << 24  # bounds the mask of a block: fewer queries where they see more keys
 
 
@@ -91,13 +92,27 @@ def attend(
     spans, pg, rank = call
     if exchange == "ulysses" and pg is not None:
         return _by_heads(spans, pg, q, k, v, scale), None
-    own = rearrange(_with_cached(spans, rank, torch.cat([k, v], -1), state), "b e g w -> b e (g w)")
-    keys = own if pg is None else FetchKeys.apply(own, spans, pg)
-    keys = rearrange(keys, "b e (g w) -> b e g w", g=k.shape[2])
-    low = spans.held(rank)[0] if pg is None else spans.seen(rank)[0]
+    cached = None if state is None else torch.cat([state.k, state.v], -1)
+    rows, low = fetch(call, torch.cat([k, v], -1), cached)
     first, last = (x - low for x in spans.visible(rank))
-    seen_k, seen_v = keys.split(k.shape[3], -1)
-    return attend_locally(q, seen_k, seen_v, first, last, scale), _final(spans, rank, keys, low)
+    seen_k, seen_v = rows.split(k.shape[3], -1)
+    after = keep(call, rows, low)
+    out = attend_locally(q, seen_k, seen_v, first, last, scale)
+    return out, None if after is None else KVState(*after[0].chunk(2, -1), after[1])
+
+
+def fetch(call: SoftmaxCall, own: Tensor, cached: Tensor | None) -> tuple[Tensor, int]:
+    """What the local queries see of everyone's tokens ``own [B, T, G, w]``, wherever it is held.
+
+    ``cached [N, S, G, w]``: the same of tokens in earlier calls. Returns rows ``[B, S, G, w]``, and which of the row of
+    all keys is the first. Communication: that of :class:`FetchKeys`.
+    """
+    spans, pg, rank = call
+    rows = _with_cached(spans, rank, own, cached)
+    if pg is None:
+        return rows, spans.held(rank)[0]
+    flat = FetchKeys.apply(rearrange(rows, "b e g w -> b e (g w)"), spans, pg)
+    return rearrange(flat, "b e (g w) -> b e g w", g=own.shape[2]), spans.seen(rank)[0]
 
 
 def _by_heads(spans: KeySpans, pg: collectives.Group, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -113,12 +128,12 @@ def _by_heads(spans: KeySpans, pg: collectives.Group, q: Tensor, k: Tensor, v: T
     return rearrange(all_heads, "b t p (h k) -> b t (p h) k", k=size)
 
 
-def _with_cached(spans: KeySpans, rank: int, keys: Tensor, state: KVState | None) -> Tensor:
-    """``[B, E, G, 2K]``: keys ``[B, T, G, 2K]`` and, in their places, the cached ones of documents that begin here."""
+def _with_cached(spans: KeySpans, rank: int, keys: Tensor, cached: Tensor | None) -> Tensor:
+    """``[B, E, G, w]``: keys ``[B, T, G, w]`` and, in their places, the cached ones of documents that begin here."""
     documents = ((spans.owners == rank) & (spans.cached > 0)).nonzero().flatten()
-    if state is None or not len(documents):
+    if cached is None or not len(documents):
         return keys
-    cached = torch.cat([state.k, state.v], -1).to(keys.dtype)  # [N, S, G, 2K]
+    cached = cached.to(keys.dtype)
     if not spans.packed:
         return torch.cat([cached[:, : int(spans.cached[0])], keys], 1)
     tokens, slots = keys.shape[1], cached.shape[1]
@@ -131,41 +146,48 @@ def _with_cached(spans: KeySpans, rank: int, keys: Tensor, state: KVState | None
     return torch.cat([keys[0], cached.flatten(0, 1)]).index_select(0, index.to(keys.device))[None]
 
 
-def _final(spans: KeySpans, rank: int, keys: Tensor, low: int) -> KVState | None:
-    """The state after the last token, from the keys at hand, of which the first is ``low`` of the row."""
+def keep(call: SoftmaxCall, rows: Tensor, low: int) -> tuple[Tensor, Tensor] | None:
+    """What a state keeps of the rows that :func:`fetch` gave, ``[N, S, G, w]``, and the tokens read, ``[N]``.
+
+    None unless a state is wanted.
+    """
+    spans, _, rank = call
     if not spans.final:
         return None
     after = spans.before + spans.cu[1:] - spans.cu[:-1]
     if not spans.packed:
         end, kept = spans.holdings[-1] - low, int(spans.kept[0])
-        new_k, new_v = keys[:, end - kept : end].chunk(2, -1)
-        return KVState(new_k, new_v, after.repeat(len(keys)))
+        return rows[:, end - kept : end], after.repeat(len(rows))
     slot = torch.arange(int(spans.kept.max()) if len(spans.kept) else 0)
     present = (slot < spans.kept[:, None]) & (spans.ends_on == rank)[:, None]
-    index = torch.where(present, (spans.starts[1:] - spans.kept)[:, None] + slot - low, keys.shape[1])
-    padded = torch.cat([keys[0], keys.new_zeros(1, *keys.shape[2:])])
-    rows = padded.index_select(0, index.flatten().to(keys.device)).unflatten(0, tuple(index.shape))
-    new_k, new_v = rows.chunk(2, -1)
-    return KVState(new_k, new_v, after)
+    index = torch.where(present, (spans.starts[1:] - spans.kept)[:, None] + slot - low, rows.shape[1])
+    padded = torch.cat([rows[0], rows.new_zeros(1, *rows.shape[2:])])
+    return padded.index_select(0, index.flatten().to(rows.device)).unflatten(0, tuple(index.shape)), after
 
 
-def attend_locally(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
-    """``[B, T, H, K]`` where query t sees the keys ``first[t] .. last[t]``: on the host, never decreasing."""
+def attend_locally(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, mass: bool = False
+) -> Tensor:
+    """``[B, T, H, K]`` where query t sees the keys ``first[t] .. last[t]``: on the host, never decreasing.
+
+    ``mass``: ``[B, T, H, K + 1]`` in float32 or wider, the last number the log of the sum of the weights' exponentials.
+    """
     tokens, keys = q.shape[1], k.shape[1]
     if tokens == 0:  # still part of the graph: other ranks' gradients come back through here
-        return q + (k[:, :0].sum() + v[:, :0].sum())
-    if tokens == keys and int(first[-1]) == 0 and int(last[0]) == 0:
+        out = q + (k[:, :0].sum() + v[:, :0].sum())
+        return F.pad(out, (0, 1)).to(sum_dtype(q.dtype)) if mass else out
+    if tokens == keys and int(first[-1]) == 0 and int(last[0]) == 0 and not mass:
         return _sdpa(q, k, v, None, True, scale)
-    if len(_blocks(first, last)) == 1:
-        return _block(q, k, v, first, last, scale)
-    return _Blocks.apply(q, k, v, first, last, scale)
+    if len(_blocks(first, last, mass)) == 1:
+        return _block(q, k, v, first, last, scale, mass)
+    return _Blocks.apply(q, k, v, first, last, scale, mass)
 
 
-def _blocks(first: Tensor, last: Tensor) -> list[tuple[int, int]]:
+def _blocks(first: Tensor, last: Tensor, mass: bool) -> list[tuple[int, int]]:
     """Runs of queries whose mask is small."""
     blocks, begin, tokens = [], 0, len(first)
     while begin < tokens:
-        end = min(begin + BLOCK_QUERIES, tokens)
+        end = min(begin + (MASS_QUERIES if mass else BLOCK_QUERIES), tokens)
         while end - begin > 1 and (end - begin) * int(last[end - 1] - first[begin] + 1) > MASK_NUMBERS:
             end = begin + (end - begin) // 2
         blocks.append((begin, end))
@@ -173,13 +195,28 @@ def _blocks(first: Tensor, last: Tensor) -> list[tuple[int, int]]:
     return blocks
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+def _block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, mass: bool) -> Tensor:
     """One block of queries; of the keys, those between the first that any sees and the last are read."""
     low, high = int(first[0]), int(last[-1]) + 1
     at = torch.arange(low, high)
     mask = (at >= first[:, None]) & (at <= last[:, None])
+    k, v = k[:, low:high], v[:, low:high]
+    if mass:
+        return _with_mass(q, k, v, mask.to(q.device), scale)
     visible = None if bool(mask.all()) else mask.to(q.device)
-    return _sdpa(q, k[:, low:high], v[:, low:high], visible, False, scale)
+    return _sdpa(q, k, v, visible, False, scale)
+
+
+def _with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """torch's own attention does not tell the mass in public; float32 or wider, as its sums are."""
+    wide, groups = sum_dtype(q.dtype), k.shape[2]
+    q = rearrange(q.to(wide), "b t (g r) k -> b g r t k", g=groups)
+    k, v = (rearrange(x.to(wide), "b s g k -> b g 1 s k") for x in (k, v))
+    with torch.autocast(q.device.type, enabled=False):  # or the scores would be rounded
+        scores = (scale * (q @ k.mT)).masked_fill(~mask, -torch.inf)
+        log_mass = scores.logsumexp(-1, keepdim=True)
+        out = torch.cat([(scores - log_mass).exp() @ v, log_mass], -1)
+    return rearrange(out, "b g r t k -> b t (g r) k")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -193,25 +230,28 @@ class _Blocks(torch.autograd.Function):
     """Blocks of queries one after another; backward computes each again, and adds up dk and dv in float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, mass: bool
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.call = (first, last, scale)
-        return torch.cat([_block(q[:, a:b], k, v, first[a:b], last[a:b], scale) for a, b in _blocks(first, last)], 1)
+        ctx.call = (first, last, scale, mass)
+        blocks = _blocks(first, last, mass)
+        return torch.cat([_block(q[:, a:b], k, v, first[a:b], last[a:b], scale, mass) for a, b in blocks], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        first, last, scale = ctx.call
+        first, last, scale, mass = ctx.call
         dk, dv = (torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in (k, v))
         dq = []
-        for a, b in _blocks(first, last):
+        for a, b in _blocks(first, last, mass):
             low, high = int(first[a]), int(last[b - 1]) + 1
             with torch.enable_grad():
                 qs, ks, vs = (x.detach().requires_grad_() for x in (q[:, a:b], k[:, low:high], v[:, low:high]))
-                out = _block(qs, ks, vs, first[a:b] - low, last[a:b] - low, scale)
+                out = _block(qs, ks, vs, first[a:b] - low, last[a:b] - low, scale, mass)
             block_dq, block_dk, block_dv = torch.autograd.grad(out, (qs, ks, vs), dout[:, a:b])
             dq.append(block_dq)
             dk[:, low:high] += block_dk
             dv[:, low:high] += block_dv
-        return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None

@@ -226,7 +226,7 @@ class TrainConfig:
                                    "num_heads": model.heads, "num_kv_heads": model.kv_heads,
                                    "head_dim": model.head_dim}  # fmt: skip
         changes = {name: value for name, value in changes.items() if value}
-        changes |= {"softmax": {"window": model.window}} if model.window else {}
+        changes |= {kind: {"window": model.window} for kind in ("softmax", "memory") if model.window}
         attention = {"conv": model.conv} if model.conv else {}
         attention |= {"key_term": True} if model.key_term else {}
         if attention:

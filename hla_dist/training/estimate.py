@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from hla_dist.data.text import Codec
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.nn import HLAAttention, SoftmaxAttention
+from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
 from hla_dist.nn.chunks import map_tokens
-from hla_dist.operators import OPERATORS
+from hla_dist.operators import NAMED, OPERATORS
 from hla_dist.operators.cascade import Operator
 from hla_dist.operators.segment import CHANNEL_CHUNK, CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
@@ -96,7 +96,12 @@ class Estimate:
 
 
 def estimate(step: Step) -> Estimate:
-    """The estimate of a step, by rank 0 of ``shards``. Starts a fake process group if shards > 1: call it alone."""
+    """The estimate of a step, by rank 0 of ``shards``. Starts a fake process group if shards > 1: call it alone.
+
+    Raises UserError for layers whose bytes nobody has modelled.
+    """
+    if "memory" in step.model.mixers:
+        raise UserError("--dry-run: expected a pattern of operators and softmax, got memory layers, not modelled yet")
     local = -(-step.seq_len // step.shards)
     short = max(1, TRACED // step.batch_size)
     if local <= 2 * short:
@@ -250,6 +255,12 @@ def step_flops(step: Step) -> dict[str, float]:
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
     attention = 0.0
     for softmax in _softmax_layers(model):
+        if isinstance(softmax, MemoryAttention):
+            op, K, V = NAMED[softmax.op], softmax.head_dim * (2 if softmax.q_map else 1), softmax.head_dim + 1
+            for size in (op.columns(p.c, K, V) for p in op.passes):
+                passes += softmax.num_heads * (2 * CHUNK * (K + size) + 4 * K * size)
+            if softmax.window is None:
+                continue
         window = min(softmax.window or step.seq_len, step.seq_len)
         keys = window - window * (window - 1) / 2 / step.seq_len  # seen by the mean query
         attention += 2 * 2 * softmax.num_heads * softmax.head_dim * keys

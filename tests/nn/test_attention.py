@@ -11,7 +11,7 @@ import torch
 
 import hla_dist
 from hla_dist.nn import HLAAttention
-from hla_dist.nn.attention import _FEATURE_MAPS as FEATURE_MAPS
+from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.training.optim import build_adamw
 from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted

@@ -69,6 +69,7 @@ CHANGES = [
     {},  # four layers: hla2, hla2, softmax, hla2; ulysses on two ranks, gather on the others
     {"softmax": {"window": 9}, "num_layers": 3},
     {"pattern": "ahla,softmax", "attention": {"conv": 3}, "softmax": {"exchange": "gather", "rope_theta": None}},
+    {"pattern": "hla2,memory", "memory": {"op": "hla2", "window": 9}, "num_layers": 2},
 ]
 
 
@@ -99,8 +100,9 @@ def test_generation_is_the_models_own_continuation(window: int | None) -> None:
     assert isinstance(states[2], KVState) and states[2].k.shape[1] == (16 if window is None else 4)
 
 
-def test_texts_of_unequal_length_are_one_batch() -> None:
-    model = hybrid(softmax={"window": 6})
+@pytest.mark.parametrize("pattern", ["hla2,softmax", "memory,hla2"])
+def test_texts_of_unequal_length_are_one_batch(pattern: str) -> None:
+    model = hybrid(pattern=pattern, softmax={"window": 6}, memory={"window": 3})
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [4], [7, 7]]
     batch = follow(model, [read(model, prompt, piece=4) for prompt in prompts], 5, Sampling(temperature=0))
     columns = list(zip(*batch))
