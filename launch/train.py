@@ -70,13 +70,15 @@ def train(program: Program) -> int:
     program.share_cores(ranks.threads)
     job = program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
     degrees = together(dist.group.WORLD, lambda: check_ranks(config, world_size, device))
-    stop = StopSignal()  # from here on there is something to save
+    stop = StopSignal()
     mesh = build_mesh(degrees, device, ranks.save_timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":  # else each life of a job has a store of its own
         launch = replace(launch, name=launch.name or job)
     owner = Owner.this_process(job, ranks.timeout, under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
     with holding(out, mesh.world, owner, config.output.break_lock, launch.restarts_left, program.warn) as lock:
-        return Run(config, mesh, stop, STARTED, launch, lock).train()
+        run = Run(config, mesh, stop, STARTED, launch, lock)
+        stop.begin_steps()  # until here the data were read, and there was nothing to save
+        return run.train()
 
 
 def check_ranks(config: TrainConfig, world_size: int, device: torch.device) -> Degrees:

@@ -54,8 +54,10 @@ class Owner:
 
     def is_alive(self) -> bool:
         """Whether the process or its launcher runs; on this machine alone."""
-        processes = [(self.pid, self.began), *([self.launcher] if self.launcher else [])]
-        return any(_began(pid) == began for pid, began in processes)
+        return _began(self.pid) == self.began or self.launcher_is_alive()
+
+    def launcher_is_alive(self) -> bool:
+        return self.launcher is not None and _began(self.launcher[0]) == self.launcher[1]
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -193,7 +195,7 @@ def holding(
     try:
         yield lock
     except BaseException:
-        if not restarts_left:
+        if not (restarts_left and owner.launcher_is_alive()):
             lock.release()
         raise
     lock.release()

@@ -22,7 +22,7 @@ from hla_dist.processes.mesh import connect
 from hla_dist.processes.options import parse_options
 from hla_dist.processes.recorder import write_flight_record
 from hla_dist.processes.rendezvous import NotMet, RankInfo, rank_info
-from hla_dist.processes.stop import end_with_launcher
+from hla_dist.processes.stop import Stopped, end_with_launcher
 
 Options = TypeVar("Options")
 
@@ -96,6 +96,10 @@ class Program:
         except KeyboardInterrupt:
             print(flush=True)
             return 130
+        except Stopped as exc:
+            if self.ranks.rank == 0:
+                self.say(str(exc))
+            return self.end(exc.exit_code)
         except (UserError, ValueError) as exc:  # the library's own checks: raised alike on every rank of a group
             return self.leave(describe(exc), alike=not isinstance(exc, NotMet))
         except OSError as exc:
@@ -123,11 +127,15 @@ class Program:
             time.sleep(5)
             # nobody has ended this rank: it was started by itself, and perhaps the mistake is its own
             self.say(f"error (rank {rank}): {message}")
+        return self.end(1)
+
+    def end(self, code: int) -> int:
+        """Return the exit code of a process alone; of several ranks, this one ends here, whatever its peers do."""
         sys.stdout.flush()
-        if world_size == 1:
-            return 1
-        mpirun.end(1)
-        os._exit(1)
+        if self.ranks.world_size > 1:
+            mpirun.end(code)
+            os._exit(code)
+        return code
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")

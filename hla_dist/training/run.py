@@ -271,6 +271,7 @@ class Run:
         if last is None:
             return self._stopped()
         self.save(wait=True)
+        self.stop.end_steps()
         return self._finish(before, last, speed)
 
     def _check_lock(self) -> None:

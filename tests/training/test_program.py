@@ -9,12 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from hla_dist.checkpoints import directory as checkpoint
-from hla_dist.processes.stop import StopSignal
+from hla_dist.processes.lock import Owner, holding
+from hla_dist.processes.program import Program
+from hla_dist.processes.stop import Stopped, StopSignal
 from hla_dist.training.config import RUN_FILES
 from tests.harness import run_program
 from tests.training.corpora import write_text
@@ -126,21 +132,74 @@ def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, text: str) -> None
     assert checkpoint.open_checkpoint(out).step == step + 2
 
 
-def test_the_third_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_third_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch, handlers: None) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    try:
+    stop = StopSignal()
+    stop.begin_steps()
+    assert not stop
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+    assert stop and (stop.name, stop.exit_code) == ("SIGINT", 130) and not left
+    signal.raise_signal(signal.SIGTERM)
+    assert left == [128 + signal.SIGTERM] and stop.name == "SIGINT"
+
+
+def test_after_the_last_step_only_the_launchers_end_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, handlers: None
+) -> None:
+    """The checkpoint is saved; parity and the sample may take minutes."""
+    for launcher, stops in ((os.getppid(), False), (1 + os.getppid(), True)):
         stop = StopSignal()
-        assert not stop
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        assert stop and (stop.name, stop.exit_code) == ("SIGINT", 130) and not left
-        signal.raise_signal(signal.SIGTERM)
-        assert left == [128 + signal.SIGTERM] and stop.name == "SIGINT"
+        stop.begin_steps()
+        stop.end_steps()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getppid", lambda parent=launcher: parent)
+            if not stops:
+                signal.raise_signal(signal.SIGTERM)
+                continue
+            with pytest.raises(Stopped, match="^stopped by SIGTERM after the last step; all is saved$"):
+                signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("number", "launched", "left"), [(signal.SIGINT, False, []), (signal.SIGTERM, True, ["out"])])
+def test_a_signal_before_the_first_step_ends_the_process(
+    number: signal.Signals,
+    launched: bool,
+    left: list[str],
+    tmp_path: Path,
+    handlers: None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel's, when torchrun is killed while the data are read, would otherwise be seen hours later.
+
+    The directory stays the job's only where torchrun is there to start the ranks again.
+    """
+
+    def read_for_hours() -> int:
+        StopSignal()
+        owner = Owner.this_process("", 100.0, under_launcher=True)
+        owner = replace(owner, launcher=owner.launcher if launched else None)
+        with holding(tmp_path / "out", dist.group.WORLD, owner, breaking=False, restarts_left=True, warn=print):
+            signal.raise_signal(number)
+        return 0
+
+    program = Program("train.py", "")
+    program.connect(torch.device("cpu"), 30.0)
+    try:
+        assert program.run(read_for_hours) == 128 + number
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        dist.destroy_process_group()
+    assert capfd.readouterr().err == f"train.py: stopped by {number.name} before the first step; nothing is saved\n"
+    assert os.listdir(tmp_path) == left
 
 
 @pytest.mark.parametrize(

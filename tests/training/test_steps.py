@@ -49,6 +49,9 @@ class NoSignal:
         self.after, self.asked = after, 0
         self.name, self.exit_code = "SIGTEST", 128
 
+    def end_steps(self) -> None:
+        pass
+
     def __bool__(self) -> bool:
         self.asked += 1
         return self.after is not None and self.asked >= self.after
