@@ -28,6 +28,7 @@ from hla_dist.processes.program import Program
 from hla_dist.scaling.config import ABOUT, SERIES, ScalingConfig, plan
 from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, described, plot, text_table
 from hla_dist.scaling.run import run_cases
+from hla_dist.training.continuation import refuse_run
 
 MILLION = 1 << 20
 
@@ -44,6 +45,7 @@ def scale(program: Program) -> int:
     device = program.device(config.device)
     try:
         if config.out is not None and rank == 0:  # before the minutes that measuring takes
+            refuse_run(Path(config.out), "--out")
             Path(config.out).mkdir(parents=True, exist_ok=True)
         program.share_cores(config.threads)
         about = report.context("launch/scaling.py", torch.get_num_threads())

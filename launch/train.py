@@ -42,7 +42,7 @@ from hla_dist.processes.program import Program  # noqa: E402
 from hla_dist.processes.rendezvous import number  # noqa: E402
 from hla_dist.processes.stop import StopSignal  # noqa: E402
 from hla_dist.training.config import ABOUT, TrainConfig  # noqa: E402
-from hla_dist.training.continuation import Launch  # noqa: E402
+from hla_dist.training.continuation import FLIGHT, Launch  # noqa: E402
 from hla_dist.training.estimate import estimate, planned  # noqa: E402
 from hla_dist.training.faults import Faults  # noqa: E402
 from hla_dist.training.run import Run  # noqa: E402
@@ -66,7 +66,7 @@ def train(program: Program) -> int:
     device = program.device(ranks.device)
     launch = read_launch(program.ranks.rank)
     out = Path(config.output.out) if config.output.out else None
-    program.flight = out / "flight" if out else None
+    program.flight = out / FLIGHT if out else None
     program.share_cores(ranks.threads)
     job = program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
     degrees = together(dist.group.WORLD, lambda: check_ranks(config, world_size, device))

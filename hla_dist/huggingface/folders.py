@@ -20,6 +20,7 @@ from hla_dist.huggingface import HLAForCausalLM, byte_tokenizer, from_huggingfac
 from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.training.continuation import refuse_run
 
 TOKENIZER = "tokenizer.json"
 
@@ -31,6 +32,7 @@ def to_folder(trained: Trained, folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"to-hf: expected a folder to write into, got {folder}, which is none")
+    refuse_run(folder, "to-hf")
     model = to_huggingface(trained.model.state_dict(), trained.model.config)
     model.config.trained_steps = trained.step
     if trained.tokenizer is not None:

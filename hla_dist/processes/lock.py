@@ -95,12 +95,14 @@ class DirectoryLock:
                 if self._made:
                     self.directory.rmdir()  # unless there is something in it
 
-    def move(self, rename: Callable[[], Path]) -> None:
-        """Take the directory anew after ``rename`` has moved it aside and returned where to."""
+    def move(self, rename: Callable[[], Path]) -> Path:
+        """Take the directory anew after ``rename`` has moved it aside; returns where to, as ``rename`` does."""
         with self._guard:
-            (rename() / NAME).unlink()
+            aside = rename()
+            (aside / NAME).unlink()
             if not self._create():
                 raise UserError(f"--out: another run has taken {self.directory} at the same moment")
+        return aside
 
     @property
     def _path(self) -> Path:

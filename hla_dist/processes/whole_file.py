@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial-"  # before a file's name while it is written
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a hidden path to write; when the block ends it is fsynced and gets its name, after an error it is gone."""
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial

@@ -10,8 +10,13 @@ from typing import Any
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.parallel.collectives import all_gather_objects
 from hla_dist.processes.failure import UserError, together
-from hla_dist.training.config import TrainConfig
+from hla_dist.processes.lock import NAME as LOCK
+from hla_dist.processes.whole_file import PARTIAL
+from hla_dist.training.config import RUN_FILES, TrainConfig
 from hla_dist.training.faults import Faults
+
+FLIGHT = "flight"  # in --out: flight records, of a start that failed too
+SHOWN = 5  # files that are named
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,44 @@ def _look(config: TrainConfig, launch: Launch) -> Start:
     return Start(source, in_place, by_itself=False)
 
 
+def run_in(directory: Path) -> dict[str, Any] | None:
+    """What a training run wrote on opening ``directory`` as its --out; None where none did."""
+    try:
+        values = json.loads((directory / "config.json").read_text())
+        return values if {"run", "launch"} <= values.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def refuse_run(directory: Path, name: str) -> None:
+    """UserError if ``directory`` is a training run's, for a program that writes files of its own."""
+    if run_in(directory) is not None or (directory / LOCK).exists():
+        raise UserError(f"{name}: expected a directory for this alone, got {directory}, that of a training run")
+
+
+def check_out(out: Path) -> str:
+    """What lies in ``out``, no training run's, beside which a run may write; empty if nothing does.
+
+    UserError if something has a name that the run will write.
+    """
+    names = sorted(path.name for path in out.glob("*") if path.name not in (LOCK, FLIGHT))
+    names = [name for name in names if not name.startswith(PARTIAL)]  # a kill's
+    taken = [name for name in names if name in {file.rstrip("/") for file in RUN_FILES}]
+    if taken:
+        raise UserError(
+            f"--out: expected a new directory, or that of an earlier run, got {out} with {', '.join(taken)} of "
+            f"something else"
+        )
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def _earlier_life(out: Path, config: TrainConfig, launch: Launch) -> dict[str, Any] | None:
     """What an earlier life of this launch wrote on opening ``out``; another run's results are nothing to go on from."""
     if not launch.restart and not launch.name:
         return None
+    before = run_in(out)
     try:
-        before = json.loads((out / "config.json").read_text())
-        same = before["launch"] == launch.name and TrainConfig.from_dict(before["run"]) == config
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+        same = before is not None and before["launch"] == launch.name
+        return before if same and before and TrainConfig.from_dict(before["run"]) == config else None
+    except (ValueError, KeyError, TypeError, UserError):
         return None
-    return before if same else None

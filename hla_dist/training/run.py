@@ -32,7 +32,7 @@ from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
 from hla_dist.processes.whole_file import write_json
 from hla_dist.training.config import RUN_FILES, TrainConfig
-from hla_dist.training.continuation import Launch, decide
+from hla_dist.training.continuation import Launch, check_out, decide, run_in
 from hla_dist.training.determinism import be_deterministic, check_equal_parameters, random_state, set_random_state
 from hla_dist.training.fully_sharded import distributed, whole_state
 from hla_dist.training.loop import Trainer
@@ -213,11 +213,11 @@ class Run:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out: expected a directory, got the file {out}")
         own = self.start.in_place
-        if not own and (out / "config.json").exists():
-            if self.lock is None:
-                move_aside(out)
-            else:
-                self.lock.move(lambda: move_aside(out))
+        if not own and run_in(out) is not None:
+            aside = move_aside(out) if self.lock is None else self.lock.move(lambda: move_aside(out))
+            self.say(f"the earlier run in {out} is now {aside}")
+        elif not own and (others := check_out(out)):
+            self.warn(f"{out} holds something else too: {others}", all_ranks=False)
         if own:
             for path in checkpoints.set_aside_later(out / "checkpoints", self.step):
                 self.warn(f"a later checkpoint is now {path}", all_ranks=False)

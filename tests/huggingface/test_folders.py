@@ -93,10 +93,13 @@ def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture):
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"run": {}, "launch": ""}')
     export(trained(), tmp_path / "a.safetensors")
     for arguments, part in (
         (("to-hf", tmp_path / "nothing", tmp_path / "x"), "nothing"),
         (("to-hf", tmp_path / "a.safetensors", tmp_path / "file"), "to-hf: expected a folder to write into"),
+        (("to-hf", tmp_path / "a.safetensors", tmp_path / "run"), "to-hf: expected a directory for this alone"),
         (("from-hf", tmp_path / "nothing", tmp_path / "x.safetensors"), "from-hf: expected a folder with"),
         (("from-hf", tmp_path / "other", tmp_path / "x.safetensors"), "expected model_type 'hla'"),
         (("from-hf", tmp_path / "other", tmp_path / "x.bin"), "expected a FILE ending in .safetensors"),

@@ -107,6 +107,8 @@ def test_export_and_scaling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], port: dict[str, str]
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"run": {}, "launch": ""}')
     model = tmp_path / "model.safetensors"
     export(Trained(small(vocab_size=256).float(), None, True, 0, []), model)
     needed = ["--checkpoint", model, "--to"]
@@ -123,6 +125,7 @@ def test_export_and_scaling(
         ("export", ["--checkpoint", __file__, "--to", "x.safetensors"], f"checkpoint: cannot read {__file__}: "),
         ("scaling", [*SCALING, "--out", tmp_path / "file"], f"--out: cannot write {tmp_path / 'file'}: File exists"),
         ("scaling", [*SCALING, "--out", tmp_path / "file" / "x"], "--out: cannot write "),
+        ("scaling", [*SCALING, "--out", tmp_path / "run"], "--out: expected a directory for this alone, got "),
     ):
         assert said_by(name, arguments, monkeypatch, capfd).startswith(message)
     for variable, value in port.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import os
 import time
 import types
 from datetime import timedelta
@@ -29,6 +32,7 @@ from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.mesh import Degrees, MeshPlace, build_mesh, factorise
 from hla_dist.training import run as run_module
 from hla_dist.training.config import TrainConfig
+from hla_dist.training.continuation import refuse_run
 from hla_dist.training.loop import Trainer
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
@@ -313,12 +317,41 @@ def test_a_signal_in_an_evaluation_saves_and_ends_every_rank(pool: RankPool, tmp
         assert all("held_out" not in line for line in lines[1:])
 
 
+def said_by(pg: dist.ProcessGroup, config: TrainConfig) -> tuple[int | str, str]:
+    """How a run ends, and all it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        return run_config(pg, config), said.getvalue()
+
+
 def test_an_earlier_run_is_moved_aside(pool: RankPool, tmp_path: Path) -> None:
     data = write_text(tmp_path / "text.txt", 4000)
     config = small_config(data, out=str(tmp_path / "out"), steps=1, parity=False)
     assert pool.run_group(1, run_config, config) == [0]
-    assert pool.run_group(1, run_config, config) == [0]
+    ((code, said),) = pool.run_group(1, said_by, config)
+    assert code == 0 and f"the earlier run in {tmp_path / 'out'} is now {tmp_path / 'out.1'}\n" in said
     assert (tmp_path / "out.1" / "metrics.jsonl").is_file() and (tmp_path / "out" / "metrics.jsonl").is_file()
+
+
+def test_an_out_with_something_else_in_it_is_refused_or_named(pool: RankPool, tmp_path: Path) -> None:
+    data, out = write_text(tmp_path / "text.txt", 4000), tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    config = small_config(data, out=str(out), steps=1, parity=False, sample=0)
+    ((refused, _),) = pool.run_group(1, said_by, config)
+    assert refused == (
+        f"--out: expected a new directory, or that of an earlier run, got {out} with checkpoints, config.json of "
+        f"something else"
+    )
+    assert sorted(os.listdir(out)) == ["checkpoints", "config.json"] and not os.listdir(out / "checkpoints")
+    for path in (out / "checkpoints", out / "config.json"):
+        path.rename(out / f"my-{path.name}")
+    ((code, said),) = pool.run_group(1, said_by, config)
+    assert code == 0 and f"warning: {out} holds something else too: my-checkpoints, my-config.json\n" in said
+    with pytest.raises(UserError, match=f"^--to: expected a directory for this alone, got {out}, that of a training"):
+        refuse_run(out, "--to")
+    refuse_run(tmp_path, "--to")
+    refuse_run(tmp_path / "new", "--to")
 
 
 def disk_full_at_step_six(pg: dist.ProcessGroup, config: TrainConfig) -> int | str:
