@@ -122,9 +122,9 @@ def run_on(degrees: Degrees, config: TrainConfig, stop_after: int | None = None)
     return Run(config, build_mesh(degrees, torch.device("cpu")), NoSignal(stop_after), time.monotonic()).train()
 
 
-def run_three(whole_run: TrainConfig, stopped: TrainConfig, resumed: TrainConfig) -> list[int]:
+def run_four(whole_run: TrainConfig, stopped: TrainConfig, resumed: TrainConfig, begun: TrainConfig) -> list[int]:
     degrees = Degrees(1, 2, 2, fully_sharded=True)
-    return [run_on(degrees, whole_run), run_on(degrees, stopped, 5), run_on(degrees, resumed)]
+    return [run_on(degrees, whole_run), run_on(degrees, stopped, 5), run_on(degrees, resumed), run_on(degrees, begun)]
 
 
 def test_a_sharded_run_resumes_bit_for_bit_and_keeps_parity(tmp_path: Path) -> None:
@@ -134,10 +134,14 @@ def test_a_sharded_run_resumes_bit_for_bit_and_keeps_parity(tmp_path: Path) -> N
         small_config(data, out=outs["whole"], eval_tokens=144),
         small_config(data, out=outs["stopped"], eval_tokens=144, parity=False),
         small_config(data, out=outs["stopped"], eval_tokens=144, resume="", parity=False),
+        small_config(data, out=str(tmp_path / "begun"), eval_tokens=144, steps=1, init_from=outs["whole"]),
     ]
-    assert run_ranks(run_three, 4, *configs, timeout=120) == [[0, 128, 0]] * 4  # 0 with parity: it held
+    assert run_ranks(run_four, 4, *configs, timeout=120) == [[0, 128, 0, 0]] * 4  # 0 with parity: it held
     losses = [[line.get("loss") for line in read_metrics(Path(out) / "metrics.jsonl")] for out in outs.values()]
     assert losses[0] == losses[1] and len(losses[0]) == 7
+    # the parameters of the end, sharded again, with fresh moments
+    last, first = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "begun"))
+    assert (first[0]["step"], first[0]["held_out"]) == (0, last[-1]["held_out"]) and first[1]["lr"] == last[1]["lr"]
 
     # what it leaves is whole: it loads into an unsharded model without a group
     tensors = []
