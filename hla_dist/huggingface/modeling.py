@@ -6,6 +6,7 @@ Letters: B batch, T tokens of this call, D hidden_size, N vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from typing import Any, NoReturn
 
 import torch
@@ -300,6 +301,7 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
 class HLAForSequenceClassification(GenericForSequenceClassification, HLAPreTrainedModel):
     """Texts to logits [B, num_labels], read at each row's last token that is not ``pad_token_id``."""
 
+    @wraps(GenericForSequenceClassification.forward)  # the Trainer reads its arguments' names
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_shards(
             self.model, "texts: expected whole ones", "their last token decides; inside alone() it runs on one rank"
@@ -309,6 +311,16 @@ class HLAForSequenceClassification(GenericForSequenceClassification, HLAPreTrain
 
 class HLAForTokenClassification(GenericForTokenClassification, HLAPreTrainedModel):
     """Tokens to logits [B, T, num_labels]."""
+
+    @wraps(GenericForTokenClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("labels") is not None or len(args) > 5:
+            _refuse_shards(
+                self.model,
+                "labels: expected none",
+                "a shard's mean is not the whole text's: hla_dist.token_loss takes the logits",
+            )
+        return super().forward(*args, **kwargs)
 
 
 def _refuse_shards(model: HLAModel, expected: str, reason: str) -> None:

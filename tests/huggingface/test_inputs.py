@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hla_dist import HLAAttention, SequenceParallelHLA, SoftmaxAttention
-from hla_dist.huggingface import HLAConfig, HLAForSequenceClassification
+from hla_dist.huggingface import HLAConfig, HLAForSequenceClassification, HLAForTokenClassification
 from tests.harness import assert_close, raises_value_error, run_ranks
 from tests.huggingface.models import SIZES, left_padded, model, tokens
 from tests.tolerances import FLOAT64
@@ -159,6 +159,10 @@ def on_ranks(lengths: list[int]) -> dict[str, Tensor]:
     texts = HLAForSequenceClassification(HLAConfig(**SIZES))
     with raises_value_error("texts: expected whole ones", "sharded over 2 ranks"):
         SequenceParallelHLA(texts, group)(ids[:, here])
+    each_token = SequenceParallelHLA(HLAForTokenClassification(HLAConfig(**SIZES)), group)
+    assert each_token(ids[:, here]).logits.shape == (2, lengths[rank], 2)
+    with raises_value_error("labels: expected none, got a model sharded over 2 ranks", "token_loss"):
+        each_token(ids[:, here], labels=ids[:, here] % 2)
     with raises_value_error("frobnicate: expected no argument of that name"):
         hla(ids[:, here], **({"frobnicate": 1} if rank == 0 else {}))
     return results

@@ -299,6 +299,7 @@ def test_classification_heads(tmp_path: Path):
         assert made.score.weight.std().item() == pytest.approx(0.02, rel=0.5)
         alone = made(ids[1:, 3:]).logits
         assert_close("logits", out.logits[1:] if len(shape) == 2 else out.logits[1:, 3:], alone, FLOAT32)
+        assert {"input_ids", "attention_mask", "labels"} <= set(inspect.signature(made.forward).parameters)  # Trainer
         made.save_pretrained(tmp_path)
         again = auto.from_pretrained(tmp_path)(ids, attention_mask=mask).logits
         assert_close("logits", again, out.logits, FLOAT32)
