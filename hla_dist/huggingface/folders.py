@@ -2,27 +2,35 @@
 
 python -m hla_dist.huggingface.folders to-hf out/train FOLDER
 python -m hla_dist.huggingface.folders from-hf FOLDER model.safetensors      launch/generate.py reads this
+python -m hla_dist.huggingface.folders optimizer run/checkpoint-20           a Trainer's, of an earlier version
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
+from transformers.trainer_pt_utils import get_parameter_names
 
+from hla_dist import huggingface
 from hla_dist.checkpoints.export import Trained, export, load_trained
 from hla_dist.data.text import load_tokenizer
-from hla_dist.huggingface import HLAForCausalLM, byte_tokenizer, from_huggingface, to_huggingface
+from hla_dist.huggingface import HLAConfig, HLAForCausalLM, byte_tokenizer, from_huggingface, to_huggingface
 from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.whole_file import whole_file
 from hla_dist.training.continuation import refuse_run
 
 TOKENIZER = "tokenizer.json"
+_SPARED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # by the Trainer, from decay
+_HEAD_NORM = re.compile(r"\.attention\.[qko]_norm\.weight$")
 
 
 def to_folder(trained: Trained, folder: Path) -> None:
@@ -64,6 +72,36 @@ def from_folder(folder: Path) -> Trained:
     return Trained(model, tokenizer, file.is_file(), int(getattr(hla.config, "trained_steps", 0)), [])
 
 
+def regroup_optimizer(folder: Path) -> None:
+    """Put a Trainer's ``optimizer.pt`` in today's groups; it is whole afterwards, or as it was.
+
+    The Trainer decays parameters by their names, and the scales of heads' norms once had names that decay. They move
+    from its first group to its second. Raises UserError unless ``folder`` is such a checkpoint.
+    """
+    file = folder / "optimizer.pt"
+    kind = (HLAConfig.from_pretrained(folder).architectures or [HLAForCausalLM.__name__])[0]
+    model = getattr(huggingface, kind).from_pretrained(folder)
+    decaying = set(get_parameter_names(model, [torch.nn.LayerNorm], _SPARED))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    today = [[name for name in names if (name in decaying) is first] for first in (True, False)]
+    moved = [name for name in today[1] if _HEAD_NORM.search(name)]
+    before = [[name for name in names if (name in decaying or name in moved) is first] for first in (True, False)]
+    state = torch.load(file, weights_only=True)
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes != [len(group) for group in before] or sizes == [len(group) for group in today]:
+        raise UserError(
+            f"optimizer: expected groups of {len(before[0])} and {len(before[1])} parameters, an earlier version's, in "
+            f"{file}, got {' and '.join(map(str, sizes))}"
+        )
+    number = {name: index for index, name in enumerate(before[0] + before[1])}
+    order = [number[name] for name in today[0] + today[1]]
+    state["state"] = {new: state["state"][old] for new, old in enumerate(order) if old in state["state"]}
+    first, second = state["param_groups"]
+    first["params"], second["params"] = list(range(len(today[0]))), list(range(len(today[0]), len(names)))
+    with whole_file(file) as partial:
+        torch.save(state, partial)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -78,9 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from_hf = directions.add_parser("from-hf", help="to a file for launch/generate.py", allow_abbrev=False)
     from_hf.add_argument("source", metavar="FOLDER", help="a folder that save_pretrained wrote")
     from_hf.add_argument("target", metavar="FILE", help="the file to write, ending in .safetensors")
+    older = directions.add_parser("optimizer", help="resume a Trainer of an earlier version", allow_abbrev=False)
+    older.add_argument("source", metavar="FOLDER", help="a Trainer's checkpoint; its optimizer.pt is put in new groups")
+    older.set_defaults(target="")
     options = parser.parse_args(arguments)
     source, target = Path(options.source), Path(options.target)
     try:
+        if options.direction == "optimizer":
+            regroup_optimizer(source)
+            print(f"{source / 'optimizer.pt'}: in today's groups")
+            return 0
         if options.direction == "to-hf":
             trained = load_trained(source)
             to_folder(trained, target)

@@ -5,6 +5,8 @@ Letters: B batch, T tokens of this call, D hidden_size, N vocabulary.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any, NoReturn
@@ -27,7 +29,7 @@ from hla_dist.huggingface.inputs import read
 from hla_dist.models import LanguageModel
 from hla_dist.models.language_model import EMBEDDING_STD, Block
 from hla_dist.nn.attention import HLAAttention
-from hla_dist.nn.head_norm import HeadNorm
+from hla_dist.nn.head_norm import HeadNorm, current_name
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.memory_attention import Hedgehog, MemoryAttention
 from hla_dist.nn.short_convolution import ShortConvolution
@@ -86,6 +88,16 @@ class HLAPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: see ``HLAConfig.register_for_auto_class``."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's; a line says of a Trainer's checkpoint of an earlier version how its optimizer goes on."""
+        if any(name != current_name(name) for name in state_dict):
+            warnings.warn(
+                "parameters have an earlier version's names; before a Trainer resumes from their folder: "
+                "python -m hla_dist.huggingface.folders optimizer FOLDER",
+                stacklevel=2,
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any

@@ -10,6 +10,7 @@ from torch import Tensor
 from hla_dist.huggingface.configuration import HLAConfig
 from hla_dist.huggingface.modeling import HLAForCausalLM
 from hla_dist.models import ModelConfig
+from hla_dist.nn.head_norm import current_name
 
 PREFIX, OUTPUT = "model.network.", "lm_head.weight"
 
@@ -21,7 +22,7 @@ def to_huggingface(state_dict: Mapping[str, Tensor], config: ModelConfig) -> HLA
     """
     with torch.device("meta"):
         model = HLAForCausalLM(HLAConfig.from_model_config(config))
-    copies = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
+    copies = {current_name(name): tensor.detach().clone() for name, tensor in state_dict.items()}
     output = copies.get("embedding.weight", torch.empty(0)) if config.tie_word_embeddings else copies.pop(OUTPUT, None)
     tensors = {PREFIX + name: tensor for name, tensor in copies.items()}
     try:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM
+from hla_dist.huggingface.folders import main
 from tests.harness import assert_bitwise, assert_close, shifted
 from tests.huggingface.models import VOCABULARY, model, tokens
 from tests.tolerances import FLOAT64
@@ -67,6 +76,40 @@ def test_trainer_learns_resumes_and_evaluates(tmp_path: Path):
     trainer(other, tmp_path, gradient_accumulation_steps=2).train(resume_from_checkpoint=half)
     for (name, one), two in zip(hla.named_parameters(), other.parameters(), strict=True):
         assert_bitwise(name, two, one)
+
+
+def test_a_trainer_of_an_earlier_version_resumes_with_its_moments(tmp_path: Path):
+    """Scales of heads' norms had names that decay: a trainer that goes by those names stands for it."""
+    options = dict(weight_decay=0.1, save_strategy="steps", save_steps=2, max_steps=2)
+    hla = model(attention={"qk_norm": "rms"}, pattern="hla2,softmax")
+    one = trainer(hla, tmp_path, **options)
+    names = [name for name, p in hla.named_parameters() if p.dim() > 1 or re.search(r"\.[qko]_norm\.", name)]
+    one.get_decay_parameter_names = lambda _: names  # type: ignore[method-assign]
+    one.train()
+    folder = tmp_path / "checkpoint-2"
+    tensors = load_file(folder / "model.safetensors")
+    earlier = {re.sub(r"([qko])_norm\.weight", r"\1_weight", name): x for name, x in tensors.items()}
+    save_file(earlier, folder / "model.safetensors", {"format": "pt"})
+
+    other = model(attention={"qk_norm": "rms"}, pattern="hla2,softmax")
+    with pytest.warns(UserWarning, match="python -m hla_dist.huggingface.folders optimizer FOLDER"), \
+         pytest.raises(ValueError, match="parameter group that doesn't match"):  # fmt: skip
+        trainer(other, tmp_path, **options | {"max_steps": 3}).train(resume_from_checkpoint=str(folder))
+    assert main(["optimizer", str(folder)]) == 0
+    assert main(["optimizer", str(folder)]) == 1  # it is in today's groups
+    two = trainer(other, tmp_path, **options | {"max_steps": 3})
+    moments = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, arguments, state, control, optimizer=None, **more):
+            assert optimizer is not None
+            moments.extend({k: x.clone() for k, x in optimizer.state[p].items()} for p in other.parameters())
+
+    two.add_callback(Look())
+    with pytest.warns(UserWarning, match="an earlier version's names"):
+        two.train(resume_from_checkpoint=str(folder))
+    for name, got, want in zip(dict(hla.named_parameters()), moments, hla.parameters(), strict=True):
+        assert_bitwise(name, got["exp_avg"], one.optimizer.state[want]["exp_avg"])
 
 
 def test_weight_decay_spares_every_vector(tmp_path: Path):
