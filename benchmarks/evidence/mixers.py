@@ -4,55 +4,142 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.nn import HLAAttention, ShortConvolution, SoftmaxAttention
 
-K = 16  # head_dim and value_dim, unless a row says otherwise
+WIDTH = 4  # of every short convolution
 
-_FIRST = {"op": "linear_attention"}
-_LINEAR: dict[str, dict[str, Any]] = {
-    "linear_attention": _FIRST | {"attention": {"decay": None}},
-    "linear_attention, gated": _FIRST,
+
+@dataclass(frozen=True)
+class Mixer:
+    """A token mixer: options of HLAAttention not named have its defaults, ``decay="token"`` among them.
+
+    Attributes:
+        op: The operator, or "softmax"; or a pattern of layers.
+        attention: Options of HLAAttention.
+        softmax: Options of SoftmaxAttention.
+        key_size: Keys are so many times ``head_dim`` wide; values are not.
+        conv: Queries, keys and values pass a short convolution.
+        gains: What gain and skip of a key term start from; None: from what the layer gives them.
+        embedding: Deviation of the embedding at the start; None: 1/sqrt(D), so that logits begin at order 1.
+    """
+
+    op: str
+    attention: dict[str, Any] = field(default_factory=dict)
+    softmax: dict[str, Any] = field(default_factory=dict)
+    key_size: int = 1
+    conv: bool = False
+    gains: tuple[float, float] | None = None
+    embedding: float | None = None
+
+
+_PLAIN = {
+    "softmax": Mixer("softmax"),
+    "softmax, window 16": Mixer("softmax", softmax={"window": 16}),
+    "linear_attention": Mixer("linear_attention", {"decay": None}),
+    "linear_attention, elu+1": Mixer("linear_attention", {"decay": None, "feature_map": "elu+1"}),
+    "linear_attention, gated": Mixer("linear_attention"),
     # a state as large as hla2's: 2K x K per head
-    "linear_attention, gated, keys of 32": _FIRST | {"head_dim": 2 * K, "attention": {"value_dim": K}},
-    "hla2": {"op": "hla2"},
-    "hla2, key term": {"op": "hla2", "attention": {"key_term": True}},
-    "ahla": {"op": "ahla"},
-    "hla3": {"op": "hla3"},
-}
-# changes of a ModelConfig; options of HLAAttention not named have its defaults (decay="token")
-MIXERS: dict[str, dict[str, Any]] = {
-    "softmax": {"pattern": "softmax"},
-    "softmax, window 16": {"pattern": "softmax", "softmax": {"window": 16}},
-    **_LINEAR,
-    **{f"{n}, conv": c | {"attention": {**c.get("attention", {}), "conv": 4}} for n, c in _LINEAR.items()},
+    "linear_attention, gated, keys of 2K": Mixer("linear_attention", key_size=2),
+    "linear_attention, gated per channel": Mixer("linear_attention", {"decay": "channel"}),
+    "hla2": Mixer("hla2"),
+    "hla2, key term": Mixer("hla2", {"key_term": True}),
+    "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": True}, gains=(1.0, 1.0)),
+    "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": True}, gains=(0.0, 1.0)),
+    "hla2, paper's decay": Mixer("hla2", {"decay_form": "paper"}),
+    "ahla": Mixer("ahla"),
+    "hla3": Mixer("hla3"),
+    "hla3, key term": Mixer("hla3", {"key_term": True}),
+    "hla2, then softmax": Mixer("hla2,softmax"),
+    "linear_attention, gated, then softmax": Mixer("linear_attention,softmax"),
 }
 
 
-def _count(model: nn.Module) -> int:
+def _convolved(mixer: Mixer) -> Mixer:
+    return replace(mixer, attention=mixer.attention | {"conv": WIDTH}, conv=True)
+
+
+MIXERS: dict[str, Mixer] = _PLAIN | {f"{name}, conv": _convolved(mixer) for name, mixer in _PLAIN.items()}
+for name in ("softmax, conv", "linear_attention, gated, conv", "hla2, key term, conv"):
+    MIXERS[f"{name}; embedding 0.02"] = replace(MIXERS[name], embedding=0.02)  # the library's own
+# one option changed, of the mixer that has all the others
+MIXERS |= {
+    f"hla2, key term, conv; {what}": Mixer("hla2", {"key_term": True, "conv": WIDTH} | changed, conv=True)
+    for what, changed in {
+        "no decay": {"decay": None},
+        "decay per head": {"decay": "head"},
+        "no query/key norm": {"qk_norm": None},
+        "rms query/key norm": {"qk_norm": "rms"},
+        "no output norm": {"output_norm": False},
+        "no output gate": {"output_gate": None},
+        "ridge 1": {"ridge": 1.0},
+        "relu features": {"feature_map": "relu"},
+        "relu features, normalize": {"feature_map": "relu", "normalize": True},
+    }.items()
+}
+
+
+class Convolved(nn.Module):
+    """A projection, and the short convolution of what it gives: softmax attention has none of its own.
+
+    It keeps no state: a decode step costs what it should, and its outputs mean nothing.
+    """
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.projection = projection
+        self.convolution = ShortConvolution(projection.out_features, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(self.projection(x))[0]
+
+
+def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, mlp: int) -> LanguageModel:
+    attention = dict(mixer.attention)
+    if mixer.key_size > 1:
+        attention["value_dim"] = head_dim
+    model = LanguageModel(
+        ModelConfig(
+            vocab_size=vocabulary, hidden_size=hidden, num_layers=2, num_heads=hidden // head_dim,
+            head_dim=mixer.key_size * head_dim, mlp_size=mlp, pattern=mixer.op, attention=attention,
+            softmax=mixer.softmax,
+        )
+    )  # fmt: skip
+    nn.init.normal_(model.embedding.weight, std=hidden**-0.5 if mixer.embedding is None else mixer.embedding)
+    for layer in model.modules():
+        if isinstance(layer, SoftmaxAttention) and mixer.conv:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(layer, name, Convolved(getattr(layer, name)))
+        if isinstance(layer, HLAAttention) and mixer.gains is not None:
+            assert layer.gain is not None and layer.skip is not None
+            nn.init.constant_(layer.gain, mixer.gains[0])
+            nn.init.constant_(layer.skip, mixer.gains[1])
+    return model
+
+
+def parameters(model: nn.Module) -> int:
+    """Return how many numbers are learned, the embedding included."""
     return sum(p.numel() for p in model.parameters())
 
 
-def shape(mixer: str, vocabulary: int, hidden: int) -> ModelConfig:
-    """Return a two-layer model with ``mixer``, its MLP as wide as the parameters of softmax at 2 D allow."""
-
-    def config(name: str, mlp: int) -> ModelConfig:
-        sizes = dict(vocab_size=vocabulary, hidden_size=hidden, num_layers=2, num_heads=hidden // K, head_dim=K)
-        return ModelConfig(**{**sizes, "mlp_size": mlp, **MIXERS[name]})
-
+@cache
+def _count(mixer: str, vocabulary: int, hidden: int, head_dim: int, mlp: int) -> int:
     with torch.device("meta"):
-        budget = _count(LanguageModel(config("softmax", 3 * hidden)))
-        narrow, wider = (_count(LanguageModel(config(mixer, mlp))) for mlp in (1, 2))
-    return config(mixer, max(1, 1 + round((budget - narrow) / (wider - narrow))))
+        return parameters(_model(MIXERS[mixer], vocabulary, hidden, head_dim, mlp))
 
 
-def parameters(model: LanguageModel) -> int:
-    """Return how many numbers are learned, the embedding included."""
-    return _count(model)
+def build(mixer: str, vocabulary: int, hidden: int, head_dim: int) -> LanguageModel:
+    """Return a two-layer model with ``mixer``, its MLP as wide as the parameters of softmax at 3 D allow."""
+    unit = 2 * 3 * hidden  # of both layers' MLPs
+    spare = _count("softmax", vocabulary, hidden, head_dim, 3 * hidden) - _count(mixer, vocabulary, hidden, head_dim, 1)
+    return _model(MIXERS[mixer], vocabulary, hidden, head_dim, max(1, 1 + round(spare / unit)))
 
 
 @torch.no_grad()
@@ -66,4 +153,7 @@ def state_and_decode(model: LanguageModel, tokens: Tensor) -> tuple[int, float]:
         model(tokens[:, :1], state, positions=position, return_state=True)
         samples.append(1e3 * (time.process_time() - start))
     size = sum(x.numel() * x.element_size() for layer in state for x in layer if isinstance(x, Tensor))
+    for module in model.modules():
+        if isinstance(module, Convolved):
+            size += 4 * (WIDTH - 1) * module.convolution.channels
     return size, statistics.median(samples)

@@ -2,48 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.evidence.mixers import MIXERS
+from benchmarks.evidence.regression import LAYERS, Regression, Setting
 from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Run
 
-STEP_SIZES = (1e-2, 3e-3, 1e-3)
+STEP_SIZES = (1e-2, 3e-3)
+FINER = (1e-2, 3e-3, 1e-3)
 SEEDS = (0, 1, 2)
-ORDER = ["softmax", "linear_attention, conv", "hla2, conv", "hla2, key term, conv", "hla2", "linear_attention",
-         "hla2, key term"]  # fmt: skip
-MIXER_ORDER = ORDER + [name for name in MIXERS if name not in ORDER]
+PLAIN = ["softmax", "linear_attention", "linear_attention, gated", "hla2, key term", "hla2", "ahla", "hla3"]
+# what decides defaults: each mixer with a convolution, then without
+CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
+# where the key term starts, and what the library's small embedding does
+START = [f"hla2, key term from {start}, conv" for start in ("(0, 1)", "(1, 1)")]
+START += [f"{name}, conv; embedding 0.02" for name in ("linear_attention, gated", "softmax")]
+FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", "hla2, key term, conv",
+       "hla2, conv"]  # fmt: skip
+ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
+MIXER_ORDER = [*CORE, *START, *(name for name in MIXERS if name not in CORE + START), *LAYERS]
 
-SMALLEST = Task("recall", 16, {"vocabulary": 32, "pairs": 4})
+SMALLEST = Task("recall", 16, {"vocabulary": 16, "pairs": 4, "queries": 8})
+STEADY = Setting(features=4, examples=16, smallest=0.25)
+DRIFTING = Setting(features=4, examples=32, kept=0.95)
 
 
-def _grid(task: Task, steps: int, hidden: int, seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+def _grid(
+    task: Task,
+    steps: int,
+    mixers: Sequence[str],
+    step_sizes: Sequence[float] = STEP_SIZES,
+    *,
+    hidden: int = 32,
+    sizes: Sequence[int] = (16,),
+    batch: int = 32,
+) -> list[Run]:
+    """Every mixer at every size and step size with every seed; one seed of all comes before the next."""
     return [
-        Run(task, mixer, step_size, seed, steps, hidden=hidden)
-        for seed in seeds
-        for step_size in STEP_SIZES
-        for mixer in MIXER_ORDER
+        Run(task, mixer, step_size, seed, steps, batch, hidden, head_dim)
+        for seed in SEEDS
+        for head_dim in sizes
+        for mixer in mixers
+        for step_size in step_sizes
     ]
 
 
-def subset() -> list[Run]:
+def _regression() -> list[Regression]:
+    return [
+        Regression(setting, mixer, 1e-2, seed) for seed in SEEDS for setting in (STEADY, DRIFTING) for mixer in LAYERS
+    ]
+
+
+def _small() -> list[Run]:
+    """Every other task at two sizes."""
+    tasks = [
+        Task("induction", 16, {"vocabulary": 16}),
+        Task("copying", 16, {"vocabulary": 8, "symbols": 4}),
+        Task("states", 8, {"letters": 3}),
+        Task("needle", 24, {"vocabulary": 16, "needles": 4}, beyond=(96, 384)),
+        Task("induction", 32, {"vocabulary": 32}),
+        Task("copying", 32, {"vocabulary": 8, "symbols": 8}),
+        Task("states", 8, {"letters": 5}),
+        Task("needle", 48, {"vocabulary": 32, "needles": 8}, beyond=(192, 768)),
+    ]
+    return [run for task in tasks for run in _grid(task, 600, FEW)]
+
+
+def subset() -> list[Run | Regression]:
     """Return the runs of ``make evidence``."""
-    return _grid(SMALLEST, 1000, 32, SEEDS[:2])
+    return [*_grid(SMALLEST, 600, CORE + START), *_regression()]
 
 
-def everything() -> list[Run]:
+def everything() -> list[Run | Regression]:
     """Return the runs of ``make evidence-all``, those of ``subset`` first."""
-    recall = [(length, pairs) for length in (256, 1024) for pairs in (16, 64)]
+    capacity = Task("recall", 48, {"vocabulary": 64, "pairs": 16, "queries": 16})
+    recall = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": p}) for n in (256, 1024) for p in (16, 64)]
+    texts = [Task("text", length) for length in (128, 512)]
     return [
         *subset(),
-        *_grid(SMALLEST, 1000, 32, SEEDS[2:]),
-        # longer, for mixers that 1,000 steps leave at chance
-        *_grid(Task("recall", 32, {"vocabulary": 64, "pairs": 4}), 4000, 32),
-        *(r for pairs in (8, 16) for r in _grid(Task("recall", 128, {"vocabulary": 256, "pairs": pairs}), 2000, 64)),
-        *(r for n in (64, 128) for r in _grid(Task("induction", n, {"vocabulary": 64}), 1000, 64)),
-        *(r for n in (8, 16) for r in _grid(Task("copying", 8 * n, {"vocabulary": 16, "symbols": n}), 2000, 64)),
-        *(
-            r
-            for length, pairs in recall
-            if 3 * pairs <= length
-            for r in _grid(Task("recall", length, {"vocabulary": 8192, "pairs": pairs}), 8000, 64)
-        ),
+        *_grid(SMALLEST, 600, ABLATIONS),
+        *_small(),
+        *_grid(capacity, 4000, CORE, hidden=64, sizes=(8, 16, 32), batch=64),
+        *(run for task in texts for run in _grid(task, 2000, FEW, hidden=64)),
+        *_grid(SMALLEST, 600, [name for name in MIXERS if name not in CORE + START + ABLATIONS]),
+        *(run for task in recall for run in _grid(task, 8000, CORE, FINER, hidden=64, sizes=(8, 16, 32), batch=64)),
     ]

@@ -4,6 +4,7 @@
     python benchmarks/evidence/run.py --all         the whole grid (make evidence-all)
     python benchmarks/evidence/run.py --plan        only the table of runs, with the core-minutes each group will take
     python benchmarks/evidence/run.py --report      only the report, of the runs already done
+    python benchmarks/evidence/run.py --only needle     only the groups of runs that have this in their name
     python benchmarks/evidence/run.py --part 2/4    every fourth run from the second on, for a machine of its own
     python benchmarks/evidence/run.py --quick       a smoke run of seconds; report in out/benchmarks/
 
@@ -14,9 +15,11 @@ that many, with one thread each.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +29,25 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.evidence import regression, training
 from benchmarks.evidence.plan import MIXER_ORDER, SMALLEST, everything, subset
-from benchmarks.evidence.training import Run, predicted_seconds, train
-from benchmarks.program import options, pyplot
+from benchmarks.evidence.regression import Regression
+from benchmarks.evidence.tables import Line, chosen, plot, table
+from benchmarks.evidence.training import Run
+from benchmarks.program import options
 
-Lines = dict[str, dict[str, Any]]
+Job = Run | Regression
+PLAN = ["runs of", "planned", "done", "core-minutes left, predicted"]
 
 
-def read(path: Path) -> Lines:
+def read(path: Path) -> dict[str, Line]:
     """Return the lines of results by key."""
     if not path.exists():
         return {}
     return {line["key"]: line for line in map(json.loads, path.read_text().splitlines())}
 
 
-def group_of(line: dict[str, Any]) -> str:
-    """Return what lines of one table have in common: task and steps."""
-    return f"{line['key'].split(';')[0]}, {line['steps']} steps"
-
-
-def part_of(runs: list[Run], part: str) -> list[Run]:
+def part_of(runs: Sequence[Job], part: str) -> Sequence[Job]:
     """Return every n-th of ``runs`` from the i-th on, for ``part`` "i/n"."""
     index, slash, count = part.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
@@ -53,104 +55,85 @@ def part_of(runs: list[Run], part: str) -> list[Run]:
     return runs[int(index) - 1 :: int(count)]
 
 
-def work(runs: list[Run], path: Path, about: dict[str, Any]) -> None:
+def work(runs: Sequence[Job], path: Path, about: dict[str, Any]) -> None:
     """Do the runs that have no line yet."""
     for run in tqdm(runs, desc="evidence"):
         if run.key not in read(path):
-            line = train(run) | {name: about[name] for name in ("commit", "hardware", "torch")}
+            line = regression.train(run) if isinstance(run, Regression) else training.train(run)
+            line |= {name: about[name] for name in ("commit", "hardware", "torch")}
             with path.open("a") as file:  # one write a line: several processes may append
                 file.write(json.dumps(line) + "\n")
 
 
-def planned(runs: list[Run], done: Lines) -> list[list[str]]:
-    """Return one row per task: runs planned and done, core-minutes predicted for the rest from timed steps."""
-    rows = []
-    for task in dict.fromkeys(run.task for run in runs):
-        group = [run for run in runs if run.task == task]
-        rest = [run for run in group if run.key not in done]
-        timed: dict[str, float] = {}
+def planned(runs: Sequence[Job], done: dict[str, Line]) -> list[list[str]]:
+    """Return one row per group and one of sums: runs planned and done, and core-minutes for the rest from timed steps.
+
+    A run that solves its task sooner takes less.
+    """
+    rows, total = [], 0.0
+    for group in dict.fromkeys(run.group for run in runs):
+        members = [run for run in runs if run.group == group]
+        rest = [run for run in members if run.key not in done]
+        timed: dict[tuple[str, int], float] = {}
         for run in rest:
-            if run.mixer not in timed:
-                timed[run.mixer] = predicted_seconds(run)
-        minutes = sum(timed[run.mixer] for run in rest) / 60
-        rows.append([task.name, str(len(group)), str(len(group) - len(rest)), f"{minutes:.0f}"])
-    return rows
+            kind = (run.mixer, getattr(run, "head_dim", 0))
+            if kind not in timed:
+                timed[kind] = (
+                    regression.predicted_seconds(run)
+                    if isinstance(run, Regression)
+                    else training.predicted_seconds(run)
+                )
+        minutes = sum(timed[run.mixer, getattr(run, "head_dim", 0)] for run in rest) / 60
+        total += minutes
+        rows.append([group, str(len(members)), str(len(members) - len(rest)), f"{minutes:.1f}"])
+    return [*rows, ["all", str(len(runs)), str(sum(run.key in done for run in runs)), f"{total:.0f}"]]
 
 
-def table(task: str, lines: list[dict[str, Any]]) -> str:
-    """Return accuracy by mixer at its best step size: mean, and spread from the worst seed to the best."""
-    rows = []
-    for mixer in MIXER_ORDER:
-        by_step: dict[float, list[dict[str, Any]]] = {}
-        for line in lines:
-            if line["mixer"] == mixer:
-                by_step.setdefault(line["step_size"], []).append(line)
-        if not by_step:
-            continue
-        # the most seeds first: one lucky seed must not stand beside a mean
-        best = max(by_step, key=lambda s: (len(by_step[s]), statistics.mean(x["accuracy"] for x in by_step[s])))
-        group = by_step[best]
-        values = [line["accuracy"] for line in group]
-        spread = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "one seed"
-        rows.append([
-            mixer, f"{statistics.mean(values):.3f}", spread, str(len(values)), f"{best:g} of {len(by_step)}",
-            f"{group[0]['state_bytes']:,}", f"{statistics.median(x['decode_cpu_ms'] for x in group):.2f}",
-            f"{statistics.mean(x['cpu_seconds'] for x in group):.0f}", f"{group[0]['parameters']:,}",
-        ])  # fmt: skip
-    header = ["mixer", "accuracy", "spread", "seeds", "best step size", "state bytes", "decode, CPU ms",
-              "training, CPU s", "parameters"]  # fmt: skip
-    return f"### {task}\n\nChance is {lines[0]['chance']:.3f}.\n\n" + report.table(header, rows)
+def targets_of(groups: dict[str, list[Line]]) -> list[report.Target]:
+    """Return what the figures should be: every task is solved by softmax, with a convolution at least."""
+    targets = []
+    for name, lines in groups.items():
+        rows = chosen(lines)
+        if "risk" in lines[0]:
+            for mixer, optimum in (
+                ("linear_attention", "best_step"),
+                ("linear_attention, decay per head", "best_gated"),
+            ):
+                if mixer in rows:
+                    ratio = statistics.mean(line["risk"] / line[optimum] for line in rows[mixer])
+                    targets.append(report.Target(f"{mixer} reaches its optimum: {name}", ratio, 1.02, False))
+        elif not name.startswith("text"):
+            found = [statistics.mean(x["accuracy"] for x in rows[row]) for row in rows if row.startswith("softmax")]
+            targets.append(report.Target(f"softmax solves {name}", max(found, default=math.nan), 0.99, True))
+    return targets
 
 
-def plot(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Draw the best accuracy against the state's bytes, one panel per task."""
-    plt = pyplot()
-    tasks = list(dict.fromkeys(group_of(line) for line in lines))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 6 * len(tasks), 4.5), layout="constrained", squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        group = [line for line in lines if group_of(line) == task]
-        for mixer in MIXER_ORDER:
-            points = [line for line in group if line["mixer"] == mixer]
-            if points:
-                best = max(points, key=lambda line: line["accuracy"])
-                axis.plot(best["state_bytes"], best["accuracy"], "s" if "conv" in mixer else "o", label=mixer)
-        axis.axhline(group[0]["chance"], color="0.5", linestyle=":", label="chance")
-        axis.set(title=task, xlabel="bytes of the state", ylabel="accuracy, best run", xscale="log", ylim=(0, 1.02))
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def write(args: Any, about: dict[str, Any], lines: Lines, plan: list[list[str]]) -> tuple[list[report.Target], Path]:
+def write(
+    args: Any, about: dict[str, Any], lines: list[Line], plan: list[list[str]]
+) -> tuple[list[report.Target], Path]:
     """Write report and plot; what the lines hold of other hardware and commits is named. The targets, and where."""
+    order = {name: place for place, name in enumerate(MIXER_ORDER)}
+    lines = sorted(lines, key=lambda line: order.get(line["mixer"], len(order)))
+    first = dict.fromkeys(row[0] for row in plan)
+    groups = {name: [line for line in lines if line["group"] == name] for name in first}
+    groups = {name: members for name, members in groups.items() if members}
     body = []
-    used = list(lines.values())
-    if used:
-        body += ["## What was measured", "Accuracy on validation seeds at each mixer's best step size among those run."]
+    if groups:
+        machines = sorted({f"{x['hardware']}, commit {x['commit']}" for x in lines})
+        body += ["## What was measured"]
         body += [
-            "Runs were made on: " + "; ".join(sorted({f"{x['hardware']}, commit {x['commit']}" for x in used})) + "."
+            "Mean over seeds on validation seeds, at the step size that other validation seeds prefer; spread from the "
+            "worst seed to the best. A run ends where it is solved: `steps` is the median."
         ]
-        for task in dict.fromkeys(group_of(line) for line in used):
-            body.append(table(task, [line for line in used if group_of(line) == task]))
-        args.out.mkdir(parents=True, exist_ok=True)
-        plot(args.out / "evidence.png", used)
+        body += ["Runs were made on: " + "; ".join(machines) + "."]
+        body += [table(name, members) for name, members in groups.items()]
+        plot(args.out / "evidence.png", groups)
         body.append("![accuracy against state](evidence.png)")
-    body += ["## Planned", "`make evidence` runs the first row's first two seeds, `make evidence-all` everything."]
-    body.append(report.table(["task", "runs planned", "done"], plan))
-    targets = [
-        report.Target(f"softmax solves {task}", best, 0.99, True)
-        for task, best in _best(used, "softmax").items()
-    ]  # fmt: skip
+    body += ["## Planned", "Every run of `make evidence-all`; those of `make evidence` come first."]
+    body.append(report.table(PLAN[: len(plan[0])], plan))
+    targets = targets_of(groups)
     title = "Which operator learns what"
-    return targets, report.write("evidence", args.out, title, about, targets, body, {"lines": used})
-
-
-def _best(lines: list[dict[str, Any]], mixer: str) -> dict[str, float]:
-    best: dict[str, float] = {}
-    for line in lines:
-        if line["mixer"] == mixer:
-            task = group_of(line)
-            best[task] = max(best.get(task, 0.0), line["accuracy"])
-    return best
+    return targets, report.write("evidence", args.out, title, about, targets, body, {"lines": lines})
 
 
 def main() -> int:
@@ -161,40 +144,40 @@ def main() -> int:
         all=(False, "the whole grid instead of the subset"),
         plan=(False, "only the table of planned runs, with predicted core-minutes"),
         report=(False, "only the report"),
+        only=("", "only groups of runs that have this in their name"),
         processes=(1, "processes, one thread each"),
         part=("1/1", "i/n: every n-th run from the i-th on; no report unless 1/1"),
     )
     torch.set_num_threads(1)
     about = report.context("benchmarks/evidence/run.py", 1)
-    runs = everything() if args.all else subset()
+    grid: Sequence[Job] = everything()
     if args.quick:
-        runs = [Run(SMALLEST, mixer, 1e-2, 0, 2, batch=2, hidden=32) for mixer in MIXER_ORDER[:4]]
+        grid = [Run(SMALLEST, mixer, 1e-2, 0, 2, batch=2, hidden=32) for mixer in MIXER_ORDER[:4]]
+    runs = [run for run in (grid if args.all or args.quick else subset()) if args.only in run.group]
     path = args.out / "evidence.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.plan or (not args.report and args.part == "1/1"):  # parts are children: the steps are timed once
+        print(report.table(PLAN, planned(runs, read(path))))
     if args.plan:
-        print(report.table(["task", "runs", "done", "core-minutes left, predicted"], planned(runs, read(path))))
         return 0
-    if not args.report:
-        if args.part == "1/1":  # --processes gives every child a part: the steps are timed once
-            print(report.table(["task", "runs", "done", "core-minutes left, predicted"], planned(runs, read(path))))
-        if args.processes > 1:
-            flags = ["--out", str(args.out), *(["--all"] if args.all else []), *(["--quick"] if args.quick else [])]
-            parts = [f"{i}/{args.processes}" for i in range(1, args.processes + 1)]
-            children = [subprocess.Popen([sys.executable, __file__, "--part", part, *flags]) for part in parts]
-            codes = [child.wait() for child in children]
-            if any(codes):
-                return 1
-        else:
-            work(part_of(runs, args.part), path, about)
+    if not args.report and args.processes > 1:
+        flags = ["--out", str(args.out), "--only", args.only]
+        flags += [f"--{name}" for name in ("all", "quick") if getattr(args, name)]
+        parts = [f"{i}/{args.processes}" for i in range(1, args.processes + 1)]
+        children = [subprocess.Popen([sys.executable, __file__, "--part", part, *flags]) for part in parts]
+        codes = [child.wait() for child in children]
+        if any(codes):
+            return 1
+    elif not args.report:
+        work(part_of(runs, args.part), path, about)
     if args.part != "1/1":
         return 0
     lines = read(path)
-    grid = runs if args.quick else everything()
     plan = []
-    for task, steps in dict.fromkeys((run.task, run.steps) for run in grid):
-        group = [run for run in grid if (run.task, run.steps) == (task, steps)]
-        plan.append([f"{task.name}, {steps} steps", str(len(group)), str(sum(run.key in lines for run in group))])
-    targets, written = write(args, about, lines, plan)
+    for group in dict.fromkeys(run.group for run in grid):
+        members = [run for run in grid if run.group == group]
+        plan.append([group, str(len(members)), str(sum(run.key in lines for run in members))])
+    targets, written = write(args, about, list(lines.values()), plan)
     return report.conclude(targets, written, args.check)
 
 

@@ -6,14 +6,20 @@ A task is a function ``(generator, batch, length, **options) -> (tokens, targets
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from hla_dist.data.corpus import load_corpus
+
 Examples = tuple[Tensor, Tensor, Tensor]
+BYTES = 256
 VALIDATION = 1_000_000  # generator seeds below it are for validation; torch keeps only 32 bits of a seed
 
 
@@ -21,22 +27,24 @@ def _permutations(generator: Generator, batch: int, size: int) -> Tensor:
     return torch.rand(batch, size, generator=generator).argsort(1)
 
 
-def recall(generator: Generator, batch: int, length: int, *, vocabulary: int, pairs: int) -> Examples:
-    """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then each key once more.
+def recall(generator: Generator, batch: int, length: int, *, vocabulary: int, pairs: int, queries: int) -> Examples:
+    """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again.
 
-    Token 0 fills the gaps, keys are the lower half of the others, values the upper. Keys of a sequence differ. The
-    second half's queries stand at random places; a query's target is its key's value.
+    Token 0 fills the gaps, keys are the lower half of the others, values the upper. Keys of a sequence differ. Queries,
+    each a key drawn anew, stand at random places after the pairs, or at all of them; a query's target is its key's
+    value. More queries than pairs are more gradients per step, which is what a small machine needs.
     """
-    half = vocabulary // 2
-    if pairs > half - 1 or 3 * pairs > length:
-        raise ValueError(f"pairs: expected at most {min(half - 1, length // 3)}, got {pairs}")
+    half, rest = vocabulary // 2, length - 2 * pairs
+    if pairs > half - 1 or not 0 < queries <= rest:
+        raise ValueError(f"pairs, queries: expected at most {half - 1} and 1 to {rest}, got {pairs} and {queries}")
     keys = 1 + _permutations(generator, batch, half - 1)[:, :pairs]
     values = torch.randint(half, vocabulary, (batch, pairs), generator=generator)
     tokens, targets = torch.zeros(2, batch, length, dtype=torch.long)
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-    places = 2 * pairs + _permutations(generator, batch, length - 2 * pairs)[:, :pairs]
-    tokens.scatter_(1, places, keys)
-    targets.scatter_(1, places, values)
+    places = 2 * pairs + _permutations(generator, batch, rest)[:, :queries]
+    which = torch.randint(pairs, (batch, queries), generator=generator)
+    tokens.scatter_(1, places, keys.gather(1, which))
+    targets.scatter_(1, places, values.gather(1, which))
     return tokens, targets, targets > 0
 
 
@@ -74,26 +82,98 @@ def induction(generator: Generator, batch: int, length: int, *, vocabulary: int)
     return tokens, targets, scored
 
 
+def states(generator: Generator, batch: int, length: int, *, letters: int) -> Examples:
+    """State tracking (arXiv 2404.08819): a word of permutations of ``letters``; at each, the product so far.
+
+    Three letters make the group S3, five S5, whose word problem no constant number of layers with diagonal, positive
+    transitions solves at every length.
+    """
+    elements = torch.tensor(list(itertools.permutations(range(letters))))  # [letters!, letters]
+    weights = letters ** torch.arange(letters)
+    number = torch.zeros(letters**letters, dtype=torch.long)
+    number[elements @ weights] = torch.arange(len(elements))
+    tokens = torch.randint(len(elements), (batch, length), generator=generator)
+    targets, reached = torch.empty_like(tokens), torch.arange(letters).expand(batch, letters)
+    for t in range(length):
+        reached = elements[tokens[:, t]].gather(1, reached)
+        targets[:, t] = number[reached @ weights]
+    return tokens, targets, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def needle(generator: Generator, batch: int, length: int, *, vocabulary: int, needles: int) -> Examples:
+    """Needles in a haystack: marks, each with a value behind it, strewn in noise; at the end every mark asks again.
+
+    Marks are tokens 0 to ``needles - 1``. Values and noise are the others, so that nothing but its mark tells a value.
+    """
+    room = length // 2 - needles
+    if room < needles:
+        raise ValueError(f"length: expected at least {4 * needles}, got {length}")
+    tokens = torch.randint(needles, vocabulary, (batch, length), generator=generator)
+    places = 2 * _permutations(generator, batch, room)[:, :needles]
+    marks = torch.arange(needles).expand(batch, needles)
+    values = tokens.gather(1, places + 1)
+    tokens.scatter_(1, places, marks)
+    asked = _permutations(generator, batch, needles)
+    tokens[:, -needles:] = asked
+    targets, scored = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    targets[:, -needles:], scored[:, -needles:] = values.gather(1, asked), True
+    return tokens, targets, scored
+
+
+@cache
+def _library() -> tuple[Tensor, Tensor]:
+    """Bytes of the standard library's sources, and of those held out."""
+    corpus = load_corpus(seq_len=1024)
+    return tuple(torch.from_numpy(text.astype("int64")) for text in (corpus.train, corpus.held_out))
+
+
+def text(generator: Generator, batch: int, length: int, *, held_out: bool) -> Examples:
+    """Language modelling: windows of the running Python's standard library, in bytes, each predicting the next."""
+    data = _library()[held_out]
+    starts = torch.randint(len(data) - length, (batch, 1), generator=generator)
+    window = data[starts + torch.arange(length + 1)]
+    return window[:, :-1], window[:, 1:], torch.ones(batch, length, dtype=torch.bool)
+
+
+def _commonest(options: dict[str, int], length: int) -> float:
+    data = _library()[1]
+    return float(data.bincount().max() / len(data))
+
+
 MAKERS: dict[str, tuple[Callable[..., Examples], Callable[[dict[str, Any], int], float]]] = {
     # the maker, and the accuracy of the best guess that reads nothing but which answers are possible
     "recall": (recall, lambda options, length: 1 / options["pairs"]),
     "copying": (copying, lambda options, length: 1 / (options["vocabulary"] - 2)),
     "induction": (induction, lambda options, length: 1 / (length // 2)),
+    "states": (states, lambda options, length: 1 / math.factorial(options["letters"])),
+    "needle": (needle, lambda options, length: 1 / (options["vocabulary"] - options["needles"])),
+    "text": (text, _commonest),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """A maker with its sizes."""
+    """A maker with its sizes, and lengths beyond ``length`` that a model is measured at without being trained there."""
 
     maker: str
     length: int
-    options: dict[str, int] = field(hash=False)
+    options: dict[str, int] = field(hash=False, default_factory=dict)
+    beyond: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        sizes = ", ".join(f"{name} {value}" for name, value in sorted(self.options.items()))
-        return f"{self.maker}, length {self.length}, {sizes}"
+        sizes = [f"{name} {value}" for name, value in sorted(self.options.items())]
+        return ", ".join([self.maker, f"length {self.length}", *sizes])
+
+    @property
+    def vocabulary(self) -> int:
+        if self.maker == "states":
+            return math.factorial(self.options["letters"])
+        return self.options.get("vocabulary", BYTES)
+
+    @property
+    def longer(self) -> list[Task]:
+        return [Task(self.maker, length, self.options) for length in self.beyond]
 
     @property
     def chance(self) -> float:
@@ -105,4 +185,5 @@ class Task:
         if not 0 <= seed < count:
             raise ValueError(f"seed: expected 0 to {count - 1}, got {seed}")
         generator = Generator().manual_seed(first + seed)
-        return MAKERS[self.maker][0](generator, batch, self.length, **self.options)
+        options = self.options | {"held_out": validation} if self.maker == "text" else self.options
+        return MAKERS[self.maker][0](generator, batch, self.length, **options)

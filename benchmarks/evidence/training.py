@@ -8,13 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evidence.mixers import parameters, shape, state_and_decode
+from benchmarks.evidence.mixers import build, parameters, state_and_decode
 from benchmarks.evidence.tasks import Task
 from hla_dist.models import LanguageModel
+from hla_dist.nn import HLAAttention
 
-VALIDATION_BATCHES = 8
+SOLVED = 0.998  # a run ends where it is this accurate
+CHECKS = 20  # how often a run looks
+# validation seeds: the first choose the step size and end a run, the others are reported
+CHOOSING, REPORTED = range(4), range(4, 12)
+VALIDATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -26,53 +32,68 @@ class Run:
     step_size: float
     seed: int
     steps: int
-    batch: int = 32
+    batch: int = 64
     hidden: int = 64
+    head_dim: int = 16
+
+    @property
+    def group(self) -> str:
+        """Name what runs of one table have in common."""
+        return f"{self.task.name}, width {self.hidden}, {self.steps} steps of {self.batch}"
 
     @property
     def key(self) -> str:
         """Name the run; a line of results with this key makes it done."""
-        rest = f"step size {self.step_size:g}, seed {self.seed}, {self.steps} steps of {self.batch}"
-        return f"{self.task.name}; {self.mixer}, hidden {self.hidden}; {rest}"
+        return f"{self.group}; {self.mixer}, K {self.head_dim}; step size {self.step_size:g}, seed {self.seed}"
 
     def model(self) -> LanguageModel:
         """Return the model as the seed initialises it."""
         torch.manual_seed(self.seed)
-        return LanguageModel(shape(self.mixer, self.task.options["vocabulary"], self.hidden))
+        return build(self.mixer, self.task.vocabulary, self.hidden, self.head_dim)
 
 
-def _labels(targets: Tensor, scored: Tensor) -> Tensor:
-    return targets.masked_fill(~scored, -100)
+def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
+    """Return the logits [N, vocabulary] of the scored positions alone: elsewhere the head would cost the most."""
+    features, _ = model.features(model.embedding(tokens))
+    return F.linear(model.norm(features[scored]), model.embedding.weight)
 
 
 def _step(model: LanguageModel, run: Run, optimizer: torch.optim.Optimizer, index: int) -> None:
     # the training seeds of two run seeds are a million apart: more than any run has steps
     tokens, targets, scored = run.task.examples(1_000_000 * run.seed + index, run.batch)
-    loss = model(tokens, labels=_labels(targets, scored)) / scored.sum()
-    loss.backward()
+    F.cross_entropy(answers(model, tokens, scored), targets[scored]).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, run: Run) -> tuple[float, float]:
-    """Return accuracy and loss in nats over the scored positions of the validation seeds, the same for every run."""
+def evaluate(model: LanguageModel, task: Task, seeds: range) -> tuple[float, float]:
+    """Return accuracy and loss in nats over the scored positions of validation seeds, the same for every run."""
     right, loss, count = 0, 0.0, 0
-    for seed in range(VALIDATION_BATCHES):
-        tokens, targets, scored = run.task.examples(seed, run.batch, validation=True)
-        logits = model(tokens)[scored]
+    for seed in seeds:
+        tokens, targets, scored = task.examples(seed, VALIDATION_BATCH, validation=True)
+        logits = answers(model, tokens, scored)
         right += int((logits.argmax(-1) == targets[scored]).sum())
-        loss += float(torch.nn.functional.cross_entropy(logits, targets[scored], reduction="sum"))
+        loss += float(F.cross_entropy(logits, targets[scored], reduction="sum"))
         count += int(scored.sum())
     return right / count, loss / count
 
 
+def _key_terms(model: LanguageModel) -> list[list[float]]:
+    """Return the learned gains and skips of every layer that has them."""
+    pairs = [(layer.gain, layer.skip) for layer in model.modules() if isinstance(layer, HLAAttention)]
+    return [[round(x, 3) for x in (*gain.tolist(), *skip.tolist())] for gain, skip in pairs if gain is not None]
+
+
+def _optimizer(model: LanguageModel, run: Run) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=run.step_size, weight_decay=0.0)
+
+
 def predicted_seconds(run: Run) -> float:
-    """Predict the CPU seconds of ``run`` from the shortest of three steps after one that warms up."""
+    """Predict the CPU seconds of ``run``, if it does not end early, from the shortest of three steps."""
     model = run.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.step_size)
-    samples = []
+    optimizer, samples = _optimizer(model, run), []
     for index in range(4):
         start = time.process_time()
         _step(model, run, optimizer, index)
@@ -83,34 +104,41 @@ def predicted_seconds(run: Run) -> float:
 def train(run: Run) -> dict[str, Any]:
     """Return the line of results: AdamW without weight decay, a tenth of the steps to warm up, then a cosine to zero.
 
-    Gradients are cut to norm 1. ``curve`` holds the validation accuracy after every quarter of the steps.
+    Gradients are cut to norm 1. A run ends early where the choosing seeds say that it is solved. ``curve`` holds their
+    accuracy at every check.
     """
     model = run.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.step_size, weight_decay=0.0)
+    optimizer = _optimizer(model, run)
     warm = max(1, run.steps // 10)
 
     def factor(index: int) -> float:
         return min((index + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * index / run.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    start, curve, accuracy, loss = time.process_time(), [], 0.0, math.nan
-    quarters = {-(-run.steps * n // 4) for n in range(1, 5)}
-    for index in range(run.steps):
-        _step(model, run, optimizer, index)
+    start, curve, chosen, done = time.process_time(), [], (0.0, math.nan), 0
+    checks = {-(-run.steps * n // CHECKS) for n in range(1, CHECKS + 1)}
+    while done < run.steps and chosen[0] < SOLVED:
+        _step(model, run, optimizer, done)
         schedule.step()
-        if index + 1 in quarters:
-            accuracy, loss = evaluate(model, run)
-            curve.append(round(accuracy, 4))
+        done += 1
+        if done in checks:
+            chosen = evaluate(model, run.task, CHOOSING)
+            curve.append(round(chosen[0], 4))
     seconds = time.process_time() - start
-    tokens = run.task.examples(0, 1, validation=True)[0]
-    size, decode = state_and_decode(model, tokens)
+    accuracy, loss = evaluate(model, run.task, REPORTED)
+    size, decode = state_and_decode(model, run.task.examples(0, 1, validation=True)[0])
     return {
         "key": run.key,
+        "group": run.group,
         **asdict(run),
         "accuracy": accuracy,
         "loss": loss if math.isfinite(loss) else None,
+        "choosing": chosen[1] if math.isfinite(chosen[1]) else None,
+        "steps_done": done,
         "curve": curve,
+        "beyond": {str(t.length): evaluate(model, t, REPORTED)[0] for t in run.task.longer},
         "chance": run.task.chance,
+        "key_terms": _key_terms(model),
         "parameters": parameters(model),
         "state_bytes": size,
         "decode_cpu_ms": round(decode, 3),

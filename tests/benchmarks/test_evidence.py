@@ -1,21 +1,27 @@
-"""The tasks of benchmarks/evidence can be solved from what precedes, and runs are done once."""
+"""The tasks of benchmarks/evidence can be solved from what precedes, optima are optima, and runs are done once."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.evidence.mixers import MIXERS, parameters, shape
+from benchmarks.evidence.mixers import MIXERS, build, parameters
+from benchmarks.evidence.regression import Regression, Setting, descend
 from benchmarks.evidence.tasks import Task
-from hla_dist.models import LanguageModel
+from benchmarks.evidence.training import Run
 
 TASKS = [
-    Task("recall", 32, {"vocabulary": 64, "pairs": 4}),
+    Task("recall", 32, {"vocabulary": 64, "pairs": 4, "queries": 6}),
     Task("copying", 24, {"vocabulary": 10, "symbols": 5}),
     Task("induction", 20, {"vocabulary": 16}),
+    Task("states", 9, {"letters": 3}),
+    Task("needle", 32, {"vocabulary": 12, "needles": 4}),
 ]
+NAMES = [task.maker for task in TASKS]
 
 
 def answers(task: Task, tokens: list[int], position: int) -> int:
@@ -26,27 +32,31 @@ def answers(task: Task, tokens: list[int], position: int) -> int:
         return dict(zip(pairs[::2], pairs[1::2]))[past[-1]]
     if task.maker == "copying":
         return [x for x in past if x > 1][past.count(1) - 1]
+    if task.maker == "states":
+        elements = list(itertools.permutations(range(3)))
+        place = list(range(3))  # where each letter is, one permutation after the other
+        for token in past:
+            place = [elements[token][spot] for spot in place]
+        return elements.index(tuple(place))
     return past[past.index(past[-1]) + 1]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.maker)
+@pytest.mark.parametrize("task", TASKS, ids=NAMES)
 def test_every_answer_follows_from_what_precedes(task: Task) -> None:
     tokens, targets, scored = task.examples(3, 16)
     assert tokens.shape == targets.shape == scored.shape == (16, task.length) and scored.any(1).all()
-    assert 0 <= tokens.min() and tokens.max() < task.options["vocabulary"]
+    assert 0 <= tokens.min() and tokens.max() < task.vocabulary
     for row, position in scored.nonzero().tolist():
         assert answers(task, tokens[row].tolist(), position) == targets[row, position]
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.maker)
+@pytest.mark.parametrize("task", TASKS, ids=NAMES)
 def test_a_guess_among_the_possible_answers_is_right_as_often_as_chance_says(task: Task) -> None:
-    _, targets, scored = task.examples(0, 4096)
-    first = scored.int().argmax(1, keepdim=True)
-    truth = targets.gather(1, first)[:, 0]
-    if task.maker == "recall":  # the first value shown
-        guess = task.examples(0, 4096)[0][:, 1]
-    else:  # some symbol of the vocabulary
-        guess = torch.full_like(truth, 5)
+    tokens, targets, scored = task.examples(0, 4096)
+    last = task.length - 1 - scored.flip(1).int().argmax(1, keepdim=True)
+    truth = targets.gather(1, last)[:, 0]
+    # the first value shown, or some symbol of the vocabulary
+    guess = tokens[:, 1] if task.maker == "recall" else torch.full_like(truth, 5)
     expected = 1 / task.options["vocabulary"] if task.maker == "induction" else task.chance
     deviation = (expected * (1 - expected) / 4096) ** 0.5
     rate = (guess == truth).double().mean()
@@ -65,20 +75,56 @@ def test_seeds_repeat_and_validation_is_apart() -> None:
         task.examples(1_000_000, 4, validation=True)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_mixers_have_equal_parameters(mixer: str) -> None:
+@pytest.mark.slow  # reads the whole standard library
+def test_text_predicts_the_next_byte_and_holds_files_out() -> None:
+    task = Task("text", 32)
+    tokens, targets, scored = task.examples(0, 4)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1]) and scored.all() and tokens.max() < task.vocabulary
+    assert 0.05 < task.chance < 0.5
+    assert not torch.equal(tokens, task.examples(0, 4, validation=True)[0])
+
+
+def test_mixers_have_equal_parameters() -> None:
     with torch.device("meta"):
-        count, softmax = (parameters(LanguageModel(shape(name, 64, 32))) for name in (mixer, "softmax"))
-    assert abs(count - softmax) <= 3 * 32 * 2 / 2  # half of what one more unit of both MLPs would add
+        softmax = parameters(build("softmax", 64, 32, 16))
+        for mixer in [*list(MIXERS)[::3], "softmax, conv", "hla2, key term, conv"]:
+            assert abs(parameters(build(mixer, 64, 32, 16)) - softmax) <= 3 * 32 * 2 / 2, (
+                mixer
+            )  # half a unit of the MLPs
 
 
-def test_runs_are_done_once_and_shared_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "setting", [Setting(3, 6, smallest=0.25), Setting(3, 12, kept=0.7)], ids=["variances", "moving beta"]
+)
+def test_the_risk_of_one_step_is_what_sampling_says_and_no_other_step_has_less(setting: Setting) -> None:
+    prompts, labels = setting.prompts(torch.Generator().manual_seed(0), 1 << 16)
+    plain, gated = setting.best(gated=False), setting.best(gated=True)
+    for risk, ages, step in (plain, gated):
+        squares = (descend(prompts, ages, step) - labels).square()
+        assert abs(squares.mean() - risk) < 5 * squares.std() / len(labels) ** 0.5
+        for factor in (0.95, 1.05):
+            assert setting.risk(ages, factor * step) > risk
+        for feature in range(setting.features):
+            assert setting.risk(ages, step + 0.01 * torch.eye(setting.features)[feature]) > risk
+    if setting.kept < 1:
+        assert gated[0] < 0.97 * plain[0]
+    else:
+        assert gated[0] == plain[0]
+
+
+def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import regression
     from benchmarks.evidence import run as program
-    from benchmarks.evidence.training import Run
+    from benchmarks.evidence.tables import chosen
 
-    runs = [Run(TASKS[0], "hla2, key term, conv", 1e-2, seed, 2, batch=2, hidden=32) for seed in range(2)]
-    assert program.part_of(runs, "2/2") == runs[1:] and program.part_of(runs, "1/1") == runs
+    monkeypatch.setattr(regression, "PROMPTS", 1 << 13)
+    task = Task("needle", 16, {"vocabulary": 12, "needles": 2}, beyond=(32,))
+    runs: list[Run | Regression] = [
+        Run(task, mixer, 1e-2, 0, 2, batch=2, hidden=32) for mixer in ("hla2, key term, conv", "softmax, conv")
+    ]
+    runs += [Regression(Setting(2, 4), "linear_attention", 1e-2, 0, steps=2, batch=2)]
+    assert program.part_of(runs, "2/2") == runs[1::2] and program.part_of(runs, "1/1") == runs
     with pytest.raises(ValueError, match="--part: expected i/n"):
         program.part_of(runs, "3/2")
     about = {"commit": "c", "hardware": "h", "torch": "t"}
@@ -86,5 +132,38 @@ def test_runs_are_done_once_and_shared_out(tmp_path: Path) -> None:
     program.work(runs[:1], path, about)
     before = path.read_text()
     program.work(runs, path, about)
-    assert path.read_text().startswith(before) and list(program.read(path)) == [run.key for run in runs]
-    assert "hla2, key term, conv" in program.table("a task", list(program.read(path).values()))
+    assert path.read_text().startswith(before)
+    lines = program.read(path)
+    assert list(lines) == [run.key for run in runs]
+    # the plan: nothing is left of what is done, and a further seed is
+    later = Run(task, "softmax", 1e-2, 1, 3000, batch=2, hidden=32)
+    *groups, total = program.planned([*runs, later], lines)
+    assert [row[1:3] for row in groups] == [["2", "2"], ["1", "1"], ["1", "0"]] and total[:3] == ["all", "4", "3"]
+    assert groups[0][3] == "0.0" and float(groups[2][3]) > 0
+    args = type("Args", (), {"out": tmp_path})
+    _, report = program.write(args, about, list(lines.values()), [row[:3] for row in groups])
+    text = report.read_text()
+    assert "at length 32" in text and "hla2, key term, conv, K 16" in text and "optimum: one step" in text
+    assert (tmp_path / "evidence.png").exists()
+    # the step size is the choosing seeds', whatever the reported ones say
+    line = lines[runs[0].key]
+    worse = line | {"step_size": 0.3, "accuracy": 1.0, "choosing": line["choosing"] + 1}
+    assert chosen([worse, line]) == {"hla2, key term, conv, K 16": [line]}
+
+
+@pytest.mark.slow  # times the steps of every mixer
+def test_the_plan_of_make_evidence_is_half_an_hour_of_two_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import run as program
+
+    monkeypatch.setattr(sys, "argv", ["run.py", "--plan", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        assert program.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    last = [cell.strip() for cell in capsys.readouterr().out.strip().splitlines()[-1].strip("|").split("|")]
+    assert last[:3] == ["all", "150", "0"] and 0 < float(last[3]) < 60
+    assert not list(tmp_path.iterdir())

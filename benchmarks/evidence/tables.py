@@ -1,0 +1,111 @@
+"""Tables and plots of the lines that runs have written: each mixer at the step size that its choosing seeds prefer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.program import pyplot
+
+Line = dict[str, Any]
+
+
+def row_name(line: Line) -> str:
+    """Return what a row of a table is about: the mixer, and K where a run says it."""
+    return f"{line['mixer']}, K {line['head_dim']}" if "head_dim" in line else line["mixer"]
+
+
+def chosen(lines: list[Line]) -> dict[str, list[Line]]:
+    """Return for each row its lines at one step size: that of the least mean loss on the choosing seeds.
+
+    Of step sizes run with unequal numbers of seeds those with the most: one lucky seed must not stand beside a mean.
+    """
+    rows: dict[str, dict[float, list[Line]]] = {}
+    for line in lines:
+        rows.setdefault(row_name(line), {}).setdefault(line["step_size"], []).append(line)
+
+    def order(group: list[Line]) -> tuple[int, float]:
+        losses = [math.inf if line["choosing"] is None else line["choosing"] for line in group]
+        return -len(group), statistics.mean(losses)
+
+    return {name: min(by_step.values(), key=order) for name, by_step in rows.items()}
+
+
+def _spread(values: list[float]) -> list[str]:
+    return [f"{statistics.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}", str(len(values))]
+
+
+def accuracy_table(lines: list[Line]) -> str:
+    """Return accuracy by mixer: mean and spread over seeds, the steps taken, and what state and decode cost."""
+    tried = {row_name(line): set[float]() for line in lines}
+    for line in lines:
+        tried[row_name(line)].add(line["step_size"])
+    beyond = list(lines[0]["beyond"])
+    rows = []
+    for name, group in chosen(lines).items():
+        rows.append([
+            name, *_spread([line["accuracy"] for line in group]), f"{statistics.mean(x['loss'] for x in group):.3f}",
+            *(f"{statistics.mean(x['beyond'][length] for x in group):.3f}" for length in beyond),
+            f"{statistics.median(x['steps_done'] for x in group):.0f}",
+            f"{group[0]['step_size']:g} of {len(tried[name])}", f"{group[0]['state_bytes']:,}",
+            f"{statistics.median(x['decode_cpu_ms'] for x in group):.2f}",
+            f"{statistics.mean(x['cpu_seconds'] for x in group):.0f}", f"{group[0]['parameters']:,}",
+        ])  # fmt: skip
+    header = ["mixer", "accuracy", "spread", "seeds", "loss, nats", *(f"at length {length}" for length in beyond),
+              "steps", "step size", "state bytes", "decode, CPU ms", "training, CPU s", "parameters"]  # fmt: skip
+    return f"Chance is {lines[0]['chance']:.3f}.\n\n" + report.table(header, rows)
+
+
+def risk_table(lines: list[Line]) -> str:
+    """Return the risk of in-context regression by mixer, as a multiple of the best single step's."""
+    best = lines[0]["best_step"]
+    rows = [
+        [
+            name, *_spread([line["risk"] / best for line in group]), f"{group[0]['step_size']:g}",
+            f"{statistics.mean(x['cpu_seconds'] for x in group):.0f}",
+        ]
+        for name, group in chosen(lines).items()
+    ]  # fmt: skip
+    rows += [["optimum: one step", "1.000", "", "", "", ""]]
+    rows += [["optimum: one step, gated by age", f"{lines[0]['best_gated'] / best:.3f}", "", "", "", ""]]
+    rows += [["always 0", f"{lines[0]['chance'] / best:.3f}", "", "", "", ""]]
+    return report.table(["mixer", "risk", "spread", "seeds", "step size", "training, CPU s"], rows)
+
+
+def table(group: str, lines: list[Line]) -> str:
+    """Return one group's section."""
+    return f"### {group}\n\n" + (risk_table(lines) if "risk" in lines[0] else accuracy_table(lines))
+
+
+def plot(path: Path, groups: dict[str, list[Line]]) -> None:
+    """Draw accuracy against the state's bytes, mean and spread over seeds, one panel per group that has accuracies."""
+    groups = {name: lines for name, lines in groups.items() if "accuracy" in lines[0]}
+    if not groups:
+        return
+    plt = pyplot()
+    columns = min(2, len(groups))
+    size = (9 * columns, 5.5 * -(-len(groups) // columns))
+    figure, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    colors = plt.get_cmap("tab20").colors
+    for axis, (name, lines) in zip(axes.flat, groups.items()):
+        mixers = list(dict.fromkeys(row_name(line).replace(", conv", "") for line in lines))
+        for row, seeds in chosen(lines).items():
+            values = [line["accuracy"] for line in seeds]
+            mean = statistics.mean(values)
+            bars = [[mean - min(values)], [max(values) - mean]]
+            axis.errorbar(
+                seeds[0]["state_bytes"], mean, bars, capsize=3, fmt="s" if ", conv" in row else "o", label=row,
+                color=colors[mixers.index(row.replace(", conv", "")) % len(colors)],
+            )  # fmt: skip
+        axis.axhline(lines[0]["chance"], color="0.5", linestyle=":", label="chance")
+        axis.set(xlabel="bytes of the state", ylabel="accuracy: mean, worst and best seed", xscale="log")
+        axis.set_ylim(0, 1.02)
+        axis.set_title(name, fontsize=9)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
