@@ -26,7 +26,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings the package the 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FIRST_PARTY = {"hla_dist", "hla_kernels", "tests", "benchmarks", "launch"}
-WITH_EXTRAS = {"checkpoints", "data", "generation", "huggingface", "processes", "scaling", "training"}
+WITH_EXTRAS = {"checkpoints", "convert", "data", "generation", "huggingface", "processes", "scaling", "training"}
 # What says itself how to get it: --wandb, lm-evaluation-harness's recipe; fla is the test extra's fla-core, or all.
 USED_IF_INSTALLED = {"wandb", "lm_eval", "fla"}
 
@@ -110,6 +110,7 @@ def test_the_lock_holds_for_the_running_python():
         ("hla_dist/generation", ("train",), False),
         ("hla_dist/processes", ("train", "mpi"), False),
         ("hla_dist/huggingface", ("hf", "convert"), False),
+        ("hla_dist/convert", ("train", "hf", "convert"), False),
         ("hla_dist/scaling", ("train",), False),
         ("kernels", ("triton",), False),
         ("hla_dist/parallel", ("mpi",), False),

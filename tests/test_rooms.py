@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; "hla_dist" is the public face, which rooms above may use. A room not listed is above them all.
 ROOMS = ("states", "reference", "operators", "parallel", "functional", "softmax", "nn", "hla_dist", "models",
-         "processes", "data", "checkpoints", "generation", "training", "scaling", "huggingface")  # fmt: skip
+         "processes", "data", "checkpoints", "generation", "training", "scaling", "huggingface",
+         "convert")  # fmt: skip
 
 
 def module(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ class PretrainedCodec(Codec):
             ends |= set(token_ids) if isinstance(token_ids, list) else {token_ids}
         self.ends = frozenset(ends - {None})
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer, chat template included, beside a model."""
+        self._whole.save_pretrained(folder)
+
     def encode_turn(self, text: str) -> list[int]:
         if self._whole.chat_template is None:
             return super().encode_turn(text)
@@ -41,5 +46,10 @@ class PretrainedCodec(Codec):
 
 
 def load_speaker(path: Path) -> tuple[LanguageModel, Codec]:
-    """Model and tokenizer. Raises ValueError or UserError in one line."""
+    """Model and tokenizer, of a pretrained softmax model or of a converted one. ValueError or UserError in one line."""
+    about = path / "config.json"
+    if about.is_file() and json.loads(about.read_text()).get("model_type") == "hla":
+        from hla_dist.huggingface.folders import from_folder
+
+        return from_folder(path).model.eval(), PretrainedCodec(path)
     return load_softmax(path), PretrainedCodec(path)

@@ -1,0 +1,168 @@
+"""Distillation: all layers of a converted model together, on the next tokens and on another model's chances of them.
+
+Letters: B rows of a step, T tokens, N vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hla_dist.convert.swap import converted, require_change
+from hla_dist.models import LanguageModel
+from hla_dist.nn import MemoryAttention, SequenceParallelHLA
+from hla_dist.parallel.collectives import all_reduce_sum, resolve_group
+from hla_dist.parallel.shard import shard_batch, token_loss
+from hla_dist.training.optim import lr_factor
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALPHA = 2.0  # an adapter's scale is this, whatever its rank: alpha / rank of LoRA, 16 / 8
+GATES = 30  # gates' learning rate over the others'
+
+
+class LowRank(nn.Module):
+    """``W + ALPHA B A``: A ``[rank, in]`` random, B ``[out, rank]`` zero, so that training starts at W."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, inputs, device=weight.device) * inputs**-0.5)
+        self.b = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (ALPHA * self.b @ self.a).to(weight.dtype)
+
+
+def distill(
+    student: LanguageModel,
+    rows: Tensor,
+    *,
+    teacher: LanguageModel | None = None,
+    lora: int = 8,
+    kl: float = 0.0,
+    tokens: float = 1.0,
+    steps: int = 20,
+    batch: int = 1,
+    lr: float = 1e-3,
+    group: Any = None,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train the student as a whole; return the loss of every step.
+
+        loss = tokens * mean_t -log p(x_t+1) + kl * mean_t KL(p'_t || p_t)     p' of the teacher
+
+    Args:
+        student: A converted model; it changes.
+        rows: Tokens ``[N, T]``.
+        teacher: Needed with ``kl``: on the same device, unchanged.
+        lora: Rank of the adapters on q, k, v and o of the converted layers, which are merged into the
+            weights at the end; feature maps and gates are trained beside them. 0: every parameter.
+        kl: Weight of the divergence.
+        tokens: Weight of the next tokens' cross-entropy.
+        steps: AdamW steps, warm-up over a tenth of them, then a cosine.
+        batch: Rows of a step.
+        lr: The highest learning rate; gates take thirty times as much.
+        group: Ranks among which each row is cut into shards; every rank gets the same rows.
+        seed: Of the rows' order and the adapters.
+        report: Called with each step's number and loss.
+
+    Raises:
+        ValueError: An argument is wrong, or no parameter would change.
+    """
+    if rows.dim() != 2 or rows.is_floating_point() or len(rows) < batch or rows.shape[1] < 2:
+        raise ValueError(f"rows: expected integers [N, T], at least {batch} rows, got {rows.dtype} {list(rows.shape)}")
+    if not (kl >= 0 and tokens >= 0 and kl + tokens > 0):
+        raise ValueError(f"kl, tokens: expected weights >= 0, not both 0, got {kl} and {tokens}")
+    if kl and teacher is None:
+        raise ValueError(f"teacher: expected a model with kl={kl}, got None")
+    layers = [student.blocks[index].attention for index in converted(student)]
+    if not layers:
+        raise ValueError(f"distill: expected a converted model, got the pattern {student.config.pattern!r}")
+    torch.manual_seed(seed)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    wanted = {name: p.requires_grad for name, p in student.named_parameters()}
+    mode = student.training
+    with _adapted(student, layers, lora):
+        losses = _train(student, layers, rows, teacher, kl, tokens, steps, batch, lr, group, report)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(wanted[name])
+        parameter.grad = None
+    student.train(mode)
+    require_change("distill", before, student)
+    return losses
+
+
+@contextmanager
+def _adapted(student: LanguageModel, layers: list[nn.Module], rank: int) -> Iterator[None]:
+    """What is to be trained, and nothing else, takes gradients; adapters are merged when the block ends."""
+    student.requires_grad_(rank == 0)
+    adapted = [getattr(layer, name) for layer in layers for name in PROJECTIONS] if rank else []
+    for layer in layers if rank else []:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name.partition(".")[0] not in PROJECTIONS)
+    for linear in adapted:
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank))
+    try:
+        yield
+    finally:
+        for linear in adapted:
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+            if linear.bias is not None:  # behind the weight again, as an optimiser's state expects
+                linear._parameters["bias"] = linear._parameters.pop("bias")
+
+
+def _train(
+    student: LanguageModel, layers: list[nn.Module], rows: Tensor, teacher: LanguageModel | None, kl: float,
+    tokens: float, steps: int, batch: int, lr: float, group: Any, report: Callable[[int, float], None] | None,
+) -> list[float]:  # fmt: skip
+    model: Any = student if group is None else SequenceParallelHLA(student, group)
+    guide: Any = teacher
+    if teacher is not None and group is not None:
+        guide = SequenceParallelHLA(teacher, group, reduce_gradients=False, sync_parameters=False)
+    gates = {id(p) for layer in layers if isinstance(layer, MemoryAttention) for p in layer.gates()}
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if (id(p) in gates) == is_gate], "peak": lr * (GATES if is_gate else 1)}
+        for is_gate in (False, True)
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=0.0)
+    student.train()
+    order = torch.cat([torch.randperm(len(rows)) for _ in range(-(-steps * batch // len(rows)))])
+    losses = []
+    for step, picked in enumerate(order[: steps * batch].split(batch)):
+        shards = shard_batch(rows[picked].to(student.embedding.weight.device), group)
+        logits = model(shards.inputs)
+        loss = tokens * token_loss(logits, shards.labels, group)
+        if guide is not None and kl:
+            with torch.no_grad():
+                wanted = guide(shards.inputs).float().log_softmax(-1)
+            divergence = F.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+            loss = loss + kl * divergence / (batch * (rows.shape[1] - 1))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for entry in optimizer.param_groups:
+            entry["lr"] = entry["peak"] * lr_factor(step, max(1, steps // 10), step / steps, 0.0)
+        optimizer.step()
+        losses.append(_summed(loss.detach(), group))
+        if report is not None:
+            report(step, losses[-1])
+    for wrapped in (model, guide):
+        if isinstance(wrapped, SequenceParallelHLA):
+            wrapped.unwrap()
+    return losses
+
+
+def _summed(loss: Tensor, group: Any) -> float:
+    """The ranks' shares of a loss, put together."""
+    total = loss.double()
+    if group is not None:
+        all_reduce_sum(total, resolve_group(group))
+    return float(total)

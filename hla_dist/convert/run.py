@@ -1,0 +1,234 @@
+"""A conversion from a folder to a folder, stage by stage; needs the extra ``hf``. The program is launch/convert.py.
+
+OUT/options.json          what was asked for; other options in the same directory are refused
+OUT/layers/               each layer when its transfer is done: a conversion that was stopped goes on from there
+OUT/model/                the converted model as a folder of transformers, with its tokenizer
+OUT/summary.md            perplexities before, after each stage and of the teacher, and how the memory is used
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import arg
+
+from hla_dist.convert.distill import distill
+from hla_dist.convert.recipes import RECIPES
+from hla_dist.convert.swap import converted, swap
+from hla_dist.convert.transfer import LayerError, transfer
+from hla_dist.convert.usage import perplexity, usage
+from hla_dist.data.sources import LeftOut, read_documents
+from hla_dist.huggingface import load_softmax, to_huggingface
+from hla_dist.huggingface.speech import PretrainedCodec
+from hla_dist.models import LanguageModel
+from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.options import Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
+from hla_dist.processes.whole_file import whole_file, write_json
+
+OPTIONS = "options.json"
+STAGES = ("all", "transfer", "distill")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Asked(Checked):
+    """What becomes of which model."""
+
+    # the pretrained model: a folder of transformers or a .gguf file
+    source: Annotated[str, arg(name="from", metavar="PATH"), Local()]
+    data: Paths  # text to learn from and, its end, to measure on: files, .jsonl, .parquet, folders, hf:NAME
+    out: Annotated[str, arg(metavar="DIR"), Local()]  # the directory of this conversion
+    recipe: Annotated[str, one_of(*RECIPES)] = "lolcats"
+    stage: Annotated[str, one_of(*STAGES)] = "all"  # stop after transfer; or only distill what has been transferred
+    window: Natural = 0  # tokens of the exact window; 0: the recipe's
+
+
+@dataclass
+class Amounts(Checked):
+    """How much of the text is used, and how long."""
+
+    seq_len: Count = 512  # tokens of a row
+    rows: Count = 40  # rows to learn from
+    held_out: Count = 20  # rows to measure on, the last of the text
+    other: Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()] = field(default_factory=list)  # text elsewhere
+    transfer_steps: Count = 40  # steps per layer, of two rows each
+    distill_steps: Count = 20
+    batch: Count = 1  # rows of a step of distill
+    seed: Natural = 0
+
+
+@dataclass
+class Machine(Checked):
+    """Where it runs."""
+
+    device: Annotated[str, Local(value=True)] = "cpu"  # cpu, cuda, cuda:1, ...; with several ranks a GPU for each
+    dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of what is kept of the model; what is new is float32
+    threads: Threads = 0  # CPU threads per rank; 0: the machine's cores over its ranks
+    timeout: Seconds = 3600.0  # seconds after which a collective that cannot finish is an error
+
+
+@dataclass
+class ConvertConfig:
+    """A pretrained softmax model in, a model of this library out."""
+
+    asked: Asked
+    amounts: Amounts = field(default_factory=Amounts)
+    machine: Machine = field(default_factory=Machine)
+
+
+class Conversion:
+    """One run of the program; every rank has both models, rank 0 measures and writes."""
+
+    def __init__(self, config: ConvertConfig, device: torch.device, group: Any, say: Callable[[str], None]) -> None:
+        self.config, self.device, self.group, self.say = config, device, group, say
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.out, self.recipe = Path(config.asked.out), RECIPES[config.asked.recipe]
+        self.perplexities: dict[str, dict[str, float]] = {}
+        self.began = time.monotonic()
+
+    def run(self) -> None:
+        asked = self.config.asked
+        for stage in ("transfer", "distill"):
+            if asked.stage == stage and getattr(self.recipe, stage) is None:
+                raise UserError(f"--stage: expected a stage of the recipe {asked.recipe}, got {stage}")
+        wanted = together(self.group, self._wanted)
+        teacher, self.codec = together(self.group, self._load)
+        self.texts = together(self.group, self._rows)
+        together(self.group, lambda: write_json(self.out / OPTIONS, wanted) if self.rank == 0 else None)
+        memory = {**self.recipe.memory, **({"window": asked.window} if asked.window else {})}
+        student = together(self.group, lambda: swap(teacher, self.recipe.pattern, memory=memory).to(self.device))
+        self._measure("teacher", teacher)
+        self._measure("swapped in, untrained", student)
+        errors = self._transfer(student, teacher)
+        losses = self._distill(student, teacher) if asked.stage != "transfer" else []
+        if self.rank == 0:
+            self._write(student, errors, losses)
+
+    def _wanted(self) -> dict[str, dict[str, Any]]:
+        """The options that make it this conversion; UserError where the directory holds one with others."""
+        wanted = asdict(self.config)
+        for name in ("out", "stage"):
+            del wanted["asked"][name]
+        del wanted["amounts"]["distill_steps"], wanted["amounts"]["batch"]
+        wanted["machine"] = {"dtype": self.config.machine.dtype}
+        file = self.out / OPTIONS
+        if file.is_file() and (before := json.loads(file.read_text())) != wanted:
+            names = [n for group in wanted for n in wanted[group] if before.get(group, {}).get(n) != wanted[group][n]]
+            raise UserError(f"--out: expected a new directory, or the options of the conversion in {file}, got others: "
+                            f"{', '.join(names)}")  # fmt: skip
+        return wanted
+
+    def _load(self) -> tuple[LanguageModel, PretrainedCodec]:
+        path = Path(self.config.asked.source)
+        model = load_softmax(path, DTYPES[self.config.machine.dtype])
+        return model.to(self.device), PretrainedCodec(path)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Rows to learn from, those behind them to measure on, one between them left out, and those of other text."""
+        amounts = self.config.amounts
+        wanted = amounts.rows + 1 + amounts.held_out
+        rows = self._cut(self.config.asked.data, "--data", wanted)
+        texts = {"train": rows[: amounts.rows], "held out": rows[amounts.rows + 1 :]}
+        if amounts.other:
+            texts["other text"] = self._cut(amounts.other, "--other", amounts.held_out)
+        return {name: tokens.to(self.device) for name, tokens in texts.items()}
+
+    def _cut(self, paths: list[str], name: str, wanted: int) -> Tensor:
+        seq_len, left_out = self.config.amounts.seq_len, LeftOut()
+        tokens: list[int] = []
+        for document in read_documents(paths, left_out=left_out):
+            tokens += self.codec.encode_file(document.text).tolist()
+            if len(tokens) >= wanted * seq_len:
+                break
+        if len(tokens) < wanted * seq_len:
+            raise UserError(f"{name}: expected {wanted} rows of {seq_len} tokens, got {len(tokens) // seq_len} rows")
+        return torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
+
+    def _measure(self, stage: str, model: LanguageModel) -> None:
+        if self.rank == 0:
+            texts = {name: rows for name, rows in self.texts.items() if name != "train"}
+            self.perplexities[stage] = {name: perplexity(model, rows) for name, rows in texts.items()}
+            shown = ", ".join(f"{value:.4g} on {name}" for name, value in self.perplexities[stage].items())
+            self.say(f"perplexity, {stage}: {shown}")
+
+    def _transfer(self, student: LanguageModel, teacher: LanguageModel) -> list[LayerError]:
+        options = self.recipe.transfer
+        if options is None:
+            return []
+        layers = self.out / "layers"
+        if self.config.asked.stage == "distill":
+            missing = [n for n in converted(student) if not (layers / f"layer_{n:03d}.safetensors").is_file()]
+            if missing:
+                raise UserError(f"--stage: expected layers {missing} to be in {layers} for distill, run transfer first")
+        amounts = self.config.amounts
+        with self._bar("transfer", len(converted(student)), "layer") as bar:
+            errors = transfer(
+                student, teacher, self.texts["train"], steps=amounts.transfer_steps, directory=layers,
+                group=self.group, seed=amounts.seed, **options,
+                report=lambda error: self._step(bar, f"layer {error.layer}: missed {error.after:.3f}"),
+            )  # fmt: skip
+        self._measure("after transfer", student)
+        return errors
+
+    def _distill(self, student: LanguageModel, teacher: LanguageModel) -> list[float]:
+        options = self.recipe.distill
+        if options is None:
+            return []
+        amounts = self.config.amounts
+        with self._bar("distill", amounts.distill_steps, "step") as bar:
+            losses = distill(
+                student, self.texts["train"], teacher=teacher if options.get("kl") else None,
+                steps=amounts.distill_steps, batch=amounts.batch, group=self.group, seed=amounts.seed, **options,
+                report=lambda _, loss: self._step(bar, f"loss {loss:.3f}"),
+            )  # fmt: skip
+        self._measure("after distill", student)
+        return losses
+
+    @contextmanager
+    def _bar(self, stage: str, total: int, unit: str) -> Iterator[Any]:
+        with tqdm(total=total, desc=stage, unit=unit, disable=self.rank > 0, dynamic_ncols=True) as bar:
+            yield bar
+
+    def _step(self, bar: Any, text: str) -> None:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update()
+
+    def _write(self, student: LanguageModel, errors: list[LayerError], losses: list[float]) -> None:
+        used = usage(student, self.texts["held out"])
+        to_huggingface(student.float().cpu().state_dict(), student.config).save_pretrained(self.out / "model")
+        self.codec.save(self.out / "model")
+        text = "\n".join(self._summary(errors, losses, used.lines())) + "\n"
+        with whole_file(self.out / "summary.md") as partial:
+            partial.write_text(text)
+        figures = {"perplexity": self.perplexities, "transfer": [error._asdict() for error in errors]}
+        write_json(self.out / "summary.json", {**figures, "losses": losses, "usage": used._asdict()})
+        print(text, end="")
+
+    def _summary(self, errors: list[LayerError], losses: list[float], used: list[str]) -> Iterator[str]:
+        asked, teacher = self.config.asked, self.perplexities["teacher"]
+        yield from (f"# {asked.source}, converted", "", f"Recipe {asked.recipe}: {self.recipe.about}.", "")
+        columns = [f"{text}, {what}" for text in teacher for what in ("perplexity", "over the teacher's")]
+        yield f"| | {' | '.join(columns)} |"
+        yield "|---|" + "---|" * len(columns)
+        for stage, values in self.perplexities.items():
+            cells = [f"{value:.4g} | {value / teacher[text]:.3f}" for text, value in values.items()]
+            yield f"| {stage} | {' | '.join(cells)} |"
+        if errors:
+            before, after = (sum(x) / len(errors) for x in zip(*((e.before, e.after) for e in errors)))
+            worst = max(errors, key=lambda e: e.after)
+            figures = f"{before:.3f} before, {after:.3f} after, at most {worst.after:.3f} (layer {worst.layer})"
+            yield from ("", f"Transfer: of the power of the heads' outputs, held-out rows, new layers miss {figures}.")
+        if losses:
+            yield from ("", f"Distill: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last.")
+        yield from ("", "## How the memory is used", "", "On the held-out rows.", "", *used)
+        yield from ("", f"This run took {time.monotonic() - self.began:.0f} s of wall clock.")

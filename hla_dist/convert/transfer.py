@@ -1,0 +1,199 @@
+"""Attention transfer: each new layer learns to do what the old one did, on what the old model gives it.
+
+Layers are independent. The teacher's hidden states of all rows are carried from one layer to the next, so that memory
+holds those of one layer, and a layer is trained between two steps. Letters: N rows, T tokens, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hla_dist.convert.swap import converted, require_change
+from hla_dist.models import LanguageModel
+from hla_dist.nn import MemoryAttention
+from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank, group_size, resolve_group
+from hla_dist.processes.whole_file import whole_file
+
+BATCH = 2  # rows of a step
+CALIBRATION = 4  # rows that set the memory's mass
+HELD_OUT = 8  # at most so many rows, a tenth of them, measure a layer
+GATES = 10  # gates' learning rate over that of feature maps
+TRAINED = ("features", "attention")
+
+
+class LayerError(NamedTuple):
+    """How much of the power of the old layer's output the new one misses, on rows it was not trained on.
+
+    Attributes:
+        layer: Its number.
+        before: After calibration, before training.
+        after: After training.
+    """
+
+    layer: int
+    before: float
+    after: float
+
+
+def transfer(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    rows: Tensor,
+    *,
+    train: str = "features",
+    steps: int = 40,
+    lr: float = 1e-2,
+    directory: Path | None = None,
+    group: Any = None,
+    seed: int = 0,
+    report: Callable[[LayerError], None] | None = None,
+) -> list[LayerError]:
+    """Train the student's new layers, one after another; return each one's error.
+
+        loss = |o - o'|^2 / |o'|^2     o of the new layer, o' of the old one, of the same input
+
+    Args:
+        student: As ``swap`` returns it; its new layers change.
+        teacher: The model it came from; unchanged.
+        rows: Tokens ``[N, T]``.
+        train: ``"features"``: feature maps and gates, on the heads' outputs. ``"attention"``: all of the
+            layer, on its output.
+        steps: Of two rows each.
+        lr: The highest learning rate, of feature maps or of all; gates take ten times as much.
+        directory: Keeps each layer when it is done: what is there is read, not trained again.
+        group: Ranks that share the layers, each with all rows; at the end all have all layers.
+        seed: Of the rows' order.
+        report: Called after each layer of this rank.
+
+    Raises:
+        ValueError: An argument is wrong, or a layer has nothing to train.
+    """
+    if train not in TRAINED:
+        raise ValueError(f"train: expected one of {', '.join(TRAINED)}, got {train!r}")
+    if rows.dim() != 2 or rows.is_floating_point() or len(rows) < 2:
+        raise ValueError(f"rows: expected integers [N, T], at least two rows, got {rows.dtype} {list(rows.shape)}")
+    layers = converted(student)
+    for index in layers:
+        if not _trained(student.blocks[index].attention, train):
+            raise ValueError(f"transfer: expected parameters to train in layer {index}, got none with train={train!r}")
+    pg = None if group is None else resolve_group(group)
+    rank, ranks = (0, 1) if pg is None else (group_rank(pg), group_size(pg))
+    modes = student.training, teacher.training
+    student.eval(), teacher.eval()
+    errors = torch.zeros(len(layers), 2, dtype=torch.float64)
+    with torch.no_grad():
+        hidden = [teacher.embedding(part) for part in rows.split(BATCH)]
+    for index in range(student.config.num_layers):
+        block = teacher.blocks[index]
+        if index in layers:
+            number = layers.index(index)
+            if number % ranks == rank:
+                new = student.blocks[index].attention
+                stored = None if directory is None else directory / f"layer_{index:03d}.safetensors"
+                error = _read(new, stored) if stored is not None and stored.is_file() else None
+                if error is None:
+                    with torch.no_grad():
+                        x = torch.cat([block.attention_norm(part) for part in hidden])
+                    error = _teach(new, block.attention, x, train, steps, lr, seed, index)
+                    if stored is not None:
+                        _write(new, stored, error)
+                errors[number] = torch.tensor(error)
+                if report is not None:
+                    report(LayerError(index, *error))
+        with torch.no_grad():
+            hidden = [block(part, None, None, None, False)[0] for part in hidden]
+    student.train(modes[0]), teacher.train(modes[1])
+    if pg is not None and ranks > 1:
+        for number, index in enumerate(layers):
+            for parameter in student.blocks[index].attention.parameters():
+                broadcast(parameter.data, pg, number % ranks)
+        all_reduce_sum(errors, pg)
+    return [LayerError(index, *error) for index, error in zip(layers, errors.tolist())]
+
+
+def _trained(layer: nn.Module, train: str) -> list[nn.Parameter]:
+    if train == "attention":
+        return list(layer.parameters())
+    return [*layer.maps(), *layer.gates()] if isinstance(layer, MemoryAttention) else []
+
+
+def heads(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer's heads put out, before the output projection, ``[B, T, H V]``."""
+    kept: list[Tensor] = []
+    hook = layer.o_proj.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))  # type: ignore[union-attr]
+    try:
+        layer(x, output_final_state=False)
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+def _teach(
+    new: nn.Module, old: nn.Module, x: Tensor, train: str, steps: int, lr: float, seed: int, index: int
+) -> tuple[float, float]:
+    """Train one layer on inputs ``x [N, T, D]``; its errors before and after."""
+    output = heads if train == "features" else lambda layer, part: layer(part, output_final_state=False)[0]
+    with torch.no_grad():
+        wanted = torch.cat([output(old, part) for part in x.split(BATCH)])
+        if isinstance(new, MemoryAttention) and new.level is not None and x.shape[1] > new._delay:
+            new.calibrate(x[:CALIBRATION])
+    held_out = max(1, min(HELD_OUT, len(x) // 10))
+    known = len(x) - held_out
+
+    def missed(part: slice | Tensor) -> Tensor:
+        difference = output(new, x[part]).float() - wanted[part].float()
+        return difference.square().sum() / wanted[part].float().square().sum()
+
+    def measured() -> float:
+        with torch.no_grad():
+            return sum(float(missed(slice(n, n + 1))) for n in range(known, len(x))) / held_out
+
+    before = measured()
+    parameters = _trained(new, train)
+    gates = {id(p) for p in new.gates()} if isinstance(new, MemoryAttention) and train == "features" else set()
+    groups = [
+        {"params": [p for p in parameters if (id(p) in gates) == is_gate], "lr": lr * (GATES if is_gate else 1)}
+        for is_gate in (False, True)
+    ]
+    groups = [group for group in groups if group["params"]]
+    start = {name: p.detach().clone() for name, p in new.named_parameters()}
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], total_steps=steps + 1, pct_start=max(0.05, 2 / (steps + 1))
+    )
+    generator = torch.Generator().manual_seed(seed + index)
+    order = torch.cat([torch.randperm(known, generator=generator) for _ in range(-(-steps * BATCH // known))])
+    for picked in order[: steps * BATCH].split(BATCH):
+        loss = missed(picked)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+    for parameter in parameters:
+        parameter.grad = None
+    require_change(f"transfer, layer {index}", start, new)
+    return before, measured()
+
+
+def _write(layer: nn.Module, path: Path, error: tuple[float, float]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"before": repr(error[0]), "after": repr(error[1])})
+
+
+def _read(layer: nn.Module, path: Path) -> tuple[float, float]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    layer.load_state_dict(tensors)
+    return float(about["before"]), float(about["after"])

@@ -1,0 +1,239 @@
+"""Conversions of a small random model: what is kept, what is learned, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hla_dist.convert import RECIPES, distill, perplexity, swap, transfer, usage
+from hla_dist.models import LanguageModel, ModelConfig
+from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
+from tests.tolerances import FLOAT32, FLOAT64
+
+MEMORY = {"window": 6}
+
+
+def teacher(**changes: Any) -> LanguageModel:
+    """A model that has learned to tell which tokens follow which, sharp enough that attention matters."""
+    torch.manual_seed(shifted(1))
+    softmax = {"rope_theta": 100.0, "qk_norm": None, "qkv_bias": True}
+    sizes = dict(vocab_size=24, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2)
+    model = LanguageModel(ModelConfig(**{**sizes, "pattern": "softmax", "softmax": softmax, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter *= 2
+    return model.eval()
+
+
+def rows(count: int = 12, tokens: int = 40, seed: int = 0) -> Tensor:
+    return torch.randint(24, (count, tokens), generator=torch.Generator().manual_seed(shifted(seed)))
+
+
+@torch.no_grad()
+def test_swap_keeps_every_parameter_and_a_long_window_keeps_the_function() -> None:
+    model = teacher()
+    student = swap(model, memory={"window": 40})
+    assert student.config.memory == {"rope_theta": 100.0, "qk_norm": None, "qkv_bias": True, "window": 40}
+    for name, parameter in model.named_parameters():
+        assert_bitwise(name, dict(student.named_parameters())[name], parameter)
+    assert_close("logits", student(rows()), model(rows()), FLOAT32)
+    half = swap(model.bfloat16(), memory=MEMORY)
+    dtypes = {name: p.dtype for name, p in half.named_parameters()}
+    assert dtypes["blocks.0.attention.q_proj.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.attention.q_map.weight"] == dtypes["blocks.1.attention.level"] == torch.float32
+    assert torch.isfinite(half(rows())).all()
+
+
+def test_transfer_learns_and_resumes(tmp_path: Path) -> None:
+    model, text = teacher(), rows()
+    student = swap(model, memory=MEMORY)
+    seen: list[int] = []
+    errors = transfer(student, model, text, steps=20, directory=tmp_path, report=lambda e: seen.append(e.layer))
+    assert seen == [0, 1] and all(e.after < 0.98 * e.before for e in errors)
+    for name, parameter in model.named_parameters():  # projections stay the teacher's
+        assert_bitwise(name, dict(student.named_parameters())[name], parameter)
+    # stopped after the first layer: it is read, the other one is trained to the same numbers
+    (tmp_path / "layer_001.safetensors").unlink()
+    again = swap(model, memory=MEMORY)
+    assert transfer(again, model, text, steps=20, directory=tmp_path) == errors
+    for (name, one), two in zip(student.named_parameters(), again.parameters()):
+        assert_bitwise(name, two, one)
+    assert not student.training and not model.training
+
+
+def test_transfer_of_everything_is_for_layers_without_a_window_too() -> None:
+    model = teacher(softmax={"rope_theta": 100.0, "qk_norm": None})
+    student = swap(model, "hla2,softmax", attention={"output_gate": None})
+    (error,) = transfer(student, model, rows(), train="attention", steps=20, lr=3e-3)
+    assert error.layer == 0 and error.after < error.before
+    with raises_value_error("usage", "memory layers", "hla2"):
+        usage(student, rows(2))
+
+
+def on_ranks(pg: dist.ProcessGroup) -> tuple[Any, list[Tensor], list[float]]:
+    model = teacher()
+    student = swap(model, memory=MEMORY)
+    errors = transfer(student, model, rows(), steps=4, group=pg)
+    learned = [p.detach().clone() for p in student.parameters()]
+    losses = distill(student.double(), rows(), teacher=model.double(), kl=0.5, lora=2, steps=3, group=pg)
+    return errors, learned, losses
+
+
+def test_on_ranks_equals_one_process(pool: RankPool) -> None:
+    model = teacher()
+    student = swap(model, memory=MEMORY)
+    want = transfer(student, model, rows(), steps=4)
+    learned = [p.detach().clone() for p in student.parameters()]
+    losses = distill(student.double(), rows(), teacher=model.double(), kl=0.5, lora=2, steps=3)
+    for errors, parameters, of_rank in pool.run_group(3, on_ranks):
+        assert errors == want
+        for one, two in zip(learned, parameters):
+            assert_bitwise("parameter", two, one)
+        assert_close("losses", torch.tensor(of_rank), torch.tensor(losses), FLOAT64 * 100)
+
+
+def test_distill_merges_its_adapters_and_learns_the_text() -> None:
+    model = teacher()
+    student = swap(model, memory=MEMORY)
+    names = [name for name, _ in student.named_parameters()]
+    text = rows(2)
+    before = perplexity(student, text)
+    losses = distill(student, text, steps=12, lr=3e-3)
+    assert len(losses) == 12 and perplexity(student, text) < 0.95 * before
+    assert [name for name, _ in student.named_parameters()] == names
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    assert_bitwise("MLPs stay", student.blocks[0].mlp.down.weight, model.blocks[0].mlp.down.weight)
+    assert not torch.equal(student.blocks[0].attention.q_proj.weight, model.blocks[0].attention.q_proj.weight)
+    whole = swap(model, memory=MEMORY)
+    distill(whole, text, teacher=model, kl=1.0, tokens=0.0, lora=0, steps=2)
+    assert not torch.equal(whole.blocks[0].mlp.down.weight, model.blocks[0].mlp.down.weight)
+
+
+def test_usage_tells_what_is_left_without_each_part() -> None:
+    model, text = teacher(), rows(3)
+    student = swap(model, memory=MEMORY)
+    used = usage(student, text)
+    assert used.whole == pytest.approx(perplexity(student, text))
+    window = dataclasses.replace(model.config, softmax={**model.config.softmax, "window": 6})
+    alone = LanguageModel(window).eval()
+    alone.load_state_dict(model.state_dict())
+    assert used.without_memory == pytest.approx(perplexity(alone, text), rel=FLOAT32)
+    assert used.without_window != used.whole and list(used.shares) == [0, 1]
+    assert all(0 < share < 1 for shares in used.shares.values() for share in shares)
+    assert "without memory" in "\n".join(used.lines())
+    assert student.blocks[0].attention.without is None and student.blocks[0].attention.shares is None
+
+
+def test_wrong_stages_are_refused_in_one_line() -> None:
+    model = teacher()
+    student = swap(model, memory=MEMORY)
+    with raises_value_error("swap", "changes a layer"):
+        swap(model, "softmax")
+    with raises_value_error("swap", "q_proj.bias", "none of that name"):
+        swap(model, "hla2")
+    with raises_value_error("train", "'everything'"):
+        transfer(student, model, rows(), train="everything")
+    with raises_value_error("rows", "[N, T]"):
+        transfer(student, model, rows(1))
+    plain = swap(teacher(softmax={"qk_norm": None}), "hla2,softmax")
+    with raises_value_error("transfer", "layer 0", "features"):
+        transfer(plain, model, rows())
+    with raises_value_error("teacher", "kl=1.0"):
+        distill(student, rows(), kl=1.0)
+    with raises_value_error("kl, tokens", "not both 0"):
+        distill(student, rows(), tokens=0.0)
+    with raises_value_error("distill", "converted"):
+        distill(model, rows())
+    for stage in (
+        lambda: distill(student, rows(), lr=0.0, steps=2),
+        lambda: transfer(swap(model, memory=MEMORY), model, rows(), lr=0.0, steps=2),
+    ):
+        with raises_value_error("expected parameters that change"):
+            stage()
+
+
+def test_recipes_are_options_that_the_stages_take() -> None:
+    model = teacher()
+    for recipe in RECIPES.values():
+        student = swap(model, recipe.pattern, memory=recipe.memory)
+        if recipe.transfer is not None:
+            assert transfer(student, model, rows(tokens=80), steps=1, **recipe.transfer)
+        if recipe.distill is not None:
+            assert distill(student, rows(), teacher=model, steps=1, **recipe.distill)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers", reason="folders of transformers need the extra hf")
+    from hla_dist.huggingface import byte_tokenizer
+    from tests.huggingface.test_pretrained import random_model
+
+    path = tmp_path_factory.mktemp("pretrained")
+    random_model("llama", {"vocab_size": 256}).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def convert(folder: Path, out: Path, *words: str) -> int:
+    from hla_dist.convert.run import Conversion, ConvertConfig
+    from hla_dist.processes.options import parse_options
+
+    (folder.parent / "text.txt").write_text("The memory holds what the window has left behind. " * 40)
+    paths = {"from": folder, "data": folder.parent / "text.txt", "out": out}
+    sizes = {"window": 8, "seq-len": 64, "rows": 6, "held-out": 2, "transfer-steps": 2, "distill-steps": 2}
+    options = [word for name, value in {**paths, **sizes}.items() for word in (f"--{name}", str(value))]
+    config = parse_options(ConvertConfig, "convert", "", [*options, *words])
+    Conversion(config, torch.device("cpu"), None, print).run()
+    return 0
+
+
+def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hla_dist.generation.generate import generate
+    from hla_dist.huggingface.speech import load_speaker
+    from hla_dist.processes.failure import UserError
+
+    out = tmp_path / "out"
+    convert(folder, out, "--stage", "transfer")
+    assert "after distill" not in json.loads((out / "summary.json").read_text())["perplexity"]
+    stored = (out / "layers" / "layer_000.safetensors").stat().st_mtime_ns
+    convert(folder, out)  # goes on: the layers are there
+    assert (out / "layers" / "layer_000.safetensors").stat().st_mtime_ns == stored
+    figures = json.loads((out / "summary.json").read_text())
+    assert list(figures["perplexity"]) == ["teacher", "swapped in, untrained", "after transfer", "after distill"]
+    summary = (out / "summary.md").read_text()
+    assert "without memory" in summary and "lolcats" in summary
+    with pytest.raises(UserError, match="--out: expected a new directory, or the options .* got others: window"):
+        convert(folder, out, "--window", "9")
+    # the folder generates as the library does
+    model, codec = load_speaker(out / "model")
+    assert model.config.mixers == ["memory"] * 2
+    hla = AutoModelForCausalLM.from_pretrained(out / "model")
+    prompt = AutoTokenizer.from_pretrained(out / "model")("The memory", return_tensors="pt").input_ids
+    tokens = hla.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
+    assert tokens == generate(model, prompt[0].tolist(), 20, temperature=0) and codec.decode(tokens)
+    assert hla.config.to_model_config() == model.config
+
+
+def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
+    from hla_dist.processes.failure import UserError
+
+    for number, (words, message) in enumerate(
+        (
+            (["--stage", "distill"], r"--stage: expected layers \[0, 1\] .* run transfer first"),
+            (["--rows", "60"], "--data: expected 63 rows of 64 tokens, got 31 rows"),
+            (["--recipe", "radlads!"], "invalid choice"),
+            (["--from", str(tmp_path)], "config.json"),
+        )
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(folder, tmp_path / str(number), *words)
