@@ -26,7 +26,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.param("numerics", 1, marks=pytest.mark.slow),
         ("simulator/projections", 0),
         pytest.param("sequence_parallel_peers", 1, marks=pytest.mark.slow),
-        ("overlap", 1),
+        pytest.param("overlap", 1, marks=pytest.mark.slow),
         pytest.param("stability", 1, marks=pytest.mark.slow),
     ],
 )

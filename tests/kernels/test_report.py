@@ -52,7 +52,7 @@ def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
     "case",
     [
         report.Case("sm_90", "float32", 128, 128, True),
-        report.Case("sm_100", "bfloat16", 64, 64, True),
+        pytest.param(report.Case("sm_100", "bfloat16", 64, 64, True), marks=pytest.mark.slow),
         pytest.param(report.Case("gfx942", "bfloat16", 64, 64, False), marks=pytest.mark.slow),
         report.Case("sm_80", "float16", 64, 64, True),
     ],
@@ -137,7 +137,9 @@ def test_tuning_wants_a_gpu_and_leaves_the_table_alone(monkeypatch: pytest.Monke
     assert all(tile.stages < 3 and not (tile.warps == 8 and tile.BT == 32) for _, tile in found)
 
 
-@pytest.mark.parametrize(("operator", "rows", "gated"), [("ahla", 64, True), ("ahla", 128, False)])
+@pytest.mark.parametrize(
+    ("operator", "rows", "gated"), [("ahla", 64, True), pytest.param("ahla", 128, False, marks=pytest.mark.slow)]
+)
 def test_the_report_sees_tiles_that_race(operator: str, rows: int, gated: bool) -> None:
     """With two stages Triton copies the next chunk's k into what a product of this one still reads; with one not."""
     now = tiles.FUSED["sm_90", operator, rows][gated]

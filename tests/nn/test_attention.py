@@ -290,6 +290,7 @@ def test_copies_and_pickles():
     assert not torch.equal(back(x)[0], layer(x)[0])
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks():
     for options in ({}, dict(rope_theta=1e4, qk_norm="rms", num_kv_heads=2)):
         layer = _layer(torch.float32, **options)

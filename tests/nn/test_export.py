@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -42,6 +43,7 @@ class GoesOn(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_one_exported_program_serves_every_length_in_another_process(tmp_path: Path) -> None:
     torch.manual_seed(shifted(0))
     config = ModelConfig(

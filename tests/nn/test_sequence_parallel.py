@@ -236,6 +236,7 @@ def _compiled(pg):
     return logits, first, _grads(model), counter.calls
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(pool):
     logits, want = _truth()
     _, twice = _truth(0, 0)

@@ -205,7 +205,7 @@ def test_a_signal_before_the_first_step_ends_the_process(
 @pytest.mark.parametrize(
     ("ranks", "arguments", "message"),
     [
-        (2, ["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        pytest.param(2, ["--frobnicate"], "unrecognized arguments: --frobnicate", marks=pytest.mark.slow),
         (3, ["--sp", "2"], "--sp: expected a divisor of the world size 3 (or 0 for all ranks), got 2"),
     ],
 )
