@@ -93,7 +93,7 @@ def read(
         local = part if group is None else shard(part, group, lengths=lengths)
         first = start + begin + sum(lengths[:rank])
         positions = torch.arange(first, first + local.shape[1], device=device)
-        _, state = alone.features(alone.embedding(local.to(device)), state, positions=positions, return_state=True)
+        _, state, _ = alone.features(alone.embedding(local.to(device)), state, positions=positions, return_state=True)
     alone.train(training)
     assert state is not None
     return Reading(state, start + len(text) - 1, text[-1])

@@ -36,6 +36,8 @@ class HLAConfig(PreTrainedConfig):
             empty: ``op`` throughout.
         softmax: The options of ``hla_dist.SoftmaxAttention``.
         memory: The options of ``hla_dist.MemoryAttention``.
+        experts: A mixture of so many in every block, ``active`` of them per token. In training
+            ``balance`` times its balance loss is ``aux_loss`` of the output, and part of ``loss``.
         tie_word_embeddings: Whether the output layer is the embedding.
 
     Raises:
@@ -63,6 +65,9 @@ class HLAConfig(PreTrainedConfig):
     pattern: str = ""
     softmax: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    experts: int = 0
+    active: int = 0
+    balance: float = 0.01
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -18,7 +18,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -27,6 +31,7 @@ from hla_dist.huggingface.cache import HLACache
 from hla_dist.huggingface.configuration import HLAConfig
 from hla_dist.huggingface.inputs import read
 from hla_dist.models import LanguageModel
+from hla_dist.models.experts import MixtureOfExperts
 from hla_dist.models.language_model import EMBEDDING_STD, Block
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.head_norm import HeadNorm, current_name
@@ -69,7 +74,7 @@ class HLAPreTrainedModel(PreTrainedModel):
                 parameter.copy_(value)
         elif "reset_parameters" in module.__dict__:
             module.__dict__["reset_parameters"]()
-        elif isinstance(module, (nn.RMSNorm, HeadNorm, ShortConvolution)):
+        elif isinstance(module, (nn.RMSNorm, HeadNorm, ShortConvolution, MixtureOfExperts)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):  # heads, and embeddings that were resized
             nn.init.normal_(module.weight, std=EMBEDDING_STD)
@@ -119,6 +124,13 @@ class HLAPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, HLAModel):
                 module.gradient_checkpointing = enable
+
+
+@dataclass
+class HLAOutput(BaseModelOutputWithPast):
+    """Hidden states, and of experts in training the balance loss, summed over this rank's tokens."""
+
+    aux_loss: Tensor | None = None
 
 
 class HLAModel(HLAPreTrainedModel):
@@ -196,7 +208,7 @@ class HLAModel(HLAPreTrainedModel):
         if packed:  # rows one after the other
             x = x.reshape(1, -1, x.shape[-1])
             mask, positions = (y if y is None else y.reshape(1, -1) for y in (mask, positions))
-        x, states = self.network.features(
+        x, states, loads = self.network.features(
             x,
             None if past_key_values is None else past_key_values.states,
             batch.documents,
@@ -207,7 +219,8 @@ class HLAModel(HLAPreTrainedModel):
         x = x.view(shape)
         if past_key_values is not None:
             past_key_values.replace(states, batch.places, batch.tokens, input_ids)
-        return BaseModelOutputWithPast(last_hidden_state=self.network.norm(x), past_key_values=past_key_values)
+        balance = None if loads is None or not self.training else self.network.balance_loss(loads)
+        return HLAOutput(last_hidden_state=self.network.norm(x), past_key_values=past_key_values, aux_loss=balance)
 
 
 class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
@@ -265,9 +278,15 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
                 "the last label of a shard is the next rank's: cut shifted ones, hla_dist.token_loss takes the logits",
             )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            if outputs.aux_loss is not None:  # per label, as the rest
+                items = kwargs.get("num_items_in_batch")
+                loss = loss + outputs.aux_loss / ((labels[:, 1:] != -100).sum() if items is None else items)
+        fields = dict(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+        if self.config.experts:
+            return MoeCausalLMOutputWithPast(aux_loss=outputs.aux_loss, **fields)
+        return CausalLMOutputWithPast(**fields)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; with ``past_key_values``, ``inputs`` are the whole text or new tokens alone.

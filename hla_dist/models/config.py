@@ -32,6 +32,11 @@ class ModelConfig:
         memory: Further options of ``hla_dist.MemoryAttention``.
         tie_word_embeddings: False gives the output layer a matrix of its own instead of the
             embedding's.
+        experts: Makes the SwiGLU layer of every block a mixture of so many, ``mlp_size`` wide each.
+            0: one layer that all tokens take.
+        active: Experts that a token takes. 0: 2, or 1 where there is only one.
+        balance: Weight of the loss that keeps experts equally busy, beside the cross-entropy in
+            training.
 
     Raises:
         ValueError: The sizes cannot be built.
@@ -51,6 +56,9 @@ class ModelConfig:
     softmax: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     tie_word_embeddings: bool = True
+    experts: int = 0
+    active: int = 0
+    balance: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
@@ -68,6 +76,12 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: expected num_kv_heads dividing num_heads, got {self.num_kv_heads} and {self.num_heads}"
             )
+        if min(self.experts, self.active) < 0 or self.active > self.experts:
+            raise ValueError(
+                f"ModelConfig: expected 0 <= active <= experts, got active={self.active} and experts={self.experts}"
+            )
+        if not self.balance >= 0:
+            raise ValueError(f"ModelConfig: expected balance >= 0, got {self.balance}")
 
     @property
     def mixers(self) -> list[str]:
@@ -79,6 +93,11 @@ class ModelConfig:
     def resolved_mlp_size(self) -> int:
         """Return the width of the SwiGLU hidden layer."""
         return self.mlp_size or -(-8 * self.hidden_size // (3 * 32)) * 32
+
+    @property
+    def resolved_active(self) -> int:
+        """Return how many experts a token takes."""
+        return self.active or min(2, self.experts)
 
     def differences(self, other: ModelConfig) -> list[str]:
         """Return the fields in which ``other`` is another network.
@@ -100,6 +119,7 @@ class ModelConfig:
             "head_dim": self.head_dim or self.hidden_size // self.num_heads,
             "softmax": self.softmax if "softmax" in self.mixers else {},
             "memory": self.memory if "memory" in self.mixers else {},
+            "active": self.resolved_active, "balance": self.balance if self.experts else 0.0,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

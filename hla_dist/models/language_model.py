@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hla_dist import checkpoint_context
 from hla_dist.models.config import ModelConfig
+from hla_dist.models.experts import MixtureOfExperts, balance_loss
 from hla_dist.models.loss import summed_cross_entropy
 from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
 from hla_dist.nn.chunks import CHUNK_TOKENS, map_tokens
@@ -45,7 +46,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """``h = x + attention(norm(x)); y = h + SwiGLU(norm(h))``, x [B, T, D]."""
+    """``h = x + attention(norm(x)); y = h + SwiGLU(norm(h))``, x [B, T, D]; SwiGLU perhaps a mixture of experts."""
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
@@ -60,7 +61,12 @@ class Block(nn.Module):
             options = {**common, **config.attention}
             self.attention = HLAAttention(config.hidden_size, config.num_heads, op=mixer, **sizes, **options)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size, residual_scale(config))
+        widths, scale = (config.hidden_size, config.resolved_mlp_size), residual_scale(config)
+        self.mlp: SwiGLU | MixtureOfExperts
+        if config.experts:
+            self.mlp = MixtureOfExperts(*widths, config.experts, config.resolved_active, scale)
+        else:
+            self.mlp = SwiGLU(*widths, scale)
         self.checkpointing = "none"  # LanguageModel.activation_checkpointing
 
     def forward(
@@ -71,18 +77,21 @@ class Block(nn.Module):
         positions: Tensor | None,
         return_state: bool,
         attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """Return y, the state if asked for, and with experts their loads ``[B, 2, E]``, summed over tokens."""
         arguments = (x, state, cu_seqlens, positions, return_state, attention_mask)
         if self.checkpointing == "layer":
             return recomputed(self._whole, *arguments)
         if self.checkpointing == "sublayer":
             x, state = recomputed(self._mix, *arguments)
-            return map_tokens(self._transform, x, modules=[self.mlp_norm, self.mlp], tokens=CHUNK_TOKENS), state
+            x, loads = self._transform(x, attention_mask, CHUNK_TOKENS)
+            return x, state, loads
         return self._whole(*arguments)
 
-    def _whole(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
-        x, state = self._mix(x, *arguments)
-        return self._transform(x), state
+    def _whole(self, *arguments: Any) -> tuple[Tensor, Any, Tensor | None]:
+        x, state = self._mix(*arguments)
+        x, loads = self._transform(x, arguments[-1])
+        return x, state, loads
 
     def _mix(
         self,
@@ -104,8 +113,16 @@ class Block(nn.Module):
         )
         return x + mixed, state
 
-    def _transform(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.mlp_norm(x))
+    def _transform(self, x: Tensor, mask: Tensor | None, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
+        result = map_tokens(self._tokens_alone, x, modules=[self.mlp_norm, self.mlp], tokens=chunk)
+        if isinstance(result, Tensor):
+            return result, None
+        x, loads = result
+        return x, (loads if mask is None else loads * mask[..., None, None].to(loads.dtype)).sum(1)
+
+    def _tokens_alone(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        result = self.mlp(self.mlp_norm(x))
+        return x + result if isinstance(result, Tensor) else (x + result[0], result[1])
 
 
 def recomputed(fn: Any, *arguments: Any) -> Any:
@@ -158,7 +175,7 @@ class LanguageModel(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = normal_linear(config.hidden_size, config.vocab_size, EMBEDDING_STD)
-        self._reset(nn.Embedding, SwiGLU)  # the others have done so
+        self._reset(nn.Embedding, SwiGLU, MixtureOfExperts)  # the others have done so
 
     @property
     def activation_checkpointing(self) -> str:
@@ -193,7 +210,7 @@ class LanguageModel(nn.Module):
         What writes to the residual stream is scaled by ``residual_scale``. The embedding's deviation is
         0.02, as usual where it is the output too.
         """
-        self._reset(nn.Embedding, SwiGLU, HLAAttention, SoftmaxAttention, nn.RMSNorm)
+        self._reset(nn.Embedding, SwiGLU, MixtureOfExperts, HLAAttention, SoftmaxAttention, nn.RMSNorm)
         if self.lm_head is not None:
             self.lm_head.reset_parameters()
 
@@ -226,14 +243,16 @@ class LanguageModel(nn.Module):
                 them with a state.
             return_state: Return the states too.
             labels: ``[B, T]``. The result is then the sum of the cross-entropies of these labels, -100 left
-                out, instead of logits, which exist for a chunk of tokens at a time.
+                out, instead of logits, which exist for a chunk of tokens at a time. In training mode a
+                mixture of experts adds ``balance`` times its balance loss, which is 1 per token where
+                experts are equally busy.
 
         Raises:
             ValueError: Tokens are not integers ``[B, T]``, or the state has another depth.
         """
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {tuple(tokens.shape)}")
-        x, states = self.features(
+        x, states, loads = self.features(
             self.embedding(tokens), state, cu_seqlens, positions=positions, return_state=return_state
         )
         if labels is None:
@@ -241,6 +260,8 @@ class LanguageModel(nn.Module):
         else:
             read = (self.norm, self.lm_head or self.embedding)
             result = summed_cross_entropy(self._logits, x, labels, self.config.vocab_size, read)
+            if loads is not None and self.training:
+                result = result + self.balance_loss(loads)
         return (result, states) if return_state else result
 
     def features(
@@ -252,20 +273,31 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_state: bool = False,
-    ) -> tuple[Tensor, list[Any]]:
-        """Return what the blocks make of embeddings x ``[B, T, D]``, before the last norm, and the states.
+    ) -> tuple[Tensor, list[Any], Tensor | None]:
+        """Return what the blocks make of embeddings x ``[B, T, D]``, before the last norm, states and loads.
 
-        States are None unless asked for. ``attention_mask`` ``[B, T]`` is 0 where there is no token: such a
-        place leaves every state as it is.
+        States are None unless asked for. The experts' loads ``[L, B, 2, E]`` are None where there are
+        none. ``attention_mask`` ``[B, T]`` is 0 where there is no token: such a place leaves every state
+        as it is, and counts in no load.
         """
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state: expected one state for each of {len(self.blocks)} layers, got {len(state)}")
         states: list[Any] = []
+        loads: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state[index]
-            x, after = block(x, before, cu_seqlens, positions, return_state, attention_mask)
+            x, after, load = block(x, before, cu_seqlens, positions, return_state, attention_mask)
             states.append(after)
-        return x, states
+            loads += [] if load is None else [load]
+        return x, states, torch.stack(loads) if loads else None
+
+    def balance_loss(self, loads: Tensor) -> Tensor:
+        """Return ``balance`` times the balance loss of ``features``' loads, this rank's share of it.
+
+        It is summed over tokens. Communication: one all-gather of the experts' counts.
+        """
+        group = self.blocks[0].attention.group  # that of every layer
+        return self.config.balance * balance_loss(loads, group)
 
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)

@@ -27,8 +27,8 @@ from hla_dist.parallel import collectives, topology
 
 HEADER_BYTES = 64
 _OK, _NEW, _FAILED = 0, 1, 2
-# a halo's frames are far smaller than summaries: directions of their own keep their agreed length small
-_DIRECTIONS = {"forward": 0, "backward": 1, "halo forward": 2, "halo backward": 3}
+# frames of halos and of experts' counts are far smaller than summaries: directions of their own keep them small
+_DIRECTIONS = {"forward": 0, "backward": 1, "halo forward": 2, "halo backward": 3, "experts forward": 4}
 _CONTENTS = " of "  # in a description, before what may change from call to call
 _MAGIC = 0x48_4C_41  # "HLA": a frame that is not the library's (another collective in its place) is told apart
 

@@ -83,6 +83,9 @@ class Model(Checked):
     # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second
     key_term: bool = False
     tie_embeddings: bool = True  # the output layer is the embedding; off: a matrix of its own
+    experts: Natural = 0  # SwiGLU networks per block, of which a token takes a few; 0: one, which all tokens take
+    active: Natural = 0  # experts that a token takes; 0: 2
+    balance: Amount = 0.01  # weight of the loss that keeps experts equally busy, over the whole sequence
 
 
 @dataclass
@@ -224,14 +227,15 @@ class TrainConfig:
         model = self.model
         changes: dict[str, Any] = {"hidden_size": model.hidden_size, "num_layers": model.layers,
                                    "num_heads": model.heads, "num_kv_heads": model.kv_heads,
-                                   "head_dim": model.head_dim}  # fmt: skip
+                                   "head_dim": model.head_dim, "experts": model.experts,
+                                   "active": model.active}  # fmt: skip
         changes = {name: value for name, value in changes.items() if value}
         changes |= {kind: {"window": model.window} for kind in ("softmax", "memory") if model.window}
         attention = {"conv": model.conv} if model.conv else {}
         attention |= {"key_term": True} if model.key_term else {}
         if attention:
             changes["attention"] = SIZES[model.size].get("attention", {}) | attention
-        changes |= {"tie_word_embeddings": model.tie_embeddings}
+        changes |= {"tie_word_embeddings": model.tie_embeddings, "balance": model.balance}
         try:
             return ModelConfig.named(model.size, vocab_size=vocab_size, op=model.op, pattern=model.pattern, **changes)
         except ValueError as exc:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from hla_dist.data.text import Codec
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.models.experts import MixtureOfExperts
 from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.operators import NAMED, OPERATORS
@@ -81,6 +83,7 @@ class Estimate:
     """FLOPs are those of all ranks of a sequence; memory and wire those of one rank, by kind."""
 
     parameters: int
+    active: int  # those that a token meets: of experts, the active ones
     flops: dict[str, float]
     memory: dict[str, int]
     wire: dict[str, int]
@@ -89,6 +92,8 @@ class Estimate:
         """For a terminal."""
         total = sum(self.memory.values())
         rows = [f"parameters: {self.parameters:,}"]
+        if self.active < self.parameters:
+            rows.append(f"parameters that a token meets: {self.active:,}")
         rows += [f"FLOPs a step, {kind}: {value:.3g}" for kind, value in self.flops.items()]
         rows += [f"memory a rank, {kind}: {value / 2**20:,.1f} MiB" for kind, value in self.memory.items()]
         rows += [f"memory a rank, tensors in all: {total / 2**20:,.1f} MiB (libraries and the allocator's gaps apart)"]
@@ -124,7 +129,10 @@ def estimate(step: Step) -> Estimate:
         block, rest = _units(step.model)
         # a block is computed while the next one comes, and its gradient while the last one's is on its way
         memory |= {"gathered parameters": 4 * (rest + 2 * block), "gradients of a block": 4 * max(2 * block, rest)}
-    return Estimate(parameters, step_flops(step), memory, wire_bytes(step, parameters))
+    idle = 0
+    for mixture in _mixtures(_build(step.model)):
+        idle += (mixture.gate_up.numel() + mixture.down.numel()) * (1 - mixture.share)
+    return Estimate(parameters, parameters - round(idle), step_flops(step), memory, wire_bytes(step, parameters))
 
 
 def _units(config: ModelConfig) -> tuple[int, int]:
@@ -198,6 +206,8 @@ def _frames(step: Step, model: nn.Module) -> dict[str, int]:
             sizes |= {"halos, forward": 8 * step.batch_size + last, "halos, backward": last}
         for kind, size in sizes.items():
             payloads.setdefault(kind, []).append(size)
+    if mixtures := _mixtures(model):
+        payloads["experts' counts"] = [4 * len(mixtures) * step.batch_size * step.model.experts]
     return {kind: len(sizes) * (HEADER_BYTES + max(sizes)) for kind, sizes in payloads.items()}
 
 
@@ -237,6 +247,10 @@ def _softmax_layers(model: nn.Module) -> list[SoftmaxAttention]:
     return [layer for layer in model.modules() if isinstance(layer, SoftmaxAttention)]
 
 
+def _mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    return [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
+
+
 def step_flops(step: Step) -> dict[str, float]:
     """Two per multiply-add; whole chunk squares counted, as they are computed.
 
@@ -247,6 +261,7 @@ def step_flops(step: Step) -> dict[str, float]:
     model = _build(step.model)
     output = model.embedding if model.lm_head is None else model.lm_head
     matrices = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
+    matrices += sum((layer.gate_up.numel() + layer.down.numel()) * layer.share for layer in _mixtures(model))
     passes = 0
     for layer in _layers(model):
         op, K, V = _operator(layer), layer.head_dim, layer.value_dim
@@ -355,6 +370,8 @@ def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
             layer.group = group
         for softmax in _softmax_layers(model):
             _hold_only(softmax, step, tokens)
+        for mixture in _mixtures(model):  # where rows go is not known without contents
+            mixture._product = lambda rows, weight, counts: F.linear(rows, weight[0])  # type: ignore[method-assign]
         live = _Live(model.parameters())
         with live:
             text, labels = torch.zeros(2, step.batch_size, tokens, dtype=torch.int64)

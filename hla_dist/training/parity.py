@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist import SequenceParallelHLA
+from hla_dist.data.packing import cu_seqlens_of
 from hla_dist.data.windows import Mixture, Windows
 from hla_dist.models import LanguageModel
 from hla_dist.operators.precision import sum_dtype
@@ -188,6 +189,10 @@ def _gradients_of_one(alone: LanguageModel, tokens: list[Tensor], cuts: list[Ten
                 logits = alone(document[None, :-1])[0]
                 logits = logits.to(sum_dtype(logits.dtype))
                 part = part + F.cross_entropy(logits, document[1:], reduction="sum") / max(labels, 1)
+        if alone.config.experts:  # their balance is that of the whole sequence; labels that do not count leave it alone
+            inputs = sample[:, :-1]
+            cuts_of = None if inside is None else cu_seqlens_of(inside.to(inputs.device), inputs.shape[1])
+            part = part + alone(inputs, None, cuts_of, labels=torch.full_like(inputs, -100)) / max(labels, 1)
         part.backward()
         loss += float(part.detach())
     return _collected(alone, loss)

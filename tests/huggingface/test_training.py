@@ -169,3 +169,24 @@ def test_an_embedding_trained_with_lora_is_merged_saved_and_loaded(tmp_path: Pat
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
     assert_close("logits", again(ids).logits, want, FLOAT64)
+
+
+def test_experts_train_generate_and_are_saved(tmp_path: Path):
+    """The loss holds the balance loss, per label, of the tokens that are none of padding; evaluation's does not."""
+    hla = model(experts=4, balance=0.5)
+    batch = padded([Counting()[index] for index in range(3)])
+    entropy = hla(**batch).loss
+    assert hla(**batch).aux_loss is None
+    output = hla.train()(**batch)
+    assert 0.4 * 33 < output.aux_loss < 0.9 * 33  # 33 tokens, weight 0.5
+    assert_close("loss", output.loss - output.aux_loss / 30, entropy, FLOAT64)
+    assert_close("loss", hla(**batch, num_items_in_batch=60).loss * 2, output.loss, FLOAT64)
+    output.loss.backward()
+    assert all(p.grad is not None for p in hla.parameters())
+    hla.eval().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, one), two in zip(hla.named_parameters(), again.parameters(), strict=True):
+        assert_bitwise(name, two, one)
+    start = tokens(2, 5)
+    want = hla.generate(start, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(hla.generate(start, max_new_tokens=5, do_sample=False), want)
