@@ -67,7 +67,7 @@ def _convolved(mixer: Mixer) -> Mixer:
 
 
 MIXERS: dict[str, Mixer] = _PLAIN | {f"{name}, conv": _convolved(mixer) for name, mixer in _PLAIN.items()}
-for name in ("softmax, conv", "linear_attention, gated, conv", "hla2, key term, conv"):
+for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2, key term, conv"):
     MIXERS[f"{name}; embedding 0.02"] = replace(MIXERS[name], embedding=0.02)  # the library's own
 # one option changed, of the mixer that has all the others
 MIXERS |= {
