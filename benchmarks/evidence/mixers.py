@@ -50,13 +50,14 @@ _PLAIN = {
     "linear_attention, gated, keys of 2K": Mixer("linear_attention", key_size=2),
     "linear_attention, gated per channel": Mixer("linear_attention", {"decay": "channel"}),
     "hla2": Mixer("hla2"),
-    "hla2, key term": Mixer("hla2", {"key_term": True}),
+    # gain and skip at the start: second order alone, both terms, first order alone
+    "hla2, key term from (1, 0)": Mixer("hla2", {"key_term": True}, gains=(1.0, 0.0)),
     "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": True}, gains=(1.0, 1.0)),
     "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": True}, gains=(0.0, 1.0)),
     "hla2, paper's decay": Mixer("hla2", {"decay_form": "paper"}),
     "ahla": Mixer("ahla"),
     "hla3": Mixer("hla3"),
-    "hla3, key term": Mixer("hla3", {"key_term": True}),
+    "hla3, key term from (0, 1)": Mixer("hla3", {"key_term": True}, gains=(0.0, 1.0)),
     "hla2, then softmax": Mixer("hla2,softmax"),
     "linear_attention, gated, then softmax": Mixer("linear_attention,softmax"),
 }
@@ -67,11 +68,13 @@ def _convolved(mixer: Mixer) -> Mixer:
 
 
 MIXERS: dict[str, Mixer] = _PLAIN | {f"{name}, conv": _convolved(mixer) for name, mixer in _PLAIN.items()}
-for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2, key term, conv"):
+for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2, key term from (0, 1), conv"):
     MIXERS[f"{name}; embedding 0.02"] = replace(MIXERS[name], embedding=0.02)  # the library's own
 # one option changed, of the mixer that has all the others
 MIXERS |= {
-    f"hla2, key term, conv; {what}": Mixer("hla2", {"key_term": True, "conv": WIDTH} | changed, conv=True)
+    f"hla2, key term from (0, 1), conv; {what}": Mixer(
+        "hla2", {"key_term": True, "conv": WIDTH} | changed, conv=True, gains=(0.0, 1.0)
+    )
     for what, changed in {
         "no decay": {"decay": None},
         "decay per head": {"decay": "head"},

@@ -12,13 +12,14 @@ from benchmarks.evidence.training import Run
 STEP_SIZES = (1e-2, 3e-3)
 FINER = (1e-2, 3e-3, 1e-3)
 SEEDS = (0, 1, 2)
-PLAIN = ["softmax", "linear_attention", "linear_attention, gated", "hla2, key term", "hla2", "ahla", "hla3"]
+KEYED = "hla2, key term from (0, 1)"
+PLAIN = ["softmax", "linear_attention", "linear_attention, gated", KEYED, "hla2", "ahla", "hla3"]
 # what decides defaults: each mixer with a convolution, then without
 CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
 # where the key term starts, and what the library's small embedding does
-START = [f"hla2, key term from {start}, conv" for start in ("(0, 1)", "(1, 1)")]
+START = [f"hla2, key term from {start}, conv" for start in ("(1, 0)", "(1, 1)")]
 START += ["softmax; embedding 0.02"]
-FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", "hla2, key term, conv",
+FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
        "hla2, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 MIXER_ORDER = [*CORE, *START, *(name for name in MIXERS if name not in CORE + START), *LAYERS]

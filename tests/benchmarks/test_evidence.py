@@ -87,7 +87,7 @@ def test_text_predicts_the_next_byte_and_holds_files_out() -> None:
 def test_mixers_have_equal_parameters() -> None:
     with torch.device("meta"):
         softmax = parameters(build("softmax", 64, 32, 16))
-        for mixer in [*list(MIXERS)[::3], "softmax, conv", "hla2, key term, conv"]:
+        for mixer in [*list(MIXERS)[::3], "softmax, conv", "hla2, key term from (0, 1), conv"]:
             assert abs(parameters(build(mixer, 64, 32, 16)) - softmax) <= 3 * 32 * 2 / 2, (
                 mixer
             )  # half a unit of the MLPs
@@ -121,7 +121,8 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(regression, "PROMPTS", 1 << 13)
     task = Task("needle", 16, {"vocabulary": 12, "needles": 2}, beyond=(32,))
     runs: list[Run | Regression] = [
-        Run(task, mixer, 1e-2, 0, 2, batch=2, hidden=32) for mixer in ("hla2, key term, conv", "softmax, conv")
+        Run(task, mixer, 1e-2, 0, 2, batch=2, hidden=32)
+        for mixer in ("hla2, key term from (0, 1), conv", "softmax, conv")
     ]
     runs += [Regression(Setting(2, 4), "linear_attention", 1e-2, 0, steps=2, batch=2)]
     assert program.part_of(runs, "2/2") == runs[1::2] and program.part_of(runs, "1/1") == runs
@@ -143,12 +144,12 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     args = type("Args", (), {"out": tmp_path})
     _, report = program.write(args, about, list(lines.values()), [row[:3] for row in groups])
     text = report.read_text()
-    assert "at length 32" in text and "hla2, key term, conv, K 16" in text and "optimum: one step" in text
+    assert "at length 32" in text and "hla2, key term from (0, 1), conv, K 16" in text and "optimum: one step" in text
     assert (tmp_path / "evidence.png").exists()
     # the step size is the choosing seeds', whatever the reported ones say
     line = lines[runs[0].key]
     worse = line | {"step_size": 0.3, "accuracy": 1.0, "choosing": line["choosing"] + 1}
-    assert chosen([worse, line]) == {"hla2, key term, conv, K 16": [line]}
+    assert chosen([worse, line]) == {"hla2, key term from (0, 1), conv, K 16": [line]}
 
 
 @pytest.mark.slow  # times the steps of every mixer
