@@ -119,8 +119,9 @@ class HLAAttention(RenamesOnLoad):
             before ``feature_map``; None: none. Its last inputs are part of the state
             (``ConvHLA2State``, for example). Its weight decays like a matrix.
         conv_backend: As for ``ShortConvolution``.
-        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 1 and 0: how much of u
-            is the query seen through the keys, and how much the token's own key. For hla2 and hla3.
+        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
+            is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
+            which then begin as linear_attention and ahla.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.
@@ -293,8 +294,9 @@ class HLAAttention(RenamesOnLoad):
 
     def _reset_gates(self) -> None:
         if self.gain is not None and self.skip is not None:
-            nn.init.ones_(self.gain)
-            nn.init.zeros_(self.skip)
+            # first order at the start: from hla2, at 1 and 0, recall is not learned (docs/which-operator.md)
+            nn.init.zeros_(self.gain)
+            nn.init.ones_(self.skip)
         if self.decay_bias is not None:
             count = self.head_dim if self.decay == "channel" else self.decay_heads
             biases = decay_biases(count, self.decay_range, self.decay_temperature)

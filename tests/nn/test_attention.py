@@ -137,20 +137,20 @@ def test_first_order_layer_is_the_linear_transformer():
 KEY_TERM = {"gain_bias", "skip_bias"}  # names that optimisers do not decay
 
 
-def test_the_key_term_starts_as_hla2_and_reaches_first_order():
+def test_the_key_term_starts_as_first_order_and_reaches_hla2():
     """Two vectors of H numbers, which no optimiser decays; the other parameters are those without it."""
     layer, plain, first = _layer(key_term=True), _layer(), _layer(op="linear_attention")
     x = _tokens(9)
     assert {n for n, _ in layer.named_parameters()} - {n for n, _ in plain.named_parameters()} == KEY_TERM
     assert layer.gain.shape == layer.skip.shape == (4,)
     assert KEY_TERM <= {n for n, p in layer.named_parameters() if any(p is q for q in _undecayed(layer))}
-    assert_close("hla2", layer(x)[0].detach(), plain(x)[0].detach(), FLOAT64)
-    with torch.no_grad():
-        layer.gain.zero_()
-        layer.skip.fill_(1.0)
     assert_close("first order", layer(x)[0].detach(), first(x)[0].detach(), FLOAT64)
+    with torch.no_grad():
+        layer.gain.fill_(1.0)
+        layer.skip.zero_()
+    assert_close("hla2", layer(x)[0].detach(), plain(x)[0].detach(), FLOAT64)
     layer.reset_parameters()
-    assert layer.gain.tolist() == [1.0] * 4 and layer.skip.tolist() == [0.0] * 4
+    assert layer.gain.tolist() == [0.0] * 4 and layer.skip.tolist() == [1.0] * 4
 
 
 def _undecayed(layer: HLAAttention) -> list[torch.Tensor]:
