@@ -19,6 +19,8 @@ CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
 # where the key term starts, and what the library's small embedding does
 START = [f"hla2, key term from {start}, conv" for start in ("(1, 0)", "(1, 1)")]
 START += ["softmax; embedding 0.02"]
+# at three state sizes
+SIZED = ["linear_attention, gated, conv", f"{KEYED}, conv"]
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
        "hla2, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
@@ -72,7 +74,7 @@ def _small() -> list[Run]:
 
 def subset() -> list[Run | Regression]:
     """Return the runs of ``make evidence``."""
-    return [*_grid(SMALLEST, 600, CORE + START), *_regression()]
+    return [*_grid(SMALLEST, 600, CORE + START), *_grid(SMALLEST, 600, SIZED, sizes=(8, 4)), *_regression()]
 
 
 def everything() -> list[Run | Regression]:
