@@ -11,6 +11,7 @@ from hla_dist import reference
 from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, start, summarize
 from hla_dist.functional.exchange_ops import checkpoint_context
+from hla_dist.functional.pending import Pending
 from hla_dist.functional.validate import validation
 from hla_dist.nn import HLAAttention, MemoryAttention, SequenceParallelHLA, SoftmaxAttention
 from hla_dist.operators.summary import Summary, combine, identity, scan_exclusive
@@ -34,6 +35,7 @@ __all__ = [
     "KVState",
     "LinearState",
     "MemoryAttention",
+    "Pending",
     "PrefixState",
     "SequenceParallelHLA",
     "ShardedBatch",

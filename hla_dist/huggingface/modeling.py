@@ -56,7 +56,7 @@ class HLAPreTrainedModel(PreTrainedModel):
     config_class = HLAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # no token can be taken back: no assisted generation
+    _is_stateful = False  # as transformers means it: the cache takes tokens back
     _supports_context_parallel = False  # hla_dist.SequenceParallelHLA is what shards a sequence
     _no_split_modules = ["Block"]
     _supports_sdpa = True
@@ -208,17 +208,18 @@ class HLAModel(HLAPreTrainedModel):
         if packed:  # rows one after the other
             x = x.reshape(1, -1, x.shape[-1])
             mask, positions = (y if y is None else y.reshape(1, -1) for y in (mask, positions))
+        recording = past_key_values is not None and past_key_values.records
         x, states, loads = self.network.features(
             x,
             None if past_key_values is None else past_key_values.states,
             batch.documents,
             positions=positions,
             attention_mask=mask,
-            return_state=past_key_values is not None,
+            return_state="pending" if recording else past_key_values is not None,
         )
         x = x.view(shape)
         if past_key_values is not None:
-            past_key_values.replace(states, batch.places, batch.tokens, input_ids)
+            past_key_values.replace(states, batch.places, batch.tokens, input_ids, batch.mask)
         balance = None if loads is None or not self.training else self.network.balance_loss(loads)
         return HLAOutput(last_hidden_state=self.network.norm(x), past_key_values=past_key_values, aux_loss=balance)
 
@@ -324,7 +325,9 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation: expected None, an HLA cache has one size anyway; got {kind!r}")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HLACache(self.config)
+            cache = model_kwargs["past_key_values"] = HLACache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 

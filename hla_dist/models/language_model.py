@@ -75,7 +75,7 @@ class Block(nn.Module):
         state: Any,
         cu_seqlens: Tensor | None,
         positions: Tensor | None,
-        return_state: bool,
+        return_state: bool | str,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Any, Tensor | None]:
         """Return y, the state if asked for, and with experts their loads ``[B, 2, E]``, summed over tokens."""
@@ -99,7 +99,7 @@ class Block(nn.Module):
         state: Any,
         cu_seqlens: Tensor | None,
         positions: Tensor | None,
-        return_state: bool,
+        return_state: bool | str,
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Any]:
         tokens = CHUNK_TOKENS if self.checkpointing == "sublayer" else 0
@@ -109,7 +109,8 @@ class Block(nn.Module):
             cu_seqlens,
             positions=positions,
             attention_mask=attention_mask,
-            output_final_state=return_state,
+            output_final_state=bool(return_state),
+            pending=return_state == "pending",
         )
         return x + mixed, state
 
@@ -226,7 +227,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        return_state: bool = False,
+        return_state: bool | str = False,
         labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Any]]:
         """Return logits ``[B, T, N]``, and with ``return_state`` one state per layer, the next call's
@@ -241,7 +242,8 @@ class LanguageModel(nn.Module):
             cu_seqlens: As for ``hla_dist.HLAAttention``.
             positions: The tokens' global positions. They matter with rotary attention only, which needs
                 them with a state.
-            return_state: Return the states too.
+            return_state: Return the states too; with ``"pending"`` a ``hla_dist.Pending`` per layer in their
+                place, which can go back over these tokens.
             labels: ``[B, T]``. The result is then the sum of the cross-entropies of these labels, -100 left
                 out, instead of logits, which exist for a chunk of tokens at a time. In training mode a
                 mixture of experts adds ``balance`` times its balance loss, which is 1 per token where
@@ -272,7 +274,7 @@ class LanguageModel(nn.Module):
         *,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        return_state: bool = False,
+        return_state: bool | str = False,
     ) -> tuple[Tensor, list[Any], Tensor | None]:
         """Return what the blocks make of embeddings x ``[B, T, D]``, before the last norm, states and loads.
 
@@ -280,6 +282,8 @@ class LanguageModel(nn.Module):
         none. ``attention_mask`` ``[B, T]`` is 0 where there is no token: such a place leaves every state
         as it is, and counts in no load.
         """
+        if return_state not in (False, True, "pending"):
+            raise ValueError(f"return_state: expected True, False or 'pending', got {return_state!r}")
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state: expected one state for each of {len(self.blocks)} layers, got {len(state)}")
         states: list[Any] = []

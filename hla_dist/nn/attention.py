@@ -17,14 +17,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
-from hla_dist.functional.options import Options
+from hla_dist.functional.options import Options, SegmentOptions
+from hla_dist.functional.pending import Pending, absent, cannot_go_back, latest, operate, with_gates
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
-from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width
+from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
 from hla_dist.operators import NAMED
 from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel import agreement
@@ -43,6 +44,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(-1),
 }
 _OPTIONS = ("mask", "decay_form", "ridge", "normalize", "eps", "chunk_size", "exchange", "wire_dtype", "backend")
+_STATE_OPTIONS = [name for name in SegmentOptions.__annotations__ if name != "log_decay"]
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -314,6 +316,7 @@ class HLAAttention(RenamesOnLoad):
         attention_mask: Tensor | None = None,
         group: Any = None,
         output_final_state: bool | None = None,
+        pending: bool = False,
     ) -> tuple[Tensor, Any]:
         """Return ``y [B, T, D]`` and the state after the last token.
 
@@ -331,16 +334,21 @@ class HLAAttention(RenamesOnLoad):
             group: Used instead of the attribute.
             output_final_state: None: if a state came in, or if gradients are off, so that a training step
                 does not pay for it.
+            pending: Return a ``Pending`` in the state's place, which can go back over these tokens, and
+                over those of a ``Pending`` that came in. On one device, without documents.
         """
         group = self.group if group is None else group
+        given, state = state, latest(state)
         problem = self._problem(x, state, positions, attention_mask)
+        if pending and not problem:
+            problem = cannot_go_back(group, cu_seqlens)
         if problem:
             if group is not None and not torch.compiler.is_compiling():
                 first = "forward" if self.conv is None else "halo forward"
                 agreement.fail(group, ValueError(problem), x.device, first)  # raises it on every rank
             raise ValueError(problem)
-        if output_final_state is None:
-            output_final_state = state is not None or not torch.is_grad_enabled()
+        if output_final_state is None or pending:
+            output_final_state = pending or state is not None or not torch.is_grad_enabled()
         rotary: tuple[Tensor, ...] = ()
         if self.rope_theta is not None:
             if positions is None:
@@ -367,7 +375,7 @@ class HLAAttention(RenamesOnLoad):
 
         log_decay = gates[0] if gates else self._log_decay(x)
         if attention_mask is not None:
-            q, k, v, log_decay = _absent(~present(attention_mask, x.shape[:2]), q, k, v, log_decay)
+            q, k, v, log_decay = absent(~present(attention_mask, x.shape[:2]), q, k, v, log_decay)
 
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         options: Options = {
@@ -391,6 +399,16 @@ class HLAAttention(RenamesOnLoad):
             o, state = call.finish()
         if self.conv is not None and state is not None:
             state = convolved(type(state))(*state, after)
+        if pending:
+            operands = with_gates(q, k, v, log_decay)
+            advance = partial(operate, self.op, {name: options[name] for name in _STATE_OPTIONS if name in options})
+            if self.conv is not None:
+                everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+                filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])
+                advance = partial(_convolve, advance, self.conv.width - 1)
+                operands = (inputs, filled, *operands)
+            record = given if isinstance(given, Pending) else Pending(advance, given)
+            state = record.read(state, *operands)
         result = partial(self._result, activation)
         return map_tokens(result, x, o, *ahead, modules=[self], tokens=self.chunk_tokens), state
 
@@ -536,16 +554,16 @@ def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
     return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
 
 
-def _absent(
-    padding: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Operands that leave the state alone where ``padding`` [B, T] holds: q = k = v = 0 and gate 1."""
-    q, k, v = (operand.masked_fill(padding[..., None, None], 0) for operand in (q, k, v))
-    if log_decay is not None:
-        if log_decay.dim() == 1:
-            log_decay = log_decay.expand(*padding.shape, -1)
-        log_decay = log_decay.masked_fill(padding.view(*padding.shape, *[1] * (log_decay.dim() - 2)), 0)
-    return q, k, v, log_decay
+def _convolve(
+    advance: Callable[..., Any], reach: int, before: Any, present: Tensor | None, inputs: Tensor, filled: Tensor,
+    *operands: Tensor,
+) -> Any:  # fmt: skip
+    """``advance`` of a layer with a convolution; ``filled`` [B, T] is where ``inputs`` are tokens, not padding."""
+    heads = inputs.new_zeros(len(inputs), reach, inputs.shape[2])
+    if before is not None:
+        *before, heads = before
+    state = advance(before and tuple(before), present, *operands)
+    return convolved(type(state))(*state, inputs_behind(heads, inputs, filled if present is None else filled & present))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

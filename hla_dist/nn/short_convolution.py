@@ -140,6 +140,15 @@ def check_width(name: str, width: Any) -> None:
     require(type(width) is int and width in WIDTHS, name, f"a whole number from {WIDTHS[0]} to {WIDTHS[-1]}", width)
 
 
+def inputs_behind(heads: Tensor, x: Tensor, filled: Tensor) -> Tensor:
+    """Return the last inputs ``[B, w - 1, C]`` behind ``heads``, of as many, and the tokens x ``[B, T, C]``.
+
+    Of those only where ``filled [B, T]`` is True.
+    """
+    order = torch.argsort(~filled, dim=1, stable=True)
+    return _window(torch.cat([heads.to(x.dtype), _taken(x, order)], 1), filled.sum(1), heads.shape[1])
+
+
 class _Call(NamedTuple):
     """A call that is in order; ``reach`` is w - 1."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
+from hla_dist.functional.pending import Pending, cannot_go_back, latest
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.chunks import map_tokens
@@ -41,6 +42,7 @@ class LayerCall(NamedTuple):
     group: Any
     rank: int
     ranks: int
+    operands: list[Tensor]  # what the tokens become: queries, keys and values first
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Every rank's integers, [P, n]."""
@@ -179,13 +181,14 @@ class SoftmaxAttention(RenamesOnLoad):
     def forward(
         self,
         x: Tensor,
-        state: KVState | None = None,
+        state: Any = None,
         cu_seqlens: Tensor | None = None,
         *,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         group: Any = None,
         output_final_state: bool | None = None,
+        pending: bool = False,
     ) -> tuple[Tensor, Any]:
         """Return ``y [B, T, D]`` and the state after the last token.
 
@@ -199,19 +202,41 @@ class SoftmaxAttention(RenamesOnLoad):
                 after the other.
             group: Used instead of the attribute.
             output_final_state: None: if a state came in or, without a group, if gradients are off.
+            pending: As for HLAAttention.
         """
         group = self.group if group is None else group
+        given, state = state, latest(state)
         ranks, rank = (1, 0) if group is None else (group_size(resolve_group(group)), group_rank(resolve_group(group)))
         try:
             cu = self._check(x, state, cu_seqlens, positions, attention_mask, rank, ranks)
+            if pending and (problem := cannot_go_back(group, cu_seqlens)):
+                raise ValueError(problem)
         except ValueError as error:
             raise_everywhere(error, x, group)
         if output_final_state is None:
             output_final_state = state is not None or (ranks == 1 and not torch.is_grad_enabled())
-        call = LayerCall(state, cu, positions, output_final_state, group, rank, ranks)
-        if attention_mask is None:
-            return self._attend(x, call)
-        return self._among_padding(x, present(attention_mask, x.shape[:2]), call)
+        operands: list[Tensor] = []
+        call = LayerCall(state, cu, positions, output_final_state or pending, group, rank, ranks, operands)
+        filled = None if attention_mask is None else present(attention_mask, x.shape[:2])
+        y, after = self._attend(x, call) if filled is None else self._among_padding(x, filled, call)
+        if not pending:
+            return y, after
+        filled = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if filled is None else filled
+        record = given if isinstance(given, Pending) else Pending(self._advance, given)
+        return y, record.read(after, filled, *(_as_rows(one, filled) for one in operands))
+
+    def _advance(self, before: Any, present: Tensor | None, filled: Tensor, *operands: Tensor) -> Any:
+        """The state after those tokens that are ``filled`` [B, T] and present; operands [B, T, ...]. No projection."""
+        kept = filled if present is None else filled & present
+        index = kept.flatten().nonzero().flatten()
+        rows = tuple(one.flatten(0, 1)[index][None] for one in operands)
+        cu = F.pad(kept.sum(1).cumsum(0), (1, 0)).cpu()  # each row a document
+        about = self._description(rows[0], True, True)
+        call = softmax.agree(
+            len(index), None, cu=cu, state=before, window=self._span, final=True, device=rows[0].device,
+            description=about,
+        )  # fmt: skip
+        return self._mix(call, "gather", rows, before, None)[1]
 
     def _among_padding(self, x: Tensor, filled: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
         """The tokens of each row as one document; over a group row by row, since rows lie side by side on the ranks.
@@ -246,11 +271,11 @@ class SoftmaxAttention(RenamesOnLoad):
         return y.new_zeros(batch * tokens, y.shape[2]).index_copy(0, index, y[0]).view(x.shape), after
 
     def _attend(self, x: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
-        state, cu, positions, final, group, rank, ranks = call
+        state, cu, positions, final, group, rank, ranks, kept = call
         batch, tokens = x.shape[:2]
         ragged = cu is None and state is not None and bool((state.tokens != state.tokens[:1]).any())
         if ragged:  # each row a document
-            cu, x = torch.arange(batch + 1) * tokens, x.reshape(1, batch * tokens, -1)
+            cu, x = torch.arange(batch + 1) * tokens, x.reshape(1, batch * tokens, x.shape[2])
             positions = positions if positions is None else positions.expand(batch, tokens).reshape(1, -1)
         agreed = softmax.agree(
             x.shape[1], group, cu=cu, state=state, window=self._span, final=final, device=x.device,
@@ -261,6 +286,7 @@ class SoftmaxAttention(RenamesOnLoad):
             positions = agreed.spans.positions(rank).to(x.device)
         rotary = (positions.expand(x.shape[:2]),)
         operands = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
+        kept[:] = operands
         o, after = self._mix(agreed, exchange, operands, state, group)
         y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
         return y.reshape(batch, tokens, self.hidden_size), after
@@ -367,6 +393,14 @@ class SoftmaxAttention(RenamesOnLoad):
             f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}, "
             f"exchange={self.exchange!r}"
         )
+
+
+def _as_rows(x: Tensor, filled: Tensor) -> Tensor:
+    """``[B, T, ...]`` of rows that lie in one, without what is not ``filled`` [B, T] perhaps."""
+    if x.shape[0] * x.shape[1] == filled.numel():
+        return x.reshape(*filled.shape, *x.shape[2:])
+    index = filled.flatten().nonzero().flatten()
+    return x.new_zeros(filled.numel(), *x.shape[2:]).index_copy(0, index, x[0]).unflatten(0, filled.shape)
 
 
 def _row(state: Any, n: int) -> Any:

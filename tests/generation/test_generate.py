@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import signal
@@ -19,9 +20,10 @@ from hla_dist.checkpoints.export import Trained, export
 from hla_dist.data.text import Codec, TextStream
 from hla_dist.generation.generate import Reading, Sampling, follow, generate, pick, read
 from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
+from hla_dist.generation.speculate import speculate
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError
-from tests.harness import RankPool, assert_bitwise, assert_close, group, shifted
+from tests.harness import RankPool, assert_bitwise, assert_close, group, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +230,39 @@ def test_tokens_come_while_others_are_still_to_come(checkpoint: str) -> None:
     finally:
         process.kill()
     assert process.returncode == 130 and b"Traceback" not in stderr
+
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "rotary": dict(attention={"rope_theta": 100.0}),
+    "convolution": dict(op="hla3", attention={"conv": 4}),
+    "hybrid": dict(pattern="ahla,softmax,memory", num_layers=3, softmax={"window": 9}, memory={"window": 4}),
+}
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_speculation_writes_what_greedy_does(mixers: str) -> None:
+    """By a draft that is sometimes right, where texts keep different numbers of tokens, and by one that always is."""
+    model = small(**MIXERS[mixers])
+    model.embedding.weight.data.mul_(20)  # as initialised it continues nearly anything with the same token
+    draft = copy.deepcopy(model)
+    for parameter in draft.blocks.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    texts = [TEXT[:20], TEXT[20:23], TEXT[23:]]
+    readings = [read(model, text) for text in texts]
+    want = [list(row) for row in zip(*follow(model, readings, 16, GREEDY), strict=True)]
+    for guesser in (draft, model):
+        rounds = list(speculate(model, guesser, readings, [read(guesser, text) for text in texts], 16, block=3))
+        for row, tokens in enumerate(want):
+            assert [token for new in rounds for token in new[row]][:16] == tokens
+        if guesser is model:
+            assert len(rounds) == 4
+        else:
+            assert any(len(set(map(len, new))) > 1 for new in rounds)
+
+
+def test_a_draft_that_does_not_fit_is_refused() -> None:
+    model, other = small(), small(vocab_size=40)
+    with raises_value_error("draft: expected a model of the same vocabulary of 50, got 40"):
+        next(speculate(model, other, [], [], 1))
+    with raises_value_error("block: expected at least 1 token, got 0"):
+        next(speculate(model, model, [], [], 1, block=0))

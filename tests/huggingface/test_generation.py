@@ -138,14 +138,10 @@ def test_what_a_state_cannot_do_is_refused_by_name():
     from transformers import DynamicCache
 
     hla, ids = model(), tokens(2, 4)
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        hla.generate(ids[:1], assistant_model=model(), max_new_tokens=2)
     with raises_value_error("cache_implementation: expected None", "got 'static'"):
         hla.generate(ids, cache_implementation="static", max_new_tokens=2)
     with raises_value_error("past_key_values: expected an HLACache, got DynamicCache"):
         hla(ids, past_key_values=DynamicCache())
-    with raises_value_error("crop: expected a cache of keys and values, got HLA states"):
-        hla(ids, use_cache=True).past_key_values.crop(-1)
     with raises_value_error("attention_mask: expected [B, past + T] = [2, 4], got [2, 3]"):
         hla(ids, attention_mask=torch.ones(2, 3))
     with raises_value_error("position_ids: expected [B, T] = [2, 4], got [2, 3]"):
