@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ahla": dict(op="ahla"),
     "hla3": dict(op="hla3", attention={"rope_theta": 1e4, "conv": 4}),
     "first order, ratio": dict(op="linear_attention", attention={"normalize": True, "feature_map": "elu+1"}),
+    "window and memory": dict(pattern="memory", memory={"window": 3, "op": "hla2"}),
     "grouped, gate a head": dict(num_heads=4, num_kv_heads=2, attention={"decay": "head"}),
 }
 DECODING: dict[str, dict[str, Any]] = {
@@ -87,7 +88,7 @@ def test_generation_with_the_cache_equals_without(decoding):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
-@pytest.mark.parametrize("variant", ["rotary", "grouped, gate a head"])
+@pytest.mark.parametrize("variant", ["rotary", "window and memory", "grouped, gate a head"])
 def test_left_padded_batches_generate_what_each_text_does_alone(variant, options):
     hla = model(**VARIANTS[variant])
     texts = [tokens(1, length, seed=length)[0] for length in (3, 8, 5)]

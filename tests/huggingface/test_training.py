@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,11 +134,14 @@ def test_packing_without_padding_and_checkpointing_train_the_same_task(tmp_path:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_lora_on_the_projections(tmp_path: Path):
-    changes = {"attention": {"conv": 4}}
+@pytest.mark.parametrize(
+    "changes", [{"attention": {"conv": 4}}, {"pattern": "memory", "memory": {"window": 3}}], ids=str
+)
+def test_lora_on_the_projections(changes: dict[str, Any], tmp_path: Path):
     hla, ids = model(**changes), tokens(2, 9)
     before = hla(ids).logits.detach()
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_up", "down"]
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up", "down"]
+    projections += [] if "pattern" in changes else ["g_proj"]
     lora = get_peft_model(hla, LoraConfig(r=2, target_modules=projections, task_type="CAUSAL_LM")).double()
     assert_close("logits", lora(ids).logits, before, FLOAT64)
     trained = {name for name, p in lora.named_parameters() if p.requires_grad}

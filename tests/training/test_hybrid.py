@@ -115,12 +115,13 @@ def run(pg: dist.ProcessGroup, config: Any) -> int:
 
 def test_a_run_trains_saves_and_keeps_parity(pool: RankPool, tmp_path: Path) -> None:
     data, out = write_text(tmp_path / "text.txt", 4000), tmp_path / "out"
-    changes = dict(pattern="hla2,softmax", window=20, heads=2, kv_heads=1, conv=4, key_term=True)
+    changes = dict(pattern="hla2,softmax,memory", layers=3, window=20, heads=2, kv_heads=1, conv=4, key_term=True)
     changes |= dict(checkpoint_activations=True)
     assert pool.run_group(3, run, small_config(data, out=str(out), **changes)) == [0, 0, 0]  # parity held
     saved = checkpoint.open_checkpoint(out)
     model = LanguageModel(ModelConfig.from_dict(saved.state["model"]))
     checkpoint.load(saved, model)
-    assert model.blocks[1].attention.window == 20 and len(generate(model, [1, 2], 4)) == 4
+    assert model.blocks[1].attention.window == model.blocks[2].attention.window == 20
+    assert len(generate(model, [1, 2], 4)) == 4
     more = small_config(data, out=str(out), resume="", steps=8, **changes)
     assert pool.run_group(3, run, more) == [0, 0, 0]
