@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hla_dist.convert.swap import converted, require_change
+from hla_dist.convert.swap import converted, mixer_of, require_change
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import all_reduce_sum, resolve_group
@@ -82,7 +82,7 @@ def distill(
         raise ValueError(f"kl, tokens: expected weights >= 0, not both 0, got {kl} and {tokens}")
     if kl and teacher is None:
         raise ValueError(f"teacher: expected a model with kl={kl}, got None")
-    layers = [student.blocks[index].attention for index in converted(student)]
+    layers = [mixer_of(student, index) for index in converted(student)]
     if not layers:
         raise ValueError(f"distill: expected a converted model, got the pattern {student.config.pattern!r}")
     torch.manual_seed(seed)

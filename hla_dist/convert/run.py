@@ -119,7 +119,8 @@ class Conversion:
         wanted = asdict(self.config)
         for name in ("out", "stage"):
             del wanted["asked"][name]
-        del wanted["amounts"]["distill_steps"], wanted["amounts"]["batch"]
+        for name in ("held_out", "other", "distill_steps", "batch"):  # the layers do not depend on them
+            del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
         file = self.out / OPTIONS
         if file.is_file() and (before := json.loads(file.read_text())) != wanted:

@@ -70,6 +70,11 @@ def _projection(student: LanguageModel, name: str) -> bool:
     return isinstance(student.get_submodule(module), nn.Linear)
 
 
+def mixer_of(model: LanguageModel, index: int) -> Any:
+    """The attention of a layer."""
+    return model.blocks[index].attention
+
+
 def converted(student: LanguageModel) -> list[int]:
     """The layers that are not softmax."""
     return [index for index, mixer in enumerate(student.config.mixers) if mixer != "softmax"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hla_dist.convert.swap import converted, require_change
+from hla_dist.convert.swap import converted, mixer_of, require_change
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
 from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank, group_size, resolve_group
@@ -79,7 +79,7 @@ def transfer(
         raise ValueError(f"rows: expected integers [N, T], at least two rows, got {rows.dtype} {list(rows.shape)}")
     layers = converted(student)
     for index in layers:
-        if not _trained(student.blocks[index].attention, train):
+        if not _trained(mixer_of(student, index), train):
             raise ValueError(f"transfer: expected parameters to train in layer {index}, got none with train={train!r}")
     pg = None if group is None else resolve_group(group)
     rank, ranks = (0, 1) if pg is None else (group_rank(pg), group_size(pg))
@@ -89,11 +89,11 @@ def transfer(
     with torch.no_grad():
         hidden = [teacher.embedding(part) for part in rows.split(BATCH)]
     for index in range(student.config.num_layers):
-        block = teacher.blocks[index]
+        block: Any = teacher.blocks[index]
         if index in layers:
             number = layers.index(index)
             if number % ranks == rank:
-                new = student.blocks[index].attention
+                new = mixer_of(student, index)
                 stored = None if directory is None else directory / f"layer_{index:03d}.safetensors"
                 error = _read(new, stored) if stored is not None and stored.is_file() else None
                 if error is None:
@@ -110,7 +110,7 @@ def transfer(
     student.train(modes[0]), teacher.train(modes[1])
     if pg is not None and ranks > 1:
         for number, index in enumerate(layers):
-            for parameter in student.blocks[index].attention.parameters():
+            for parameter in mixer_of(student, index).parameters():
                 broadcast(parameter.data, pg, number % ranks)
         all_reduce_sum(errors, pg)
     return [LayerError(index, *error) for index, error in zip(layers, errors.tolist())]
@@ -145,7 +145,7 @@ def _teach(
     held_out = max(1, min(HELD_OUT, len(x) // 10))
     known = len(x) - held_out
 
-    def missed(part: slice | Tensor) -> Tensor:
+    def missed(part: Any) -> Tensor:
         difference = output(new, x[part]).float() - wanted[part].float()
         return difference.square().sum() / wanted[part].float().square().sum()
 

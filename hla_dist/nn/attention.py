@@ -526,7 +526,7 @@ class HLAAttention(RenamesOnLoad):
         )
 
 
-def decay_biases(count: int, memories: tuple[float, float], temperature: float = 1.0) -> list[float]:
+def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> list[float]:
     """``b_h`` with ``log_sigmoid(b_h) / temperature = -1 / tau_h``: tau from the first memory to the last, in equal
     ratios.
     """

@@ -51,7 +51,7 @@ class Hedgehog(nn.Module):
 
     def __init__(self, heads: int, size: int, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, size, size, **factory))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(heads, size, size, **factory))
         self.weight._no_weight_decay = True  # type: ignore[attr-defined]  # it would pull towards one feature for all
         self.reset_parameters()
 
@@ -167,7 +167,7 @@ class MemoryAttention(SoftmaxAttention):
         self.without: str | None = None  # "window" or "memory": what an ablation leaves out
         self.shares: list[Tensor] | None = None  # a list takes each call's mean share of the memory, [H]
 
-        factory = {name: softmax.get(name) for name in ("device", "dtype")}
+        factory: dict[str, Any] = {name: softmax.get(name) for name in ("device", "dtype")}
         heads = num_heads
 
         def per_head(wanted: bool) -> nn.Parameter | None:

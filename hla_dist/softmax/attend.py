@@ -96,9 +96,12 @@ def attend(
     rows, low = fetch(call, torch.cat([k, v], -1), cached)
     first, last = (x - low for x in spans.visible(rank))
     seen_k, seen_v = rows.split(k.shape[3], -1)
-    after = keep(call, rows, low)
     out = attend_locally(q, seen_k, seen_v, first, last, scale)
-    return out, None if after is None else KVState(*after[0].chunk(2, -1), after[1])
+    after = keep(call, rows, low)
+    if after is None:
+        return out, None
+    new_k, new_v = after[0].chunk(2, -1)
+    return out, KVState(new_k, new_v, after[1])
 
 
 def fetch(call: SoftmaxCall, own: Tensor, cached: Tensor | None) -> tuple[Tensor, int]:

