@@ -55,11 +55,21 @@ def part_of(runs: Sequence[Job], part: str) -> Sequence[Job]:
     return runs[int(index) - 1 :: int(count)]
 
 
+def train(run: Job) -> Line:
+    """Return the run's line."""
+    return regression.train(run) if isinstance(run, Regression) else training.train(run)
+
+
+def predicted_seconds(run: Job) -> float:
+    """Predict the run's CPU seconds."""
+    return regression.predicted_seconds(run) if isinstance(run, Regression) else training.predicted_seconds(run)
+
+
 def work(runs: Sequence[Job], path: Path, about: dict[str, Any]) -> None:
     """Do the runs that have no line yet."""
     for run in tqdm(runs, desc="evidence"):
         if run.key not in read(path):
-            line = regression.train(run) if isinstance(run, Regression) else training.train(run)
+            line = train(run)
             line |= {name: about[name] for name in ("commit", "hardware", "torch")}
             with path.open("a") as file:  # one write a line: several processes may append
                 file.write(json.dumps(line) + "\n")
@@ -68,22 +78,17 @@ def work(runs: Sequence[Job], path: Path, about: dict[str, Any]) -> None:
 def planned(runs: Sequence[Job], done: dict[str, Line]) -> list[list[str]]:
     """Return one row per group and one of sums: runs planned and done, and core-minutes for the rest from timed steps.
 
-    A run that solves its task sooner takes less.
+    A mixer is timed at the first of its sizes. A run that solves its task sooner takes less.
     """
     rows, total = [], 0.0
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]
         rest = [run for run in members if run.key not in done]
-        timed: dict[tuple[str, int], float] = {}
+        timed: dict[str, float] = {}
         for run in rest:
-            kind = (run.mixer, getattr(run, "head_dim", 0))
-            if kind not in timed:
-                timed[kind] = (
-                    regression.predicted_seconds(run)
-                    if isinstance(run, Regression)
-                    else training.predicted_seconds(run)
-                )
-        minutes = sum(timed[run.mixer, getattr(run, "head_dim", 0)] for run in rest) / 60
+            if run.mixer not in timed:
+                timed[run.mixer] = predicted_seconds(run)
+        minutes = sum(timed[run.mixer] for run in rest) / 60
         total += minutes
         rows.append([group, str(len(members)), str(len(members) - len(rest)), f"{minutes:.1f}"])
     return [*rows, ["all", str(len(runs)), str(sum(run.key in done for run in runs)), f"{total:.0f}"]]

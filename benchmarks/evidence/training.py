@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Run:
 
 def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
     """Return the logits [N, vocabulary] of the scored positions alone: elsewhere the head would cost the most."""
-    features, _ = model.features(model.embedding(tokens))
+    features = model.features(model.embedding(tokens))[0]
     return F.linear(model.norm(features[scored]), model.embedding.weight)
 
 
@@ -91,14 +91,19 @@ def _optimizer(model: LanguageModel, run: Run) -> torch.optim.Optimizer:
 
 
 def predicted_seconds(run: Run) -> float:
-    """Predict the CPU seconds of ``run``, if it does not end early, from the shortest of three steps."""
+    """Predict the CPU seconds of ``run``, if it does not end early, from the shorter of two steps.
+
+    Long sequences are timed in a smaller batch: to time every mixer must not take long itself.
+    """
+    share = min(run.batch, max(1, run.task.length // 64))
+    run = replace(run, batch=run.batch // share)
     model = run.model()
     optimizer, samples = _optimizer(model, run), []
-    for index in range(4):
+    for index in range(3):
         start = time.process_time()
         _step(model, run, optimizer, index)
         samples.append(time.process_time() - start)
-    return min(samples[1:]) * run.steps
+    return min(samples[1:]) * share * run.steps
 
 
 def train(run: Run) -> dict[str, Any]:
