@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.data.text import BYTES
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import UserError, describe
-from hla_dist.processes.whole_file import whole_file
+from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
 
@@ -49,28 +47,15 @@ def load_trained(path: Path) -> Trained:
 
 def export(trained: Trained, path: Path) -> None:
     """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
-    from safetensors.torch import save_file
-
     about = {
         "model": trained.model.config.to_dict(), "tokenizer": trained.tokenizer, "known_text": trained.known_text,
         "step": trained.step,
     }  # fmt: skip
-    try:
-        with whole_file(path) as partial:
-            save_file(trained.model.state_dict(), partial, metadata={KEY: json.dumps(about)})
-    except Exception as exc:  # the package reports a full disk with an error of its own
-        raise UserError(f"export: cannot write {path}: {describe(exc)}") from exc
+    write_tensors(path, trained.model.state_dict(), KEY, about, "export")
 
 
 def _load_file(path: Path) -> Trained:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {}).get(KEY, "null")) or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as exc:
-        raise UserError(f"checkpoint: cannot read {path}: {describe(exc)}") from exc
+    tensors, about = read_tensors(path, KEY, "checkpoint")
     if "model" not in about:
         raise UserError(f"checkpoint: expected a file that launch/export.py wrote, got {path} without its {KEY} entry")
     model = LanguageModel(ModelConfig.from_dict(about["model"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from hla_dist.checkpoints.tensors import read_tensors, stored_shapes
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.head_norm import current_name
 from hla_dist.parallel.collectives import all_gather_objects
-from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.processes import tensor_file
+from hla_dist.processes.failure import UserError, together
 
 _SUFFIX = ".safetensors"
 _TRANSFORMERS = "model.network."  # before the names in a folder that transformers has saved
@@ -81,15 +81,10 @@ def _files(path: Path) -> list[str]:
 
 
 def _read_files(path: Path, files: list[str]) -> Weights:
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     for name in files:
-        try:
-            with safe_open(name, framework="pt") as file:
-                about |= json.loads((file.metadata() or {}).get(KEY, "{}"))
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError, ValueError) as exc:
-            raise UserError(f"--init-from: cannot read {name}: {describe(exc)}") from exc
+        part, description = tensor_file.read_tensors(Path(name), KEY, "--init-from")
+        tensors |= part
+        about |= description
     return Weights(tensors, ModelConfig.from_dict(about["model"]) if "model" in about else None, path)

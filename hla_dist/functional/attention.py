@@ -133,8 +133,7 @@ def _run(call: Call) -> tuple[Tensor, Any]:
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         call = call._replace(k=call.k.view_as(call.k), v=call.v.view_as(call.v))
     if torch.compiler.is_exporting() and call.documents is None and not plan.group_name:
-        how = (call.name, call.mask, call.decay_form)
-        out, *state = exported.attend(*call.inputs, list(call.initial), *how, *plan.stage_arguments)
+        out, *state = exported.attend(*call.inputs, list(call.initial), *plan.stage_arguments)
         return out, plan.cascade.state(*state) if plan.output_state else None
     if call.documents is not None:
         out, state = packed.attend(call)

@@ -71,9 +71,7 @@ class Plan(NamedTuple):
 class Call(NamedTuple):
     """Tensors and plan of a call; gates per query head, key term ``[H]``, the initial state's fields, or none."""
 
-    name: str
     mask: str
-    decay_form: str
     plan: Plan
     q: Tensor
     k: Tensor
@@ -169,7 +167,7 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
     )
     if o["group"] is not None:
         plan = _over_group(plan, o, documents, q, k, v)
-    return Call(name, o["mask"], o["decay_form"], plan, q, k, v, gates, gain, skip, initial, documents)
+    return Call(o["mask"], plan, q, k, v, gates, gain, skip, initial, documents)
 
 
 def _over_group(plan: Plan, o: dict[str, Any], documents: Documents | None, q: Tensor, k: Tensor, v: Tensor) -> Plan:

@@ -25,8 +25,8 @@ from hla_dist.operators import OPERATORS, channels, stages, stages_backward
 from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.segment import Segment, Settings
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? gain, Tensor? skip"
-_OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, int chunk_size, str backend"
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? gain, Tensor? skip"
+OPTIONS = "str operator, float scale, float ridge, bool normalize, float eps, int chunk_size, str backend"
 _SAVED = "Tensor out, Tensor denominator, Tensor[] checkpoints, Tensor dout"
 
 
@@ -58,7 +58,7 @@ def _segment(q, k, v, log_decay, gain, skip, operator, scale, ridge, normalize, 
     return Segment(OPERATORS[operator], q, k, v, log_decay, settings, gain, skip)
 
 
-@_stage(f"({_INPUTS}, {_OPTIONS}) -> Tensor[]")
+@_stage(f"({INPUTS}, {OPTIONS}) -> Tensor[]")
 def summarize(q, k, v, log_decay, gain, skip, *options) -> list[Tensor]:
     """Stage ``summarize``."""
     result = _backend(options)[0].summarize(_segment(q, k, v, log_decay, gain, skip, *options))
@@ -83,7 +83,7 @@ def _fake_kept(s: Segment, options: tuple[Any, ...]) -> list[Tensor]:
     return kept
 
 
-@_stage(f"({_INPUTS}, Tensor[] carry, Tensor[] kept, {_OPTIONS}) -> Tensor[]")
+@_stage(f"({INPUTS}, Tensor[] carry, Tensor[] kept, {OPTIONS}) -> Tensor[]")
 def scan(q, k, v, log_decay, gain, skip, carry, kept, *options) -> list[Tensor]:
     """Stage ``scan``."""
     result = _backend(options)[0].scan(_segment(q, k, v, log_decay, gain, skip, *options), carry, kept)
@@ -101,7 +101,7 @@ def _(q, k, v, log_decay, gain, skip, carry, kept, *options) -> list[Tensor]:
     return [out, denominator, *(s.empty_state(name) for name in s.operator.states), *checkpoints]
 
 
-@_stage(f"({_INPUTS}, {_SAVED}, {_OPTIONS}) -> Tensor[]")
+@_stage(f"({INPUTS}, {_SAVED}, {OPTIONS}) -> Tensor[]")
 def summarize_backward(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
     """Stage ``summarize_backward``."""
     saved = stages_backward.Saved(out, denominator, checkpoints)
@@ -114,7 +114,7 @@ def _(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, *opti
     return [s.empty_state(name) for name in s.operator.reverses]
 
 
-@_stage(f"({_INPUTS}, {_SAVED}, Tensor[] reverse_carry, {_OPTIONS}) -> Tensor[]")
+@_stage(f"({INPUTS}, {_SAVED}, Tensor[] reverse_carry, {OPTIONS}) -> Tensor[]")
 def scan_backward(
     q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, reverse_carry, *options
 ) -> list[Tensor]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hla_dist import states
 from hla_dist.generation.generate import Reading
 from hla_dist.models import LanguageModel
-from hla_dist.processes.failure import UserError, describe
-from hla_dist.processes.whole_file import whole_file
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_state"  # in the file's metadata: JSON of the fields below
 _FIELDS = {"model", "kinds", "position", "last"}
@@ -30,8 +29,6 @@ def fingerprint(model: LanguageModel) -> str:
 
 def save_state(reading: Reading, model: LanguageModel, path: Path) -> None:
     """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
-    from safetensors.torch import save_file
-
     about = {
         "model": fingerprint(model), "kinds": [type(layer).__name__ for layer in reading.state],
         "position": reading.position, "last": reading.last,
@@ -41,11 +38,7 @@ def save_state(reading: Reading, model: LanguageModel, path: Path) -> None:
         for index, layer in enumerate(reading.state)
         for name, field in layer._asdict().items()
     }
-    try:
-        with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={KEY: json.dumps(about)})
-    except Exception as exc:  # the package reports a full disk with an error of its own
-        raise UserError(f"--save-state: cannot write {path}: {describe(exc)}") from exc
+    write_tensors(path, tensors, KEY, about, "--save-state")
 
 
 def load_state(path: Path, model: LanguageModel) -> Reading:
@@ -54,14 +47,7 @@ def load_state(path: Path, model: LanguageModel) -> Reading:
     Raises UserError in one line for a file that is none, and for another model's: its state would be read as numbers
     that mean something else.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as exc:
-        raise UserError(f"--state: cannot read {path}: {describe(exc)}") from exc
+    tensors, about = read_tensors(path, KEY, "--state")
     if not _FIELDS <= about.keys():
         raise UserError(f"--state: expected a file that --save-state wrote, got {path} without its {KEY} entry")
     own = fingerprint(model)

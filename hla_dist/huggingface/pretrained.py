@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hla_dist.huggingface.gguf_file import GGUFFile
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import describe
+from hla_dist.processes.tensor_file import open_tensors
 
 
 class Family(NamedTuple):
@@ -261,13 +262,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                read: Callable[[str], Tensor] = file.get_tensor
-                for name in file.keys():
-                    yield name, read(name)
-        except (SafetensorError, OSError) as exc:
-            raise ValueError(f"{path}: cannot be read: {describe(exc)}") from exc
+        with open_tensors(path, lambda reason: ValueError(f"{path}: cannot be read: {reason}")) as file:  # noqa: B023
+            for name in file.keys():
+                yield name, file.get_tensor(name)
