@@ -9,6 +9,7 @@ hla3      o_t = q_t^T (S + ridge I) Q P    Q = sum q_i q_i^T
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops
@@ -66,7 +67,7 @@ def attend(call: Call) -> Tensor:
     outs = []
     pieces = documents.take([q, k, v], bool(plan.group_name))
     for rows in pieces.rows:
-        outs.append(_read(plan, rows[0], _moments(plan, *rows)).flatten(0, 1))
+        outs.append(rearrange(_read(plan, rows[0], _moments(plan, *rows)), "n t h v -> (n t) h v"))
     if plan.group_name:
         crossing = [_moments(plan, *x) for x in pieces.crossing]
         moments = [torch.cat(pair) for pair in zip(*crossing)]
@@ -82,9 +83,10 @@ def _moments(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     x = {"q": q.to(dtype) * plan.scale, "k": k.to(dtype), "v": v.to(dtype)}
     if plan.normalize:
         x["v"] = torch.cat([x["v"], x["v"].new_ones(*v.shape[:3], 1)], dim=-1)
-    x = {letter: t.transpose(1, 2).unflatten(1, (k.shape[2], -1)) for letter, t in x.items()}
+    x = {letter: rearrange(t, "b t (g n) c -> b g n t c", g=k.shape[2]) for letter, t in x.items()}
     moments = [x[left].mT @ x[right] for left, right in plan.cascade.full]
-    return [m.expand(-1, -1, q.shape[2] // k.shape[2], -1, -1).flatten(1, 2) for m in moments]
+    heads = q.shape[2] // k.shape[2]
+    return [rearrange(m.expand(-1, -1, heads, -1, -1), "b g n r c -> b (g n) r c") for m in moments]
 
 
 def _read(plan: Plan, q: Tensor, moments: list[Tensor]) -> Tensor:
@@ -94,7 +96,7 @@ def _read(plan: Plan, q: Tensor, moments: list[Tensor]) -> Tensor:
         m = moment @ m
     if len(moments) > 1:
         m = moments[0] @ m + plan.ridge * m
-    out = (q.to(m.dtype) * plan.scale).transpose(1, 2) @ m
+    out = rearrange(q.to(m.dtype) * plan.scale, "b t h k -> b h t k") @ m
     if plan.normalize:
         out = out[..., :-1] / (out[..., -1:] + plan.eps)
-    return out.transpose(1, 2).to(q.dtype)
+    return rearrange(out, "b h t v -> b t h v").to(q.dtype)

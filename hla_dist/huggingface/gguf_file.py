@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from hla_dist.processes.failure import describe
@@ -118,4 +119,4 @@ class GGUFFile:
 
 def halves_together(rows: Tensor, heads: int) -> Tensor:
     """Rows of each head from llama.cpp's order for llamas, rotary pairs side by side, to m and m + K/2."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+    return rearrange(rows, "(h m pair) ... -> (h pair m) ...", h=heads, pair=2)
