@@ -68,8 +68,8 @@ class Contender:
 
 
 HLA2 = Contender("hla2", hla2, heads_first=False)
-HLA2_HEAD = Contender("hla2, gate a head", hla2, "head", heads_first=False)
-HLA2_TOKEN = Contender("hla2, gate a token", hla2, "token", heads_first=False)
+HLA2_HEAD = Contender("hla2, gate per head", hla2, "head", heads_first=False)
+HLA2_TOKEN = Contender("hla2, gate per token", hla2, "token", heads_first=False)
 SOFTMAX = Contender("softmax (SDPA)", softmax, quadratic=True)
 QUADRATIC = Contender("quadratic form", quadratic, quadratic=True, squares=(2, 4))
 COMPOSITION = Contender("composition", composition)

@@ -4,7 +4,7 @@
     python benchmarks/family_cpu.py --quick        a smoke run of seconds; report in out/benchmarks/
     python benchmarks/family_cpu.py --check        exit code 1 if a target is missed
 
-B = 1, K = V = 64, float32, without gates and with a gate a token. One interleaved run: every round measures every
+B = 1, K = V = 64, float32, without gates and with a gate per token. One interleaved run: every round measures every
 operator once, ratios are of medians. Expected from a count of first-order passes (scores and states of each pass, in
 units of hla2's whole): linear_attention 0.5, ahla 1, hla3 1.4 forward (its second inner pass shares the scores of
 q and k); backward likewise.
@@ -29,7 +29,7 @@ from benchmarks.contenders import MODES, Contender, K, Source
 from benchmarks.program import KEEP_MEMORY, options
 
 BOUNDS = {"linear_attention": 1.0, "ahla": 1.1, "hla3": 1.7}  # time over hla2's
-GATES = {"no gate": "", "gate a token": "token"}
+GATES = {"no gate": "", "gate per token": "token"}
 
 
 def contender(name: str, gates: str) -> Contender:

@@ -32,7 +32,7 @@ from hla_dist.scaling.memory import PeakMemory
 PIECE = 8192
 LENGTHS = [1 << n for n in (10, 12, 14, 16, 18, 20)]
 ROUNDS = 15
-NEW = 16  # tokens a round
+NEW = 16  # tokens per round
 MIB = 1 << 20
 HEADER = ["context", "state from", "read, tokens/s", "MiB peak reading", "ms per token", "CPU ms per token",
           "tokens per CPU second", "state, KiB", "MiB peak generating",
@@ -154,7 +154,7 @@ def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     left.plot(contexts, [row["cpu_s_a_token"] * 1e3 for row in rows], "o-", label=f"{name}: whole model")
     left.plot(contexts, [row["cache_cpu_s_a_token"] * 1e3 for row in rows], "s--", color="0.5",
               label="softmax over a cache: attention alone")  # fmt: skip
-    left.set(ylabel="CPU ms a new token", title="time")
+    left.set(ylabel="CPU ms per new token", title="time")
     right.plot(contexts, [row["state_bytes"] / MIB for row in rows], "o-", label=f"{name}: state")
     right.plot(contexts, [row["cache_bytes"] / MIB for row in rows], "s--", color="0.5", label="key/value cache")
     right.plot(contexts, [row["peak"] / MIB for row in rows], "^-", color="tab:green", label="peak of the process")

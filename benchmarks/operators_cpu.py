@@ -194,7 +194,7 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
         f"over the run (quartiles {2 * MULTIPLY**3 / spread[2] / 1e9:.1f} and {2 * MULTIPLY**3 / spread[0] / 1e9:.1f}; "
         f"best {2 * MULTIPLY**3 / min(multiply) / 1e9:.1f}). B = 1, H = {args.heads}, K = V = {K}, float32, "
         f"{args.threads} threads. Times are medians of at least {args.rounds} interleaved repetitions, in "
-        f"milliseconds, in brackets the percent of the matrix rate by {OPERATIONS} operations a token and head "
+        f"milliseconds, in brackets the percent of the matrix rate by {OPERATIONS} operations per token and head "
         "forward, four times that for forward+backward. Softmax attention computes another function. The composition "
         f"is two chunked first-order passes in plain torch under autograd, chunk {COMPOSITION_CHUNK}, its fastest; the "
         "quadratic form is tril(W W^T) V, W = tril(Q K^T).",

@@ -167,7 +167,7 @@ def main() -> int:
     ]
     parts = [
         "## What was measured",
-        f"HLAAttention(hidden {64 * args.heads}, {args.heads} heads, hla2, decay a token), forward+backward, B = 1, "
+        f"HLAAttention(hidden {64 * args.heads}, {args.heads} heads, hla2, decay per token), forward+backward, B = 1, "
         f"{args.tokens} tokens on each of {args.ranks} gloo ranks, {os.cpu_count()} CPUs, one thread per rank. Medians "
         f"of {args.rounds} interleaved rounds, of the rank that waits longest. Exposed: blocked on the exchange.",
         report.table(["exchange", "way", "exposed ms", "step ms", "share"], rows),

@@ -47,11 +47,11 @@ from hla_dist.parallel import collectives, topology
 Variant = tuple[str, str, torch.dtype | None]  # gates, exchange, dtype on the wire
 VARIANTS: dict[str, Variant] = {
     "no gate": ("", "all_gather", None),
-    "gate a head": ("head", "all_gather", None),
-    "gate a token": ("token", "all_gather", None),
-    "gate a token, scan": ("token", "scan", None),
-    "gate a token, hierarchical": ("token", "hierarchical", None),
-    "gate a token, bf16 wire": ("token", "all_gather", torch.bfloat16),
+    "gate per head": ("head", "all_gather", None),
+    "gate per token": ("token", "all_gather", None),
+    "gate per token, scan": ("token", "scan", None),
+    "gate per token, hierarchical": ("token", "hierarchical", None),
+    "gate per token, bf16 wire": ("token", "all_gather", torch.bfloat16),
 }
 SIDES = ("one", "turns", "crowd")
 SAME = 1e-5  # relative difference of outputs and gradients, float32
@@ -229,7 +229,7 @@ def main() -> int:
     tensors = names_of("token")
     parts = [
         "## What was measured",
-        f"hla2 forward+backward of {args.tokens} tokens, B = 1, H = {args.heads}, K = V = {K}, float32, one thread a "
+        f"hla2 forward+backward of {args.tokens} tokens, B = 1, H = {args.heads}, K = V = {K}, float32, one thread per "
         f"process: in one process, and sharded over {args.ranks} gloo ranks on {os.cpu_count()} CPUs, in turns (no "
         "more ranks computing at a time than CPUs) and in a crowd (all at once). Exchange: all_gather, or the one "
         "named (hierarchical: as if on two machines). "
@@ -241,7 +241,7 @@ def main() -> int:
             ["variant", *tensors],
             [[n, *(f"{d[t]:.1e}" if t in d else "" for t in tensors)] for n, d in differences.items()],
         ),
-        "## On the wire, the rank that sends most, a call",
+        "## On the wire, the rank that sends most, per call",
         report.table(
             [
                 "variant",

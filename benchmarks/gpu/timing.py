@@ -124,7 +124,7 @@ class Device:
 
 
 def rates(d: Device) -> tuple[float, float]:
-    """Bytes a second of a copy (read and write counted), and operations a second of a bf16 matrix product."""
+    """Bytes per second of a copy (read and write counted), and operations per second of a bf16 matrix product."""
     size = 1 << (16 if d.smoke else 30)
     source = torch.zeros(size, dtype=torch.uint8, device=d.device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Checkpoints: one directory a step, either whole or not there.
+"""Checkpoints: one directory per step, either whole or not there.
 
     DIR/step-00000200/.metadata, __0_0.distcp, ...   parameters, AdamW moments, random states: see stored_tensors.py
                       state.json                     step, samples seen, schedule, model and run configuration

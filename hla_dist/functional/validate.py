@@ -243,8 +243,8 @@ def check_documents(o: dict[str, Any], q: Tensor, rank: int, ranks: int) -> Docu
         require(total == sum(lengths), name, f"to end at {sum(lengths)}{hint}", total)
     else:
         whole = isinstance(lengths, (list, tuple)) and all(type(n) is int and n >= 0 for n in lengths)
-        require(whole, "shard_lengths", "a list of whole numbers >= 0, one a rank", repr(lengths))
-        require(len(lengths) == ranks, "shard_lengths", f"{ranks} lengths, one a rank", f"{len(lengths)}")
+        require(whole, "shard_lengths", "a list of whole numbers >= 0, one per rank", repr(lengths))
+        require(len(lengths) == ranks, "shard_lengths", f"{ranks} lengths, one per rank", f"{len(lengths)}")
         require(lengths[rank] == T, "shard_lengths", f"this rank's {T} tokens at index {rank}", lengths[rank])
         require(total == sum(lengths), name, f"to end at {sum(lengths)}, the sum of shard_lengths", total)
     bounds = [0]

@@ -452,7 +452,7 @@ class HLAAttention(RenamesOnLoad):
         return self.o_proj(o)
 
     def _normalized(self, x: Tensor, norm: HeadNorm | None) -> Tensor:
-        """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight a channel."""
+        """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight per channel."""
         size = x.shape[-1]
         if norm is None:
             return x if self.qk_norm is None else F.rms_norm(x, (size,), None, self.norm_eps) * size**-0.5

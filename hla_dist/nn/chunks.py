@@ -60,7 +60,7 @@ class _Chunks(torch.autograd.Function):
     """Forward without a graph; backward builds one chunk's at a time, on aliases of the parameters.
 
     On aliases, because hooks on the parameters themselves (that reduce gradients, say) must see a backward's gradient
-    once, not once a chunk.
+    once, not once per chunk.
     """
 
     @staticmethod

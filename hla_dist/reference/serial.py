@@ -51,7 +51,7 @@ def serial(
     gates = gates if gates.ndim == 5 else gates[..., None]
     state = a.state
     outs = []
-    # unbind, not x[:, :, t]: the gradient of an index is as large as x, once a token
+    # unbind, not x[:, :, t]: the gradient of an index is as large as x, once per token
     tokens = (x.unbind(2) for x in (a.q, a.k, a.v, gates))
     for qt, kt, vt, gt in zip(*tokens, strict=True):
         o, state = _step(name, a.kind, qt, kt, vt, gt, state, a.ridge, a.gain[..., 0], a.skip[..., 0])

@@ -74,7 +74,7 @@ def measure(call: Callable[[Clock], Any], group: dist.ProcessGroup, device: torc
 
 
 def row(samples: list[Sample], group: Group) -> dict[str, float]:
-    """A case's figures from every rank's samples, one a round: the fastest round, and the largest peaks."""
+    """A case's figures from every rank's samples, one per round: the fastest round, and the largest peaks."""
     rounds = list(zip(*all_gather_objects(samples, group)))  # [round][rank]
     fastest = min(rounds, key=lambda ranks: max(s.seconds for s in ranks))
     peaks = max(rounds, key=lambda ranks: sum(s.peak for s in ranks))

@@ -1,9 +1,9 @@
 """The true peak of a process's memory, from the kernel's own high-water mark, without what ranks share.
 
-Peak resident memory counts torch's libraries once a rank, though the ranks of a machine share their pages. What a rank
-shares is taken off as the kernel accounts for it: proportional set size (PSS) = resident memory less, of every page
-that n processes map, (n - 1) / n. The peak of PSS has no mark of its own; mapped libraries do not come and go while a
-model runs, so it is the peak of resident memory less that share, read at the end.
+Peak resident memory counts torch's libraries once per rank, though the ranks of a machine share their pages. What a
+rank shares is taken off as the kernel accounts for it: proportional set size (PSS) = resident memory less, of every
+page that n processes map, (n - 1) / n. The peak of PSS has no mark of its own; mapped libraries do not come and go
+while a model runs, so it is the peak of resident memory less that share, read at the end.
 """
 
 from __future__ import annotations

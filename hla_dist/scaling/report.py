@@ -11,12 +11,12 @@ Row = dict[str, Any]
 GIB = 1 << 30
 HEADER = [
     "what", "ranks", "tokens", "s", "of it forward", "CPU s, all ranks (in the kernel)", "tokens/s", "us/token",
-    "KiB sent a rank, forward + backward", "messages", "s blocked, mean of ranks (most)", "GiB peak, largest rank",
+    "KiB sent per rank, forward + backward", "messages", "s blocked, mean of ranks (most)", "GiB peak, largest rank",
     "all ranks", "error"
 ]  # fmt: skip
 LEGEND = (
     "Time: the slowest rank's, between barriers. CPU seconds: user and system time of whole processes; the latter, in "
-    "the kernel, is mostly the price of fresh pages. Messages: collectives and point-to-point messages a rank sends, "
+    "the kernel, is mostly the price of fresh pages. Messages: collectives and point-to-point messages of a rank, "
     "forward + backward. Blocked: until an exchange comes through; with more ranks than processors, other ranks' turns "
     "included. Peak: the kernel's high-water mark of resident memory, inputs included, less what ranks share (PSS). "
     "Error: relative to float64, largest tensor."
@@ -58,7 +58,7 @@ def cells(row: Row) -> list[str]:
 def text_table(rows: list[Row]) -> str:
     """For a terminal: columns as wide as they need."""
     lines = [[*HEADER[:2], "tokens", "s", "forward", "CPU s", "tokens/s", "us/token", "KiB fwd + bwd", "messages",
-              "s blocked", "GiB a rank", "GiB all", "error"], *map(cells, rows)]  # fmt: skip
+              "s blocked", "GiB per rank", "GiB all", "error"], *map(cells, rows)]  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -94,13 +94,13 @@ def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
 
 def _lines(panel: str, rows: list[Row]) -> list[tuple[str, str, list[float]]]:
     """Label, marks and values of a panel's lines."""
-    cpu = ("CPU us a token", "s--", [r["cpu_s"] / r["tokens"] * 1e6 for r in rows])
+    cpu = ("CPU us per token", "s--", [r["cpu_s"] / r["tokens"] * 1e6 for r in rows])
     if panel == "ranks: s":
         return [("wall", "o-", [r["seconds"] for r in rows])]
     if panel == "ranks: us":
         return [cpu]
     if panel == "tokens: us":
-        return [("wall us a token", "o-", [r["us_per_token"] for r in rows]), cpu]
+        return [("wall us per token", "o-", [r["us_per_token"] for r in rows]), cpu]
     return [
         ("peak, all ranks", "o-", [r["peak_sum"] / GIB for r in rows]),
         ("of it before the call", "s--", [r["before_sum"] / GIB for r in rows]),

@@ -94,10 +94,10 @@ class Estimate:
         rows = [f"parameters: {self.parameters:,}"]
         if self.active < self.parameters:
             rows.append(f"parameters that a token meets: {self.active:,}")
-        rows += [f"FLOPs a step, {kind}: {value:.3g}" for kind, value in self.flops.items()]
-        rows += [f"memory a rank, {kind}: {value / 2**20:,.1f} MiB" for kind, value in self.memory.items()]
-        rows += [f"memory a rank, tensors in all: {total / 2**20:,.1f} MiB (libraries and the allocator's gaps apart)"]
-        return rows + [f"sent a rank and step, {kind}: {value:,} bytes" for kind, value in self.wire.items()]
+        rows += [f"FLOPs per step, {kind}: {value:.3g}" for kind, value in self.flops.items()]
+        rows += [f"memory per rank, {kind}: {value / 2**20:,.1f} MiB" for kind, value in self.memory.items()]
+        rows += [f"memory per rank, tensors in all: {total / 2**20:,.1f} MiB (libraries, the allocator's gaps apart)"]
+        return rows + [f"sent per rank and step, {kind}: {value:,} bytes" for kind, value in self.wire.items()]
 
 
 def estimate(step: Step) -> Estimate:

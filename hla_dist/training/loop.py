@@ -1,6 +1,6 @@
 """One optimiser step, and the evaluation: what every rank does, and what they agree on.
 
-Letters: B samples a micro-batch, T tokens of a shard, N vocabulary.
+Letters: B samples per micro-batch, T tokens of a shard, N vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hla_dist.training.watch import Watch
 class Agreed:
     """What the ranks agree on before a step."""
 
-    loss: float  # nats a token, over all ranks
+    loss: float  # nats per token, over all ranks
     grad_norm: float
     finite: bool  # on every rank: else none of them steps
     stop: bool  # some rank was asked to stop
@@ -130,7 +130,7 @@ class Trainer:
     def evaluate(
         self, tokens: Any, starts: list[int], documents: Any = None, stop: Callable[[], bool] = lambda: False
     ) -> float | None:
-        """Mean loss in nats a label over the windows at ``starts``, shared out among the replicas.
+        """Mean loss in nats per label over the windows at ``starts``, shared out among the replicas.
 
         With ``documents``, the first tokens of documents in ``tokens``, these are read apart, as in training. None on
         every rank as soon as ``stop()`` is true on one: it is asked before every batch. Communication: the attention

@@ -19,7 +19,7 @@ MARKED = {"loss", "grad_norm", "held_out"}  # TensorBoard shows where these were
 
 
 class MetricsLog:
-    """One JSON line and one set of TensorBoard scalars a step; use it on one rank.
+    """One JSON line and one set of TensorBoard scalars per step; use it on one rank.
 
     With ``resume_step`` lines of later steps, which the resumed run will write again, are dropped. Raises UserError
     where the disk does not take a line. ``wandb_project``: lines go to Weights & Biases too, with ``config``; UserError
@@ -115,7 +115,7 @@ def start_wandb(project: str, directory: Path, config: dict[str, Any] | None, go
 
 
 def perplexity(loss: float) -> float:
-    """exp of nats a token; infinity beyond what a number holds."""
+    """exp of nats per token; infinity beyond what a number holds."""
     return math.exp(loss) if loss < 700 else loss * math.inf
 
 

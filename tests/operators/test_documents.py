@@ -185,7 +185,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "shard_lengths for one device": (
         {"cu_seqlens": CU, "shard_lengths": [2, 3]},
-        ("shard_lengths: expected 1 lengths, one a rank, got 2",),
+        ("shard_lengths: expected 1 lengths, one per rank, got 2",),
     ),
     "states without a row each": (
         {"cu_seqlens": CU, "initial_state": hla_dist.HLA2State(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 4))},

@@ -142,9 +142,9 @@ def test_the_program_says_it_without_the_ranks() -> None:
     done = run_program(ROOT / "launch" / "train.py", *flags, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "parameters: 468,872" in done.stdout
-    (total,) = re.findall(r"memory a rank, tensors in all: ([0-9.,]+) MiB", done.stdout)
+    (total,) = re.findall(r"memory per rank, tensors in all: ([0-9.,]+) MiB", done.stdout)
     assert 600 < float(total.replace(",", "")) < 1000  # 861 MiB were measured
-    assert "sent a rank and step, summaries, forward: 82,592 bytes" in done.stdout
+    assert "sent per rank and step, summaries, forward: 82,592 bytes" in done.stdout
 
 
 def test_what_is_not_estimated_is_refused() -> None:

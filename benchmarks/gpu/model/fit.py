@@ -1,6 +1,6 @@
 """The model's rates fitted on a card, a step of the GPU suite: measured, by the model, and what would agree.
 
-    copy         bytes a second of a copy of 1 GB               -> Chip.hbm
+    copy         bytes per second of a copy of 1 GB               -> Chip.hbm
     L2           bytes a cycle and multiprocessor, 16 MB copied -> Machine.global_rate
     product      cycles of one 64 x 64 x 128 product in a chain -> Machine.gmma_overhead
     first_order  cycles of a step at K = 128, by one and by two programs a multiprocessor
