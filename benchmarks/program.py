@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines have in common, and matplotlib without a screen."""
+"""What the benchmarks have in common: their command lines, and matplotlib without a screen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from hla_dist.training.metrics import pyplot as pyplot
 
 KEEP_MEMORY = (True, "the allocator keeps freed memory, for all alike; --no-keep-memory: glibc's own ways")
 
@@ -47,13 +48,3 @@ def options(about: str, quick: str, small: dict[str, Any], **flags: tuple[Any, .
                 parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
     args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
     return args
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -69,65 +69,56 @@ class Corpus:
         return parts[0] if len(parts) == 1 else Mixture(parts, self.shares, seed)
 
 
-def load_corpus(
-    paths: Sequence[str] = (),
-    *,
-    seq_len: int,
-    held_out: float = 0.05,
-    tokenizer: str | None = None,
-    vocab_size: int = 0,
-    token_dtype: str | None = None,
-    text_field: str = "text",
-    end_token: str | None = None,
-    verify: bool = True,
-    whole: bool = False,
-    weights: Sequence[float] = (),
-) -> Corpus:
-    """Read ``paths`` (none: the running Python's standard library) and splits off held-out text.
+@dataclass(frozen=True)
+class CorpusOptions:
+    """How a text is to be read: what ``load_corpus`` takes beside paths."""
 
-    What text is read, and in which order: :func:`hla_dist.data.sources.read_documents`. One ``.npy`` or ``.bin``
-    file is a memmap of tokens, never read whole but to compare its SHA-256 (``verify``) with the one that
-    launch/prepare.py has written beside it; without that, ``.bin`` is raw ``token_dtype``, and both kinds need
-    ``vocab_size``; ``whole`` takes the SHA-256 of these into the fingerprint, too. ``end_token`` follows each document
-    that a tokenizer ends otherwise.
+    seq_len: int
+    held_out: float = 0.05  # share of the text
+    tokenizer: str | None = None
+    vocab_size: int = 0  # 0: the data's
+    token_dtype: str | None = None  # of a bare .bin
+    text_field: str = "text"
+    end_token: str | None = None  # follows each document that a tokenizer ends otherwise
+    verify: bool = True  # compare a memmap's SHA-256 with the one in its JSON
+    whole: bool = False  # take the SHA-256 of bare memmaps too
+
+
+def load_corpus(paths: Sequence[str] = (), *, weights: Sequence[float] = (), **options: Any) -> Corpus:
+    """Read ``paths`` (none: the running Python's standard library) and split off held-out text.
+
+    ``options`` are those of :class:`CorpusOptions`. What text is read, and in which order:
+    :func:`hla_dist.data.sources.read_documents`. One ``.npy`` or ``.bin`` file is a memmap of tokens, never read whole
+    but for its SHA-256; without the JSON that launch/prepare.py writes beside it, ``.bin`` is raw ``token_dtype``, and
+    both kinds need ``vocab_size``.
     With 20 documents or more, a document is held out if the hash of its name says so; with fewer, or a memmap, the
     tail of the stream is. With ``weights``, one per path, each path is a text of its own, memmaps too, and gets its
     share of the samples (:class:`~hla_dist.data.windows.Mixture`). Raises UserError for missing, unreadable or empty
     input, and where either part is shorter than one sequence.
     """
     if weights:
-        options = dict(seq_len=seq_len, held_out=held_out, tokenizer=tokenizer, vocab_size=vocab_size)
-        options |= dict(token_dtype=token_dtype, text_field=text_field, end_token=end_token, verify=verify)
-        options |= dict(whole=whole)
         return _mixed([str(path) for path in paths], weights, options)
-    if len(paths) == 1 and Path(paths[0]).suffix in TOKEN_SUFFIXES:
-        path = Path(paths[0])
-        corpus = _from_memmap(path, vocab_size, token_dtype, held_out, seq_len, tokenizer, end_token, verify, whole)
-    else:
-        corpus = _from_text(paths, tokenizer, held_out, seq_len, text_field, end_token)
-    if vocab_size and corpus.vocab_size > vocab_size:
-        raise UserError(f"--vocab-size: expected at least the data's {corpus.vocab_size}, got {vocab_size}")
+    resolved = CorpusOptions(**options)
+    memmap = len(paths) == 1 and Path(paths[0]).suffix in TOKEN_SUFFIXES
+    corpus = _from_memmap(Path(paths[0]), resolved) if memmap else _from_text(paths, resolved)
+    if resolved.vocab_size and corpus.vocab_size > resolved.vocab_size:
+        raise UserError(f"--vocab-size: expected at least the data's {corpus.vocab_size}, got {resolved.vocab_size}")
+    needed = resolved.seq_len + 1
     for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
-        if len(part) < seq_len + 1:
+        if len(part) < needed:
             raise UserError(
-                f"--data: expected at least {seq_len + 1} {name} tokens (one sequence of --seq-len {seq_len} and its "
-                f"last label), got {len(part)} from {corpus.description}"
+                f"--data: expected at least {needed} {name} tokens (one sequence of --seq-len {resolved.seq_len} and "
+                f"its last label), got {len(part)} from {corpus.description}"
             )
     return corpus
 
 
-def _from_text(
-    paths: Sequence[str],
-    tokenizer: str | None,
-    held_out: float,
-    seq_len: int,
-    text_field: str,
-    end_token: str | None,
-) -> Corpus:
+def _from_text(paths: Sequence[str], options: CorpusOptions) -> Corpus:
+    tokenizer, end_token = options.tokenizer, options.end_token
     codec, left_out = Codec(tokenizer, end_token=end_token), LeftOut()
     encoded: list[tuple[str, np.ndarray]] = []
     sources, bytes_read = Sources(), 0
-    for document in read_documents(paths, text_field, left_out):
+    for document in read_documents(paths, options.text_field, left_out):
         tokens = codec.encode_file(document.text)
         if len(tokens):
             encoded.append((document.name, tokens))
@@ -137,11 +128,11 @@ def _from_text(
     if not encoded:
         raise UserError(f"--data: expected text, got none but empty or binary file(s) in {where}")
     if len(encoded) >= DOCUMENTS_FOR_SPLIT:
-        marked = [(_is_held_out(name, held_out), tokens) for name, tokens in encoded]
+        marked = [(_is_held_out(name, options.held_out), tokens) for name, tokens in encoded]
         parts = [_joined([tokens for chosen, tokens in marked if chosen is part]) for part in (False, True)]
     else:
         tokens, documents = _joined([tokens for _, tokens in encoded])
-        parts = _split_tail(tokens, documents, held_out, seq_len)
+        parts = _split_tail(tokens, documents, options)
     tokens_read = sum(len(tokens) for _, tokens in encoded)
     many = f"{len(encoded):,} documents in " if len(encoded) > len(sources) else ""
     described = f"{many}{len(sources)} file(s), {bytes_read:,} bytes, of {where}"
@@ -157,23 +148,14 @@ def _from_text(
     )  # fmt: skip
 
 
-def _from_memmap(
-    path: Path,
-    vocab_size: int,
-    token_dtype: str | None,
-    held_out: float,
-    seq_len: int,
-    tokenizer: str | None,
-    end_token: str | None,
-    verify: bool,
-    whole: bool,
-) -> Corpus:
-    about = open_tokens(path, verify) if about_path(path).exists() else None
+def _from_memmap(path: Path, options: CorpusOptions) -> Corpus:
+    vocab_size, token_dtype, tokenizer = options.vocab_size, options.token_dtype, options.tokenizer
+    about = open_tokens(path, options.verify) if about_path(path).exists() else None
     if not vocab_size and about is None:
         raise UserError(f"--vocab-size: expected the vocabulary of the tokens in {path}, got none")
     if token_dtype is None and about is None and path.suffix == ".bin":
         raise UserError(f"--token-dtype: expected the type of the tokens in {path}, which has no description, got none")
-    if end_token is not None and (about is None or about.end_token != end_token):
+    if options.end_token is not None and (about is None or about.end_token != options.end_token):
         raise UserError(
             f"--end-token: expected text, or a memmap that was prepared with it, got {path}: "
             f"{'not prepared' if about is None else about.end_token or 'prepared without'}"
@@ -194,8 +176,8 @@ def _from_memmap(
         )
     described = f"{len(tokens):,} tokens of {path}"
     known, documents = ("", None) if about is None else (about.sha256, about.documents)
-    fingerprint = of_memmap(path, tokens, documents, known, whole)
-    parts = _split_tail(tokens, documents, held_out, seq_len)
+    fingerprint = of_memmap(path, tokens, documents, known, options.whole)
+    parts = _split_tail(tokens, documents, options)
     train, (test, test_documents) = parts
     texts = (Text(*train),)
     if about is None:
@@ -266,10 +248,10 @@ def _joined(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]
 
 
 def _split_tail(
-    tokens: np.ndarray, documents: np.ndarray | None, fraction: float, seq_len: int
+    tokens: np.ndarray, documents: np.ndarray | None, options: CorpusOptions
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Training head and held-out tail, the tail no shorter than one sequence if there is enough for both."""
-    tail = max(round(fraction * len(tokens)), min(seq_len + 1, len(tokens) // 2))
+    tail = max(round(options.held_out * len(tokens)), min(options.seq_len + 1, len(tokens) // 2))
     edges = [0, len(tokens) - tail, len(tokens)]
     return [
         (tokens[start:stop], None if documents is None else part_of(documents, start, stop))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.scaling.config import ScalingConfig
+from hla_dist.training.metrics import pyplot
 
 Row = dict[str, Any]
 GIB = 1 << 30
@@ -65,11 +66,7 @@ def text_table(rows: list[Row]) -> str:
 
 def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
     """PNG: a row of panels for the operator and for the model: over ranks, and over tokens, what there are rows for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     kinds = [what for what in config.what if any(row["what"] == what for row in rows)]
     over_ranks = [name for name in ("strong", "weak") if name in config.series]
     wanted = ["ranks: s", "ranks: us"] * bool(over_ranks) + ["tokens: us", "tokens: GiB"] * ("length" in config.series)

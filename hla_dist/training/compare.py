@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from hla_dist.processes.failure import UserError, describe
-from hla_dist.training.metrics import read_metrics
+from hla_dist.training.metrics import pyplot, read_metrics
 
 PANELS = ("loss", "held_out", "grad_norm", "tokens_per_s_device", "peak_memory_bytes", "exposed_comm_s")
 AXES = ("tokens", "step", "seconds")
@@ -87,11 +87,7 @@ def draw(runs: list[Recorded], path: Path, metrics: list[str], axis: str = "toke
     if not present:
         known = sorted({key for run in runs for line in run.lines for key in line} - set(AXES))
         raise UserError(f"--metrics: expected some of {', '.join(known)}, got {', '.join(metrics)}")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = min(3, len(present))
     rows = -(-len(present) // columns)
     figure, panels = plt.subplots(

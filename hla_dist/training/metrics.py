@@ -130,13 +130,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_loss(path: Path, history: list[dict[str, Any]], unit: str, per_unit: float, bigram: float | None) -> None:
-    """PNG of training loss (times ``per_unit``), held-out loss and the bigram model's line, all in ``unit``."""
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files; late: seconds of imports that few programs need."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot_loss(path: Path, history: list[dict[str, Any]], unit: str, per_unit: float, bigram: float | None) -> None:
+    """PNG of training loss (times ``per_unit``), held-out loss and the bigram model's line, all in ``unit``."""
+    plt = pyplot()
     train = [(line["tokens"], line["loss"] * per_unit) for line in history if line.get("loss") is not None]
     held_out = [(line["tokens"], line["held_out"]) for line in history if line.get("held_out") is not None]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
