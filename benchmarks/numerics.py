@@ -33,7 +33,6 @@ OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 DECAYS = ("no decay", "decay")
 LENGTHS = [1024 * 4**i for i in range(6)]
-TENSORS = ("out", "dq", "dk", "dv", "dlog_decay")
 PLAIN = 4096  # the longest for T x T matrices
 DOCS = report.ROOT / "docs" / "numerics.md"
 
