@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def generate(program: Program) -> int:
-    """Reads the prompts on all ranks, then writes on rank 0."""
+    """Read the prompts on all ranks, then write on rank 0."""
     config = program.options(GenerateConfig)
     rank, world_size, _, _ = program.ranks
     device = program.device(config.model.device)

@@ -52,7 +52,7 @@ def save(
     group: Any = None,
     at: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Writes ``directory/step-N`` and returns it; every rank of ``group`` calls it (None: this process alone).
+    """Write ``directory/step-N`` and return it; every rank of ``group`` calls it (None: this process alone).
 
     ``tensors`` are those of :func:`hla_dist.checkpoints.tensors.capture`. ``at``, for tests, is told the moments
     ``"writing"`` (tensors are written, the manifest is not) and ``"finishing"`` (all is written, not renamed) with the
@@ -109,7 +109,7 @@ def find(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, and what unfinished saves have left."""
+    """Remove all but the newest ``keep`` checkpoints, and what unfinished saves have left."""
     for path in find(directory)[:-keep]:
         (path / MANIFEST).unlink()  # first of all: half a removal must not look whole
         shutil.rmtree(path)
@@ -118,7 +118,7 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def set_aside_later(directory: Path, step: int) -> list[Path]:
-    """Renames checkpoints after ``step`` to ``set-aside-...``: a run that goes on from ``step`` must not find them.
+    """Rename checkpoints after ``step`` to ``set-aside-...``: a run that goes on from ``step`` must not find them.
 
     They are broken, or those of a run that someone went back behind. Nothing is removed.
     """
@@ -158,7 +158,7 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Puts a checkpoint's tensors into ``model`` and ``optimizer``; see :func:`stored_tensors.read_model`."""
+    """Put a checkpoint's tensors into ``model`` and ``optimizer``; see :func:`stored_tensors.read_model`."""
     stored_tensors.read_model(checkpoint.path, model, optimizer)
 
 
@@ -185,7 +185,7 @@ def _number(path: Path) -> int:
 
 
 def _move(partial: Path, final: Path) -> None:
-    """Renames; what has the name already (the same step once more, or what someone broke) goes first."""
+    """Rename; what has the name already (the same step once more, or what someone broke) goes first."""
     earlier = final.with_name(f".partial-earlier-{final.name}")
     shutil.rmtree(earlier, ignore_errors=True)
     if final.exists():

@@ -46,7 +46,7 @@ def load_trained(path: Path) -> Trained:
 
 
 def export(trained: Trained, path: Path) -> None:
-    """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
+    """Write ``path`` whole or not at all; UserError if the disk does not take it."""
     about = {
         "model": trained.model.config.to_dict(), "tokenizer": trained.tokenizer, "known_text": trained.known_text,
         "step": trained.step,

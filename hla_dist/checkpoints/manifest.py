@@ -18,7 +18,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Writes the manifest of ``files``, lines by name, and fsyncs it and the directory."""
+    """Write the manifest of ``files``, lines by name, and fsync it and the directory."""
     write_json(directory / MANIFEST, {"files": files})
     sync_directory(directory)
 
@@ -49,7 +49,7 @@ def problem(directory: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames and new names in ``path`` last through a power failure."""
+    """Make renames and new names in ``path`` last through a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -37,7 +37,7 @@ class Saver:
         return self._failure is not None
 
     def start(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Begins to write copies ``tensors``; raises what the last save has failed with."""
+        """Begin to write copies ``tensors``; raise what the last save has failed with."""
         self.wait()
         self._thread = threading.Thread(target=self._save, args=(step, tensors, state), daemon=True, name="saver")
         self._thread.start()

@@ -46,7 +46,7 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer, random: Tensor, 
 
 
 def write(directory: Path, tensors: dict[str, Tensor], group: Any = None) -> None:
-    """Writes and fsyncs each rank's part into ``directory``; what all ranks have alike is shared out among them.
+    """Write and fsync each rank's part into ``directory``; what all ranks have alike is shared out among them.
 
     Communication: DCP's plan, small objects over ``group`` (None: this process alone). Raises UserError, the same on
     every rank, if any cannot write.
@@ -61,7 +61,7 @@ def write(directory: Path, tensors: dict[str, Tensor], group: Any = None) -> Non
 
 
 def read_model(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Puts stored tensors into ``model`` and ``optimizer``, in the sharding these have now.
+    """Put stored tensors into ``model`` and ``optimizer``, in the sharding these have now.
 
     No communication. Names, shapes and dtypes are compared before anything is changed; raises UserError naming the
     first difference. A checkpoint made before the first step leaves the optimiser as it is.
@@ -95,7 +95,7 @@ def read_random(directory: Path, rank: int) -> Tensor | None:
 
 
 def read_tensors(directory: Path, tensors: dict[str, Any]) -> None:
-    """Overwrites ``tensors`` in place; each rank reads its own part, without a word to the others."""
+    """Overwrite ``tensors`` in place; each rank reads its own part, without a word to the others."""
     stored = {current_name(name): name for name in Reader(directory).read_metadata().state_dict_metadata}
     wanted = {stored.get(name, name): tensor for name, tensor in tensors.items()}
     try:

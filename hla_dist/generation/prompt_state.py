@@ -28,7 +28,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def save_state(reading: Reading, model: LanguageModel, path: Path) -> None:
-    """Writes ``path`` whole or not at all; UserError if the disk does not take it."""
+    """Write ``path`` whole or not at all; UserError if the disk does not take it."""
     about = {
         "model": fingerprint(model), "kinds": [type(layer).__name__ for layer in reading.state],
         "position": reading.position, "last": reading.last,

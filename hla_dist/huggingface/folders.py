@@ -34,7 +34,7 @@ _HEAD_NORM = re.compile(r"\.attention\.[qko]_norm\.weight$")
 
 
 def to_folder(trained: Trained, folder: Path) -> None:
-    """Writes model and tokenizer as ``from_pretrained`` reads them; without a tokenizer if none is known.
+    """Write model and tokenizer as ``from_pretrained`` reads them; without a tokenizer if none is known.
 
     Raises UserError if ``folder`` cannot be one.
     """

@@ -344,7 +344,7 @@ class SoftmaxAttention(RenamesOnLoad):
         rank: int,
         ranks: int,
     ) -> Tensor | None:
-        """Raises ValueError for wrong arguments; returns ``cu_seqlens`` on the host if there are any."""
+        """Raise ValueError for wrong arguments; return ``cu_seqlens`` on the host if there are any."""
         good = x.dim() == 3 and x.shape[-1] == self.hidden_size and x.is_floating_point()
         require(good, "x", f"a floating-point tensor [B, T, {self.hidden_size}]", f"{x.dtype} {list(x.shape)}")
         if attention_mask is not None:

@@ -102,7 +102,7 @@ def connect(
     on_host: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> str:
-    """Joins the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none.
+    """Join the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none.
 
     ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo beside NCCL. ``options`` must be
     alike on all ranks, else all raise UserError. Returns a name of the store: that of the job, if the store outlives

@@ -39,7 +39,7 @@ class PeakMemory:
         self._before = 0
 
     def start(self) -> None:
-        """Gives freed memory back and sets the mark to what is held now."""
+        """Give freed memory back and set the mark to what is held now."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -111,7 +111,7 @@ def _sizes(intervals: list[tuple[int, int]], width: int) -> list[int]:
 
 @contextmanager
 def named(what: str, pg: Group) -> Iterator[None]:
-    """Adds the operation, group and rank to whatever the transport raises."""
+    """Add the operation, group and rank to whatever the transport raises."""
     try:
         yield
     except RuntimeError as error:

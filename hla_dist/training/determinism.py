@@ -40,7 +40,7 @@ def set_random_state(state: Tensor) -> None:
 
 
 def check_equal_parameters(model: nn.Module, group: Any) -> None:
-    """Raises UserError, the same on every rank of ``group``, unless all hold the same bits of every parameter.
+    """Raise UserError, the same on every rank of ``group``, unless all hold the same bits of every parameter.
 
     Of a sharded parameter (DTensor) the ranks are compared that hold the same slice. One all-gather of two numbers a
     parameter, and one pass over the parameters.

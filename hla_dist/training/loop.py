@@ -115,7 +115,7 @@ class Trainer:
         return Agreed(loss, norm, unfits == 0, stops > 0, clock, blame)
 
     def step(self, agreed: Agreed, lr: float) -> bool:
-        """Clips to a global norm and steps; leaves everything as it is where loss or norm are not finite."""
+        """Clip to a global norm and step; leave everything as it is where loss or norm are not finite."""
         if not agreed.finite:
             return False
         scale = min(1.0, self.clip / (agreed.grad_norm + 1e-6)) if self.clip else 1.0

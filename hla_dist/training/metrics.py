@@ -50,7 +50,7 @@ class MetricsLog:
         self._board_path = directory / "tensorboard"
 
     def write(self, step: int, **values: Any) -> None:
-        """Appends a line; values that are None are left out, those that are not finite become null."""
+        """Append a line; values that are None are left out, those that are not finite become null."""
         line = {"step": step} | {
             key: value if not isinstance(value, float) or math.isfinite(value) else None
             for key, value in values.items()
@@ -68,14 +68,14 @@ class MetricsLog:
             self._wandb.log({key: value for key, value in line.items() if value is not None}, step=step)
 
     def close(self, exit_code: int = 0) -> None:
-        """Flushes all."""
+        """Flush all."""
         self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
 
     def abandon(self, seconds: float = 10.0) -> None:
-        """Flushes what it can of a run that fails; a writer whose disk is full, or whose network is gone, may hang."""
+        """Flush what it can of a run that fails; a writer whose disk is full, or whose network is gone, may hang."""
 
         def close() -> None:
             with contextlib.suppress(Exception):  # the run has an error of its own to report

@@ -114,7 +114,7 @@ class Parity:
 def check_parity(
     model: nn.Module, alone: LanguageModel | None, windows: Windows | Mixture, first: int, mesh: MeshPlace
 ) -> Parity:
-    """Compares samples ``first ...``, one per replica, on all ranks with ``alone`` on rank 0.
+    """Compare samples ``first ...``, one per replica, on all ranks with ``alone`` on rank 0.
 
     ``alone`` is an unsharded copy of the model, needed on rank 0 only. Every rank returns the same report; the model's
     gradients are cleared, its parameters keep their bits. Communication: two training steps', and one gather of

@@ -137,7 +137,7 @@ class Run:
         return self.config.data.vocab_size or self.corpus.vocab_size
 
     def _init_from(self, path: Path, model: LanguageModel) -> None:
-        """Begins with the parameters in ``path``; what its model says of itself and this one's differs in is a line."""
+        """Begin with the parameters in ``path``; what its model says of itself and this one's differs in is a line."""
         weights = read_weights(path, self.mesh.world)
         together(self.mesh.world, lambda: put_weights(weights, model))
         self.say(f"begins with the parameters of {weights.path}")
@@ -146,7 +146,7 @@ class Run:
             self.warn(f"--init-from: {name} of {weights.path} is {before}, here it is {now}", all_ranks=False)
 
     def _resume(self) -> None:
-        """Goes on from a checkpoint if the options say so, or if this launch has been here before."""
+        """Go on from a checkpoint if the options say so, or if this launch has been here before."""
         world = self.mesh.world
         if self.start.source is None:
             if self.start.data is not None:
@@ -465,7 +465,7 @@ def against(bigram: float | None, loss: float) -> str:
 
 
 def move_aside(directory: Path) -> Path:
-    """Renames an earlier run's directory to the first free ``<name>.N``, so that nothing of it is lost; the new name.
+    """Rename an earlier run's directory to the first free ``<name>.N``, so that nothing of it is lost; the new name.
 
     Not one that is a link: see :func:`hla_dist.processes.lock.followed`.
     """

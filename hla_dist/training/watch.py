@@ -39,13 +39,13 @@ class Watch:
         self._notes.clear()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
+        """Take every hook off the model."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def blame(self, loss_finite: bool, group: Any) -> str:
-        """Says for all ranks, in the same words on each, where numbers first were not finite. One gather of objects.
+        """Say for all ranks, in the same words on each, where numbers first were not finite. One gather of objects.
 
         Ranks run the same program, so the earliest note over all ranks is the origin. Where several have it together
         they share an exchange, whose carries travel to the right in forward and to the left in backward.
