@@ -17,8 +17,9 @@ from hla_dist.convert.swap import converted, mixer_of, require_change
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
 from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank, group_size, resolve_group
-from hla_dist.processes.whole_file import whole_file
+from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
+KEY = "hla_dist_transfer"  # in a stored layer's metadata: JSON of its errors
 BATCH = 2  # rows of a step
 CALIBRATION = 4  # rows that set the memory's mass
 HELD_OUT = 8  # at most so many rows, a tenth of them, measure a layer
@@ -181,19 +182,11 @@ def _teach(
 
 
 def _write(layer: nn.Module, path: Path, error: tuple[float, float]) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in layer.named_parameters()}
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={"before": repr(error[0]), "after": repr(error[1])})
+    write_tensors(path, tensors, KEY, {"before": error[0], "after": error[1]}, "--out")
 
 
 def _read(layer: nn.Module, path: Path) -> tuple[float, float]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors, about = read_tensors(path, KEY, "--out")
     layer.load_state_dict(tensors)
-    return float(about["before"]), float(about["after"])
+    return about["before"], about["after"]
