@@ -157,7 +157,7 @@ def _teach(
     before = measured()
     parameters = _trained(new, train)
     gates = {id(p) for p in new.gates()} if isinstance(new, MemoryAttention) and train == "features" else set()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if (id(p) in gates) == is_gate], "lr": lr * (GATES if is_gate else 1)}
         for is_gate in (False, True)
     ]

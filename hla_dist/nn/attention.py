@@ -124,6 +124,11 @@ class HLAAttention(RenamesOnLoad):
         key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
             is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
             which then begin as linear_attention and ahla.
+        grown: How many of the K channels, the last ones, were added to a trained layer
+            (``hla_dist.convert.grow``): norm and rotary positions take them apart from the older ones, and
+            queries' new channels are times a learned weight ``[H grown]`` that starts at 0. So the layer's
+            function does not change where it grows. Without ``conv``, gates per channel, and feature maps
+            that mix channels.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.
@@ -175,6 +180,7 @@ class HLAAttention(RenamesOnLoad):
         conv: int | None = None,
         conv_backend: str = "auto",
         key_term: bool = False,
+        grown: int = 0,
         mask: str = "causal",
         decay_form: str = "masked",
         ridge: float = 0.0,
@@ -230,12 +236,26 @@ class HLAAttention(RenamesOnLoad):
                 f"key_term: expected False for {op} with mask={mask!r} and decay_form={decay_form!r} "
                 f"(only hla2 and hla3, causal and masked, have a key term), got {key_term!r}"
             )
+        if grown:
+            taken = {"conv": conv, "decay": decay if decay == "channel" else None, "feature_map": feature_map if
+                     callable(feature_map) or feature_map == "softmax" else None}  # fmt: skip
+            for name, value in taken.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: expected one that leaves channels apart with grown={grown}, got {value!r}"
+                    )
+        odd = rope_theta is not None and grown % 2
+        if not 0 <= grown < self.head_dim or odd:
+            raise ValueError(
+                f"grown: expected from 0 to below head_dim={self.head_dim}, with rope_theta an even number, got {grown}"
+            )
         if mask == "full" and decay is not None:
             raise ValueError(
                 f"decay: expected None with mask='full', which sees the whole sequence alike, got {decay!r}"
             )
 
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
+        self.groups = [self.head_dim - grown, grown] if grown else [self.head_dim]
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
         self.rope_theta = rope_theta
@@ -257,6 +277,7 @@ class HLAAttention(RenamesOnLoad):
         self.gain_bias, self.skip_bias = (
             nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
         )
+        self.q_grown = nn.Parameter(torch.empty(num_heads * grown, **factory)) if grown else None
         self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
         self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
         self.o_norm = HeadNorm(self.value_dim, output_norm_eps, num_heads, **factory) if output_norm else None
@@ -299,6 +320,8 @@ class HLAAttention(RenamesOnLoad):
             # first order at the start: from hla2, at 1 and 0, recall is not learned (docs/which-operator.md)
             nn.init.zeros_(self.gain)
             nn.init.ones_(self.skip)
+        if self.q_grown is not None:
+            nn.init.zeros_(self.q_grown)
         if self.decay_bias is not None:
             count = self.head_dim if self.decay == "channel" else self.decay_heads
             biases = decay_biases(count, self.decay_range, self.decay_temperature)
@@ -434,8 +457,10 @@ class HLAAttention(RenamesOnLoad):
             q, k = phi(q), phi(k)
         q, k = (self._normalized(x, norm).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         if self.rope_theta is not None:
-            cos, sin = rotary_tables(more[-1], self.head_dim, self.rope_theta)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            q, k = self._turned(more[-1], q, k)
+        if self.q_grown is not None:
+            older, newer = q.split(self.groups, -1)
+            q = torch.cat([older, newer * self.q_grown.view(self.num_heads, -1).to(q.dtype)], -1)
         gates = None if self.d_proj is None else self._log_decay(x)
         return (q, k, v) if gates is None else (q, k, v, gates)
 
@@ -451,9 +476,24 @@ class HLAAttention(RenamesOnLoad):
             o = o * (self._gate(x) if gate is None else gate)
         return self.o_proj(o)
 
+    def _turned(self, positions: Tensor, *sequences: Tensor) -> list[Tensor]:
+        """Queries and keys after their rotation, each group of channels by itself."""
+        assert self.rope_theta is not None
+        tables = [rotary_tables(positions, size, self.rope_theta) for size in self.groups]
+        return [
+            torch.cat([apply_rotary(part, *table) for part, table in zip(x.split(self.groups, -1), tables)], -1)
+            for x in sequences
+        ]
+
     def _normalized(self, x: Tensor, norm: HeadNorm | None) -> Tensor:
         """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight per channel."""
         size = x.shape[-1]
+        if self.q_grown is not None and self.qk_norm is not None:
+            parts = x.split(self.groups, -1)
+            normed = [F.rms_norm(part, (part.shape[-1],), None, self.norm_eps) for part in parts]
+            if norm is not None:
+                return torch.cat(normed, -1) * norm.weight.to(x.dtype)
+            return torch.cat([part * part.shape[-1] ** -0.5 for part in normed], -1)
         if norm is None:
             return x if self.qk_norm is None else F.rms_norm(x, (size,), None, self.norm_eps) * size**-0.5
         if size != self.head_dim:

@@ -208,7 +208,7 @@ class MemoryAttention(SoftmaxAttention):
 
         It learns best with ten times the step of feature maps, and without weight decay.
         """
-        weight = None if self.gate_proj is None else self.gate_proj.weight
+        weight: Any = None if self.gate_proj is None else self.gate_proj.weight
         gates = (self.power, self.level, self.gate_bias, weight, self.decay_bias)
         return [p for p in gates if p is not None]
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hla_dist.convert import RECIPES, distill, perplexity, swap, transfer, usage
+from hla_dist import HLAAttention
+from hla_dist.convert import RECIPES, distill, grow, perplexity, swap, transfer, usage
 from hla_dist.models import LanguageModel, ModelConfig
 from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT32, FLOAT64
@@ -168,6 +169,63 @@ def test_recipes_are_options_that_the_stages_take() -> None:
             assert transfer(student, model, rows(tokens=80), steps=1, **recipe.transfer)
         if recipe.distill is not None:
             assert distill(student, rows(), teacher=model, steps=1, **recipe.distill)
+
+
+GROWING: list[dict[str, Any]] = [
+    dict(op="hla2"),
+    dict(
+        op="linear_attention",
+        attention={"qk_norm": "rms", "rope_theta": 50.0, "feature_map": "relu", "normalize": True},
+    ),
+    dict(op="ahla", num_kv_heads=2, attention={"qk_norm": None, "scale": 0.4, "decay": "head"}),
+    dict(op="hla3", attention={"key_term": True, "ridge": 0.3, "value_dim": 5}),
+]
+
+
+@pytest.mark.parametrize("options", GROWING, ids=str)
+def test_a_grown_model_is_the_same_function_and_learns_with_its_new_channels(options: dict[str, Any]) -> None:
+    torch.manual_seed(shifted(2))
+    sizes = dict(vocab_size=24, hidden_size=32, num_layers=2, num_heads=4)
+    model = LanguageModel(ModelConfig(**{**sizes, **options})).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_norm.weight" in name or name.endswith("_bias"):
+                parameter += 0.3 * torch.randn_like(parameter)
+    larger, text = grow(model, 12), rows(2)
+    assert_close("logits", larger(text), model(text), FLOAT64)
+    with torch.no_grad():
+        _, state = larger(text[:, :30], return_state=True)
+        positions = torch.arange(30, 40)
+        after, _ = larger(text[:, 30:], state, positions=positions, return_state=True)
+    assert_close("streamed", after, model(text)[:, 30:], FLOAT64)
+    larger(text[:, :-1], labels=text[:, 1:]).backward()
+    weight = larger.blocks[0].attention.q_grown
+    assert weight.shape == (4 * 4,) and not weight.any() and weight.grad.all()
+    again = LanguageModel(ModelConfig.from_dict(larger.config.to_dict())).double()
+    with torch.no_grad():
+        weight -= 0.1 * weight.grad
+    again.load_state_dict(larger.state_dict())
+    assert_bitwise("loaded", again(text), larger(text))
+    assert not torch.equal(again(text), model(text))
+
+
+def test_what_cannot_grow_is_refused() -> None:
+    def made(**options: Any) -> LanguageModel:
+        return LanguageModel(ModelConfig(**{**dict(hidden_size=32, num_layers=2), **options}))
+
+    for model, size, parts in (
+        (made(), 8, ("head_dim", "above the model's 8", "got 8")),
+        (made(pattern="hla2,softmax"), 12, ("grow", "softmax")),
+        (made(attention={"conv": 4}), 12, ("conv", "grown=4")),
+        (made(attention={"feature_map": "softmax"}), 12, ("feature_map", "'softmax'")),
+        (made(attention={"rope_theta": 1e4}), 11, ("rope_theta", "an even head_dim")),
+        (grow(made(), 12), 16, ("grow", "by 4 channels")),
+    ):
+        with raises_value_error(*parts):
+            grow(model, size)
+    for grown, options in ((3, {"rope_theta": 1e4}), (8, {})):
+        with raises_value_error("grown", "from 0 to below head_dim=8", f"got {grown}"):
+            HLAAttention(32, 4, grown=grown, **options)
 
 
 @pytest.fixture(scope="module")
