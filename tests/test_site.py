@@ -36,7 +36,8 @@ def documented(name: str) -> Iterator[tuple[str, ast.AST, str]]:
     if package == "hla_dist.huggingface":  # importing it takes transformers
         paths = sorted((ROOT / "hla_dist" / "huggingface").glob("*.py"))
     else:
-        paths = [Path(inspect.getfile(getattr(importlib.import_module(package), last)))]
+        public = inspect.unwrap(getattr(importlib.import_module(package), last))  # of a decorator its function
+        paths = [Path(inspect.getfile(public))]
     (top,) = (n for path in paths for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == last)
     for node in (top, *(top.body if isinstance(top, ast.ClassDef) else ())):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -69,9 +70,8 @@ def test_docstrings_say_every_argument_that_they_list() -> None:
             call = next((f for f in getattr(node, "body", []) if getattr(f, "name", "") == "__init__"), node)
             assert isinstance(call, ast.FunctionDef)
             arguments = [*call.args.posonlyargs, *call.args.args, *call.args.kwonlyargs]
-            wanted = {a.arg for a in arguments} - {"self", "cls"} | (
-                {call.args.kwarg.arg} if call.args.kwarg else set()
-            )
+            arguments += [a for a in (call.args.vararg, call.args.kwarg) if a]
+            wanted = {a.arg for a in arguments} - {"self", "cls"}
             assert described <= wanted, f"{name}, {member}: described but no argument: {described - wanted}"
             if member == name.rpartition(".")[2]:  # methods may leave out what their class says
                 assert wanted <= described, f"{name}, {member}: not described: {wanted - described}"

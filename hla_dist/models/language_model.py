@@ -242,8 +242,8 @@ class LanguageModel(nn.Module):
             cu_seqlens: As for ``hla_dist.HLAAttention``.
             positions: The tokens' global positions. They matter with rotary attention only, which needs
                 them with a state.
-            return_state: Return the states too; with ``"pending"`` a ``hla_dist.Pending`` per layer in their
-                place, which can go back over these tokens.
+            return_state: Return the states too. With ``"pending"`` a ``hla_dist.Pending`` per layer comes
+                in their place, which can go back over these tokens.
             labels: ``[B, T]``. The result is then the sum of the cross-entropies of these labels, -100 left
                 out, instead of logits, which exist for a chunk of tokens at a time. In training mode a
                 mixture of experts adds ``balance`` times its balance loss, which is 1 per token where
