@@ -19,7 +19,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ahla": dict(op="ahla", attention={"decay": "head"}),
     "hla3": dict(op="hla3", attention={"conv": 4}),
     "key term": dict(attention={"key_term": True, "conv": 4, "rope_theta": 1e4}),
-    "softmax": dict(pattern="softmax"),
     "memory": dict(pattern="memory,hla2", memory={"window": 5}),
     "hybrid": dict(pattern="hla2,softmax", softmax={"window": 5}),
 }
@@ -29,7 +28,7 @@ def new_tokens(hla: HLAForCausalLM, ids: torch.Tensor, **options: Any) -> tuple[
     """The whole text, and how many calls of the model wrote it."""
     calls = []
     hook = hla.register_forward_hook(lambda *_: calls.append(1))
-    text = hla.generate(ids, max_new_tokens=16, do_sample=False, **options)
+    text = hla.generate(ids, max_new_tokens=10, do_sample=False, **options)
     hook.remove()
     return text, len(calls)
 
@@ -46,7 +45,7 @@ def test_assisted_generation_writes_what_greedy_does(variant: str) -> None:
     twin.generation_config.num_assistant_tokens = 4
     twin.generation_config.assistant_confidence_threshold = 0.0
     text, fewer = new_tokens(hla, ids, assistant_model=twin)
-    assert torch.equal(text, want) and calls == 16 and fewer <= 4
+    assert torch.equal(text, want) and calls == 10 and fewer <= 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
