@@ -174,12 +174,12 @@ def test_parameters_that_a_file_lacks_are_initialised_as_the_networks(tmp_path: 
     """Whatever is missing: each parameter's distribution is that of LanguageModel, and what is there stays."""
     from safetensors.torch import save_file
 
-    hla = model(torch.float32, hidden_size=64)
+    hla = model(torch.float32, hidden_size=64, attention={"conv": 4, "key_term": True})
     hla.save_pretrained(tmp_path)
     tensors = {name: t.clone() for name, t in hla.state_dict().items() if name != "lm_head.weight"}
     torch.manual_seed(shifted(5))
     fresh = LanguageModel(hla.config.to_model_config()).state_dict()
-    kept = {name for name in tensors if "decay_bias" in name or "blocks.1" in name}
+    kept = {name for name in tensors if "decay_bias" in name or "0.attention.gain_bias" in name or "blocks.1" in name}
     save_file({name: tensors[name] + 1 for name in kept}, tmp_path / "model.safetensors", {"format": "pt"})
     loaded, info = HLAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert {name for name in info["missing_keys"] if name != "lm_head.weight"} == set(tensors) - kept

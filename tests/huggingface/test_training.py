@@ -115,8 +115,8 @@ def test_a_trainer_of_an_earlier_version_resumes_with_its_moments(tmp_path: Path
 
 def test_weight_decay_spares_every_vector(tmp_path: Path):
     """The Trainer goes by names; those of norms and gates say what they are."""
-    for options in ({}, {"attention": {"qk_norm": "rms"}, "pattern": "hla2,softmax"}, {"attention": {"decay": "head"}}):
-        hla = model(**options)
+    for attention in ({}, {"qk_norm": "rms", "key_term": True}, {"decay": "head", "conv": 4}):
+        hla = model(attention=attention, pattern="hla2,softmax")
         decayed = set(trainer(hla, tmp_path).get_decay_parameter_names(hla))
         assert decayed - {"lm_head.weight"} == {name for name, p in hla.named_parameters() if p.dim() > 1}
 

@@ -103,13 +103,21 @@ def sent_in_a_step(ranks: int, model: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "pattern", "window"),
-    [(2, "", 0), (2, "hla2,ahla,softmax", 0), (3, "softmax,hla2", 0), (3, "softmax", 20)],
+    ("ranks", "pattern", "window", "more"),
+    [
+        (2, "", 0, {"key_term": True}),
+        (2, "hla2,ahla,softmax", 0, {}),
+        (3, "softmax,hla2", 0, {}),
+        (3, "softmax", 20, {}),
+        (2, "linear_attention", 0, {"decay": "channel"}),
+    ],
 )
-def test_bytes_on_the_wire_are_those_counted(pool: RankPool, ranks: int, pattern: str, window: int) -> None:
+def test_bytes_on_the_wire_are_those_counted(
+    pool: RankPool, ranks: int, pattern: str, window: int, more: dict[str, Any]
+) -> None:
     """On the rank that sends most: with a window, and with lengths that differ, ranks do not send alike."""
     model = ModelConfig(vocab_size=30, hidden_size=32, num_layers=3, num_heads=2, pattern=pattern,
-                        softmax={"window": window} if window else {}, attention={"conv": 4})  # fmt: skip
+                        softmax={"window": window} if window else {}, attention={"conv": 4, **more})  # fmt: skip
     step = Step(model, 45, shards=ranks, batch_size=2, accumulate=3)
     parameters = sum(p.numel() for p in LanguageModel(model).parameters())
     assert sum(wire_bytes(step, parameters).values()) == max(pool.run(sent_in_a_step, ranks, model))
