@@ -55,11 +55,11 @@ GATES: dict[str, str | None] = {"no gates": None, "gates": "token"}
 # a mixer of benchmarks/evidence, and further options of its layers
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hla2, gates": ("hla2", {}),
-    "linear_attention, gates": ("linear_attention, gated", {}),
-    "linear_attention, gates per channel": ("linear_attention, gated", {"decay": "channel"}),
-    "hla2, gates, key term, conv": ("hla2, key term, conv", {}),
     "hla2, no gates": ("hla2", {"decay": None}),
     "hla2, no gates, no output norm": ("hla2", {"decay": None, "output_norm": False}),
+    "hla2, gates, key term, conv": ("hla2, key term, conv", {}),
+    "linear_attention, gates": ("linear_attention, gated", {}),
+    "linear_attention, gates per channel": ("linear_attention, gated", {"decay": "channel"}),
     "hla3, gates": ("hla3", {}),
 }
 RECALLING = ("linear_attention, conv", "linear_attention, gated, conv", "hla2, key term, conv")
@@ -277,28 +277,34 @@ def tables(normed: Records, lost: Records, reuses: Records, recalled: Records) -
 
 def plot(path: Path, normed: Records, lost: Records, recalled: Records) -> None:
     plt = pyplot()
-    figure, (axis, other, last) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
-    for i, name in enumerate(OPERATORS):
-        for gates, style in zip(GATES, ("-", "--")):
+    figure, ((axis, rounding), (other, last)) = plt.subplots(2, 2, figsize=(12, 8.5), constrained_layout=True)
+    for gates, style in zip(GATES, ("-", "--")):
+        for i, name in enumerate(OPERATORS):
             where = {"operator": name, "norm": "l2", "gates": gates, "dtype": "float32"}
-            axis.loglog(pick(normed, "T", **where), pick(normed, "output", **where), style, color=f"C{i}",
-                        label=f"{name}, {gates}")  # fmt: skip
+            x, y = pick(normed, "T", **where), pick(normed, "output", **where)
+            axis.loglog(x, y, style, color=f"C{i}", label=f"{name}, {gates}")
+        for i, norm in enumerate(NORMS):
+            where = {"operator": "hla2", "norm": norm, "gates": gates, "dtype": "bf16"}
+            x, y = pick(normed, "T", **where), pick(normed, "difference", **where)
+            rounding.loglog(x, y, style, color=f"C{i}", label=f"{norm}, {gates}")
     axis.set(title="operator's output, random weights, l2", xlabel="tokens", ylabel="root mean square")
-    for name in dict.fromkeys(r["model"] for r in lost):
-        lines = [r for r in lost if r["model"] == name and r["dtype"] == "float32"]
-        other.semilogx([r["T"] for r in lines], [r["bits"] - r["anew"] for r in lines], marker="o", label=name)
-    other.set(title="loss over that with a new state every 2K", xlabel="position", ylabel="bits per byte")
-    other.set_ylim(-0.5, 1.0)  # what diverges leaves the picture
+    rounding.set(title="hla2 layer: bf16 beside float32", xlabel="tokens", ylabel="relative difference")
+    for i, name in enumerate(dict.fromkeys(r["model"] for r in lost)):
+        for kind, style in zip(DTYPES, ("-", ":")):
+            lines = [r for r in lost if r["model"] == name and r["dtype"] == kind]
+            more = [r["bits"] - r["anew"] for r in lines]
+            title = name if kind == "float32" else None
+            other.semilogx([r["T"] for r in lines], more, style, color=f"C{i}", marker=".", label=title)
+    other.set(title="loss over that with a new state every 2K; dotted: bf16", xlabel="position", ylabel="bits per byte")
     for mixer in RECALLING:
-        last.semilogx(
-            pick(recalled, "T", mixer=mixer), pick(recalled, "accuracy", mixer=mixer), marker="o", label=mixer
-        )
+        x, y = pick(recalled, "T", mixer=mixer), pick(recalled, "accuracy", mixer=mixer)
+        last.semilogx(x, y, marker="o", label=mixer)
     last.set(title="recall of 4 pairs, trained at length 16", xlabel="tokens", ylabel="accuracy", ylim=(0, 1.05))
-    for panel in (axis, other, last):
+    for panel in (axis, rounding, other, last):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -257,9 +257,8 @@ def allowed(row: Row) -> bool:
     """What goes together, two by two."""
     compiled, then = row.get("parameters") == "compiled", row.get("then")
     rules = (
-        compiled and (row.get("documents", False) or row.get("offload", False)),
-        compiled and row.get("exchange", "all_gather") != "all_gather",
-        compiled and row.get("option") == "key term",  # its softmax layer
+        compiled and (row.get("documents", False) or row.get("offload", False)),  # the host reads cu_seqlens
+        compiled and row.get("option") == "key term",  # its softmax layer breaks the graph
         compiled and then in ("parity", "reshard"),
         then == "mfu" and row.get("checkpointing", "none") != "none",
     )
