@@ -8,7 +8,7 @@ Norms: one layer of random weights reads inputs half of whose variance is one co
 Loss: models of two layers, trained on 2,048 bytes of the standard library at a time, read held-out sources as one text.
 They read them again with a state that is new every 2,048 bytes: the difference is what the length does. Recall: models
 that learn 4 pairs at length 16 are asked after more and more blanks. Reuse: a text's next 2,048 bytes, read from its
-kept state, and by one call over all of it. Training is that of benchmarks/evidence.
+kept state, and by one call over all of it. Mixers, tasks and steps are those of benchmarks/evidence.
 """
 
 from __future__ import annotations
@@ -17,28 +17,26 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.evidence.mixers import shape
+from benchmarks.evidence import tasks, training
 from benchmarks.evidence.plan import SMALLEST
 from benchmarks.evidence.tasks import Task
-from benchmarks.evidence.training import Run, train
+from benchmarks.evidence.training import Run
 from benchmarks.program import options, pyplot
-from hla_dist.data.corpus import Corpus, load_corpus
 from hla_dist.models import LanguageModel
 from hla_dist.nn import HLAAttention
+from hla_dist.training.optim import lr_factor
 
 TRAINED = 2048  # bytes of a training sequence, of a piece, and of the first range of positions
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -52,17 +50,11 @@ NORMS: dict[str, dict[str, Any]] = {  # options of HLAAttention
     "ratio, signed": {"normalize": True, "output_norm": False},
 }
 GATES: dict[str, str | None] = {"no gates": None, "gates": "token"}
-# a mixer of benchmarks/evidence, and further options of its layers
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "hla2, gates": ("hla2", {}),
-    "hla2, no gates": ("hla2", {"decay": None}),
-    "hla2, no gates, no output norm": ("hla2", {"decay": None, "output_norm": False}),
-    "hla2, gates, key term, conv": ("hla2, key term, conv", {}),
-    "linear_attention, gates": ("linear_attention, gated", {}),
-    "linear_attention, gates per channel": ("linear_attention, gated", {"decay": "channel"}),
-    "hla3, gates": ("hla3", {}),
-}
-RECALLING = ("linear_attention, conv", "linear_attention, gated, conv", "hla2, key term, conv")
+KEYED = "hla2, key term from (0, 1), conv"
+# mixers of benchmarks/evidence
+MODELS = (KEYED, f"{KEYED}; no decay", f"{KEYED}; no output norm", "hla2", "linear_attention, gated",
+          "linear_attention, gated per channel", "hla3", f"{KEYED}; no query/key norm")  # fmt: skip
+RECALLING = ("linear_attention, conv", "linear_attention, gated, conv", KEYED)
 Records = list[dict[str, Any]]
 
 
@@ -112,42 +104,14 @@ def norms(lengths: list[int], heads: int, size: int) -> Records:
     return records
 
 
-@lru_cache
-def sources(length: int) -> Corpus:
-    """The standard library's sources as bytes, some of the files held out."""
-    return load_corpus(seq_len=length)
-
-
-@dataclass(frozen=True)
-class Text(Task):
-    """Windows of the sources; every next byte is scored."""
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.options["vocabulary"]
-
-    def examples(self, seed: int, batch: int, validation: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        corpus = sources(self.length)
-        tokens = corpus.held_out if validation else corpus.train
-        starts = np.random.default_rng([seed, int(validation)]).integers(len(tokens) - self.length, size=batch)
-        rows = torch.stack([torch.from_numpy(tokens[s : s + self.length + 1].astype(np.int64)) for s in starts])
-        return rows[:, :-1], rows[:, 1:], torch.ones(batch, self.length, dtype=torch.bool)
-
-
-@dataclass(frozen=True)
-class Kept(Run):
-    """A run of a mixer with further options of its layers, whose model stays at hand."""
-
-    changes: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    @cached_property
-    def network(self) -> LanguageModel:
-        torch.manual_seed(self.seed)
-        config = shape(self.mixer, self.task.options["vocabulary"], self.hidden)
-        return LanguageModel(replace(config, attention=config.attention | self.changes))
-
-    def model(self) -> LanguageModel:
-        return self.network
+def learn(run: Run) -> LanguageModel:
+    """The model of ``run``, by the steps of benchmarks/evidence, without its looks at validation."""
+    model = run.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.step_size, weight_decay=0.0)
+    for index in range(run.steps):
+        optimizer.param_groups[0]["lr"] = run.step_size * lr_factor(index, run.steps // 10, index / run.steps, 0.0)
+        training._step(model, run, optimizer, index)
+    return model
 
 
 @torch.no_grad()
@@ -183,19 +147,17 @@ def by_position(model: LanguageModel, text: Tensor, lengths: list[int]) -> Recor
 
 def loss(args: argparse.Namespace, lengths: list[int]) -> tuple[Records, Records]:
     """By model and dtype: bits and norms by position; what a kept state gives for the text's next piece."""
-    text = torch.from_numpy(sources(TRAINED).held_out[: lengths[-1] + 1].astype(np.int64))
+    text = tasks._library()[1][: lengths[-1] + 1]
     records: Records = []
     reuses: Records = []
-    for name in tqdm(list(MODELS)[: args.models], desc="loss by position", leave=False):
-        mixer, changes = MODELS[name]
-        run = Kept(Text("text", TRAINED, {"vocabulary": 256}), mixer, 1e-2, 0, args.steps, 2, args.hidden, changes)
-        line = train(run)
-        reuses.append({"model": name} | reuse(run.network, text[: args.reused + TRAINED + 1]))
+    for name in tqdm(MODELS[: args.models], desc="loss by position", leave=False):
+        model = learn(Run(Task("text", TRAINED), name, 1e-2, 0, args.steps, 2, args.hidden))
+        reuses.append({"model": name} | reuse(model, text[: args.reused + TRAINED + 1]))
         for kind, dtype in DTYPES.items():
             # bf16 is slow on processors without instructions for it
             reach = lengths if kind == "float32" else [t for t in lengths if t <= args.reused]
-            about = {"model": name, "dtype": kind, "seconds": line["cpu_seconds"]}
-            records += [about | r for r in by_position(run.network.to(dtype), text, reach)]
+            about = {"model": name, "dtype": kind}
+            records += [about | r for r in by_position(model.to(dtype), text, reach)]
     return records, reuses
 
 
@@ -217,14 +179,13 @@ def recall(steps: int, lengths: list[int]) -> Records:
     """Accuracy by mixer and length, of a model trained at the first."""
     records: Records = []
     for mixer in tqdm(RECALLING, desc="recall", leave=False):
-        run = Kept(SMALLEST, mixer, 1e-2, 0, steps, hidden=32)
-        train(run)
+        model = learn(Run(SMALLEST, mixer, 1e-2, 0, steps, 32, hidden=32))
         for length in lengths:
             right = []
             for seed in range(4):
                 tokens, targets, scored = replace(SMALLEST, length=length).examples(seed, 8, validation=True)
                 with torch.no_grad():
-                    right.append(run.network(tokens)[scored].argmax(-1) == targets[scored])
+                    right.append(training.answers(model, tokens, scored).argmax(-1) == targets[scored])
             records.append({"mixer": mixer, "T": length, "accuracy": float(torch.cat(right).double().mean())})
     return records
 
@@ -314,8 +275,8 @@ def judge(normed: Records, lost: Records, reuses: Records) -> list[report.Target
         ends = [pick(normed, "layer", operator=o, norm="l2", gates=gates, dtype="float32") for o in OPERATORS]
         worst = max(x[-1] / x[0] for x in ends)
         targets.append(report.Target(f"a layer's output at the end over that at first, l2, {gates}", worst, 2.0, False))
-    bits, fresh = (pick(lost, n, model="hla2, gates", dtype="float32")[-1] for n in ("bits", "anew"))
-    targets.append(report.Target("hla2, gates: bits at the end above those of a new state", bits - fresh, 0.02, False))
+    bits, fresh = (pick(lost, n, model=KEYED, dtype="float32")[-1] for n in ("bits", "anew"))
+    targets.append(report.Target(f"{KEYED}: bits at the end above those of a new state", bits - fresh, 0.02, False))
     worst = max(r["difference"] for r in reuses)
     targets.append(report.Target("a kept state, difference of logits, float32", worst, 1e-4, False))
     return targets

@@ -170,9 +170,9 @@ def padding(model: LanguageModel, row: Row, results: list[Any], folder: Path) ->
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 1, 1, 0, 0]])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     x = model.embedding(torch.tensor(text(18)).view(2, 9))
-    got, states = model.features(x, positions=positions, attention_mask=mask, return_state=True)
+    got, states, _ = model.features(x, positions=positions, attention_mask=mask, return_state=True)
     for line in range(2):
-        alone, want = model.features(x[line : line + 1, mask[line] == 1], return_state=True)
+        alone, want, _ = model.features(x[line : line + 1, mask[line] == 1], return_state=True)
         assert_close("features", got[line, mask[line] == 1], alone[0], FLOAT64)
         for state, other in zip(states, want, strict=True):
             for name in set(other._fields) - {"k", "v", "tokens"}:  # of softmax layers, which pad theirs
