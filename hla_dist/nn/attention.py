@@ -5,7 +5,6 @@ Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value head
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 from hla_dist.functional import attention as functional
 from hla_dist.functional.options import Options, SegmentOptions
 from hla_dist.functional.pending import Pending, absent, cannot_go_back, latest, operate, with_gates
+from hla_dist.functional.validate import require
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.gradient_reduction import is_dtensor
-from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
+from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
@@ -53,7 +54,7 @@ def _option(name: str) -> Any:
     return property(lambda layer: layer.options[name], lambda layer, value: layer.options.update({name: value}))
 
 
-class HLAAttention(RenamesOnLoad):
+class HLAAttention(AttentionLayer):
     """Multi-head attention of order 1, 2 or 3 with a state of constant size.
 
         q = rotary(norm(phi(x W_q)))       [B, T, H, K]
@@ -193,19 +194,8 @@ class HLAAttention(RenamesOnLoad):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads),
-                           ("head_dim", head_dim), ("value_dim", value_dim)):  # fmt: skip
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
-        if head_dim is None and hidden_size % num_heads:
-            raise ValueError(
-                f"head_dim: expected to be given unless num_heads divides hidden_size, got hidden_size={hidden_size}, "
-                f"num_heads={num_heads}"
-            )
-        self.hidden_size, self.num_heads, self.op = hidden_size, num_heads, op
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, value_dim=value_dim)
+        self.op = op
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.decay_heads = num_heads if decay_heads is None else decay_heads
         _one_of("op", op, tuple(NAMED))
@@ -215,22 +205,18 @@ class HLAAttention(RenamesOnLoad):
         _one_of("output_gate", output_gate, (*_GATES, None))
         _one_of("mask", mask, ("causal", "prefix", "full"))
         _one_of("decay_form", decay_form, ("masked", "paper") if "paper" in NAMED[op].forms else ("masked",))
-        if num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {self.num_kv_heads}")
         _one_of("decay_heads", self.decay_heads, (num_heads, self.num_kv_heads))
         if not callable(feature_map):
             _one_of("feature_map", feature_map, (*FEATURE_MAPS, None))
-        if not decay_temperature > 0:
-            raise ValueError(f"decay_temperature: expected a number > 0, got {decay_temperature}")
-        if len(decay_range) != 2 or not 0 < decay_range[0] <= decay_range[1] < math.inf:
-            raise ValueError(f"decay_range: expected 0 < shortest <= longest memory in tokens, got {decay_range}")
-        if rope_theta is not None and (not rope_theta > 0 or self.head_dim % 2):
-            raise ValueError(f"rope_theta: expected > 0 and an even head_dim, got {rope_theta} and {self.head_dim}")
+        require(decay_temperature > 0, "decay_temperature", "a number > 0", decay_temperature)
+        rising = len(decay_range) == 2 and 0 < decay_range[0] <= decay_range[1] < math.inf
+        require(rising, "decay_range", "0 < shortest <= longest memory in tokens", decay_range)
+        rotary = rope_theta is None or (rope_theta > 0 and self.head_dim % 2 == 0)
+        require(rotary, "rope_theta", "> 0 and an even head_dim", f"{rope_theta} and {self.head_dim}")
         _one_of("conv_backend", conv_backend, BACKENDS)
         if conv is not None:
             check_width("conv", conv)
-            if mask == "full":
-                raise ValueError(f"conv: expected None with mask='full', which has no order, got {conv}")
+            require(mask != "full", "conv", "None with mask='full', which has no order", conv)
         if key_term and not (NAMED[op].keyed and mask == "causal" and decay_form == "masked"):
             raise ValueError(
                 f"key_term: expected False for {op} with mask={mask!r} and decay_form={decay_form!r} "
@@ -240,19 +226,11 @@ class HLAAttention(RenamesOnLoad):
             taken = {"conv": conv, "decay": decay if decay == "channel" else None, "feature_map": feature_map if
                      callable(feature_map) or feature_map == "softmax" else None}  # fmt: skip
             for name, value in taken.items():
-                if value is not None:
-                    raise ValueError(
-                        f"{name}: expected one that leaves channels apart with grown={grown}, got {value!r}"
-                    )
-        odd = rope_theta is not None and grown % 2
-        if not 0 <= grown < self.head_dim or odd:
-            raise ValueError(
-                f"grown: expected from 0 to below head_dim={self.head_dim}, with rope_theta an even number, got {grown}"
-            )
-        if mask == "full" and decay is not None:
-            raise ValueError(
-                f"decay: expected None with mask='full', which sees the whole sequence alike, got {decay!r}"
-            )
+                require(value is None, name, f"one that leaves channels apart with grown={grown}", repr(value))
+        fits = 0 <= grown < self.head_dim and (rope_theta is None or grown % 2 == 0)
+        require(fits, "grown", f"from 0 to below head_dim={self.head_dim}, with rope_theta an even number", grown)
+        alike = "None with mask='full', which sees the whole sequence alike"
+        require(mask != "full" or decay is None, "decay", alike, repr(decay))
 
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
         self.groups = [self.head_dim - grown, grown] if grown else [self.head_dim]
@@ -263,9 +241,6 @@ class HLAAttention(RenamesOnLoad):
             mask=mask, decay_form=decay_form, ridge=ridge, normalize=normalize, eps=eps, chunk_size=chunk_size,
             exchange=exchange, wire_dtype=wire_dtype, backend=backend,
         )  # fmt: skip
-        self.group: Any = None
-        self.shard_lengths: Sequence[int] | None = None
-        self.chunk_tokens = 0
 
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         values, outputs = self.num_kv_heads * self.value_dim, num_heads * self.value_dim
@@ -546,19 +521,6 @@ class HLAAttention(RenamesOnLoad):
             start = sum(lengths[: group_rank(pg)])
         return torch.arange(start, start + tokens, device=x.device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A group is a connection of this run, not part of the layer: what is pickled comes back without it.
-        return {**self.__dict__, "group": None, "shard_lengths": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HLAAttention:
-        # A copy within the run (an average of weights, say) keeps working over the same group.
-        if self.group is not None:
-            memo[id(self.group)] = self.group
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
     def extra_repr(self) -> str:
         return (
             f"op={self.op!r}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
@@ -607,5 +569,4 @@ def _convolve(
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
+    require(value in allowed, name, f"one of {', '.join(repr(a) for a in allowed)}", repr(value))

@@ -17,10 +17,10 @@ from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
 from hla_dist.functional.pending import Pending, cannot_go_back, latest
 from hla_dist.functional.validate import check_documents, require
-from hla_dist.nn.attention import HLAAttention
 from hla_dist.nn.chunks import map_tokens
-from hla_dist.nn.head_norm import HeadNorm, RenamesOnLoad
+from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
@@ -52,7 +52,7 @@ class LayerCall(NamedTuple):
         return exchange_gather([numbers], name, "forward", f"softmax padding numbers={len(numbers)}", at_once=True)[0]
 
 
-class SoftmaxAttention(RenamesOnLoad):
+class SoftmaxAttention(AttentionLayer):
     """Causal multi-head softmax attention, on one device or over the ranks that share a sequence.
 
         q = rotary(norm(x W_q))                         [B, T, H, K]
@@ -125,22 +125,7 @@ class SoftmaxAttention(RenamesOnLoad):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-                 "window": window}  # fmt: skip
-        for name, size in sizes.items():
-            good = isinstance(size, int) and size >= 1
-            require(
-                good or (size is None and name not in ("hidden_size", "num_heads")), name, "a positive integer", size
-            )
-        require(
-            head_dim is not None or hidden_size % num_heads == 0,
-            "head_dim", "to be given unless num_heads divides hidden_size", f"{hidden_size} and {num_heads}",
-        )  # fmt: skip
-        self.hidden_size, self.num_heads = hidden_size, num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.head_dim = head_dim or hidden_size // num_heads
-        require(num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of {num_heads}", self.num_kv_heads)
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, window=window)
         require(qk_norm in ("rms", None), "qk_norm", "'rms' or None", repr(qk_norm))
         require(exchange in EXCHANGES, "exchange", f"one of {EXCHANGES}", repr(exchange))
         require(
@@ -154,9 +139,6 @@ class SoftmaxAttention(RenamesOnLoad):
         self.rope_theta, self.rope_factors = rope_theta, rope_factors
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.exchange = exchange
-        self.chunk_tokens = 0  # as in HLAAttention: projections this many tokens at a time, 0 all at once
-        self.group: Any = None
-        self.shard_lengths: Sequence[int] | None = None
 
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         std = hidden_size**-0.5
@@ -383,10 +365,6 @@ class SoftmaxAttention(RenamesOnLoad):
         require(state.k.shape[1] >= need, "state.k", f"at least {need} keys a row", state.k.shape[1])
         alike = not equal or not bool((counts != counts[:1]).any())
         require(alike, "state.tokens", "rows of equal length over a group (or documents, cu_seqlens)", counts.tolist())
-
-    # A group is a connection of this run: not pickled, shared by copies.
-    __getstate__ = HLAAttention.__getstate__
-    __deepcopy__ = HLAAttention.__deepcopy__
 
     def extra_repr(self) -> str:
         return (

@@ -370,7 +370,7 @@ def test_a_mistake_is_every_ranks_error(pool: RankPool) -> None:
     for options, parts in (
         (dict(num_heads=3), ("head_dim", "got 24")),
         (dict(window=0), ("window: expected a positive integer, got 0",)),
-        (dict(num_kv_heads=3), ("num_kv_heads: expected a divisor of 8, got 3",)),
+        (dict(num_kv_heads=3), ("num_kv_heads: expected a divisor of num_heads=8, got 3",)),
         (dict(exchange="ring"), ("exchange", "got 'ring'")),
         (dict(head_dim=5), ("rope_theta", "even head_dim")),
         (dict(qk_norm="l2"), ("qk_norm", "got 'l2'")),
