@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
     skip: Tensor | None = None
 
 
-def _forward_pass(
+def forward_pass(
     problem: Problem,
     p: Pass,
     initial: Tensor | None,
@@ -80,11 +80,11 @@ def _forward_pass(
 def _inner_forward(
     problem: Problem, carry: list[Tensor | None], cut: tuple[int, int], products: dict[str, Tensor] | None = None
 ) -> list[SegmentStates]:
-    """Every pass but the last; results go to ``problem.sequences``, ``products`` as in ``_forward_pass``."""
+    """Every pass but the last; results go to ``problem.sequences``, ``products`` as in ``forward_pass``."""
     carries = []
     for p, initial in zip(problem.passes[:-1], carry):
         out = problem.inner(problem.sequences[p.c].shape[3])
-        carries.append(_forward_pass(problem, p, initial, cut, out, products))
+        carries.append(forward_pass(problem, p, initial, cut, out, products))
         problem.sequences[p.out] = out
     return carries
 
@@ -107,7 +107,7 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
     last = problem.passes[-1]
     shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
     out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
-    carries.append(_forward_pass(problem, last, carry[-1], cut, out))
+    carries.append(forward_pass(problem, last, carry[-1], cut, out))
     return out, [edge(problem, c) for c in carries]
 
 
@@ -141,11 +141,11 @@ def finish(
     last = problem.passes[-1]
     shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
     out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
-    states.append(edge(problem, _forward_pass(problem, last, carry[-1], cut, out)))
+    states.append(edge(problem, forward_pass(problem, last, carry[-1], cut, out)))
     return out, states
 
 
-class _Backward:
+class Backward:
     """Gradients as they come in: buffers by name, terms of the gates' gradient by launch."""
 
     def __init__(
@@ -230,6 +230,14 @@ class _Backward:
         self.gradients[p.out], dgain, dskip = key_term.gradients(self.problem, p, dout, product, dc)
         self.key = (dgain, dskip)
 
+    def reverse_states(self, p: Pass, entering: Tensor | None) -> SegmentStates:
+        """The reverse carries of pass ``p``, once the gradient of its result is known."""
+        problem = self.problem
+        a, dout = problem.sequences[p.a], self.gradients[p.out]
+        carry = problem.carry(a, dout, entering, self.cut, reverse=True)
+        problem.find(carry, a, dout, problem.times_scale(p.a), entering, self.cut)
+        return carry
+
     def add_all(self, p: Pass, forward: SegmentStates, reverse: SegmentStates, wanted: set[str]) -> None:
         """What pass ``p`` adds to the gradients of ``wanted`` among its a, b and c."""
         into_p, into_r = self.problem.times_scale(p.b, p.c), self.problem.times_scale(p.a)
@@ -240,15 +248,6 @@ class _Backward:
             self.add(p.b, p.c, dout, p.a, reverse, True, into_r, p, -1.0)
         if p.c in wanted:
             self.add(p.c, p.b, p.a, dout, reverse, False, into_r, p, None)  # c . dc is b . db: counted there
-
-
-def _reverse_carry(backward: _Backward, p: Pass, entering: Tensor | None) -> SegmentStates:
-    """The reverse carries of pass ``p``, once the gradient of its result is known."""
-    problem = backward.problem
-    a, dout = problem.sequences[p.a], backward.gradients[p.out]
-    carry = problem.carry(a, dout, entering, backward.cut, reverse=True)
-    problem.find(carry, a, dout, problem.times_scale(p.a), entering, backward.cut)
-    return carry
 
 
 def scan_backward(
@@ -271,13 +270,13 @@ def scan_backward(
     b, c = problem.sequences[last.b], problem.sequences[last.c]
     forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
     problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
-    backward = _Backward(problem, last_axis_contiguous(dout), cut, gate, into)
+    backward = Backward(problem, last_axis_contiguous(dout), cut, gate, into)
     inner = {p.out for p in problem.passes[:-1]}
     reverse: dict[str, SegmentStates] = {}
     steps = list(zip(problem.passes, forward, reverse_carry))
     for p, carry_in, entering in reversed(steps):
         backward.key_term(p, products.pop(p.out, None))
-        reverse[p.out] = _reverse_carry(backward, p, entering)
+        reverse[p.out] = backward.reverse_states(p, entering)
         backward.add_all(p, carry_in, reverse[p.out], inner)
     for p, carry_in, _ in steps:
         backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
@@ -383,7 +382,7 @@ def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> l
     """Reverse states of the segment with nothing to its right, one ``[B, H, rows, columns]`` a pass."""
     cut = problem.segments()
     forward = _inner_forward(problem, list(carry), cut)
-    backward = _Backward(problem, last_axis_contiguous(dout), cut, gate=False)
+    backward = Backward(problem, last_axis_contiguous(dout), cut, gate=False)
     inner = {p.out for p in problem.passes[:-1]}
     fields: dict[str, Tensor] = {}
     last = problem.passes[-1]
@@ -394,7 +393,7 @@ def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> l
     for p, carry_in in reversed(list(zip(problem.passes, forward))):
         backward.key_term(p)
         if inner & {p.a, p.b, p.c}:
-            reverse = _reverse_carry(backward, p, None)
+            reverse = backward.reverse_states(p, None)
             backward.add_all(p, carry_in, reverse, inner)
             if reverse.known:
                 fields[p.out] = edge(problem, reverse)

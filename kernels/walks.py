@@ -14,7 +14,9 @@
     dq                   LA(do, r, k)             LA(dr, v, k)             adds             do r k dr v, dq
 
 linear attention has a walk of one pass for each of o, dq, dk and dv. hla3 makes r beforehand, then walks as hla2 does
-with r for v; what r adds to dk and dq comes in a walk more each, on top of what is there.
+with r for v; what r adds to dk and dq comes in a walk more each, on top of what is there. With a key term u and o are
+walks of their own, between which key_term.py makes u of the first one's result; so is its gradient, before dk and dq.
+The denominator of a normalized cascade runs beside all of them (denominator.py).
 
 Few heads are cut into segments so that programs fill the device. Their states are then formed beforehand by the
 kernels of passes (first_order.py, segments.py), but for the last state of ``out``: its walk starts every segment from
@@ -34,7 +36,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hla_kernels import key_term
 from hla_kernels.cascade import RESTART, Problem, SegmentStates
+from hla_kernels.denominator import Denominator
 from hla_kernels.device import Target, launch
 from hla_kernels.sequences import gates
 from hla_kernels.stages import Gradients, edge, gate_gradient, own_heads
@@ -48,13 +52,13 @@ SLOTS = {2: 3, 3: 3, 4: 2, 5: 2, 6: 2}  # chunks on their way, by streams: what 
 
 
 def require(operator: str, dtype: torch.dtype, key_dim: int, value_dim: int, target: Target) -> None:
-    """ValueError naming what walks need, unless they compute this."""
+    """ValueError naming what walks need, unless they compute this; ``value_dim``: without ``normalize``'s column."""
     needs = [
         (operator in OPERATORS, f"one of {', '.join(OPERATORS)}", operator),
         (target.arch == "sm_90", "sm_90 (Hopper)", target.arch),
         (dtype == torch.bfloat16, "q in torch.bfloat16", dtype),
         (key_dim <= WIDEST, f"K <= {WIDEST}", f"K = {key_dim}"),
-        (value_dim <= WIDEST, f"V <= {WIDEST} (normalize's column of ones included)", f"V = {value_dim}"),
+        (value_dim <= WIDEST, f"V <= {WIDEST}", f"V = {value_dim}"),
     ]
     for holds, expected, came in needs:
         if not holds:
@@ -90,6 +94,8 @@ WALKS = {
         "apart": Walk(("v do q", "u q do"), "apart", True, "-u ."),
         "dk": Walk(("k du q", "k q du"), "adds", True, "-k ."),
         "dq": Walk(("do v u", "du k k"), "adds", False, "+q +q", "du"),
+        "u": Walk(("q k k",), "alone"),
+        "o": Walk(("q u v",), "alone"),
     },
     "ahla": {
         "out": Walk(("q k v", "q k r"), "makes c"),
@@ -113,6 +119,8 @@ WALKS = {
         "dk dv": Walk(("v dr q", "k q dr"), "apart", True, "-k .", "dk"),
         "dq": Walk(("do r u", "du k k"), "adds", False, "+q +q", "du"),
         "dq again": Walk(("dr v k",), "alone", False, "+q", "dq"),
+        "u": Walk(("q k k",), "alone"),
+        "o": Walk(("q u r",), "alone"),
     },
 }
 
@@ -132,9 +140,11 @@ class _Call:
         self.problem, self.gate = problem, gate
         self.sequences = dict(problem.sequences)
         self.cut = _segments(problem, gate)
-        self.walks = WALKS[problem.operator]
+        self.walks = dict(WALKS[problem.operator])
+        if problem.skip is not None:
+            self.walks["dk"] = self.walks["dk"]._replace(add="dk")  # on top of the key term's own gradient
         self.gate_rows = _gate_rows(problem) if problem.gated else None
-        self.ridge = problem.ridge * problem.scale if problem.passes[0].ridge else 0.0
+        self.ridge = problem.ridge * problem.scale if problem.passes[0].ridge and not problem.keyed else 0.0
         self.terms: list[Tensor] = []
 
     def width(self, name: str) -> int:
@@ -237,63 +247,107 @@ class _Call:
         return second
 
 
-def scan(problem: Problem, carry: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``, as ``stages.scan``."""
+def scan(problem: Problem, carry: list[Tensor], normalized: bool = False) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """``(out [B, T, H, V], denominator [B, T, H], states)`` of the segment that starts from ``carry``.
+
+    ``normalized``: states hold V + 1 columns, ``out`` is the numerator; else there is no denominator.
+    """
     call = _Call(problem)
+    column = Denominator(problem, call.cut) if normalized else None
+    entering = column.without(carry) if column else carry
     *inner, last = problem.passes
-    states = [call.state(p.b, p.c, entering, reverse=False) for p, entering in zip(inner, carry)]
     out = call.empty("v")
-    if not inner:
-        states = [call.state(last.b, last.c, carry[0], reverse=False)]
+    made: dict[str, Tensor] = {}
+    states = [call.state(p.b, p.c, initial, reverse=False) for p, initial in zip(inner or [last], entering)]
+    if inner:
+        first, *others = inner
+        for p, state in zip(others, states[1:]):
+            call.sequences[p.out] = call.empty(p.c)
+            call.run(p.out, (call.sequences[p.out],), (_whole(state),))
+        if problem.keyed or (column and first.out not in column.results):
+            made = {first.out: call.empty(first.c)}
+        call.sequences[first.out] = made.get(first.out, call.sequences[first.c])  # k or v stands in: as wide
+        if problem.keyed:
+            call.run("u", (made["u"],), (_whole(states[0]),))
+            key_term.apply(problem, first, made["u"], made["u"])
+            states.append(call.state(last.b, last.c, entering[-1], reverse=False))
+            call.run("o", (out,), (_whole(states[-1]),))
+        else:
+            outs = (made.get(first.out), out)
+            states.append(call.run_linked("out", last.a, last.b, last.c, outs, states[0], entering[-1]))
+    else:
         call.run("out", (out,), (_whole(states[0]),))
-        return out.contiguous(), [edge(problem, states[0])]
-    for p, state in zip(inner[1:], states[1:]):
-        call.sequences[p.out] = call.empty(p.c)
-        call.run(p.out, (call.sequences[p.out],), (_whole(state),))
-    call.sequences[inner[0].out] = call.sequences[inner[0].c]  # stands in: as wide as what the first pass makes
-    states.append(call.run_linked("out", last.a, last.b, last.c, (None, out), states[0], carry[-1]))
-    return out.contiguous(), [edge(problem, state) for state in states]
+    leaving = [edge(problem, state) for state in states]
+    if column is None:
+        return out.contiguous(), None, leaving
+    denominator = column.scan(made, carry)
+    return out.contiguous(), denominator, column.beside(leaving, column.forward)
 
 
 def scan_backward(
-    problem: Problem, carry: list[Tensor], dout: Tensor, reverse_carry: list[Tensor], gate: bool
+    problem: Problem,
+    carry: list[Tensor],
+    dout: Tensor,
+    reverse_carry: list[Tensor],
+    gate: bool,
+    ddenominator: Tensor | None = None,
 ) -> Gradients:
-    """Every gradient of the segment, as ``stages.scan_backward``; ``gate``: that of log_decay too."""
+    """Every gradient of the segment, as ``stages.scan_backward``; ``gate``: that of log_decay too.
+
+    ``ddenominator [B, T, H]``: of a normalized cascade, whose states hold V + 1 columns.
+    """
     call = _Call(problem, gate)
     x = call.sequences
+    column = None if ddenominator is None else Denominator(problem, call.cut, gate)
+    entering, from_right = (column.without(c) if column else c for c in (carry, reverse_carry))
     *inner, last = problem.passes
     x |= {"do": dout} | {f"d{name}": call.empty(name) for name in "qkv"}
     for p in inner:
         x[p.out], x[f"d{p.out}"] = call.empty(p.c), call.empty(p.c)
-    forward = [call.state(p.b, p.c, entering, reverse=False) for p, entering in zip(inner, carry)]
+    forward = [call.state(p.b, p.c, initial, reverse=False) for p, initial in zip(inner, entering)]
     if inner:
         call.run("inner", tuple(x[p.out] for p in inner), tuple(_read(state) for state in forward))
-    forward.append(call.state(last.b, last.c, carry[-1], reverse=False))
-    right = call.state("q", "do", reverse_carry[-1], reverse=True)
+    if problem.keyed:
+        x["product"], x["u"] = x["u"], call.empty("k")
+        key_term.apply(problem, inner[0], x["product"], x["u"])
+    forward.append(call.state(last.b, last.c, entering[-1], reverse=False))
+    right = call.state("q", "do", from_right[-1], reverse=True)
+    left = None
+    if inner and last.c == inner[0].out:
+        outs = (x[f"d{last.c}"], x["dv"])
+        left = call.run_linked("apart", "k", "q", f"d{last.c}", outs, right, from_right[0])
+    elif inner:
+        call.run("apart", (x[f"d{last.b}"], x[f"d{last.c}"]), (_read(right, True), _whole(right)))
+    if column and ddenominator is not None:
+        shared = [p.out for p in inner if p.out not in column.results]
+        gradients = {name: x[f"d{name}"] for name in shared}
+        column.add_inner({name: x[name] for name in shared}, gradients, carry, ddenominator, reverse_carry)
+    key: list[Tensor | None] = []
+    if problem.keyed:
+        x["du without gain"] = x["du"]
+        x["du"], *key = key_term.gradients(problem, inner[0], x["du"], x["product"], x["dk"])
     ends = [_read(state, True, gate) for state in forward]
     if not inner:
         call.run("dk", (x["dk"],), (_read(right, True),))
         call.run("dv", (x["dv"],), (_whole(right),))
         call.run("dq", (x["dq"],), (ends[0],))
-        return _gradients(call, forward, [right])
-    d_inner = f"d{inner[0].out}"
-    if last.c == inner[0].out:
-        left = call.run_linked("apart", "k", "q", d_inner, (x[d_inner], x["dv"]), right, reverse_carry[0])
+        return _gradients(call, forward, [right], column)
+    if left is not None:
         call.run("dk", (x["dk"],), (_read(right, True), _read(left, True)))
-        reverse = [left, right]
     else:
-        call.run("apart", (x[d_inner], x[f"d{last.c}"]), (_read(right, True), _whole(right)))
-        left = call.state("q", d_inner, reverse_carry[0], reverse=True)
+        left = call.state("q", f"d{last.b}", from_right[0], reverse=True)
         call.run("dk", (x["dk"],), (_read(left, True), _whole(left)))
-        reverse = [left, right]
+    reverse = [left, right]
     if len(inner) == 2:
-        middle = call.state("q", f"d{last.c}", reverse_carry[1], reverse=True)
+        middle = call.state("q", f"d{last.c}", from_right[1], reverse=True)
         call.run("dk dv", (x["dk"], x["dv"]), (_read(middle, True), _whole(middle)))
         reverse.insert(1, middle)
     call.run("dq", (x["dq"],), (ends[-1], ends[0]))
     if len(inner) == 2:
         call.run("dq again", (x["dq"],), (ends[1],))
-    return _gradients(call, forward, reverse)
+    if problem.keyed and problem.ridge:
+        x["dq"].add_(x["du without gain"], alpha=problem.ridge * problem.scale)
+    return _gradients(call, forward, reverse, column, *key)
 
 
 def _whole(carry: SegmentStates) -> _State:
@@ -315,13 +369,26 @@ def _two(items: list[Any]) -> tuple[Any, Any]:
     return items[0], items[-1]
 
 
-def _gradients(call: _Call, forward: list[SegmentStates], reverse: list[SegmentStates]) -> Gradients:
+def _gradients(
+    call: _Call,
+    forward: list[SegmentStates],
+    reverse: list[SegmentStates],
+    column: Denominator | None,
+    *key: Tensor | None,
+) -> Gradients:
     """Summed over the query heads of every K/V head; that of the gates from its terms."""
     problem = call.problem
-    found = ((call.sequences[f"d{name}"], problem.sequences[name]) for name in "qkv")
-    dq, dk, dv = (own_heads(x, like, None).contiguous() for x, like in found)
+    leaving = [edge(problem, carry) for carry in reverse]
+    if column:
+        column.add({name: call.sequences[f"d{name}"] for name in "qk"})
+        leaving = column.beside(leaving, column.reverse)
+        call.terms += column.backward.terms
+        for name in column.results:
+            forward, reverse = [*forward, column.forward[name]], [*reverse, column.reverse[name]]
+    pairs = ((call.sequences[f"d{name}"], problem.sequences[name]) for name in "qkv")
+    dq, dk, dv = (own_heads(gradient, like, None).contiguous() for gradient, like in pairs)
     dlog = gate_gradient(problem, call.terms, forward, reverse, call.cut) if call.gate else None
-    return Gradients(dq, dk, dv, dlog, [edge(problem, carry) for carry in reverse])
+    return Gradients(dq, dk, dv, dlog, leaving, *key)
 
 
 def _segments(problem: Problem, gate: bool) -> tuple[int, int]:

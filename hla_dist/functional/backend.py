@@ -19,7 +19,7 @@ def resolve(
     value_dim: int,
     chunk_size: int | None,
     slow: str = "",
-    keyed: bool = False,
+    normalize: bool = False,
 ) -> str:
     """``"torch"``, ``"triton"`` or ``"gluon"``.
 
@@ -27,16 +27,15 @@ def resolve(
     naming the argument where ``"triton"`` was asked for and cannot run: no Triton, no GPU (and no interpreter), another
     architecture, float64, more columns than the kernels hold, an operator or option that has no kernels. ``"gluon"``,
     the walks, is refused in the same way, and chosen by name alone unless ``hla_kernels.walks.BY_DEFAULT``. ``slow``
-    names what no kernels compute, if the call has it: then torch has to be asked for on a GPU. ``keyed``: it has a key
-    term.
+    names what no kernels compute, if the call has it: then torch has to be asked for on a GPU.
     """
     if requested == "torch" or (requested == "auto" and q.device.type != "cuda"):
         return "torch"
     if slow:  # to be slow in silence where kernels were to be expected is worse than to be refused
         raise ValueError(f"backend: expected 'torch' with {slow}, which no kernels compute, got {requested!r}")
     for kernels in ("gluon", "triton") if requested == "auto" else (requested,):
-        call = (cascade, mask, q.device, q.dtype, q.shape[3], value_dim, chunk_size)
-        reason = _obstacle(kernels, requested == "auto", keyed, *call)
+        call = (cascade, mask, q.device, q.dtype, q.shape[3], value_dim, normalize, chunk_size)
+        reason = _obstacle(kernels, requested == "auto", *call)
         if not reason:
             return kernels
     if requested == "auto":
@@ -53,13 +52,13 @@ def kernel_stages(backend: str) -> Any:
 def _obstacle(
     kernels: str,
     unnamed: bool,
-    keyed: bool,
     cascade: str,
     mask: str,
     device: torch.device,
     dtype: torch.dtype,
     key_dim: int,
     value_dim: int,
+    normalize: bool,
     chunk_size: int | None,
 ) -> str:
     """Why the kernels cannot compute a call, or nothing."""
@@ -73,10 +72,8 @@ def _obstacle(
         return f"backend: expected 'auto' or 'torch' where Triton cannot be imported ({error}), got {kernels!r}"
     if unnamed and not stages.BY_DEFAULT:
         return "backend: expected 'gluon' by name, got 'auto'"
-    if keyed and not stages.KEY_TERM:
-        return f"backend: expected 'auto', 'torch' or 'triton' with a key term (gain, skip), got {kernels!r}"
     try:
-        stages.require_supported(cascade, device, dtype, key_dim, value_dim)
+        stages.require_supported(cascade, device, dtype, key_dim, value_dim, normalize)
     except ValueError as error:
         return str(error).replace("'triton'", repr(kernels))
     return ""

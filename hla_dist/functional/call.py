@@ -147,8 +147,9 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         backend = "torch"
     else:
         initial = validate.check_state(o["initial_state"], cascade, q, width, documents)
-        slow, keyed = "gates per channel" if per_channel else "", gain is not None or skip is not None
-        backend = resolve_backend(o["backend"], cascade.name, o["mask"], q, width, o["chunk_size"], slow, keyed)
+        slow = "gates per channel" if per_channel else ""
+        sizes = (q, v.shape[3], o["chunk_size"])
+        backend = resolve_backend(o["backend"], cascade.name, o["mask"], *sizes, slow, o["normalize"])
         if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
             initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
     gates = o["log_decay"]

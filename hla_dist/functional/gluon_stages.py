@@ -17,11 +17,12 @@ from hla_dist.operators.stages_backward import Gradients, Saved
 from hla_kernels import device, walks
 
 BY_DEFAULT = walks.BY_DEFAULT
-KEY_TERM = False
-__all__ = ["BY_DEFAULT", "KEY_TERM", "require_supported", "scan", "scan_backward", "summarize", "summarize_backward"]
+__all__ = ["BY_DEFAULT", "require_supported", "scan", "scan_backward", "summarize", "summarize_backward"]
 
 
-def require_supported(operator: str, where: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
+def require_supported(
+    operator: str, where: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, normalize: bool
+) -> None:
     """ValueError naming what walks need, unless they compute this operator for such tensors on this device."""
     walks.require(operator, dtype, key_dim, value_dim, device.target_of(where))
 
@@ -31,7 +32,8 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``."""
     if segment.T < 2:
         return triton_stages.scan(segment, carry, kept)
-    return triton_stages.scanned(segment, carry, *walks.scan(triton_stages.problem_of(segment), carry))
+    problem = triton_stages.problem_of(segment, ones=False)
+    return triton_stages.scanned(segment, carry, *walks.scan(problem, carry, segment.settings.normalize))
 
 
 @triton_stages.on_its_device
@@ -39,6 +41,8 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     """Every gradient of the segment whose reverse carry enters from the right."""
     if segment.T < 2:
         return triton_stages.scan_backward(segment, saved, dout, carry)
-    problem, dout = triton_stages.problem_of(segment), triton_stages.numerators(segment, saved, dout)
+    problem = triton_stages.problem_of(segment, ones=False)
+    dout, ddenominator = triton_stages.quotient_gradients(segment, saved, dout)
     forward, gated = [c[0] for c in saved.checkpoints], segment.log_decay is not None
-    return triton_stages.gradients_of(segment, walks.scan_backward(problem, forward, dout, carry, gated))
+    found = walks.scan_backward(problem, forward, dout, carry, gated, ddenominator)
+    return triton_stages.gradients_of(segment, found)

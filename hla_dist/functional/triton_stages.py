@@ -28,7 +28,6 @@ from hla_kernels.sequences import last_axis_contiguous
 from hla_kernels.slices import sliced_backward
 
 BY_DEFAULT = True  # "auto" chooses these kernels wherever they run
-KEY_TERM = True  # gain and skip
 
 
 def has_kernels(operator: Operator) -> bool:
@@ -37,13 +36,15 @@ def has_kernels(operator: Operator) -> bool:
     return len(operator.states) == len(passes) and not any(p.strict or p.sign < 0 for p in passes)
 
 
-def require_supported(operator: str, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
+def require_supported(
+    operator: str, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int, normalize: bool
+) -> None:
     """ValueError naming the argument unless the kernels compute this operator for such tensors on this device."""
     if not has_kernels(OPERATORS[operator]):
         raise ValueError(f"backend: expected 'auto' or 'torch' for {operator}, which has no kernels, got 'triton'")
-    target = target_of(device)
-    check(dtype, key_dim, value_dim, target)
-    tiles.require_right(dtype, (key_dim, value_dim), target)
+    target, columns = target_of(device), value_dim + normalize
+    check(dtype, key_dim, columns, target)
+    tiles.require_right(dtype, (key_dim, columns), target)
 
 
 def on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,10 +62,13 @@ def _passes(operator: Operator) -> tuple[Pass, ...]:
     return tuple(Pass(p.out, p.a, p.b, p.c, p.ridge, p.keyed) for p in operator.passes)
 
 
-def problem_of(segment: Segment) -> Problem:
-    """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0)."""
+def problem_of(segment: Segment, ones: bool = True) -> Problem:
+    """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0).
+
+    ``ones``: v has the column of ones that the denominator comes from, if there is one.
+    """
     q, k, v = (last_axis_contiguous(x) for x in (segment.q, segment.k, segment.v))
-    if segment.settings.normalize:
+    if segment.settings.normalize and ones:
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
     log_decay = segment.log_decay
     if log_decay is not None:
@@ -98,34 +102,46 @@ def summarize(segment: Segment) -> Summarized:
 @on_its_device
 def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``; with ``kept``, inner passes are corrected only."""
-    dtype = torch.float32 if segment.settings.normalize else None
-    return scanned(segment, carry, *stages.finish(problem_of(segment), carry, kept, dtype))
+    normalize = segment.settings.normalize
+    out, state = stages.finish(problem_of(segment), carry, kept, torch.float32 if normalize else None)
+    if normalize:
+        return scanned(segment, carry, out[..., :-1], out[..., -1].clone(), state)
+    return scanned(segment, carry, out, None, state)
 
 
-def scanned(segment: Segment, carry: list[Tensor], out: Tensor, state: list[Tensor]) -> Scanned:
-    """What a stage ``scan`` returns, of the cascade's own output: divided where it is to be normalised."""
-    denominator = torch.empty(0, dtype=segment.dtype, device=segment.device)
-    if segment.settings.normalize:
-        denominator = out[..., -1].float().clone()
-        out = (out[..., :-1] / (denominator[..., None] + segment.settings.eps)).to(segment.q.dtype)
+def scanned(
+    segment: Segment, carry: list[Tensor], out: Tensor, denominator: Tensor | None, state: list[Tensor]
+) -> Scanned:
+    """What a stage ``scan`` returns, of the cascade's own output, which is divided where there is a denominator."""
+    if denominator is None:
+        denominator = torch.empty(0, dtype=segment.dtype, device=segment.device)
+    else:
+        out = (out / (denominator[..., None] + segment.settings.eps)).to(segment.q.dtype)
     return Scanned(out, denominator, state, [c.clone()[None] for c in carry])
 
 
-def numerators(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
-    """The gradient of what the cascade itself gives: o = num / (den + eps)."""
+def quotient_gradients(segment: Segment, saved: Saved, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of numerator and denominator, o = num / (den + eps); of the output alone without ``normalize``."""
     if not segment.settings.normalize:
-        return dout
+        return dout, None
     wide = dout.float() / (saved.denominator[..., None] + segment.settings.eps)
-    own = -(wide * saved.out.float()).sum(-1, keepdim=True)
     inner = torch.bfloat16 if dout.dtype == torch.bfloat16 else torch.float32  # float16 might overflow
-    return torch.cat([wide, own], dim=-1).to(inner)
+    return wide.to(inner), -(wide * saved.out.float()).sum(-1)
+
+
+def gradient_of_out(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
+    """The gradient of what the cascade itself gives, the denominator's in the last column."""
+    numerator, denominator = quotient_gradients(segment, saved, dout)
+    if denominator is None:
+        return numerator
+    return torch.cat([numerator, denominator[..., None].to(numerator.dtype)], dim=-1)
 
 
 @on_its_device
 def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
     """Reverse fields of the segment with nothing to its right."""
     carry = [c[0] for c in saved.checkpoints]
-    return stages.summarize_backward(problem_of(segment), carry, numerators(segment, saved, dout))
+    return stages.summarize_backward(problem_of(segment), carry, gradient_of_out(segment, saved, dout))
 
 
 @on_its_device
@@ -134,7 +150,7 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     gated = segment.log_decay is not None
     forward = [c[0] for c in saved.checkpoints]
     return gradients_of(
-        segment, sliced_backward(problem_of(segment), forward, numerators(segment, saved, dout), carry, gate=gated)
+        segment, sliced_backward(problem_of(segment), forward, gradient_of_out(segment, saved, dout), carry, gate=gated)
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +16,15 @@ pytest.importorskip("triton", reason="the kernels are tested where Triton is ins
 from triton.runtime import driver
 
 import hla_dist
-from hla_dist.functional import triton_stages
+from hla_dist.functional import gluon_stages, triton_stages
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.segment import Segment, Settings
 from hla_dist.operators.stages_backward import Saved
 from hla_kernels import aot, device
 from hla_kernels.decode import READS
 from hla_kernels.device import Target
+from hla_kernels.first_order import first_order_kernel
+from hla_kernels.walk import walk_kernel
 from tests.harness import raises_value_error
 
 Launches = list[tuple]
@@ -40,9 +42,17 @@ def launched() -> Iterator[Launches]:
         driver.reset_active()
 
 
-def _everything(name: str, T: int, heads_first: bool, normalize: bool = False, key_term: bool = False) -> None:
-    """All stages of an operator, as the library calls them, with gates."""
-    B, H, K, V = 3, 3, 64, 80
+def _everything(
+    name: str,
+    T: int,
+    heads_first: bool,
+    normalize: bool = False,
+    key_term: bool = False,
+    columns: int = 80,
+    stages: ModuleType = triton_stages,
+) -> None:
+    """All stages of an operator on one device, as the library calls them, with gates; the passes' between ranks too."""
+    B, H, K, V = 3, 3, 64, columns
     op = OPERATORS[name]
 
     def empty(*shape: int) -> torch.Tensor:
@@ -60,10 +70,11 @@ def _everything(name: str, T: int, heads_first: bool, normalize: bool = False, k
         term = (empty(H), empty(H)) if key_term else ()
         return Segment(op, q, k, v, empty(B, T, H), Settings(0.5, 0.3, normalize), *term)
 
-    triton_stages.scan(segment(), carry, [])
-    triton_stages.scan(segment(), carry, triton_stages.summarize(segment()).kept)
-    triton_stages.summarize_backward(segment(), saved, dout.contiguous())
-    triton_stages.scan_backward(segment(), saved, dout.contiguous(), carry)
+    stages.scan(segment(), carry, [])
+    stages.scan_backward(segment(), saved, dout.contiguous(), carry)
+    if stages is triton_stages:
+        stages.scan(segment(), carry, stages.summarize(segment()).kept)
+        stages.summarize_backward(segment(), saved, dout.contiguous())
 
 
 @pytest.fixture
@@ -100,10 +111,13 @@ def test_nothing_around_the_stages_reads_a_tensor(name: str, T: int, on_sm_90: N
         assert {x.device.type for x in (out, *state, *found)} == {"meta"}
 
 
-def test_walks_have_no_key_term() -> None:
-    x = torch.zeros(1, 3, 1, 4)
-    with raises_value_error("backend: expected 'auto', 'torch' or 'triton' with a key term (gain, skip), got 'gluon'"):
-        hla_dist.hla2(x, x, x, backend="gluon", skip=0.5)
+@pytest.mark.parametrize("name", ["linear_attention", "hla2", "ahla", "hla3"])
+def test_walks_hold_the_column_of_ones_apart(name: str, launched: Launches, on_sm_90: None) -> None:
+    """Normalized at V = 128, the widest that walks have: passes with a state of one column stand beside them."""
+    _everything(name, 200, True, normalize=True, columns=128, stages=gluon_stages)
+    passes = [arguments for kernel, arguments, _ in launched if kernel is first_order_kernel]
+    assert passes and all(1 in (a["K"], a["V"]) for a in passes)
+    assert walk_kernel in {kernel for kernel, _, _ in launched}
 
 
 def test_without_a_gpu() -> None:
