@@ -7,6 +7,7 @@ blocks of several sizes; the draft is also the model itself, whose guesses are n
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from functools import partial
@@ -46,7 +47,7 @@ def train(config: ModelConfig, corpus: Corpus, seconds: float) -> tuple[Language
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss) / 0.6931)
+        losses.append(loss.item() / math.log(2))
     return model.eval(), median(losses[-20:])
 
 
@@ -137,7 +138,7 @@ def main() -> int:
         f"{seconds[1]:.0f} s"
     )
     notes = (
-        f"{TEXTS} held-out texts of {PROMPT} bytes, each continued by {new} bytes; medians of {args.rounds} rounds, "
+        f"{TEXTS} held-out texts of {PROMPT} bytes, each continued by {new} bytes; medians of {args.rounds} round(s), "
         "ways interleaved, reading the prompt left out. Tokens per call: of the model, block + 1 at most. Where tokens "
         "differ from greedy's, logits of a block and of single tokens differ by rounding (float32)."
     )

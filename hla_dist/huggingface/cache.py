@@ -169,9 +169,12 @@ class HLACache(Cache):
         for layer, state in zip(self.layers, states, strict=True):
             layer.replace(state, places)
         self.tokens = tokens
-        if self.records:
-            everywhere = torch.ones(len(tokens), places, dtype=torch.bool, device=tokens.device)
-            self._filled.append(everywhere if filled is None else filled)
+        if not self.records:
+            self._filled = []
+        elif filled is None:
+            self._filled.append(torch.ones(len(tokens), places, dtype=torch.bool, device=tokens.device))
+        else:
+            self._filled.append(filled)
 
     def is_continued_by(self, ids: Tensor) -> bool:
         """Whether ``ids`` ``[B, T]`` follow the text that was read: they begin in another way."""

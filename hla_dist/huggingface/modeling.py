@@ -317,6 +317,14 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(_ONE_BATCH)
 
+    @wraps(GenerationMixin._assisted_decoding)  # generate() asks for its arguments
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:  # transformers lets the cache record on, and it would keep what leads back over all later tokens
+            for layer in kwargs["past_key_values"].layers:
+                layer.record_past = False
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:

@@ -233,9 +233,14 @@ def test_tokens_come_while_others_are_still_to_come(checkpoint: str) -> None:
 
 
 MIXERS: dict[str, dict[str, Any]] = {
-    "rotary": dict(attention={"rope_theta": 100.0}),
     "convolution": dict(op="hla3", attention={"conv": 4}),
-    "hybrid": dict(pattern="ahla,softmax,memory", num_layers=3, softmax={"window": 9}, memory={"window": 4}),
+    "hybrid": dict(
+        pattern="ahla,softmax,memory",
+        num_layers=3,
+        attention={"rope_theta": 100.0},
+        softmax={"window": 9},
+        memory={"window": 4},
+    ),
 }
 
 

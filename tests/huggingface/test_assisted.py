@@ -44,8 +44,13 @@ def test_assisted_generation_writes_what_greedy_does(variant: str) -> None:
     twin = copy.deepcopy(hla)
     twin.generation_config.num_assistant_tokens = 4
     twin.generation_config.assistant_confidence_threshold = 0.0
-    text, fewer = new_tokens(hla, ids, assistant_model=twin)
+    cache = HLACache(hla.config)
+    text, fewer = new_tokens(hla, ids, assistant_model=twin, past_key_values=cache)
     assert torch.equal(text, want) and calls == 10 and fewer <= 3
+    # the cache is that of greedy decoding, and nothing more
+    size, read = cache.nbytes(), cache.get_seq_length()
+    hla(text[:, read:], past_key_values=cache)
+    assert not cache.records and read == 27 and cache.nbytes() == size
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
