@@ -61,7 +61,8 @@ class Pending:
                 known = SegmentOptions.__annotations__
                 require(name in known, name, f"one of the options {', '.join(known)}", "an unknown one")
             require(len(operands) == 3, "operands", "q, k and v", f"{len(operands)} tensors")
-            operands = with_gates(*operands, options.pop("log_decay", None))
+            q, k, v = operands
+            operands = with_gates(q, k, v, options.pop("log_decay", None))
             op = partial(operate, op, options)
         self.before = before
         self._advance = op

@@ -300,8 +300,8 @@ class LanguageModel(nn.Module):
 
         It is summed over tokens. Communication: one all-gather of the experts' counts.
         """
-        group = self.blocks[0].attention.group  # that of every layer
-        return self.config.balance * balance_loss(loads, group)
+        first: Any = self.blocks[0]  # every layer has its group
+        return self.config.balance * balance_loss(loads, first.attention.group)
 
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)

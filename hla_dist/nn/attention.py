@@ -399,7 +399,8 @@ class HLAAttention(AttentionLayer):
             state = convolved(type(state))(*state, after)
         if pending:
             operands = with_gates(q, k, v, log_decay)
-            advance = partial(operate, self.op, {name: options[name] for name in _STATE_OPTIONS if name in options})
+            own = {name: value for name, value in options.items() if name in _STATE_OPTIONS}
+            advance = partial(operate, self.op, own)
             if self.conv is not None:
                 everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
                 filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])

@@ -129,7 +129,7 @@ def estimate(step: Step) -> Estimate:
         block, rest = _units(step.model)
         # a block is computed while the next one comes, and its gradient while the last one's is on its way
         memory |= {"gathered parameters": 4 * (rest + 2 * block), "gradients of a block": 4 * max(2 * block, rest)}
-    idle = 0
+    idle = 0.0
     for mixture in _mixtures(_build(step.model)):
         idle += (mixture.gate_up.numel() + mixture.down.numel()) * (1 - mixture.share)
     return Estimate(parameters, parameters - round(idle), step_flops(step), memory, wire_bytes(step, parameters))
@@ -260,7 +260,7 @@ def step_flops(step: Step) -> dict[str, float]:
     """
     model = _build(step.model)
     output = model.embedding if model.lm_head is None else model.lm_head
-    matrices = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
+    matrices: float = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
     matrices += sum((layer.gate_up.numel() + layer.down.numel()) * layer.share for layer in _mixtures(model))
     passes = 0
     for layer in _layers(model):
