@@ -86,7 +86,7 @@ def check_ranks(config: TrainConfig, world_size: int, device: torch.device) -> D
     if device.type == "cpu":
         config.refuse_offload_on_cpu()
     ranks = config.ranks
-    return factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp)
+    return factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp, ranks.ep)
 
 
 def read_launch(rank: int) -> Launch:

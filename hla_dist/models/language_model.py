@@ -115,7 +115,10 @@ class Block(nn.Module):
         return x + mixed, state
 
     def _transform(self, x: Tensor, mask: Tensor | None, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
-        result = map_tokens(self._tokens_alone, x, modules=[self.mlp_norm, self.mlp], tokens=chunk)
+        if isinstance(self.mlp, MixtureOfExperts) and self.mlp.group is not None:  # chunks must not communicate
+            result = recomputed(self._tokens_alone, x) if chunk else self._tokens_alone(x)
+        else:
+            result = map_tokens(self._tokens_alone, x, modules=[self.mlp_norm, self.mlp], tokens=chunk)
         if isinstance(result, Tensor):
             return result, None
         x, loads = result
@@ -189,7 +192,7 @@ class LanguageModel(nn.Module):
           computed three times.
 
         No policy sends a summary twice. A softmax layer gets its keys and values again, since those of all
-        ranks would be more than its input.
+        ranks would be more than its input; for the same reason rows travel to experts on other ranks again.
         """
         return self._checkpointing
 

@@ -34,6 +34,11 @@ def is_dtensor(x: Tensor) -> bool:
     return loaded is not None and isinstance(x, loaded.DTensor)
 
 
+def _local(x: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one dtype and device together, in order, at most _BUCKET_BYTES unless one alone is more."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -76,15 +81,19 @@ class GradientReduction:
         self._module, self._pg = module, pg
         # The plain parameters of now. FSDP2 puts plain ones in their place between a forward and its
         # backward, but those are other objects.
-        self._wrapped = {id(p): weakref.ref(p) for p in module.parameters() if not is_dtensor(p)}
+        self._wrapped = {id(p): weakref.ref(p) for p in module.parameters() if self._group_of(p) is not None}
         self._hooks: dict[int, Any] = {}
         self._summed: set[int] = set()  # ids of parameters whose .grad is a sum over the group already
         self._at_end: weakref.ref | None = None
         self._hook_parameters()
 
+    def _group_of(self, p: Tensor) -> Group | None:
+        """Over whom a gradient is summed: of a DTensor the group that it names, if any (``models.experts``)."""
+        return getattr(p, "gradient_group", None) if is_dtensor(p) else self._pg
+
     def _parameters(self) -> list[nn.Parameter]:
         """The parameters to reduce, in order; raises ValueError if one was replaced by another after construction."""
-        parameters = [p for p in self._module.parameters() if p.requires_grad and not is_dtensor(p)]
+        parameters = [p for p in self._module.parameters() if p.requires_grad and self._group_of(p) is not None]
         wrapped = [p for p in parameters if id(p) in self._wrapped and self._wrapped[id(p)]() is p]
         if len(wrapped) < len(parameters) and "torch.distributed.fsdp" not in sys.modules:
             new = {id(p) for p in parameters} - {id(p) for p in wrapped}
@@ -122,7 +131,8 @@ class GradientReduction:
     def _keep_sum_on_first(self, p: nn.Parameter | None) -> None:
         if p is not None and id(p) in self._summed:
             self._summed.discard(id(p))
-            if p.grad is not None and group_rank(self._pg) != 0:
+            group = self._group_of(p)
+            if p.grad is not None and group is not None and group_rank(group) != 0:
                 p.grad.detach().zero_()
 
     def _ask_for_reduction(self) -> None:
@@ -143,24 +153,28 @@ class GradientReduction:
                 raise ValueError(f"gradients: expected dense ones (nn.Embedding(sparse=False)), got {p.grad.layout}")
             self._keep_sum_on_first(p)
         settle_all()
-        for bucket in _buckets(parameters):
-            self._reduce_bucket(bucket)
+        groups: dict[Any, list[Tensor]] = {}
+        for p in parameters:
+            groups.setdefault(self._group_of(p), []).append(p)
+        for pg, members in groups.items():
+            for bucket in _buckets(members):
+                self._reduce_bucket(bucket, pg)
         self._summed = {id(p) for p in parameters if p.grad is not None}
 
-    def _reduce_bucket(self, bucket: list[Tensor]) -> None:
+    def _reduce_bucket(self, bucket: list[Tensor], pg: Group) -> None:
         dtype = torch.float32 if bucket[0].dtype in (torch.float16, torch.bfloat16) else bucket[0].dtype
-        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        pieces = [_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in bucket]
         present = torch.tensor([float(p.grad is not None) for p in bucket], device=bucket[0].device)
         flat = torch.cat([x.flatten().to(dtype) for x in (*pieces, present)])
-        all_reduce_sum(flat, self._pg)
-        *sums, counts = flat.split([*(p.numel() for p in bucket), len(bucket)])
+        all_reduce_sum(flat, pg)
+        *sums, counts = flat.split([*(x.numel() for x in pieces), len(bucket)])
         # counts are read only where a gradient is missing: on a GPU that waits for the reduction
         counted = counts.real.tolist() if any(p.grad is None for p in bucket) else []
         for i, (p, total) in enumerate(zip(bucket, sums, strict=True)):
+            if p.grad is None and counted[i] > 0:
+                p.grad = torch.zeros_like(p)
             if p.grad is not None:
-                p.grad.copy_(total.view(p.shape))
-            elif counted[i] > 0:
-                p.grad = total.view(p.shape).to(p.dtype, copy=True)
+                _local(p.grad).copy_(total.view(pieces[i].shape))
 
 
 def _before_accumulation(reduction: GradientReduction, parameter: weakref.ref, _: Tensor) -> None:

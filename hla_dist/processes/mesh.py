@@ -1,8 +1,9 @@
 """Which rank does what: the mesh of data and sequence axes, and the process groups along them.
 
     world = dp_replicate x dp_shard x cp x tp           torchtitan's axes in torchtitan's order, tp being 1
+    world = ep x dp_replicate x cp                      where experts are spread over ep ranks
 
-``cp`` shards sequences; ranks of one ``cp`` group read the same samples; both ``dp`` axes are data axes.
+``cp`` shards sequences; ranks of one ``cp`` group read the same samples; the ``dp`` axes and ``ep`` are data axes.
 Parameters are whole on every rank or, with FSDP2, sharded over ``dp_shard x cp`` and replicated over ``dp_replicate``.
 """
 
@@ -35,6 +36,7 @@ class Degrees:
     cp: int
     tp: int = 1
     fully_sharded: bool = False
+    ep: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class MeshPlace:
     world: Group
     sequence: Group  # ranks that share one sample, each with its shard
     rank: int
-    replica: int  # this rank's sequence group among those of both data axes
+    replica: int  # this rank's sequence group among those of all data axes
     replicas: int
     device: torch.device
     saving: dist.ProcessGroup | None = None  # the world again, for the thread that writes checkpoints; gloo
     parameters: DeviceMesh | None = None  # what FSDP2 shards over; None: parameters are whole on every rank
     degrees: Degrees | None = None
+    experts: DeviceMesh | None = None  # what experts are spread over; None: every rank has all
+    same_experts: Group | None = None  # the ranks that have the same experts
 
     @property
     def shards(self) -> int:
@@ -58,6 +62,8 @@ class MeshPlace:
     @property
     def sharding(self) -> str:
         """How parameters are held, for the first line of a run; nothing where every rank has them whole."""
+        if self.degrees is not None and self.experts is not None:
+            return f"; experts spread over {self.degrees.ep} ranks"
         if self.degrees is None or self.parameters is None:
             return ""
         return f"; parameters sharded over {self.degrees.dp_shard} x {self.degrees.cp} ranks"
@@ -67,12 +73,17 @@ class MeshPlace:
         return group_rank(self.sequence)
 
 
-def factorise(world_size: int, sp: int = 0, dp_shard: int = 0, dp_replicate: int = 0, tp: int = 1) -> Degrees:
+def factorise(
+    world_size: int, sp: int = 0, dp_shard: int = 0, dp_replicate: int = 0, tp: int = 1, ep: int = 1
+) -> Degrees:
     """The degrees that the flags of those names ask for; UserError if their product is not the world.
 
     ``sp`` is the degree of cp: 0 means all ranks that the data axes leave. ``dp_shard`` 0 means whole parameters on
-    every rank, any other number FSDP2. ``dp_replicate`` 0 means what the others leave.
+    every rank, any other number FSDP2. ``dp_replicate`` 0 means what the others leave. They divide what ``ep`` leaves.
     """
+    if ep < 1 or world_size % ep:
+        raise UserError(f"--ep: expected a divisor of the world size {world_size}, got {ep}")
+    world_size //= ep
     if tp != 1:
         raise UserError(f"--tp: expected 1 (there is no tensor parallelism; its axis keeps its place), got {tp}")
     shard = dp_shard or 1
@@ -89,7 +100,7 @@ def factorise(world_size: int, sp: int = 0, dp_shard: int = 0, dp_replicate: int
             f"--dp-replicate, --dp-shard, --sp: expected a product of {world_size}, the world size (0: what the others "
             f"leave), got {dp_replicate}, {dp_shard}, {sp}"
         )
-    return Degrees(replicate, shard, cp, tp, fully_sharded=dp_shard > 0)
+    return Degrees(replicate, shard, cp, tp, dp_shard > 0, ep)
 
 
 def connect(
@@ -126,9 +137,9 @@ def connect(
 
 def build_mesh(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> MeshPlace:
     """One mesh over the world, whose process groups must be initialised."""
-    sizes = (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp)
-    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    replicate, shard, _, _ = mesh.get_coordinate() or (0, 0, 0, 0)
+    axes = dict(zip(AXES, (degrees.dp_replicate, degrees.dp_shard, degrees.cp, degrees.tp), strict=True))
+    axes = {"ep": degrees.ep} | axes if degrees.ep > 1 else axes
+    mesh = dist.init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     parameters = None
     if degrees.fully_sharded:
         parameters = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
@@ -138,14 +149,17 @@ def build_mesh(degrees: Degrees, device: torch.device, save_timeout_s: float = 1
             ranks = mesh.mesh.view(degrees.dp_replicate, -1)
             names = ("dp_replicate", "dp_shard_cp")
             parameters = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
+    spread = degrees.ep > 1
     return MeshPlace(
         world=resolve_group(dist.group.WORLD),
         sequence=mesh["cp"].get_group(),
         rank=dist.get_rank(),
-        replica=replicate * degrees.dp_shard + shard,
-        replicas=degrees.dp_replicate * degrees.dp_shard,
+        replica=dist.get_rank() // degrees.cp,
+        replicas=degrees.ep * degrees.dp_replicate * degrees.dp_shard,
         device=device,
         saving=dist.new_group(backend="gloo", timeout=timedelta(seconds=save_timeout_s)),
         parameters=parameters,
         degrees=degrees,
+        experts=mesh["ep"] if spread else None,
+        same_experts=mesh["dp_replicate", "dp_shard", "cp"]._flatten("same_experts").get_group() if spread else None,
     )

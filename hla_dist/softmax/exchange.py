@@ -35,7 +35,7 @@ class FetchKeys(torch.autograd.Function):
         begin = spans.held(rank)[0]
         parts = [rows[a - begin : b - begin].flatten() for a, b in given]
         width = rows.shape[1] * rows.shape[2]
-        with named("keys forward", pg):
+        with named("keys forward of softmax attention", pg):
             flat = all_to_all_flat(torch.cat(parts), _sizes(given, width), _sizes(taken, width), pg)
         received = flat.view(-1, *rows.shape[1:])
         before = sum(b - a for a, b in taken[:rank])
@@ -50,7 +50,7 @@ class FetchKeys(torch.autograd.Function):
         low, (begin, end) = spans.seen(rank)[0], spans.held(rank)
         parts = [rows[a - low : b - low].flatten() for a, b in taken]
         width = rows.shape[1] * rows.shape[2]
-        with named("keys backward", pg):
+        with named("keys backward of softmax attention", pg):
             over = backward_group(pg)
             flat = all_to_all_flat(torch.cat(parts), _sizes(taken, width), _sizes(given, width), over)
         pieces = flat.split(_sizes(given, width))
@@ -84,7 +84,7 @@ class HeadsForTokens(torch.autograd.Function):
 def _to_heads(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
     batch, tokens, ranks, width = x.shape
     flat = rearrange(x, "b t p w -> (p t b w)")
-    with named("heads for tokens", pg):
+    with named("heads for tokens of softmax attention", pg):
         received = all_to_all_flat(flat, [tokens * batch * width] * ranks, [n * batch * width for n in lengths], pg)
     return rearrange(received, "(t b w) -> b t w", b=batch, w=width)
 
@@ -92,7 +92,7 @@ def _to_heads(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
 def _to_tokens(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
     (batch, _, width), ranks, tokens = x.shape, len(lengths), lengths[group_rank(pg)]
     flat = rearrange(x, "b t w -> (t b w)")
-    with named("tokens for heads", pg):
+    with named("tokens for heads of softmax attention", pg):
         received = all_to_all_flat(flat, [n * batch * width for n in lengths], [tokens * batch * width] * ranks, pg)
     return rearrange(received, "(p t b w) -> b t p w", p=ranks, t=tokens, b=batch, w=width)
 
@@ -116,6 +116,6 @@ def named(what: str, pg: Group) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"{what} of softmax attention over group '{pg.group_name}' did not complete on rank {group_rank(pg)} of "
+            f"{what} over group '{pg.group_name}' did not complete on rank {group_rank(pg)} of "
             f"{group_size(pg)}: another rank left, failed or timed out ({error})"
         ) from error

@@ -126,6 +126,8 @@ class Ranks(Checked):
     dp_shard: Natural = 0
     dp_replicate: Natural = 0  # data ranks that repeat parameters; 0: what --dp-shard and --sp leave
     tp: Count = 1  # tensor-parallel ranks; there is no tensor parallelism: 1
+    # data ranks that the experts are spread over: each has --experts / ep of them, and rows travel; 1: all have all
+    ep: Count = 1
     exchange: Annotated[str, one_of(*EXCHANGES)] = "auto"  # how summaries travel between the ranks of a sequence
     bf16_wire: bool = False  # summaries travel rounded to bfloat16, in half the bytes
     device: Device = "auto"  # auto: a GPU per rank where there are GPUs
@@ -197,6 +199,12 @@ class TrainConfig:
             )
         if optimisation.offload_parameters and not ranks.dp_shard:
             raise UserError("--offload-parameters: expected --dp-shard beside it (FSDP2 offloads its shards), got none")
+        if ranks.ep > 1 and (not self.model.experts or self.model.experts % ranks.ep):
+            raise UserError(f"--ep: expected a divisor of --experts, {self.model.experts}, got {ranks.ep}")
+        if ranks.ep > 1 and ranks.dp_shard:
+            raise UserError(
+                f"--ep: expected no --dp-shard beside it (FSDP2 shards experts with all else), got {ranks.dp_shard}"
+            )
         if ranks.device == "cpu":
             self.refuse_offload_on_cpu()
         if output.save_every and output.out is None:

@@ -66,7 +66,8 @@ def planned(config: TrainConfig, world_size: int) -> Step:
     """The step that launch/train.py's options describe; UserError for what is not estimated."""
     options = config.to_dict()
     for name, wanted in (("exchange", ("auto", "all_gather")), ("bf16_wire", (False,)),
-                         ("offload_activations", (False,)), ("offload_parameters", (False,))):  # fmt: skip
+                         ("offload_activations", (False,)), ("offload_parameters", (False,)),
+                         ("ep", (1,))):  # fmt: skip
         if options[name] not in wanted:
             raise UserError(f"--dry-run: expected {flag(name)} {wanted[-1]}, got {options[name]}")
     model = config.model_config(config.data.vocab_size or Codec(config.data.tokenizer).vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from hla_dist import HLAAttention, MemoryAttention, SequenceParallelHLA
 from hla_dist.models import LanguageModel
+from hla_dist.models.experts import shard_experts
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.processes.mesh import MeshPlace
 
@@ -21,7 +23,8 @@ def distributed(
     With ``mesh.parameters`` every block, and what is around them, becomes a unit of FSDP2, sharded over that mesh:
     before it runs its parameters are gathered, after its backward its gradients are summed and sharded. Losses are
     shares of the whole (``token_loss``), so nothing is divided. ``on_host`` keeps the shards, their gradients and so
-    the optimiser's moments in host memory. Call it before the optimiser is made.
+    the optimiser's moments in host memory. With ``mesh.experts`` each rank keeps its share of the experts. Call it
+    before the optimiser is made.
     """
     if mesh.parameters is not None:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # late: seconds of imports
@@ -32,13 +35,17 @@ def distributed(
             unit.set_gradient_divide_factor(1.0)
             # gloo has no sum with a factor: without a division there need not be one
             unit.set_force_sum_reduction_for_comms(True)
+    if mesh.experts is not None:
+        shard_experts(model, mesh.experts, mesh.same_experts)
     return SequenceParallelHLA(
         model, mesh.sequence, gradient_group=mesh.world, sync_parameters=sync_parameters, **options
     )
 
 
 def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, mesh: MeshPlace) -> SequenceParallelHLA:
-    """A copy of a sharded model in another dtype: FSDP2 remembers the one in which a model first ran."""
+    """A copy of a sharded model in another dtype: FSDP2 remembers the one in which a model first ran, and a DTensor
+    whose gradients are watched cannot change its own.
+    """
     original = model.module
     assert isinstance(original, LanguageModel)
     copy = LanguageModel(original.config).to(dtype).to(mesh.device)
@@ -52,6 +59,14 @@ def twin_in(dtype: torch.dtype, model: SequenceParallelHLA, mesh: MeshPlace) -> 
         for target, given in zip(twin.parameters(), model.parameters(), strict=True):
             local(target).copy_(local(given))
     return twin
+
+
+def alike(tensors: Iterable[Any]) -> list[list[Any]]:
+    """Plain tensors and sharded ones apart, where there are any: torch's fused operations take one kind at a time."""
+    kinds: dict[bool, list[Any]] = {}
+    for x in tensors:
+        kinds.setdefault(is_dtensor(x), []).append(x)
+    return list(kinds.values())
 
 
 def whole(x: Any) -> Tensor:

@@ -20,7 +20,7 @@ from hla_dist.data.packing import cu_seqlens_of, cuts_between, inside_documents
 from hla_dist.data.windows import Mixture, Windows, cut
 from hla_dist.parallel.collectives import all_reduce_sum
 from hla_dist.processes.mesh import MeshPlace
-from hla_dist.training.fully_sharded import whole
+from hla_dist.training.fully_sharded import alike, whole
 from hla_dist.training.offload import SavedOnHost
 from hla_dist.training.watch import Watch
 
@@ -120,7 +120,8 @@ class Trainer:
             return False
         scale = min(1.0, self.clip / (agreed.grad_norm + 1e-6)) if self.clip else 1.0
         if scale < 1.0:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+            for part in alike(p.grad for p in self.model.parameters() if p.grad is not None):
+                torch._foreach_mul_(part, scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -191,8 +192,9 @@ def model_inputs(tokens: Tensor, mesh: MeshPlace, cuts: Tensor | None) -> tuple[
 
 def gradient_norm(parameters: Any) -> Tensor:
     """Global 2-norm of all gradients; the same bits on every rank where the gradients are, or their shards add up."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return whole(torch.linalg.vector_norm(torch.stack(norms)))
+    parts = alike(p.grad for p in parameters if p.grad is not None)
+    norms = [whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(part)))) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def autocast(device: torch.device, bf16: bool) -> Any:

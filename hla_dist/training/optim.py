@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from hla_dist.training.fully_sharded import alike
+
 
 def build_adamw(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
@@ -17,7 +19,8 @@ def build_adamw(
     for parameter in model.parameters():
         keep = parameter.dim() < 2 or getattr(parameter, "_no_weight_decay", False)
         (vectors if keep else matrices).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": part, "weight_decay": weight_decay} for part in alike(matrices)]
+    groups += [{"params": part, "weight_decay": 0.0} for part in alike(vectors)]
     # fused: one pass over each parameter; on a CPU with small parameters three times as fast as the default
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
 

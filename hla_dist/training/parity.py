@@ -143,11 +143,12 @@ def check_parity(
 def computing_in(dtype: torch.dtype, model: nn.Module, mesh: MeshPlace | None = None) -> Iterator[nn.Module]:
     """The model with parameters in ``dtype`` inside; afterwards as they were, without gradients.
 
-    Where FSDP2 has sharded them, a sharded copy.
+    Where they are sharded, a sharded copy.
     """
     before = next(model.parameters()).dtype
     model.zero_grad(set_to_none=True)
-    if mesh is not None and mesh.parameters is not None and isinstance(model, SequenceParallelHLA):
+    sharded = mesh is not None and (mesh.parameters or mesh.experts) is not None
+    if mesh is not None and sharded and isinstance(model, SequenceParallelHLA):
         yield twin_in(dtype, model, mesh)
         return
     model.to(dtype)

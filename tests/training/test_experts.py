@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,15 +16,23 @@ import torch.nn.functional as F
 
 from hla_dist import SequenceParallelHLA, shard_batch
 from hla_dist.checkpoints.export import export, load_trained
+from hla_dist.data.windows import Windows
 from hla_dist.generation.generate import generate
 from hla_dist.models import LanguageModel, ModelConfig, experts, language_model
 from hla_dist.models.experts import MixtureOfExperts, balance_loss, has_grouped_product
 from hla_dist.models.language_model import SwiGLU
 from hla_dist.parallel.collectives import counter
-from hla_dist.training.estimate import Step, estimate, step_flops, wire_bytes
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.mesh import Degrees, MeshPlace, build_mesh, factorise
+from hla_dist.training.config import TrainConfig
+from hla_dist.training.estimate import Step, estimate, planned, step_flops, wire_bytes
+from hla_dist.training.fully_sharded import distributed, whole
+from hla_dist.training.loop import Trainer
+from hla_dist.training.optim import build_adamw
 from hla_dist.training.run import Run
-from tests.harness import RankPool, assert_close, raises_value_error, shifted
-from tests.tolerances import FLOAT32, FLOAT64, LOW_PRECISION_FACTOR
+from tests.checkpoints.test_reshard import final
+from tests.harness import RankPool, assert_close, raises_value_error, run_ranks, shifted
+from tests.tolerances import ANOTHER_WORLD, FLOAT32, FLOAT64, LOW_PRECISION_FACTOR
 from tests.training.corpora import small_config, write_text
 from tests.training.test_estimate import allocated_by
 from tests.training.test_steps import NoSignal, mesh_of
@@ -206,7 +215,112 @@ def test_a_run_trains_keeps_parity_and_is_exported(pool: RankPool, tmp_path: Pat
     assert generate(again, [1, 2], 5, seed=1) == generate(trained.model, [1, 2], 5, seed=1)
 
 
+# ep, dp_replicate, dp_shard, cp; and what backward computes again
+MESHES = [
+    (Degrees(1, 1, 1, ep=4), "none"),
+    (Degrees(2, 1, 1, ep=2), "layer"),
+    (Degrees(1, 1, 2, ep=2), "sublayer"),
+    (Degrees(1, 2, 2, fully_sharded=True), "none"),
+]
+SAMPLES = Windows(np.random.default_rng(shifted(0)).integers(0, 30, 5000).astype(np.uint8), 45, 30, seed=1)
+
+
+def steps_on(mesh: MeshPlace, policy: str) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+    """Loss, norm and gradients of two steps over four samples."""
+    model = small()
+    model.activation_checkpointing = policy
+    wrapped = distributed(model, mesh)
+    options: dict[str, Any] = dict(batch_size=1, accumulate=4 // mesh.replicas, clip=1.0, bf16=False)
+    trainer = Trainer(wrapped, build_adamw(wrapped, 1e-2, 0.1), SAMPLES, mesh, **options)
+    results = []
+    for _ in range(2):
+        agreed = trainer.compute_gradients()
+        grads = {name: whole(p.grad).clone() for name, p in wrapped.named_parameters()}
+        results.append((agreed.loss, agreed.grad_norm, grads))
+        trainer.step(agreed, 1e-2)
+    return results
+
+
+def steps_of_one_process() -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+    model = small()
+    optimizer = build_adamw(model, 1e-2, 0.1)
+    results = []
+    for step in range(2):
+        tokens = SAMPLES.batch(4 * step, 4)
+        optimizer.zero_grad()
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:]) / tokens[:, 1:].numel()
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        results.append((float(loss.detach()), float(norm), grads))
+        optimizer.step()
+    return results
+
+
+def calls_over(mesh: MeshPlace) -> list[int]:
+    """Collectives of a forward and of a backward whose only group is that of the experts."""
+    wrapped = distributed(small(), mesh)
+    counts = []
+    with wrapped.no_sync():
+        counter.reset()
+        loss = wrapped((text()[:, :-1] + mesh.rank) % 30, labels=text()[:, 1:])
+        counts.append(counter.calls)
+        loss.backward()
+        counts.append(counter.calls - counts[0])
+    return counts
+
+
+def on_four_ranks() -> Any:
+    meshes = [build_mesh(degrees, torch.device("cpu")) for degrees, _ in MESHES]
+    with raises_value_error("experts: expected a multiple of the 4 ranks of the expert axis, got 6"):
+        distributed(small(experts=6), meshes[0])
+    steps = [steps_on(mesh, policy) for mesh, (_, policy) in zip(meshes, MESHES, strict=True)]
+    return steps, calls_over(meshes[0])
+
+
+def test_experts_on_other_ranks_give_the_steps_of_one_process() -> None:
+    alone = steps_of_one_process()
+    for steps, calls in run_ranks(on_four_ranks, 4, timeout=120, detail=False):
+        assert calls == [2 * 3, 2 * 2]  # per layer: counts and rows twice; rows twice
+        for (degrees, _), results in zip(MESHES, steps, strict=True):
+            for got, want in zip(results, alone, strict=True):
+                assert got[:2] == pytest.approx(want[:2], rel=FLOAT64), degrees
+                for name, gradient in want[2].items():
+                    assert_close(f"{degrees} {name}", got[2][name], gradient, FLOAT64 * 10)
+
+
+def two_runs(*runs: tuple[Degrees, TrainConfig]) -> list[int]:
+    return [Run(config, build_mesh(degrees, torch.device("cpu")), NoSignal(None), time.monotonic()).train()
+            for degrees, config in runs]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_an_expert_axis_goes_on_without_it(tmp_path: Path) -> None:
+    """Parity holds in both, and the second half of the steps leaves the same parameters."""
+    data = write_text(tmp_path / "text.txt", 4000)
+    one, other = tmp_path / "one", tmp_path / "other"
+    config = small_config(data, out=str(one), experts=4, save_every=3)
+    half = small_config(
+        data, out=str(other), experts=4, resume=str(one / "checkpoints" / "step-00000003"), accumulate=2
+    )
+    runs = (Degrees(1, 1, 2, ep=2), config), (Degrees(1, 1, 4), half)
+    assert run_ranks(two_runs, 4, *runs, timeout=120, detail=False) == [[0, 0]] * 4
+    assert_close("parameters", final(other), final(one), ANOTHER_WORLD)
+
+
 def test_nonsense_is_refused() -> None:
+    for changes, message in (
+        ({"experts": 4, "ep": 3}, "--ep: expected a divisor of --experts, 4, got 3"),
+        ({"ep": 2}, "--ep: expected a divisor of --experts, 0, got 2"),
+        ({"experts": 4, "ep": 2, "dp_shard": 2}, "--ep: expected no --dp-shard beside it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TrainConfig.from_dict(changes)
+    with pytest.raises(UserError, match="--ep: expected a divisor of the world size 4, got 3"):
+        factorise(4, ep=3)
+    with pytest.raises(UserError, match="--dry-run: expected --ep 1, got 2"):
+        planned(TrainConfig.from_dict({"experts": 4, "ep": 2}), 4)
+    assert factorise(8, sp=2, ep=2) == Degrees(2, 1, 2, ep=2) and factorise(8, ep=4) == Degrees(1, 1, 2, ep=4)
     for changes in ({"active": 1}, {"experts": 2, "active": 3}, {"experts": -1}):
         with raises_value_error("expected 0 <= active <= experts"):
             ModelConfig(**changes)
