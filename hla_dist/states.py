@@ -140,9 +140,9 @@ def remembering(kind: Any) -> Any:
     """Return the state of a ``MemoryAttention`` whose operator's state is a ``kind``.
 
     Before that state's fields, which are sums over features of tokens that have left the window, it has
-    those of ``KVState``: ``k`` and ``v`` ``[N, S, G, K]`` of the tokens that have not, and ``tokens`` ``[N]``.
-    Above first order these tokens' queries ``q [N, S, H, K]`` are kept too, since the memory takes them up
-    with the keys. ``MemoryHLA2State(k, v, q, tokens, S, F)``, for example.
+    those of ``KVState``: ``k`` and ``v`` ``[N, S, G, K]`` of the tokens that have not, and ``tokens``
+    ``[N]``. Above first order these tokens' queries ``q [N, S, H, K]`` are kept too, since the memory
+    takes them up with the keys. ``MemoryHLA2State(k, v, q, tokens, S, F)``, for example.
     """
     window = ("k", "v", "tokens") if kind is LinearState else ("k", "v", "q", "tokens")
     return _composed("Memory", kind, window, (), "a window of tokens that it has not taken up")

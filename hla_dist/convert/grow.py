@@ -17,9 +17,9 @@ from hla_dist.models.config import ModelConfig
 def grow(model: LanguageModel, head_dim: int, *, seed: int = 0) -> LanguageModel:
     """Return a copy of ``model`` whose linear layers have ``head_dim`` channels per query and key.
 
-    Its logits are the model's; train it further, and it learns to use the new channels. Values keep their
-    size. A state per head grows from K x V to ``head_dim`` x V, in second and third order S to the square of
-    ``head_dim`` besides.
+    Its logits are the model's; train it further, and it learns to use the new channels. Values keep
+    their size. A state per head grows from K x V to ``head_dim`` x V, in second and third order S to
+    the square of ``head_dim`` besides.
 
     Args:
         model: Of linear layers throughout.

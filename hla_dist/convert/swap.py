@@ -20,11 +20,11 @@ def swap(
     memory: dict[str, Any] | None = None,
     attention: dict[str, Any] | None = None,
 ) -> LanguageModel:
-    """Return a copy of ``model`` whose layers are those of ``pattern``; the parameters they share are the same.
+    """Return a copy of ``model`` with the layers of ``pattern``; parameters that both have are the same.
 
-    What a layer has of its own (feature maps, gates, norms of outputs) starts as it always does, in float32:
-    these are few, and gates of a bf16 model could not move in small steps. What the old layer had and the new
-    one lacks is refused, since the model would be another one.
+    What a layer has of its own (feature maps, gates, norms of outputs) starts as it always does, in
+    float32: these are few, and gates of a bf16 model could not move in small steps. What the old layer
+    had and the new one lacks is refused, since the model would be another one.
 
     Args:
         model: As ``load_softmax`` returns it.

@@ -25,9 +25,9 @@ class ModelConfig:
         op: The operator of every layer, unless ``pattern`` says otherwise.
         norm_eps: Epsilon of every norm.
         attention: Further options of ``hla_dist.HLAAttention``.
-        pattern: Makes a hybrid: names of operators, ``softmax`` or ``memory``, separated by commas, each
-            perhaps with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``. Empty:
-            ``op`` throughout.
+        pattern: Makes a hybrid: names of operators, ``softmax`` or ``memory``, separated by commas,
+            each perhaps with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``.
+            Empty: ``op`` throughout.
         softmax: Further options of ``hla_dist.SoftmaxAttention``.
         memory: Further options of ``hla_dist.MemoryAttention``.
         tie_word_embeddings: False gives the output layer a matrix of its own instead of the

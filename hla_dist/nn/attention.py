@@ -126,10 +126,10 @@ class HLAAttention(AttentionLayer):
             is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
             which then begin as linear_attention and ahla.
         grown: How many of the K channels, the last ones, were added to a trained layer
-            (``hla_dist.convert.grow``): norm and rotary positions take them apart from the older ones, and
-            queries' new channels are times a learned weight ``[H grown]`` that starts at 0. So the layer's
-            function does not change where it grows. Without ``conv``, gates per channel, and feature maps
-            that mix channels.
+            (``hla_dist.convert.grow``): norm and rotary positions take them apart from the older ones,
+            and queries' new channels are times a learned weight ``[H grown]`` that starts at 0. So the
+            layer's function does not change where it grows. Without ``conv``, gates per channel, and
+            feature maps that mix channels.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.

@@ -70,9 +70,9 @@ class MemoryAttention(SoftmaxAttention):
     """Softmax attention over the last ``window`` tokens, and an operator's memory of all tokens before
     them.
 
-        near_t = sum_j softmax_j(scale q_t . k_j) v_j,  lse_t the log of its denominator     t - w < j <= t
-        mem_t  = op(phi(q), phi(k), v)_t / m_t,  m_t = op(phi(q), phi(k), 1)_t                   j <= t - w
-        o_t    = (n_t near_t + m_t mem_t) / (n_t + m_t),  n_t = exp(p (lse_t - c))            join="mass"
+        near_t = sum_j softmax_j(scale q_t . k_j) v_j,  lse_t the log of its denominator  t - w < j <= t
+        mem_t  = op(phi(q), phi(k), v)_t / m_t,  m_t = op(phi(q), phi(k), 1)_t                j <= t - w
+        o_t    = (n_t near_t + m_t mem_t) / (n_t + m_t),  n_t = exp(p (lse_t - c))         join="mass"
         y      = concat_h(o) W_o
 
     p and c are learned, one per head. p starts at 1: the window keeps its true weight. ``calibrate``
@@ -80,13 +80,13 @@ class MemoryAttention(SoftmaxAttention):
     rotary positions, arguments and names are those of ``hla_dist.SoftmaxAttention``, and with a window
     as long as the text so are the outputs.
 
-    y and every gradient are those of one device, for shards of any lengths, for documents and padding. The
-    state has constant size: the window's keys and values, and the operator's state
-    (``MemoryLinearState``, for example, of ``hla_dist.states``). A token enters the memory when it leaves
-    the window.
+    y and every gradient are those of one device, for shards of any lengths, for documents and padding.
+    The state has constant size: the window's keys and values, and the operator's state
+    (``MemoryLinearState``, for example, of ``hla_dist.states``). A token enters the memory when it
+    leaves the window.
 
-    Communication over a group: one all-gather of a few integers; one all-to-all forward and one backward,
-    of the window's keys and values; and the operator's passes, one all-gather each way each.
+    Communication over a group: one all-gather of a few integers; one all-to-all forward and one
+    backward, of the window's keys and values; and the operator's passes, one all-gather each way each.
 
     Args:
         hidden_size: D.
@@ -95,16 +95,17 @@ class MemoryAttention(SoftmaxAttention):
         head_dim: K; None: D / H.
         op: The memory's operator: ``"linear_attention"``, ``"hla2"``, ``"ahla"`` or ``"hla3"``.
         window: w; None: the memory alone, of all tokens up to the present one.
-        memory: ``"before"``: of the tokens that have left the window. ``"all"``: of every token, so that
-            it can stand alone where the window is taken away.
-        join: ``"mass"``: as above. ``"gate"``: o = (1 - g) near + g mem, g = sigmoid(b) a head's own, as
-            in Infini-attention. ``"token"``: the same with g = sigmoid(x W + b) for every token and
+        memory: ``"before"``: of the tokens that have left the window. ``"all"``: of every token, so
+            that it can stand alone where the window is taken away.
+        join: ``"mass"``: as above. ``"gate"``: o = (1 - g) near + g mem, g = sigmoid(b) a head's own,
+            as in Infini-attention. ``"token"``: the same with g = sigmoid(x W + b) for every token and
             head, as in TPTT. ``"sum"``: near + mem. Where nothing is in the memory yet, o is near.
         features: phi: ``"hedgehog"``, learned: the softmax of k W_h beside that of -k W_h, W_h starting
             as the identity. Or one of HLAAttention's that are positive: ``"elu+1"``, ``"relu"``,
             ``"relu_squared"``, ``"sigmoid"``, ``"softmax"``.
         gate_bias: Where b of a gate starts; None: 0 for ``"gate"``, -8 for ``"token"``.
-        decay: ``"head"``: the memory of each head fades by a learned factor per token. None: it does not.
+        decay: ``"head"``: the memory of each head fades by a learned factor per token. None: it does
+            not.
         decay_range: As for HLAAttention.
         window_dropout: In training, the share of tokens that see the memory alone. It needs
             ``memory="all"``.
