@@ -62,8 +62,8 @@ def transfer(
         student: As ``swap`` returns it; its new layers change.
         teacher: The model it came from; unchanged.
         rows: Tokens ``[N, T]``.
-        train: ``"features"``: feature maps and gates, on the heads' outputs. ``"attention"``: all of the
-            layer, on its output.
+        train: ``"features"``: feature maps and gates, on the heads' outputs. ``"attention"``: all of
+            the layer, on its output.
         steps: Of two rows each.
         lr: The highest learning rate, of feature maps or of all; gates take ten times as much.
         directory: Keeps each layer when it is done: what is there is read, not trained again.
