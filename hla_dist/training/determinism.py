@@ -39,11 +39,11 @@ def set_random_state(state: Tensor) -> None:
         torch.cuda.set_rng_state(state[size:].clone())
 
 
-def check_equal_parameters(model: nn.Module, group: Any) -> None:
+def check_equal_parameters(model: nn.Module, group: Any, advice: str = "resume from the last checkpoint") -> None:
     """Raise UserError, the same on every rank of ``group``, unless all hold the same bits of every parameter.
 
-    Of a sharded parameter (DTensor) the ranks are compared that hold the same slice. One all-gather of two numbers a
-    parameter, and one pass over the parameters.
+    The error ends in ``advice``. Of a sharded parameter (DTensor) the ranks are compared that hold the same slice. One
+    all-gather of two numbers a parameter, and one pass over the parameters.
     """
     names, numbers = [], []
     for name, parameter in model.named_parameters():
@@ -64,7 +64,7 @@ def check_equal_parameters(model: nn.Module, group: Any) -> None:
                 few = min(values.values(), key=len)
                 raise UserError(
                     f"parameters: expected the same bits on every rank, got others on rank(s) "
-                    f"{', '.join(map(str, few))} in {name}; resume from the last checkpoint"
+                    f"{', '.join(map(str, few))} in {name}; {advice}"
                 )
 
 

@@ -77,6 +77,9 @@ class Run:
         if output.init_from is not None and self.start.source is None:
             self._init_from(Path(output.init_from), model)
         model = model.to(mesh.device)
+        if self.start.source is None:  # FSDP2 would take its slices from ranks that differ
+            where = "--init-from" if output.init_from is not None else "--seed"
+            check_equal_parameters(model, mesh.world, f"{where} gives other parameters there")
         model.activation_checkpointing = optimisation.checkpoint_activations
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = distributed(

@@ -260,6 +260,21 @@ def test_stages_of_growing_length(pool: RankPool, tmp_path: Path) -> None:
     assert (run.trainer.samples, run.trainer.tokens) == (4, 768) and path.name == "step-00000007"
 
 
+def one_reads_other_weights(pg: dist.ProcessGroup, config: TrainConfig) -> int | str:
+    """As where a path leads to another file on another machine."""
+    put = run_module.put_weights
+
+    def changed(weights: Any, model: LanguageModel) -> None:
+        put(weights, model)
+        model.embedding.weight.data[0] += dist.get_rank(pg)
+
+    run_module.put_weights = changed
+    try:
+        return run_config(pg, config)
+    finally:
+        run_module.put_weights = put
+
+
 def test_a_run_begins_with_the_parameters_of_another(pool: RankPool, tmp_path: Path) -> None:
     data, first = write_text(tmp_path / "text.txt", 4000), tmp_path / "first"
     options: dict[str, Any] = dict(parity=False, sample=0, eval_tokens=48)
@@ -295,6 +310,9 @@ def test_a_run_begins_with_the_parameters_of_another(pool: RankPool, tmp_path: P
     assert said[0] == said[1]
     for (_, want), got in zip(cases, said[0], strict=True):
         assert isinstance(got, str) and got.startswith(f"--init-from: {want}") and "\n" not in got
+    one, two = pool.run_group(2, one_reads_other_weights, small_config(data, init_from=str(file)))
+    assert one == two and "expected the same bits on every rank, got others on rank(s) 0 in embedding.weight" in one
+    assert one.endswith("; --init-from gives other parameters there")
     with pytest.raises(UserError, match="--init-from: expected no --resume beside it"):
         small_config(data, init_from=str(file), resume=str(first))
 
