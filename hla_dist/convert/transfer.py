@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hla_dist.convert.swap import converted, mixer_of, require_change
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
+from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank, group_size, resolve_group
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
@@ -24,7 +25,7 @@ BATCH = 2  # rows of a step
 CALIBRATION = 4  # rows that set the memory's mass
 HELD_OUT = 8  # at most so many rows, a tenth of them, measure a layer
 GATES = 10  # gates' learning rate over that of feature maps
-TRAINED = ("features", "attention")
+TRAINED, LOSSES = ("features", "attention"), ("output", "weights")
 
 
 class LayerError(NamedTuple):
@@ -46,6 +47,7 @@ def transfer(
     teacher: LanguageModel,
     rows: Tensor,
     *,
+    loss: str = "output",
     train: str = "features",
     steps: int = 40,
     lr: float = 1e-2,
@@ -62,6 +64,9 @@ def transfer(
         student: As ``swap`` returns it; its new layers change.
         teacher: The model it came from; unchanged.
         rows: Tokens ``[N, T]``.
+        loss: ``"output"``: as above. ``"weights"``: the divergence of each token's weights on the tokens
+            before it, old and new, as in HedgeCATs: a memory cannot hide behind the window there.
+            Weights exist as ``[T, T]`` per head, of memories of first order without decay only.
         train: ``"features"``: feature maps and gates, on the heads' outputs. ``"attention"``: all of
             the layer, on its output.
         steps: Of two rows each.
@@ -76,17 +81,21 @@ def transfer(
     """
     if train not in TRAINED:
         raise ValueError(f"train: expected one of {', '.join(TRAINED)}, got {train!r}")
+    if loss not in LOSSES or (loss == "weights" and train != "features"):
+        raise ValueError(f"loss: expected 'output', or 'weights' with train='features', got {loss!r}")
     if rows.dim() != 2 or rows.is_floating_point() or len(rows) < 2:
         raise ValueError(f"rows: expected integers [N, T], at least two rows, got {rows.dtype} {list(rows.shape)}")
     layers = converted(student)
     for index in layers:
         if not _trained(mixer_of(student, index), train):
             raise ValueError(f"transfer: expected parameters to train in layer {index}, got none with train={train!r}")
+        if loss == "weights" and (problem := _no_weights(mixer_of(student, index))):
+            raise ValueError(f"loss: expected 'output' for layer {index} with {problem}, got 'weights'")
     pg = None if group is None else resolve_group(group)
     rank, ranks = (0, 1) if pg is None else (group_rank(pg), group_size(pg))
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
-    errors = torch.zeros(len(layers), 2, dtype=torch.float64)
+    errors = torch.zeros(len(layers), 2, dtype=torch.float64, device=rows.device)
     with torch.no_grad():
         hidden = [teacher.embedding(part) for part in rows.split(BATCH)]
     for index in range(student.config.num_layers):
@@ -100,7 +109,7 @@ def transfer(
                 if error is None:
                     with torch.no_grad():
                         x = torch.cat([block.attention_norm(part) for part in hidden])
-                    error = _teach(new, block.attention, x, train, steps, lr, seed, index)
+                    error = _teach(new, block.attention, x, loss, train, steps, lr, seed, index)
                     if stored is not None:
                         _write(new, stored, error)
                 errors[number] = torch.tensor(error)
@@ -134,8 +143,47 @@ def heads(layer: nn.Module, x: Tensor) -> Tensor:
     return kept[0]
 
 
+def _no_weights(layer: Any) -> str:
+    """Why a layer's weights cannot be told; empty if they can."""
+    if not isinstance(layer, MemoryAttention) or layer.window is None:
+        return "no window"
+    options = {"op": layer.op != "linear_attention", "decay": layer.decay is not None, "join": layer.join == "sum"}
+    return ", ".join(f"{name}={getattr(layer, name)!r}" for name, bad in options.items() if bad)
+
+
+def weights(layer: Any, x: Tensor) -> Tensor:
+    """Each token's weights on all tokens, ``[B, H, T, T]``, of a softmax layer or of a memory of first order."""
+    tokens, repeats = x.shape[1], layer.num_heads // layer.num_kv_heads
+    q, k, v, *gate = layer._operands(x, torch.arange(tokens, device=x.device).expand(x.shape[:2]))
+    age = torch.arange(tokens, device=x.device)[:, None] - torch.arange(tokens, device=x.device)
+    seen = (age >= 0) & (age < (layer.window or tokens))
+    wide = sum_dtype(q.dtype)
+    queries, keys = (y.to(wide).transpose(1, 2) for y in (q, k.repeat_interleave(repeats, 2)))
+    scores = (layer.scale * queries @ keys.mT).masked_fill(~seen, -torch.inf)
+    near = scores.softmax(-1)
+    if not isinstance(layer, MemoryAttention):
+        return near
+    present = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    of_q, of_k, _ = layer._features(q, present, k, v)
+    far = of_q.transpose(1, 2) @ of_k.repeat_interleave(repeats, 2).transpose(1, 2).mT * (age >= layer._delay)
+    mass = far.sum(-1, keepdim=True)
+    filled = mass > 0
+    mass = mass.where(filled, 1.0)
+    by_token = [y.transpose(1, 2) for y in (scores.logsumexp(-1, keepdim=True), mass)]
+    share = layer._share(*by_token, *gate).expand_as(by_token[0]).transpose(1, 2) * filled
+    return near + share * (far / mass - near)
+
+
+def _divergence(new: nn.Module, old: nn.Module, x: Tensor) -> Tensor:
+    """Mean over tokens and heads of KL(old's weights || new's)."""
+    with torch.no_grad():
+        wanted = weights(old, x)
+    terms = torch.xlogy(wanted, wanted) - wanted * weights(new, x).clamp(min=1e-9).log()
+    return terms.sum(-1).mean()
+
+
 def _teach(
-    new: nn.Module, old: nn.Module, x: Tensor, train: str, steps: int, lr: float, seed: int, index: int
+    new: nn.Module, old: nn.Module, x: Tensor, loss: str, train: str, steps: int, lr: float, seed: int, index: int
 ) -> tuple[float, float]:
     """Train one layer on inputs ``x [N, T, D]``; its errors before and after."""
     output = heads if train == "features" else lambda layer, part: layer(part, output_final_state=False)[0]
@@ -170,8 +218,8 @@ def _teach(
     generator = torch.Generator().manual_seed(seed + index)
     order = torch.cat([torch.randperm(known, generator=generator) for _ in range(-(-steps * BATCH // known))])
     for picked in order[: steps * BATCH].split(BATCH):
-        loss = missed(picked)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        value = missed(picked) if loss == "output" else _divergence(new, old, x[picked])
+        for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters)):
             parameter.grad = gradient
         optimizer.step()
         schedule.step()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hla_dist import HLAAttention
 from hla_dist.convert import RECIPES, distill, grow, perplexity, swap, transfer, usage
+from hla_dist.convert.transfer import _divergence, heads, weights
 from hla_dist.models import LanguageModel, ModelConfig
 from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT32, FLOAT64
@@ -68,6 +69,39 @@ def test_transfer_learns_and_resumes(tmp_path: Path) -> None:
     for (name, one), two in zip(student.named_parameters(), again.parameters()):
         assert_bitwise(name, two, one)
     assert not student.training and not model.training
+
+
+@pytest.mark.parametrize("join", ["mass", "gate", "token"])
+@pytest.mark.parametrize("memory", ["before", "all"])
+@torch.no_grad()
+def test_weights_times_values_are_the_heads(memory: str, join: str) -> None:
+    options = {"window": 6, "memory": memory, "join": join, "gate_bias": 0.2}
+    student = swap(teacher(), memory=options).double().eval()
+    x = torch.randn(2, 30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(shifted(0)))
+    for layer in (teacher().double().blocks[0].attention, student.blocks[0].attention):
+        values = layer.v_proj(x).unflatten(2, (2, 8)).repeat_interleave(2, 2).transpose(1, 2)
+        got = weights(layer, x)
+        assert_close("sums", got.sum(-1), torch.ones_like(got[..., 0]), FLOAT64)
+        assert_close("heads", (got @ values).transpose(1, 2).flatten(2), heads(layer, x), FLOAT64)
+
+
+def test_transfer_of_weights_brings_them_nearer() -> None:
+    model, text = teacher(), rows()
+    student = swap(model, memory={**MEMORY, "memory": "all"})
+    before, x = [p.clone() for p in student.parameters()], model.embedding(text[:2]).detach()
+    far = [_divergence(student.blocks[0].attention, model.blocks[0].attention, x)]
+    transfer(student, model, text, loss="weights", steps=10)
+    far.append(_divergence(student.blocks[0].attention, model.blocks[0].attention, x))
+    assert 0 < far[1] < far[0] and not all(map(torch.equal, before, student.parameters()))
+    for options, why in (
+        ({"op": "hla2"}, "op='hla2'"),
+        ({"decay": "head"}, "decay='head'"),
+        ({"join": "sum"}, "'sum'"),
+    ):
+        with raises_value_error("loss", "layer 0", why):
+            transfer(swap(model, memory={**MEMORY, **options}), model, text, loss="weights")
+    with raises_value_error("loss", "train='features'"):
+        transfer(student, model, text, loss="weights", train="attention")
 
 
 def test_transfer_of_everything_is_for_layers_without_a_window_too() -> None:
@@ -240,7 +274,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def convert(folder: Path, out: Path, *words: str) -> int:
+def convert(folder: Path, out: Path, *words: str, group: Any = None) -> None:
     from hla_dist.convert.run import Conversion, ConvertConfig
     from hla_dist.processes.options import parse_options
 
@@ -249,8 +283,11 @@ def convert(folder: Path, out: Path, *words: str) -> int:
     sizes = {"window": 8, "seq-len": 64, "rows": 6, "held-out": 2, "transfer-steps": 2, "distill-steps": 2}
     options = [word for name, value in {**paths, **sizes}.items() for word in (f"--{name}", str(value))]
     config = parse_options(ConvertConfig, "convert", "", [*options, *words])
-    Conversion(config, torch.device("cpu"), None, print).run()
-    return 0
+    Conversion(config, torch.device("cpu"), group, print).run()
+
+
+def convert_on_ranks(pg: dist.ProcessGroup, folder: Path, out: Path) -> None:
+    convert(folder, out, group=pg)
 
 
 def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: Path, tmp_path: Path) -> None:
@@ -280,6 +317,16 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     tokens = hla.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
     assert tokens == generate(model, prompt[0].tolist(), 20, temperature=0) and codec.decode(tokens)
     assert hla.config.to_model_config() == model.config
+
+
+@pytest.mark.slow
+def test_the_program_on_ranks_gives_what_one_process_does(pool: RankPool, folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "alone")
+    pool.run_group(2, convert_on_ranks, folder, tmp_path / "ranks", timeout=180)
+    alone, ranks = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("alone", "ranks"))
+    for stage, texts in alone["perplexity"].items():
+        assert ranks["perplexity"][stage]["held out"] == pytest.approx(texts["held out"], rel=FLOAT32 * 10), stage
+    assert ranks["transfer"] == alone["transfer"]
 
 
 def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
