@@ -13,17 +13,18 @@ STEP_SIZES = (1e-2, 3e-3)
 FINER = (1e-2, 3e-3, 1e-3)
 SEEDS = (0, 1, 2)
 KEYED = "hla2, key term from (0, 1)"
+BOTH = "hla2, key term from (1, 1), conv"
 PLAIN = ["softmax", "linear_attention", "linear_attention, gated", KEYED, "hla2", "ahla", "hla3"]
 # what decides defaults: each mixer with a convolution, then without
 CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
 # where the key term starts, and what the library's small embedding does
-START = [f"hla2, key term from {start}, conv" for start in ("(1, 0)", "(1, 1)")]
-START += ["softmax; embedding 0.02"]
+START = ["hla2, key term from (1, 0), conv", "softmax; embedding 0.02"]
 # at three state sizes
 SIZED = ["linear_attention, gated, conv", f"{KEYED}, conv"]
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
        "hla2, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
+ASKED = [*CORE, *START, BOTH, *ABLATIONS]
 MIXER_ORDER = [*CORE, *START, *(name for name in MIXERS if name not in CORE + START), *LAYERS]
 
 SMALLEST = Task("recall", 16, {"vocabulary": 16, "pairs": 4, "queries": 8})
@@ -74,7 +75,7 @@ def _small() -> list[Run]:
 
 def subset() -> list[Run | Regression]:
     """Return the runs of ``make evidence``."""
-    return [*_grid(SMALLEST, 600, CORE + START), *_grid(SMALLEST, 600, SIZED, sizes=(8, 4)), *_regression()]
+    return [*_grid(SMALLEST, 600, CORE + START), *_grid(SMALLEST, 600, SIZED, sizes=(8,)), *_regression()]
 
 
 def everything() -> list[Run | Regression]:
@@ -84,10 +85,11 @@ def everything() -> list[Run | Regression]:
     texts = [Task("text", length) for length in (128, 512)]
     return [
         *subset(),
-        *_grid(SMALLEST, 600, ABLATIONS),
+        *_grid(SMALLEST, 600, SIZED, sizes=(4,)),
+        *_grid(SMALLEST, 600, [BOTH, *ABLATIONS]),
         *_small(),
         *_grid(capacity, 4000, CORE, hidden=64, sizes=(8, 16, 32), batch=64),
         *(run for task in texts for run in _grid(task, 2000, FEW, hidden=64)),
-        *_grid(SMALLEST, 600, [name for name in MIXERS if name not in CORE + START + ABLATIONS]),
+        *_grid(SMALLEST, 600, [name for name in MIXERS if name not in ASKED]),
         *(run for task in recall for run in _grid(task, 8000, CORE, FINER, hidden=64, sizes=(8, 16, 32), batch=64)),
     ]

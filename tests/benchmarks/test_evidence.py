@@ -166,5 +166,5 @@ def test_the_plan_of_make_evidence_is_half_an_hour_of_two_cores(
     finally:
         torch.set_num_threads(threads)
     last = [cell.strip() for cell in capsys.readouterr().out.strip().splitlines()[-1].strip("|").split("|")]
-    assert last[:3] == ["all", "168", "0"] and 0 < float(last[3]) < 60
+    assert last[:3] == ["all", "150", "0"] and 0 < float(last[3]) < 60
     assert not list(tmp_path.iterdir())
