@@ -117,7 +117,7 @@ class Regression:
     mixer: str
     step_size: float
     seed: int
-    steps: int = 1500
+    steps: int = 600
     batch: int = 256
 
     @property
