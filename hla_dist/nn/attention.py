@@ -292,7 +292,7 @@ class HLAAttention(AttentionLayer):
 
     def _reset_gates(self) -> None:
         if self.gain is not None and self.skip is not None:
-            # first order at the start: from hla2, at 1 and 0, recall is not learned (docs/which-operator.md)
+            # first order at the start: every seed learns recall, from 1 and 0 not every one (docs/which-operator.md)
             nn.init.zeros_(self.gain)
             nn.init.ones_(self.skip)
         if self.q_grown is not None:
