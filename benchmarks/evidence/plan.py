@@ -25,7 +25,7 @@ FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, 
        "hla2, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *ABLATIONS]
-MIXER_ORDER = [*CORE, *START, *(name for name in MIXERS if name not in CORE + START), *LAYERS]
+MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
 
 SMALLEST = Task("recall", 16, {"vocabulary": 16, "pairs": 4, "queries": 8})
 STEADY = Setting(features=4, examples=16, smallest=0.25)
