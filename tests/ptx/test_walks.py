@@ -27,10 +27,8 @@ SLOW = [
         for name, T, segment in (("linear_attention", 70, None), ("hla2", 70, None), ("ahla", 70, None))
         + (("hla3", 70, None), ("hla2", 300, 128), ("ahla", 300, 128))
     ),
-    *(
-        replace(CASE, operator=name, gated=True, key_term=True, T=T, segment=segment, state=not segment)
-        for name, T, segment in (("hla2", 70, None), ("hla3", 70, None), ("hla2", 300, 128))
-    ),
+    replace(CASE, gated=True, key_term=True),
+    replace(CASE, operator="hla3", K=64, V=96, gated=True, key_term=True),
     replace(CASE, K=64, V=64, key_term=True, normalize=True),
     *(replace(CASE, operator=name, gated=gated) for name in ("ahla", "linear_attention") for gated in (False, True)),
     *(
