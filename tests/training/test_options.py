@@ -134,15 +134,13 @@ def decay(model: LanguageModel, row: Row, results: list[Any], folder: Path) -> N
 
 
 def dry_run(model: LanguageModel, row: Row, results: list[Any], folder: Path) -> None:
-    config, tokens = (
-        replace(model.config, hidden_size=32, vocab_size=64),
-        8000,
-    )  # else an operator's blocks are most of it
+    config, tokens = replace(model.config, hidden_size=32, vocab_size=64), 8000
     got, alone = estimate(Step(config, tokens, checkpointing=row["checkpointing"])), LanguageModel(config)
     alone.activation_checkpointing = row["checkpointing"]
     assert got.parameters == sum(p.numel() for p in alone.parameters())
-    kinds = ("gradients", "activations", "an operator's blocks")
-    assert sum(got.memory[kind] for kind in kinds) == pytest.approx(allocated(alone, tokens), rel=0.15)
+    held, blocks = got.memory["gradients"] + got.memory["activations"], got.memory["an operator's blocks"]
+    # so small a model may have its worst moment where no operator runs
+    assert held / 1.15 <= allocated(alone, tokens) <= (held + blocks) * 1.15
     assert estimate(Step(config, tokens, shards=2)).wire["summaries, forward"] > 0
 
 
@@ -234,7 +232,7 @@ def transformers(model: LanguageModel, row: Row, results: list[Any], folder: Pat
 
 
 def lora(model: LanguageModel, row: Row, results: list[Any], folder: Path) -> None:
-    """Adapters of projections, and the option's own parameters trained with them, merged again."""
+    """Adapters of projections, and a convolution trained whole beside them, merged again."""
     from peft import LoraConfig, get_peft_model
 
     from hla_dist.huggingface import HLAConfig, HLAForCausalLM
@@ -242,14 +240,13 @@ def lora(model: LanguageModel, row: Row, results: list[Any], folder: Path) -> No
     hla = HLAForCausalLM(HLAConfig.from_model_config(model.config)).double()
     hla.model.network.load_state_dict(model.state_dict())
     ids, conv = torch.tensor([text()]), "conv" in model.config.attention
-    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], bias="all", task_type="CAUSAL_LM",
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM",
                         modules_to_save=["conv"] if conv else None)  # fmt: skip
     adapted = get_peft_model(hla, config)
     assert_close("logits", adapted(ids).logits, model(ids), FLOAT64)
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     adapted(ids, labels=ids).loss.backward()
-    for wanted in ("gain_bias", "skip_bias") if "key_term" in model.config.attention else ():
-        assert any(name.endswith(wanted) for name in trained)
+    assert any("conv" in name for name in trained) == conv
     assert all(p.grad is not None for p in trained.values())
     torch.optim.SGD(trained.values(), lr=1.0).step()
     after = adapted.eval()(ids).logits
