@@ -132,7 +132,7 @@ def _run(call: Call) -> tuple[Tensor, Any]:
             return full.attend(call), None
     if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
         call = call._replace(k=call.k.view_as(call.k), v=call.v.view_as(call.v))
-    if torch.compiler.is_exporting() and call.documents is None and not plan.group_name:
+    if _is_exported(call) and call.documents is None and not plan.group_name:
         out, *state = exported.attend(*call.inputs, list(call.initial), *plan.stage_arguments)
         return out, plan.cascade.state(*state) if plan.output_state else None
     if call.documents is not None:
@@ -140,6 +140,12 @@ def _run(call: Call) -> tuple[Tensor, Any]:
     else:
         out, *state = CausalFunction.apply(plan, *call.inputs, *call.initial)
     return out, plan.cascade.state(*state) if state else None
+
+
+def _is_exported(call: Call) -> bool:
+    """Whether a program is made that needs no gradient: torch 2.11 says so of torch.compile, too."""
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.inputs)
+    return torch.compiler.is_exporting() and not (torch.compiler.is_dynamo_compiling() and gradients)
 
 
 def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[SegmentOptions]) -> Summary:
