@@ -64,9 +64,9 @@ def transfer(
         student: As ``swap`` returns it; its new layers change.
         teacher: The model it came from; unchanged.
         rows: Tokens ``[N, T]``.
-        loss: ``"output"``: as above. ``"weights"``: the divergence of each token's weights on the tokens
-            before it, old and new, as in HedgeCATs: a memory cannot hide behind the window there.
-            Weights exist as ``[T, T]`` per head, of memories of first order without decay only.
+        loss: ``"output"``: as above. ``"weights"``: the divergence of each token's weights on the
+            tokens before it, old and new, as in HedgeCATs: a memory cannot hide behind the window
+            there. Weights exist as ``[T, T]`` per head, of memories of first order without decay only.
         train: ``"features"``: feature maps and gates, on the heads' outputs. ``"attention"``: all of
             the layer, on its output.
         steps: Of two rows each.
