@@ -67,7 +67,7 @@ def oracle(kind: str, tensors: list[Tensor]) -> list[Tensor]:
     return results(softmax if kind == "softmax" else lambda *x: hla_dist.reference.serial(kind, *x)[0], tensors)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_exact_and_counted(size: int):
     """Ranks of their own: where some send more messages than others, torch's DETAIL debugging counts them apart."""
     replies = run_ranks(run_all, size, detail=False)

@@ -22,7 +22,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         pytest.param("operators_cpu", 1, marks=pytest.mark.slow),
         pytest.param("sequence_parallel_cpu", 0, marks=pytest.mark.slow),
-        ("family_cpu", 0),
+        pytest.param("family_cpu", 0, marks=pytest.mark.slow),
         pytest.param("numerics", 1, marks=pytest.mark.slow),
         ("simulator/projections", 0),
         pytest.param("sequence_parallel_peers", 1, marks=pytest.mark.slow),

@@ -169,6 +169,7 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
 
 
+@pytest.mark.slow
 def test_ranks_read_a_file_and_one_goes_on(
     tmp_path: Path, checkpoint: str, program: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +245,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mixers", MIXERS)
+@pytest.mark.parametrize("mixers", ["convolution", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_speculation_writes_what_greedy_does(mixers: str) -> None:
     """By a draft that is sometimes right, where texts keep different numbers of tokens, and by one that always is."""
     model = small(**MIXERS[mixers])

@@ -12,7 +12,7 @@ import hla_dist
 from hla_dist.reference import quadratic
 from hla_kernels import device, tiles
 from tests.harness import assert_close, relative_error
-from tests.kernels.interpreted import TWO_OF_THEM, WITH_KERNELS, compare, ridge_of
+from tests.kernels.interpreted import ONE_OF_THEM, TWO_OF_THEM, WITH_KERNELS, compare, ridge_of
 from tests.problems import Problem, draw, oracle, run
 from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
 
@@ -85,7 +85,7 @@ def test_gates_of_every_strength(gate_values, short_segments) -> None:
     compare(Problem("hla2", T=70, H=1, gate_values=gate_values, scale=0.5, dtype=torch.float32))
 
 
-@pytest.mark.parametrize(("name", "mask"), TWO_OF_THEM)
+@pytest.mark.parametrize(("name", "mask"), ONE_OF_THEM)
 def test_a_cut_is_a_cut_whatever_its_number(name, mask, short_segments) -> None:
     """Two in one chunk, one that ends a segment, the first token: results alike, no gradient, never NaN."""
     inputs = torch.randn(3, 1, 70, 1, 8) / 3
@@ -104,7 +104,7 @@ def test_a_cut_is_a_cut_whatever_its_number(name, mask, short_segments) -> None:
         assert x.isfinite().all() and all(torch.equal(x, other) for other in others)
 
 
-@pytest.mark.parametrize(("name", "mask"), TWO_OF_THEM)
+@pytest.mark.parametrize(("name", "mask"), ONE_OF_THEM)
 def test_float16_at_most_twice_the_error_of_plain_torch(name, mask, monkeypatch) -> None:
     """Pass by pass, as on a GPU: only bfloat16 walks a whole cascade at once."""
     monkeypatch.setattr(tiles, "fused", lambda *args: None)

@@ -14,7 +14,7 @@ from hla_dist.operators import OPERATORS
 from hla_kernels import slices, tiles, tune
 from hla_kernels.device import INTERPRETER
 from tests.harness import assert_close, run_ranks
-from tests.kernels.interpreted import WITH_KERNELS, compare, ridge_of
+from tests.kernels.interpreted import WITH_KERNELS, all_slow_but, compare, ridge_of
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KEYED, Problem, check, draw, run
 from tests.tolerances import FLOAT32
@@ -96,10 +96,7 @@ def test_packed_documents(name, gates) -> None:
 
 
 @pytest.mark.parametrize("gates", [slowly("none"), "BTH"])
-@pytest.mark.parametrize(
-    ("name", "mask"),
-    [kind if kind in (("hla2", "causal"), ("ahla", "causal")) else slowly(*kind) for kind in WITH_KERNELS],
-)
+@pytest.mark.parametrize(("name", "mask"), all_slow_but("hla2", "ahla"))
 def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
     """Over several segments, from a carry: equal to a scan from it, or one where the table says so."""
     problem = Problem(

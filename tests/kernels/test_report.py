@@ -54,7 +54,7 @@ def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
         report.Case("sm_90", "float32", 128, 128, True),
         pytest.param(report.Case("sm_100", "bfloat16", 64, 64, True), marks=pytest.mark.slow),
         pytest.param(report.Case("gfx942", "bfloat16", 64, 64, False), marks=pytest.mark.slow),
-        report.Case("sm_80", "float16", 64, 64, True),
+        pytest.param(report.Case("sm_80", "float16", 64, 64, True), marks=pytest.mark.slow),
     ],
     ids=report.case_name,
 )

@@ -103,6 +103,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_text(tmp_path_factory.mktemp("data") / "text.txt", 6000))
 
 
+@pytest.mark.slow
 def test_training_over_mpirun_equals_one_process(text: str) -> None:
     done = run(LAUNCH / "mpirun.sh", 2, *SMALL, "--sp", 2, "--data", text, MPIRUN=str(MPIRUN), PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
