@@ -24,7 +24,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.param("sequence_parallel_cpu", 0, marks=pytest.mark.slow),
         pytest.param("family_cpu", 0, marks=pytest.mark.slow),
         pytest.param("numerics", 1, marks=pytest.mark.slow),
-        ("simulator/projections", 0),
+        pytest.param("simulator/projections", 0, marks=pytest.mark.slow),
         pytest.param("sequence_parallel_peers", 1, marks=pytest.mark.slow),
         pytest.param("overlap", 1, marks=pytest.mark.slow),
         pytest.param("stability", 1, marks=pytest.mark.slow),

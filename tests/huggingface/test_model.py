@@ -364,6 +364,7 @@ def test_activation_checkpointing_changes_no_gradient():
         hla.activation_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks():
     hla, ids = model(attention={"rope_theta": 1e4}), tokens(2, 9)
     mask = torch.ones_like(ids)

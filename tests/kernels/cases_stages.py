@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,12 +13,10 @@ from hla_dist.operators import OPERATORS
 from hla_kernels import slices, tiles, tune
 from hla_kernels.device import INTERPRETER
 from tests.harness import assert_close, run_ranks
-from tests.kernels.interpreted import WITH_KERNELS, all_slow_but, compare, ridge_of
+from tests.kernels.interpreted import WITH_KERNELS, all_slow_but, compare, ridge_of, slowly
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KEYED, Problem, check, draw, run
 from tests.tolerances import FLOAT32
-
-slowly = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
@@ -90,7 +87,7 @@ def test_over_ranks() -> None:
         check(p, whole_problem(p, 3), assemble(p, lengths, [part[i] for part in parts]))
 
 
-@pytest.mark.parametrize(("name", "gates"), [("hla2", "BTH"), ("hla3", "none")])
+@pytest.mark.parametrize(("name", "gates"), [("hla2", "BTH"), slowly("hla3", "none")])
 def test_packed_documents(name, gates) -> None:
     compare(Problem(name, T=73, H=2, G=1, K=6, V=5, gates=gates, documents=(33, 0, 1, 39), dtype=torch.float32))
 
@@ -124,7 +121,7 @@ def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, mo
 
 @pytest.mark.parametrize(
     ("name", "gates", "key_term"),
-    [slowly("hla2", "none", "numbers"), ("hla2", "BTH", "H"), ("hla3", "BTH", "numbers")],
+    [slowly("hla2", "none", "numbers"), ("hla2", "BTH", "H"), slowly("hla3", "BTH", "numbers")],
 )
 def test_the_key_term(name, gates, key_term, short_segments) -> None:
     """Several segments, a single token, no token; grouped heads, widths that are no power of two."""

@@ -8,6 +8,7 @@ short_segments   a short sequence is scanned over several segments
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,13 @@ assert INTERPRETED, "run by test_interpreter.py, with TRITON_INTERPRET=1"
 WITH_KERNELS = [kind for kind in STREAMING if kind[1] != "paper"]
 
 
+slowly = partial(pytest.param, marks=pytest.mark.slow)
+
+
 def all_slow_but(*names: str) -> list[Any]:
     """Kinds of operators to run, of which make test takes those named, causal; make test-all takes every one."""
     quick = [(name, "causal") for name in names]
-    return [kind if kind in quick else pytest.param(*kind, marks=pytest.mark.slow) for kind in WITH_KERNELS]
+    return [kind if kind in quick else slowly(*kind) for kind in WITH_KERNELS]
 
 
 # what one operator shows of all: a symmetric cascade, and where lengths matter the longest one too

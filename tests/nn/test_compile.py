@@ -63,9 +63,7 @@ def _assert_trained_alike(got: dict[str, Tensor], want: dict[str, Tensor]) -> No
         assert_close(name, got[name], want[name], FLOAT64, scale=scale)
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form == "hla2" else [pytest.mark.slow]) for form in FORMS]
-)
+@pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.slow) for form in FORMS])
 def test_a_model_compiles_without_graph_breaks(form: str) -> None:
     """Training and decoding give what they give uncompiled."""
     model = _model(form)

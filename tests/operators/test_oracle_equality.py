@@ -127,7 +127,10 @@ def test_a_cut_is_a_cut(name: str, mask: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("gates", ["none", pytest.param("H", marks=pytest.mark.slow), "BTH"])
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [pytest.param(*kind, marks=[pytest.mark.slow] if kind[1] == "paper" else []) for kind in STREAMING],
+)
 def test_long_sequences(name: str, mask: str, gates: str) -> None:
     """float32 keeps its tolerance past every internal block of 512 tokens, and at T = 4096."""
     problem = Problem(name, mask, H=2, G=1, K=8, V=8, gates=gates, dtype=torch.float32)

@@ -138,6 +138,7 @@ def test_opcheck_of_the_exchange(pool: RankPool) -> None:
     assert first == last - {"summarize_backward"}  # nobody reads the reverse summary of the first rank
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_compiles_without_graph_breaks() -> None:
     torch.manual_seed(shifted(0))
     model = LanguageModel(ModelConfig(vocab_size=20, hidden_size=16, num_layers=2, num_heads=2)).double()
@@ -150,6 +151,7 @@ def test_activation_checkpointing_compiles_without_graph_breaks() -> None:
         assert_close(f"gradient {i}", a, b, FLOAT64)
 
 
+@pytest.mark.slow
 def test_the_default_compiler_takes_it() -> None:
     """Inductor lowers the graph around the custom ops; nothing here is worth a C++ kernel, which would take seconds."""
     leaves = [_x().float().requires_grad_() for _ in range(3)]

@@ -111,22 +111,13 @@ def scans() -> None:
                     assert not x.any()
 
 
-def operators() -> None:
-    """A symmetric cascade and the mask without a scan, as every_operator."""
-    _equal([("hla2", "causal"), ("hla2", "full")])
-
-
 def every_operator() -> None:
     """Forward and every gradient, on 1, 2, 3, 4 and 8 ranks; one all-gather each way, or messages."""
-    _equal(KINDS)
-
-
-def _equal(kinds: list[tuple[str, str]]) -> None:
     for row in GROUPS.values():
         comm = _mine(row)
         if comm == MPI.COMM_NULL:
             continue
-        for name, mask in kinds:
+        for name, mask in KINDS:
             streaming = mask != "full"
             gates = "BTG" if streaming else "none"
             p = Problem(name, mask, B=2, T=65, H=4, G=2, gates=gates, gate_values="per_head", state=streaming)

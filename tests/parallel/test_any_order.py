@@ -121,6 +121,7 @@ def _compiled(pg: dist.ProcessGroup) -> tuple[list[list[torch.Tensor]], list[int
     return found[1:], calls[1:]
 
 
+@pytest.mark.slow
 def test_compiles_over_a_group(pool: RankPool) -> None:
     for (eager, compiled), calls in pool.run_group(2, _compiled):
         assert calls == [6, 6]

@@ -93,7 +93,13 @@ def test_gates_that_leak_or_cut(pool: RankPool, name: str, mask: str, gate_value
         check_sharded(pool, 4, problem, [30, 35, 0, 65])
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        kind if kind in (("hla2", "causal"), ("hla3", "causal")) else pytest.param(*kind, marks=pytest.mark.slow)
+        for kind in STREAMING
+    ],
+)
 def test_shards_of_many_blocks(pool: RankPool, name: str, mask: str) -> None:
     """Past every internal block of tokens in each shard, with gates that remember all of it."""
     gates = "H" if mask == "prefix" else "BTH"

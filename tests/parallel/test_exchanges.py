@@ -213,7 +213,7 @@ def _compiled(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> Any:
     return results
 
 
-@pytest.mark.parametrize("function", [_checkpointed, _compiled])
+@pytest.mark.parametrize("function", [_checkpointed, pytest.param(_compiled, marks=pytest.mark.slow)])
 def test_nothing_is_sent_twice(pool: RankPool, function: Any) -> None:
     """Neither under activation checkpointing with ``checkpoint_context`` nor by a compiler."""
     for exchange in BY_MESSAGES:

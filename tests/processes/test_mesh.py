@@ -127,6 +127,7 @@ def run_four(whole_run: TrainConfig, stopped: TrainConfig, resumed: TrainConfig,
     return [run_on(degrees, whole_run), run_on(degrees, stopped, 5), run_on(degrees, resumed), run_on(degrees, begun)]
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_bit_for_bit_and_keeps_parity(tmp_path: Path) -> None:
     data = write_text(tmp_path / "text.txt", 4000)
     outs = {name: str(tmp_path / name) for name in ("whole", "stopped")}

@@ -16,8 +16,9 @@ from tests.ptx import check, edits  # not before Triton is known to be there
 from tests.ptx.backend import triton_backend
 
 CASE = check.Case("sm_90", "hla2", "bf16", 128, 128, False, T=70, backend="gluon", state=True)
-FAST = [replace(CASE, K=64, V=64, gated=True), replace(CASE, grouped=False, ridge=False)]
+FAST = [replace(CASE, K=64, V=64, gated=True)]
 SLOW = [
+    replace(CASE, grouped=False, ridge=False),
     replace(CASE, gated=True, T=200),
     replace(CASE, gated=True, T=300, segment=128, state=False),
     replace(CASE, T=300, segment=128, B=2),

@@ -48,7 +48,12 @@ def allocated_by(work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(
     ("policy", "pattern", "tokens"),
     # 20,000: beyond what is traced, extrapolated
-    [("none", "", 20_000), ("layer", "", 20_000), ("sublayer", "", 20_000), ("none", "hla2,softmax", 3000)],
+    [
+        ("none", "", 20_000),
+        pytest.param("layer", "", 20_000, marks=pytest.mark.slow),
+        pytest.param("sublayer", "", 20_000, marks=pytest.mark.slow),
+        ("none", "hla2,softmax", 3000),
+    ],
 )
 def test_memory_is_what_the_allocator_counts(policy: str, pattern: str, tokens: int) -> None:
     torch.manual_seed(shifted(0))
@@ -145,6 +150,7 @@ def test_memory_with_sharded_parameters() -> None:
         assert sum(got[kind] for kind in kinds) == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_program_says_it_without_the_ranks() -> None:
     flags = "--dry-run --seq-len 1048576 --sp 8 --checkpoint-activations sublayer --device cpu".split()
     done = run_program(ROOT / "launch" / "train.py", *flags, cwd=ROOT)

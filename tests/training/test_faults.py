@@ -61,6 +61,7 @@ def undisturbed(pool: RankPool, text: str, out: Path, ranks: int = 2, **changes:
     return losses(out)
 
 
+@pytest.mark.slow
 def test_killed_ranks_a_kill_while_saving_and_sigterm(pool: RankPool, text: str, tmp_path: Path) -> None:
     """Three lives of one job: a rank killed before the first checkpoint, the writer of the second killed while it
     writes, and SIGTERM to one rank; then the run is taken up by hand. Its loss curve is that of an undisturbed one.
