@@ -120,11 +120,8 @@ def _known(kind: Any) -> None:
 
 
 _COMPOSED: dict[str, Any] = {}
-SLOTS = (
-    "k",
-    "v",
-    "q",
-)  # fields [N, S, ...] of which each row fills so many: states of several rows are padded to one S
+# fields [N, S, ...] of which each row fills so many: states of several rows are padded to one S
+SLOTS = ("k", "v", "q")
 
 
 def convolved(kind: Any) -> Any:

@@ -16,8 +16,7 @@ from hla_dist.functional.exchange_ops import exchange_gather
 from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.operators.precision import sum_dtype, without_autocast
-from hla_dist.parallel.collectives import Group, all_to_all_flat, backward_group, group_size, resolve_group
-from hla_dist.softmax.exchange import named
+from hla_dist.parallel.collectives import Group, all_to_all_flat, backward_group, group_size, named, resolve_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

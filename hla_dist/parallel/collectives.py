@@ -11,6 +11,8 @@ import atexit
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -178,6 +180,18 @@ def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group)
     with arrivals.waiting(pg):
         dist.all_to_all_single(out, x, receives, sends, group=pg)
     return out
+
+
+@contextmanager
+def named(what: str, pg: Group) -> Iterator[None]:
+    """Add the operation, group and rank to whatever the transport raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{what} over group '{pg.group_name}' did not complete on rank {group_rank(pg)} of "
+            f"{group_size(pg)}: another rank left, failed or timed out ({error})"
+        ) from error
 
 
 def all_gather_objects(obj: Any, pg: Group) -> list[Any]:

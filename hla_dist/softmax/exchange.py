@@ -6,8 +6,6 @@ exchange the other way. Sums over ranks are taken in rank order, in float32 or w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hla_dist.operators.precision import sum_dtype
-from hla_dist.parallel.collectives import Group, all_to_all_flat, backward_group, group_rank, group_size
+from hla_dist.parallel.collectives import Group, all_to_all_flat, backward_group, group_rank, group_size, named
 from hla_dist.softmax.key_spans import KeySpans
 
 
@@ -107,15 +105,3 @@ def _intervals(spans: KeySpans, pg: Group) -> tuple[list[tuple[int, int]], list[
 
 def _sizes(intervals: list[tuple[int, int]], width: int) -> list[int]:
     return [(b - a) * width for a, b in intervals]
-
-
-@contextmanager
-def named(what: str, pg: Group) -> Iterator[None]:
-    """Add the operation, group and rank to whatever the transport raises."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{what} over group '{pg.group_name}' did not complete on rank {group_rank(pg)} of "
-            f"{group_size(pg)}: another rank left, failed or timed out ({error})"
-        ) from error
