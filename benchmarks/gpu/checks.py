@@ -26,7 +26,7 @@ from hla_dist.reference import quadratic
 from hla_kernels import tiles, walks
 from hla_kernels.device import Target
 from tests.harness import assert_bitwise, relative_error
-from tests.problems import Problem, Tensors, draw, oracle, run
+from tests.problems import KEYED, Problem, Tensors, draw, oracle, run
 from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR, tolerance
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -95,7 +95,10 @@ def cases(target: Target, seed: int) -> Iterator[Problem]:
 
 
 def walked(target: Target, seed: int) -> Iterator[Problem]:
-    """What the walks are to compute: their operators and widths, one segment and several, tails, grouped heads."""
+    """What the walks are to compute: their operators and widths, one segment and several, tails, grouped heads.
+
+    Each with ``normalize`` and, where there is one, with a key term too.
+    """
     if target.arch != "sm_90":
         return
     for operator in walks.OPERATORS:
@@ -103,8 +106,15 @@ def walked(target: Target, seed: int) -> Iterator[Problem]:
             gates, ridge = ("BTH" if gated else "none"), (0.3 if operator == "hla2" and gated else 0.0)
             sizes = {"B": 2, "T": T, "H": 2, "G": 2, "K": columns, "V": columns, "scale": 0.3 / columns}
             yield Problem(operator, gates=gates, ridge=ridge, dtype=torch.bfloat16, state=True, seed=seed, **sizes)
+    for operator, gated, columns in itertools.product(walks.OPERATORS, (False, True), (64, 128)):
+        common = {"gates": "BTH" if gated else "none", "dtype": torch.bfloat16, "state": True, "seed": seed}
+        sizes = {"T": 700, "H": 2, "G": 1, "K": columns, "V": columns, "scale": 0.3 / columns}
+        yield Problem(operator, normalize=True, **common, **sizes)
+        if (operator, "causal") in KEYED:
+            yield Problem(operator, key_term="H", **common, **sizes)
     sizes = {"T": 700, "H": 4, "G": 2, "K": 96, "V": 80, "scale": 0.003}
     yield Problem("hla2", gates="BTH", dtype=torch.bfloat16, state=False, seed=seed, **sizes)
+    yield Problem("hla2", gates="BTH", dtype=torch.bfloat16, normalize=True, key_term="H", seed=seed, **sizes)
 
 
 def long_work() -> list[Work]:

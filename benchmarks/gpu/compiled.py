@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 import hla_dist
+from benchmarks.gpu.contenders import VARIANTS
 from hla_dist.functional import triton_stages
 from hla_dist.operators import OPERATORS
 from hla_kernels import aot, cascade, device, stages, walks
@@ -42,6 +43,13 @@ class Work(NamedTuple):
     gated: bool
     late: bool = False  # its carry comes late, forward
     walked: bool = False  # by walks
+    variant: str = ""  # one of contenders.VARIANTS
+
+
+class Walked(NamedTuple):
+    """A small problem that walks compute."""
+
+    problem: Problem
 
 
 @contextlib.contextmanager
@@ -54,29 +62,37 @@ def _collected() -> Iterator[list[Launch]]:
         device.replace_launcher(None)
 
 
-def launches(work: Work | Problem, target: Target) -> list[Launch]:
+def launches(work: Work | Problem | Walked, target: Target) -> list[Launch]:
     """Every launch of a call, not run. A small problem is run, on the CPU; a large one has no contents."""
-    if isinstance(work, Problem):
-        with _collected() as collected, mock.patch.object(triton_stages, "target_of", lambda _: target):
-            run(work, draw(work), getattr(hla_dist, work.name), backend="triton")
+    if not isinstance(work, Work):
+        problem, backend = (work.problem, "gluon") if isinstance(work, Walked) else (work, "triton")
+        with _collected() as collected, contextlib.ExitStack() as stack:
+            for module in (triton_stages, device):
+                stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
+            run(problem, draw(problem), getattr(hla_dist, problem.name), backend=backend)
         return collected
-    op, (name, dtype, B, T, H, K, gated, late, _) = OPERATORS[work.operator], work
+    op, (name, dtype, B, T, H, K, gated, late, walked, variant) = OPERATORS[work.operator], work
+    options = VARIANTS[variant]
+    normalize = "normalize" in options
+    width = K + (normalize and not walked)  # of v: passes have a column of ones in it
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    q, k, v, dout = (empty(B, T, H, K, of=dtype) for _ in range(4))
+    q, k, v, dout = (empty(B, T, H, columns, of=dtype) for columns in (K, K, width, width))
     log_decay = empty(B, T, H) if gated else None
-    carry = [empty(B, H, K, K) for _ in op.states]
+    carry = [empty(B, H, K, K if state == "S" else K + normalize) for state in op.states]
+    term = {one: empty(H) for one in ("gain", "skip") if one in options}
     calls = [
-        cascade.Problem(cascade.CASCADES[name], q, k, v, log_decay, 0.5, 0.0, target, operator=name) for _ in range(2)
+        cascade.Problem(cascade.CASCADES[name], q, k, v, log_decay, 0.5, 0.0, target, operator=name, **term)
+        for _ in range(2)
     ]
     with _collected() as collected:
-        if work.walked:
-            walks.scan(calls[0], carry)
-            walks.scan_backward(calls[1], carry, dout, carry, gated)
+        if walked:
+            walks.scan(calls[0], carry, normalize)
+            walks.scan_backward(calls[1], carry, dout, carry, gated, empty(B, T, H) if normalize else None)
             return collected
-        stages.scan(calls[0], carry)
+        stages.scan(calls[0], carry, torch.float32 if normalize else None)
         sliced_backward(calls[1], carry, dout, carry, gated)
         if late:
             kept = stages.summarize(replace(calls[0], sequences={}), tuple(map(tuple, op.moments)))[3]
@@ -84,7 +100,7 @@ def launches(work: Work | Problem, target: Target) -> list[Launch]:
     return collected
 
 
-def compile_share(work: Sequence[Work | Problem], target: Target, number: int, shares: int) -> None:
+def compile_share(work: Sequence[Work | Problem | Walked], target: Target, number: int, shares: int) -> None:
     """Every ``shares``-th of the distinct kernels of all calls, from ``number`` on."""
     distinct: dict[str, Launch] = {}
     for call in work:
@@ -96,7 +112,9 @@ def compile_share(work: Sequence[Work | Problem], target: Target, number: int, s
             aot.compile_only(target.arch, *launch)
 
 
-def ahead(work: Sequence[Work | Problem], target: Target, calls: Sequence[Callable[[], object]], seconds: float) -> str:
+def ahead(
+    work: Sequence[Work | Problem | Walked], target: Target, calls: Sequence[Callable[[], object]], seconds: float
+) -> str:
     """Compile all of it, call each of ``calls`` in a process of its own; what happened, in words."""
     start = time.monotonic()
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

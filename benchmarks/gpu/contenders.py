@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ from hla_kernels.cascade import CASCADES
 
 CHUNK = 64  # of the rule by which operations are counted, whatever the kernels use
 WALKS = ", walks"  # behind an operator's name
+VARIANTS: dict[str, dict[str, Any]] = {  # options that launch other kernels, by what stands behind a name; with gates
+    "": {},
+    "key term": {"gain": 0.6, "skip": 0.4},
+    "normalized": {"normalize": True, "eps": 1e-3},
+}
+VARIED = {"hla2": ("key term", "normalized"), "hla3": ("key term",)}  # of which operators they are timed
 PASSES = {name: passes for name, passes in CASCADES.items() if name != "hla2_prefix"}  # what is timed
 
 
@@ -56,11 +62,11 @@ def traffic(shape: Shape, itemsize: int, backward: bool) -> float:
     return shape.tokens * shape.K * itemsize * (4 + (7 if backward else 0))
 
 
-def library(operator: str, backend: str = "triton") -> Callable[..., Tensor]:
+def library(operator: str, backend: str = "triton", variant: str = "") -> Callable[..., Tensor]:
     """This library's operator."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
-        return getattr(hla_dist, operator)(q, k, v, log_decay=log_decay, backend=backend)[0]
+        return getattr(hla_dist, operator)(q, k, v, log_decay=log_decay, backend=backend, **VARIANTS[variant])[0]
 
     return call
 
@@ -103,13 +109,20 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def inputs(
-    shape: Shape, dtype: torch.dtype, device: torch.device, gated: bool = False, heads_first: bool = False
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    gated: bool = False,
+    heads_first: bool = False,
+    positive: bool = False,
 ) -> list[Tensor]:
-    """Leaves q, k, v and, if gated, log_decay."""
+    """Leaves q, k, v and, if gated, log_decay; ``positive``: q and k, so that denominators keep away from 0."""
     B, T, H, K = shape
     size = (B, H, T, K) if heads_first else (B, T, H, K)
     # small enough that third order stays finite in bf16 over a million tokens
     leaves = [torch.randn(size, dtype=dtype, device=device).mul_(K**-0.5) for _ in range(3)]
+    if positive:
+        leaves = [*(x.abs_() for x in leaves[:2]), leaves[2]]
     if gated:
         leaves.append(torch.rand(B, T, H, device=device).mul_(-0.1))
     return [x.requires_grad_() for x in leaves]
@@ -123,16 +136,23 @@ class Contender(NamedTuple):
     gated: bool = False
     heads_first: bool = False
     same_as: str = ""
+    variant: str = ""
+
+    def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Its leaves."""
+        return inputs(shape, dtype, device, self.gated, self.heads_first, self.variant == "normalized")
 
 
 def contenders(operator: str, smoke: bool) -> list[Contender]:
     """This library and its peers for one operator."""
     gated = f"{operator}, gated"
-    chosen = [Contender(operator, library(operator)), Contender(gated, library(operator), True)]
+    kinds = [(operator, False, ""), (gated, True, "")]
+    kinds += [(f"{gated}, {variant}", True, variant) for variant in VARIED.get(operator, ())]
+    chosen = [Contender(name, library(operator, "triton", v), gates, variant=v) for name, gates, v in kinds]
     if operator in walks.OPERATORS and walks_run():
-        walked = library(operator, "gluon")
-        chosen.append(Contender(f"{operator}{WALKS}", walked, same_as=operator))
-        chosen.append(Contender(f"{operator}{WALKS}, gated", walked, True, same_as=gated))
+        for name, gates, v in kinds:
+            walked = operator + WALKS + name.removeprefix(operator)
+            chosen.append(Contender(walked, library(operator, "gluon", v), gates, same_as=name, variant=v))
     if not smoke:
         calls = len(PASSES[operator])
         chosen.append(Contender(f"fla, {calls} calls", peers(operator, False), same_as=operator))

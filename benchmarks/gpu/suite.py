@@ -56,7 +56,7 @@ from benchmarks.gpu import report as gpu_report  # noqa: E402
 from benchmarks.gpu import sanitized as gpu_sanitized  # noqa: E402
 from benchmarks.gpu import steps as gpu_steps  # noqa: E402
 from benchmarks.gpu import timing as gpu_timing  # noqa: E402
-from benchmarks.gpu.contenders import PASSES, Shape, call_peers_once  # noqa: E402
+from benchmarks.gpu.contenders import PASSES, VARIED, Shape, call_peers_once  # noqa: E402
 from benchmarks.report import conclude as conclude_targets  # noqa: E402
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402
@@ -86,10 +86,14 @@ def compiled_ahead(target: Target) -> str:
     timed = [(operator, shape) for operator in PASSES for shape in SHAPES]
     timed += [("hla2", Shape(1, T, 16, 128)) for T in LENGTHS] + [("hla2", s) for s in gpu_timing.ONE_HEAD]
     for operator, (B, T, H, K) in timed:
-        to_compile += [gpu_compile.Work(operator, torch.bfloat16, B, T, H, K, gated) for gated in (False, True)]
+        kinds = [(False, ""), *((True, variant) for variant in ("", *VARIED.get(operator, ())))]
+        to_compile += [
+            gpu_compile.Work(operator, torch.bfloat16, B, T, H, K, gated, variant=variant) for gated, variant in kinds
+        ]
     if target.arch == "sm_90":
         walked = [work for work in to_compile if isinstance(work, gpu_compile.Work) and work.operator in OPERATORS]
         to_compile += [work._replace(walked=True) for work in walked if work.dtype == torch.bfloat16]
+        to_compile += [gpu_compile.Walked(problem) for problem in gpu_checks.walked(target, 0)]
     to_compile.append(gpu_compile.Work("hla2", torch.bfloat16, 64, 1, 16, 128, False))
     to_compile += [gpu_compile.Work("hla2", torch.bfloat16, *gpu_timing.LATE, gated, True) for gated in (False, True)]
     kinds = dict.fromkeys((s.H, s.K, gated) for s in SHAPES for gated in (False, True))

@@ -154,9 +154,9 @@ def time_operator(
     """One shape, forward or forward + backward: a row for every contender; and how far outputs differ, forward."""
     rows: list[dict] = []
     chosen = contenders(operator, d.smoke)
-    leaves = {gated: inputs(shape, d.dtype, d.device, gated) for gated in (False, True)}
+    leaves = {kind: c.inputs(shape, d.dtype, d.device) for kind, c in {(c.gated, c.variant): c for c in chosen}.items()}
     what = "forward + backward" if backward else "forward"
-    calls = {c.name: calls_of(c, leaves[c.gated])[backward] for c in chosen}
+    calls = {c.name: calls_of(c, leaves[c.gated, c.variant])[backward] for c in chosen}
     times = d.interleaved(calls, rounds, f"{operator}, {shape}, {what}")
     work, moved = operations(operator, shape, backward), traffic(shape, d.dtype.itemsize, backward)
     bound = 1e3 * max(work / rate[1], moved / rate[0])

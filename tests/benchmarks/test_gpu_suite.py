@@ -25,7 +25,7 @@ from benchmarks.gpu import suite as gpu_suite
 from benchmarks.gpu import timing as gpu_timing
 from hla_dist.functional import triton_stages
 from hla_dist.nn import short_convolution
-from hla_kernels import aot, device, tiles
+from hla_kernels import aot, device, tiles, walks
 from hla_kernels.device import Target
 from tests.problems import draw
 
@@ -81,11 +81,12 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
     for operator in gpu_contenders.PASSES:
         for contender in gpu_contenders.contenders(operator, smoke=True):
             walked = gpu_contenders.WALKS in contender.name
-            work = gpu_compile.Work(operator, torch.bfloat16, *shape, contender.gated, walked=walked)
+            kind = {"walked": walked, "variant": contender.variant}
+            work = gpu_compile.Work(operator, torch.bfloat16, *shape, contender.gated, **kind)
             ahead = {aot.compile_key("sm_90", *launch) for launch in gpu_compile.launches(work, target)}
             launched: list[tuple] = []
             device.replace_launcher(lambda kernel, grid, *rest: launched.append((kernel, *rest)))  # noqa: B023
-            leaves = gpu_contenders.inputs(shape, torch.bfloat16, torch.device("cpu"), contender.gated)
+            leaves = contender.inputs(shape, torch.bfloat16, torch.device("cpu"))
             for call in gpu_timing.calls_of(contender, leaves):
                 call()
             device.replace_launcher(None)
@@ -101,11 +102,29 @@ def test_every_case_can_be_compiled_ahead() -> None:
     assert {"key_term_kernel", "key_term_backward_kernel"} <= kernels
 
 
+def test_walks_are_checked_and_timed_with_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With normalize and a key term too; each timed beside the passes that compute the same."""
+    target = Target("sm_90", 132)
+    walked = list(gpu_checks.walked(target, 0))
+    for keyed, normalized in ((False, False), (True, False), (False, True), (True, True)):
+        (problem, *_) = [p for p in walked if ((p.key_term != "none"), p.normalize) == (keyed, normalized)]
+        found = gpu_compile.launches(gpu_compile.Walked(problem), target)
+        kernels = {kernel.fn.__name__ for kernel, *_ in found}
+        assert "walk_kernel" in kernels and ("key_term_kernel" in kernels) == keyed
+    assert {p.name for p in walked if p.normalize} == set(walks.OPERATORS)
+    monkeypatch.setattr(gpu_contenders, "walks_run", lambda: True)
+    timed = gpu_contenders.contenders("hla2", smoke=True)
+    for variant in ("key term", "normalized"):
+        (passes, walk) = [c for c in timed if c.variant == variant]
+        assert walk.name == f"hla2, walks, gated, {variant}" and walk.same_as == passes.name
+        assert passes.name == walk.name.replace(gpu_contenders.WALKS, "")
+
+
 def test_the_key_term_and_the_convolution_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the term's tensors the device's own; a convolution that is wrong in one tap is seen."""
     names = [name for name, _ in gpu_checks.checks(torch.device("cpu"), Target("sm_90", 132), 0)]
     keyed = next(p for p in gpu_checks.cases(Target("sm_90", 132), 0) if p.key_term != "none")
-    assert sum("key term" in name for name in names) == 14 and sum("short convolution" in name for name in names) == 3
+    assert sum("key term" in name for name in names) == 23 and sum("short convolution" in name for name in names) == 3
     moved = gpu_checks._moved(draw(keyed), torch.device("meta"))
     assert moved.gain is not None and moved.skip is not None
     assert moved.gain.device.type == moved.skip.device.type == "meta"
