@@ -89,8 +89,7 @@ def main() -> int:
     size = os.path.getsize(model) if model.is_file() else sum(f.stat().st_size for f in model.iterdir())
     told = f"{model.name} ({size / 2**20:.0f} MiB); {args.rows} rows of {args.seq_len} tokens to learn from"
     body = [f"{told}, {args.held_out} of each text to measure on.", (work / name / "summary.md").read_text()]
-    path = report.write("conversion", args.out, "A pretrained model, converted", about, targets, body, figures)
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "conversion", "A pretrained model, converted", about, targets, body, figures)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ def main() -> int:
         report.table(["", *names], rows),
     ]
     data = {"seconds": [dict(zip(("variant", "mode", "operator"), c), samples=v) for c, v in samples.items()]}
-    path = report.write("family_cpu", args.out, "The operators beside one another", about, targets, parts, data)
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "family_cpu", "The operators beside one another", about, targets, parts, data)
 
 
 if __name__ == "__main__":

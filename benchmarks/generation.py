@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.program import options, pyplot
+from benchmarks.program import options, pyplot, save_figure
 from hla_dist.generation.generate import Reading, Sampling, follow, read
 from hla_dist.models import SIZES, LanguageModel, ModelConfig
 from hla_dist.operators import NAMED
@@ -147,10 +147,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     """PNG: time of a token and memory over the context."""
-    plt = pyplot()
-
     contexts = [row["context"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2))
     left.plot(contexts, [row["cpu_s_a_token"] * 1e3 for row in rows], "o-", label=f"{name}: whole model")
     left.plot(contexts, [row["cache_cpu_s_a_token"] * 1e3 for row in rows], "s--", color="0.5",
               label="softmax over a cache: attention alone")  # fmt: skip
@@ -161,12 +159,9 @@ def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     right.set(ylabel="MiB", title="memory")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("context, tokens")
-        axes.grid(alpha=0.3)
+        axes.set(yscale="log", xlabel="context, tokens")
         axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> int:
@@ -201,16 +196,9 @@ def main() -> int:
         "scaled_dot_product_attention, without the projections, norms and feed-forward that are in the model's time."
     )
     passed = targets(rows)
-    body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows])]
-    path = report.write(
-        "generation", args.out, "Generation against context length", about, passed, body, {"rows": rows}
-    )
-    plot(path.with_suffix(".png"), rows, args.op)
-    body.append(f"![plot]({path.stem}.png)")
-    path = report.write(
-        "generation", args.out, "Generation against context length", about, passed, body, {"rows": rows}
-    )
-    return report.conclude(passed, path, args.check)
+    body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows]), "![plot](generation.png)"]
+    plot(args.out / "generation.png", rows, args.op)
+    return report.finish(args, "generation", "Generation against context length", about, passed, body, {"rows": rows})
 
 
 if __name__ == "__main__":

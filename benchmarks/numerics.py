@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import hla_dist
 from benchmarks import report
-from benchmarks.program import options, pyplot
+from benchmarks.program import options, pyplot, save_figure
 from hla_dist.reference import quadratic
 
 OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
@@ -127,9 +127,7 @@ def tables(library: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[i
 
 def plot(path: Path, library: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[int]) -> None:
     """Output error against T, one panel per dtype."""
-    plt = pyplot()
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2))
     for axis, kind in zip(axes, DTYPES):
         for i, name in enumerate(OPERATORS):
             for decay, style in zip(DECAYS, ("-", "--")):
@@ -139,11 +137,8 @@ def plot(path: Path, library: dict[Key, Errors], plain: dict[Key, Errors], lengt
         axis.set(title=f"{kind}: error of the output", xlabel="tokens", xticks=lengths, ylim=limits)
         axis.set_xticklabels([f"{t // 1024}K" for t in lengths])
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> int:
@@ -164,13 +159,7 @@ def main() -> int:
         "and, with decay, that of d log_decay; 2-norms of differences to float64 over those of the truth."
     )
     body = tables(library, plain, lengths)
-    records = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in library.items()]
-    plain_records = [dict(zip(("operator", "decay", "dtype", "T"), key), **by) for key, by in plain.items()]
-    path = report.write(
-        "numerics", args.out, "Errors against float64", about, targets, [what, *body],
-        {"errors": records, "plain_torch": plain_records},
-    )  # fmt: skip
-    plot(path.with_suffix(".png"), library, plain, lengths)
+    plot(args.out / "numerics.png", library, plain, lengths)
     if args.out == report.RESULTS:
         run_on = f"`{about['command']}`, {about['started']}, commit {about['commit']}, torch {about['torch']}, "
         text = "\n\n".join([what, *body, run_on + f"{about['hardware']}."])
@@ -179,7 +168,10 @@ def main() -> int:
             r"(<!-- table -->\n).*(\n<!-- end of table -->)", lambda m: f"{m[1]}\n{text}\n{m[2]}", page, flags=re.S
         )
         DOCS.write_text(page)
-    return report.conclude(targets, path, args.check)
+    keys = ("operator", "decay", "dtype", "T")
+    sides = {"errors": library, "plain_torch": plain}
+    data = {name: [dict(zip(keys, key), **by) for key, by in side.items()] for name, side in sides.items()}
+    return report.finish(args, "numerics", "Errors against float64", about, targets, [what, *body], data)
 
 
 if __name__ == "__main__":

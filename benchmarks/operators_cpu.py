@@ -40,7 +40,7 @@ from benchmarks.contenders import (
     check,
 )
 from benchmarks.peak_memory import peak_memory
-from benchmarks.program import KEEP_MEMORY, options, pyplot
+from benchmarks.program import KEEP_MEMORY, options, pyplot, save_figure
 
 OPERATIONS = 4 * 64 * K + 8 * K * K  # a token and head, forward
 WORK = {"forward": 1, "forward+backward": 4}
@@ -229,10 +229,9 @@ def body(args, lengths, time_of, rate, peaks, errors, left_out, multiply) -> lis
 
 def plot(path: Path, args, lengths, time_of, rate) -> None:
     """Time and percent of the matrix rate against T, log-log."""
-    plt = pyplot()
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, constrained_layout=True)
+    figure, axes = pyplot().subplots(2, 2, figsize=(11, 7.5), sharex=True)
     for column, mode in enumerate(MODES):
         for contender in CONTENDERS:
             ts = [t for t in lengths if (contender.name, t, mode) in time_of]
@@ -252,13 +251,11 @@ def plot(path: Path, args, lengths, time_of, rate) -> None:
         axes[1, column].yaxis.set_minor_formatter(NullFormatter())
         axes[1, column].set_xticks(lengths, [f"{t // 1024}K" for t in lengths])
         axes[1, column].xaxis.set_minor_formatter(NullFormatter())
-        for row in (0, 1):
-            axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(
         f"H = {args.heads}, K = V = {K}, float32, {args.threads} threads, {rate / 1e9:.0f} GFLOP/s matrix rate"
     )
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main() -> int:
@@ -286,10 +283,9 @@ def main() -> int:
         "peak_bytes": [dict(zip(("contender", "T", "mode"), case), bytes=value) for case, value in peaks.items()],
     }
     parts = body(args, lengths, time_of, rate, peaks, errors, left_out, multiply)
-    path = report.write("operators_cpu", args.out, "Operators on the CPU", about, targets, parts, data)
-    plot(path.with_suffix(".png"), args, lengths, time_of, rate)
+    plot(args.out / "operators_cpu.png", args, lengths, time_of, rate)
     print(f"matrix rate {rate / 1e9:.1f} GFLOP/s")
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "operators_cpu", "Operators on the CPU", about, targets, parts, data)
 
 
 if __name__ == "__main__":

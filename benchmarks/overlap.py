@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hla_dist
 from benchmarks import report
-from benchmarks.program import options, pyplot
+from benchmarks.program import options, pyplot, save_figure
 from benchmarks.ranks import Ranks
 from hla_dist.functional import attention as functional
 from hla_dist.parallel import topology
@@ -119,9 +119,7 @@ def draw(traces: dict[str, list[Event]], path: Path) -> None:
         draw_one(events, exchange, lanes)
     axes[-1, 0].set_xlabel("ms, forward then backward of one layer")
     axes[0, 0].legend(ncol=6, loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_one(events: list[Event], exchange: str, axes: Any) -> None:
@@ -172,10 +170,7 @@ def main() -> int:
         f"of {args.rounds} interleaved rounds, of the rank that waits longest. Exposed: blocked on the exchange.",
         report.table(["exchange", "way", "exposed ms", "step ms", "share"], rows),
     ]
-    path = report.write(
-        "overlap", args.out, "The exchange behind local work", about, targets, parts, {"medians": medians}
-    )
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "overlap", "The exchange behind local work", about, targets, parts, {"medians": medians})
 
 
 if __name__ == "__main__":

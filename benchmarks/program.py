@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import report
 from hla_dist.training.metrics import pyplot as pyplot
+from hla_dist.training.metrics import save_figure as save_figure
 
 KEEP_MEMORY = (True, "the allocator keeps freed memory, for all alike; --no-keep-memory: glibc's own ways")
 

@@ -148,3 +148,10 @@ def conclude(targets: list[Target], path: Path, check: bool) -> int:
         print("  ".join(target.row))
     print(f"report: {os.path.relpath(path)}")
     return int(check and not all(t.met for t in targets))
+
+
+def finish(
+    args: Any, theme: str, title: str, about: dict[str, Any], targets: list[Target], body: list[str], data: Any
+) -> int:
+    """Write the report under ``args.out`` and conclude; the exit code."""
+    return conclude(targets, write(theme, args.out, title, about, targets, body, data), args.check)

@@ -251,10 +251,7 @@ def main() -> int:
         ),
     ]
     data = {"samples": samples, "differences": differences, "sent": sent}
-    path = report.write(
-        "sequence_parallel_cpu", args.out, "Sequence parallelism on the CPU", about, targets, parts, data
-    )
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "sequence_parallel_cpu", "Sequence parallelism on the CPU", about, targets, parts, data)
 
 
 if __name__ == "__main__":

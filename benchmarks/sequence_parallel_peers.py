@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.peers.contenders import CONTENDERS, difference, measure, set_up
-from benchmarks.program import options, pyplot
+from benchmarks.program import options, pyplot, save_figure
 from benchmarks.ranks import Ranks
 
 EXACT = 1e-12
@@ -105,9 +105,7 @@ def projection(row: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
     """Time, bytes and memory over tokens, on the largest world."""
-    plt = pyplot()
-
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.4))
+    figure, panels = pyplot().subplots(1, 3, figsize=(14, 4.4))
     for number, name in enumerate(CONTENDERS):
         measured = [row for row in rows if row["name"] == name and row["ranks"] == size and not row["projected"]]
         style = {"softmax": ":", "linear_attention": "--"}.get(CONTENDERS[name].family, "-")
@@ -115,14 +113,10 @@ def plot(rows: list[dict[str, Any]], size: int, path: Path) -> None:
             values = [row[key] for row in measured]
             panel.loglog([row["tokens"] for row in measured], values, f"o{style}", color=f"C{number}", label=name, ms=3)
     for panel, label in zip(panels, ("seconds", "bytes per rank", "peak bytes above the inputs, per rank")):
-        panel.set_xlabel("tokens in all")
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
+        panel.set(xlabel="tokens in all", ylabel=label)
     panels[0].legend(fontsize=7)
     figure.suptitle(f"forward and backward over {size} gloo ranks on {os.cpu_count()} CPUs", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -215,8 +209,7 @@ def main() -> int:
     ]
     data = {"rows": rows, "differences": differences, "earlier": earlier}
     title = "Sequence parallelism: this library and its peers"
-    path = report.write("sequence_parallel_peers", args.out, title, about, targets, body, data)
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "sequence_parallel_peers", title, about, targets, body, data)
 
 
 if __name__ == "__main__":

@@ -149,9 +149,9 @@ def main() -> int:
         report.Target("tokens per call by a right draft, over block + 1, least of all blocks", of_block, 0.9, True),
     ]
     body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows])]
-    path = report.write("speculative", args.out, "Tokens per second with a draft model", about, targets, body,
-                        {"rows": rows})  # fmt: skip
-    return report.conclude(targets, path, args.check)
+    return report.finish(
+        args, "speculative", "Tokens per second with a draft model", about, targets, body, {"rows": rows}
+    )
 
 
 if __name__ == "__main__":

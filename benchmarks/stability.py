@@ -33,7 +33,7 @@ from benchmarks.evidence import tasks, training
 from benchmarks.evidence.plan import SMALLEST
 from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Run
-from benchmarks.program import options, pyplot
+from benchmarks.program import options, pyplot, save_figure
 from hla_dist.models import LanguageModel
 from hla_dist.nn import HLAAttention
 from hla_dist.training.optim import lr_factor
@@ -237,8 +237,7 @@ def tables(normed: Records, lost: Records, reuses: Records, recalled: Records) -
 
 
 def plot(path: Path, normed: Records, lost: Records, recalled: Records) -> None:
-    plt = pyplot()
-    figure, ((axis, rounding), (other, last)) = plt.subplots(2, 2, figsize=(12, 8.5), constrained_layout=True)
+    figure, ((axis, rounding), (other, last)) = pyplot().subplots(2, 2, figsize=(12, 8.5))
     for gates, style in zip(GATES, ("-", "--")):
         for i, name in enumerate(OPERATORS):
             where = {"operator": name, "norm": "l2", "gates": gates, "dtype": "float32"}
@@ -262,11 +261,8 @@ def plot(path: Path, normed: Records, lost: Records, recalled: Records) -> None:
         last.semilogx(x, y, marker="o", label=mixer)
     last.set(title="recall of 4 pairs, trained at length 16", xlabel="tokens", ylabel="accuracy", ylim=(0, 1.05))
     for panel in (axis, rounding, other, last):
-        panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def judge(normed: Records, lost: Records, reuses: Records) -> list[report.Target]:
@@ -308,12 +304,9 @@ def main() -> int:
     )
     body = tables(normed, lost, reuses, recalled)
     targets = judge(normed, lost, reuses)
-    path = report.write(
-        "stability", args.out, "Stability and length", about, targets, [what, *body],
-        {"norms": normed, "loss": lost, "reuse": reuses, "recall": recalled},
-    )  # fmt: skip
-    plot(path.with_suffix(".png"), normed, lost, recalled)
-    return report.conclude(targets, path, args.check)
+    plot(args.out / "stability.png", normed, lost, recalled)
+    data = {"norms": normed, "loss": lost, "reuse": reuses, "recall": recalled}
+    return report.finish(args, "stability", "Stability and length", about, targets, [what, *body], data)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.program import pyplot
+from benchmarks.program import pyplot, save_figure
 
 Line = dict[str, Any]
 
@@ -88,7 +88,7 @@ def plot(path: Path, groups: dict[str, list[Line]]) -> None:
     plt = pyplot()
     columns = min(2, len(groups))
     size = (9 * columns, 5.5 * -(-len(groups) // columns))
-    figure, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(groups) :]:
         axis.remove()
     colors = plt.get_cmap("tab20").colors
@@ -107,5 +107,4 @@ def plot(path: Path, groups: dict[str, list[Line]]) -> None:
         axis.set_ylim(0, 1.02)
         axis.set_title(name, fontsize=9)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)

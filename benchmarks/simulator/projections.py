@@ -103,8 +103,7 @@ def write_report(args: argparse.Namespace) -> int:
         table(args, projected),
     ]
     data = {"link": link._asdict(), "gloo": measured, "projection": projected}
-    path = report.write("exchange_simulator", args.out, "The exchanges' simulator", about, targets, body, data)
-    return report.conclude(targets, path, args.check)
+    return report.finish(args, "exchange_simulator", "The exchanges' simulator", about, targets, body, data)
 
 
 def _seconds(text: str) -> float:

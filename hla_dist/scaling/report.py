@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.scaling.config import ScalingConfig
-from hla_dist.training.metrics import pyplot
+from hla_dist.training.metrics import pyplot, save_figure
 
 Row = dict[str, Any]
 GIB = 1 << 30
@@ -66,12 +66,11 @@ def text_table(rows: list[Row]) -> str:
 
 def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
     """PNG: a row of panels for the operator and for the model: over ranks, and over tokens, what there are rows for."""
-    plt = pyplot()
     kinds = [what for what in config.what if any(row["what"] == what for row in rows)]
     over_ranks = [name for name in ("strong", "weak") if name in config.series]
     wanted = ["ranks: s", "ranks: us"] * bool(over_ranks) + ["tokens: us", "tokens: GiB"] * ("length" in config.series)
     size = (4.5 * len(wanted), 4.2 * len(kinds))
-    figure, panels = plt.subplots(len(kinds), len(wanted), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = pyplot().subplots(len(kinds), len(wanted), figsize=size, squeeze=False)
     for axes, what in zip(panels, kinds, strict=True):
         for axis, panel in zip(axes, wanted, strict=True):
             x, unit = panel.split(": ")
@@ -83,10 +82,8 @@ def plot(path: Path, rows: list[Row], config: ScalingConfig) -> None:
             axis.set(xlabel=x, ylabel=unit, title=f"{what} ({config.op})", ylim=(0, None))
             if x == "tokens":
                 axis.set_xscale("log", base=2)
-            axis.grid(alpha=0.3)
             axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _lines(panel: str, rows: list[Row]) -> list[tuple[str, str, list[float]]]:

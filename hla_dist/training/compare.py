@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from hla_dist.processes.failure import UserError, describe
-from hla_dist.training.metrics import pyplot, read_metrics
+from hla_dist.training.metrics import pyplot, read_metrics, save_figure
 
 PANELS = ("loss", "held_out", "grad_norm", "tokens_per_s_device", "peak_memory_bytes", "exposed_comm_s")
 AXES = ("tokens", "step", "seconds")
@@ -87,17 +87,12 @@ def draw(runs: list[Recorded], path: Path, metrics: list[str], axis: str = "toke
     if not present:
         known = sorted({key for run in runs for line in run.lines for key in line} - set(AXES))
         raise UserError(f"--metrics: expected some of {', '.join(known)}, got {', '.join(metrics)}")
-    plt = pyplot()
     columns = min(3, len(present))
     rows = -(-len(present) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, 3.6 * rows), layout="constrained", squeeze=False
-    )
-    for index, panel in enumerate(panels.flat):
-        if index >= len(present):
-            panel.set_visible(False)
-            continue
-        name = present[index]
+    figure, panels = pyplot().subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False)
+    for panel in panels.flat[len(present) :]:
+        panel.remove()
+    for panel, name in zip(panels.flat, present):
         for number, run in enumerate(runs):
             x, y = run.points(name, axis)
             color = f"C{number % 10}"
@@ -108,15 +103,11 @@ def draw(runs: list[Recorded], path: Path, metrics: list[str], axis: str = "toke
         units = sorted({run.unit for run in runs})
         panel.set_title(f"held out, {' / '.join(units)}" if name == "held_out" else name.replace("_", " "))
         panel.set_xlabel("training seconds" if axis == "seconds" else axis)
-        panel.grid(alpha=0.3)
     panels[0, 0].legend(fontsize="small")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, format="png")
+        save_figure(figure, path)
     except OSError as exc:
         raise UserError(f"--out: cannot write {path}: {exc.strerror or exc}") from exc
-    finally:
-        plt.close(figure)
 
 
 def table(runs: list[Recorded]) -> list[str]:

@@ -137,24 +137,28 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
+    matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True})
     return matplotlib.pyplot
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the figure as a PNG, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, format="png")
+    pyplot().close(figure)
 
 
 def plot_loss(path: Path, history: list[dict[str, Any]], unit: str, per_unit: float, bigram: float | None) -> None:
     """PNG of training loss (times ``per_unit``), held-out loss and the bigram model's line, all in ``unit``."""
-    plt = pyplot()
     train = [(line["tokens"], line["loss"] * per_unit) for line in history if line.get("loss") is not None]
     held_out = [(line["tokens"], line["held_out"]) for line in history if line.get("held_out") is not None]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 4.5))
     if train:
         axes.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training, each step")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:blue", marker="o", label="held out")
     if bigram is not None:
         axes.axhline(bigram, color="tab:red", linestyle="--", label=f"bigram model, held out: {bigram:.2f}")
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="training tokens", ylabel=unit)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
