@@ -154,6 +154,8 @@ class HLAAttention(AttentionLayer):
         torch.Size([2, 100, 32])
     """
 
+    _shown = ("op", "num_heads", "num_kv_heads", "head_dim", "value_dim", "decay", "qk_norm")
+
     mask, decay_form, ridge, normalize, eps, chunk_size, exchange, wire_dtype, backend = map(_option, _OPTIONS)
 
     def __init__(
@@ -278,19 +280,10 @@ class HLAAttention(AttentionLayer):
         """Return the operator's skip ``[H]``, which is learned; None without ``key_term``."""
         return self.skip_bias
 
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
-        device.
-
-        The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, with tau from ``decay_range`` in
-        equal ratios; of channel c, where each has its own, in every head.
-        """
-        for child in self.children():
-            if isinstance(child, (nn.Linear, HeadNorm, ShortConvolution)):
-                child.reset_parameters()
-        self._reset_gates()
-
     def _reset_gates(self) -> None:
+        """The bias b of head h makes exp(-1 / tau_h) its gate at x W_d = 0, with tau from ``decay_range`` in equal
+        ratios; of channel c, where each has its own, in every head.
+        """
         if self.gain is not None and self.skip is not None:
             # first order at the start: every seed learns recall, from 1 and 0 not every one (docs/which-operator.md)
             nn.init.zeros_(self.gain)
@@ -521,12 +514,6 @@ class HLAAttention(AttentionLayer):
                 lengths = all_gather_flat(torch.tensor([tokens], device=x.device), pg)[0].tolist()
             start = sum(lengths[: group_rank(pg)])
         return torch.arange(start, start + tokens, device=x.device)
-
-    def extra_repr(self) -> str:
-        return (
-            f"op={self.op!r}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"value_dim={self.value_dim}, decay={self.decay!r}, qk_norm={self.qk_norm!r}"
-        )
 
 
 def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> list[float]:

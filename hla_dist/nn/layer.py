@@ -19,6 +19,8 @@ class AttentionLayer(RenamesOnLoad):
     by copies. ``chunk_tokens``: projections of so many tokens at a time, 0 all at once.
     """
 
+    _shown: tuple[str, ...]  # attributes by which one tells layers apart
+
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, **sizes: int | None
     ) -> None:
@@ -38,6 +40,21 @@ class AttentionLayer(RenamesOnLoad):
         self.group: Any = None
         self.shard_lengths: Sequence[int] | None = None
         self.chunk_tokens = 0
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
+        device.
+        """
+        for child in self.children():
+            if hasattr(child, "reset_parameters"):
+                child.reset_parameters()  # type: ignore[operator]
+        self._reset_gates()
+
+    def _reset_gates(self) -> None:
+        """Initialise the layer's own parameters, if it has any."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
     def __getstate__(self) -> dict[str, Any]:
         # A group is a connection of this run, not part of the layer: what is pickled comes back without it.

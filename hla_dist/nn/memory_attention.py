@@ -126,6 +126,8 @@ class MemoryAttention(SoftmaxAttention):
         (torch.Size([2, 100, 32]), torch.Size([2, 16, 4, 8]), torch.Size([2, 4, 16, 9]))
     """
 
+    _shown = ("op", "num_heads", "num_kv_heads", "head_dim", "window", "memory", "join", "features")
+
     def __init__(
         self,
         hidden_size: int,
@@ -182,16 +184,6 @@ class MemoryAttention(SoftmaxAttention):
         by_token = joined and join == "token"
         self.gate_proj = normal_linear(hidden_size, heads, 0.5 * hidden_size**-0.5, **factory) if by_token else None
         self.decay_bias = per_head(decay == "head")
-        self._reset_gates()
-
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
-        device.
-        """
-        super().reset_parameters()
-        for features in (self.q_map, self.k_map):
-            if features is not None:
-                features.reset_parameters()
         self._reset_gates()
 
     def _reset_gates(self) -> None:
@@ -362,12 +354,6 @@ class MemoryAttention(SoftmaxAttention):
         assert self.gate_bias is not None
         bias = self.gate_bias.to(mass.dtype)
         return torch.sigmoid(bias if not gate else gate[0].to(mass.dtype) + bias)[..., None]
-
-    def extra_repr(self) -> str:
-        return (
-            f"op={self.op!r}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"window={self.window}, memory={self.memory!r}, join={self.join!r}, features={self.features!r}"
-        )
 
 
 def _carries(kind: Any) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
@@ -105,6 +105,8 @@ class SoftmaxAttention(AttentionLayer):
         torch.Size([2, 100, 32])
     """
 
+    _shown: tuple[str, ...] = ("num_heads", "num_kv_heads", "head_dim", "window", "exchange")
+
     def __init__(
         self,
         hidden_size: int,
@@ -150,14 +152,6 @@ class SoftmaxAttention(AttentionLayer):
         self.k_proj = normal_linear(hidden_size, keys, std, qkv_bias, **factory)
         self.v_proj = normal_linear(hidden_size, keys, std, qkv_bias, **factory)
         self.o_proj = normal_linear(queries, hidden_size, residual_scale * queries**-0.5, out_bias, **factory)
-
-    def reset_parameters(self) -> None:
-        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
-        device.
-        """
-        for child in self.children():
-            if isinstance(child, (nn.Linear, HeadNorm)):
-                child.reset_parameters()
 
     @torch._disable_dynamo  # torch.compiler.disable imports the compiler at once, this when first called
     def forward(
@@ -365,12 +359,6 @@ class SoftmaxAttention(AttentionLayer):
         require(state.k.shape[1] >= need, "state.k", f"at least {need} keys a row", state.k.shape[1])
         alike = not equal or not bool((counts != counts[:1]).any())
         require(alike, "state.tokens", "rows of equal length over a group (or documents, cu_seqlens)", counts.tolist())
-
-    def extra_repr(self) -> str:
-        return (
-            f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, window={self.window}, "
-            f"exchange={self.exchange!r}"
-        )
 
 
 def _as_rows(x: Tensor, filled: Tensor) -> Tensor:
