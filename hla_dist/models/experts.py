@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hla_dist.functional.exchange_ops import exchange_gather
-from hla_dist.nn.gradient_reduction import is_dtensor
+from hla_dist.nn.gradient_reduction import local
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.operators.precision import sum_dtype, without_autocast
 from hla_dist.parallel.collectives import Group, all_to_all_flat, backward_group, group_size, named, resolve_group
@@ -108,8 +108,7 @@ class MixtureOfExperts(nn.Module):
         By torch's grouped product, one launch and no look at ``counts`` from the host, where it takes dtype and widths
         (``has_grouped_product``). Else expert by expert, which gives the same to rounding and waits for ``counts``.
         """
-        if is_dtensor(weight):
-            weight = weight.to_local()  # type: ignore[attr-defined]
+        weight = local(weight)
         if torch.is_autocast_enabled(rows.device.type):  # which does not know the grouped product
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight = rows.to(dtype), weight.to(dtype)

@@ -34,7 +34,7 @@ def is_dtensor(x: Tensor) -> bool:
     return loaded is not None and isinstance(x, loaded.DTensor)
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
     """What this rank has of a tensor."""
     return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
 
@@ -163,7 +163,7 @@ class GradientReduction:
 
     def _reduce_bucket(self, bucket: list[Tensor], pg: Group) -> None:
         dtype = torch.float32 if bucket[0].dtype in (torch.float16, torch.bfloat16) else bucket[0].dtype
-        pieces = [_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in bucket]
+        pieces = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in bucket]
         present = torch.tensor([float(p.grad is not None) for p in bucket], device=bucket[0].device)
         flat = torch.cat([x.flatten().to(dtype) for x in (*pieces, present)])
         all_reduce_sum(flat, pg)
@@ -174,7 +174,7 @@ class GradientReduction:
             if p.grad is None and counted[i] > 0:
                 p.grad = torch.zeros_like(p)
             if p.grad is not None:
-                _local(p.grad).copy_(total.view(pieces[i].shape))
+                local(p.grad).copy_(total.view(pieces[i].shape))
 
 
 def _before_accumulation(reduction: GradientReduction, parameter: weakref.ref, _: Tensor) -> None:

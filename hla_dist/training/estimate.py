@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from hla_dist.softmax.attend import BLOCK_QUERIES, MASK_NUMBERS
 from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.training.config import TrainConfig
 
+Kind = TypeVar("Kind", bound=nn.Module)
 TRACED = 4096  # tokens of the shorter trace
 _BLOCK_BUFFERS = 26  # sequences of a block that the torch backend holds: counted, hla2's backward, gates per token
 _CHANNEL_BUFFERS = 5  # with a gate per channel: of a product for every pair of tokens of a chunk and channel
@@ -131,7 +132,7 @@ def estimate(step: Step) -> Estimate:
         # a block is computed while the next one comes, and its gradient while the last one's is on its way
         memory |= {"gathered parameters": 4 * (rest + 2 * block), "gradients of a block": 4 * max(2 * block, rest)}
     idle = 0.0
-    for mixture in _mixtures(_build(step.model)):
+    for mixture in _all(MixtureOfExperts, _build(step.model)):
         idle += (mixture.gate_up.numel() + mixture.down.numel()) * (1 - mixture.share)
     return Estimate(parameters, parameters - round(idle), step_flops(step), memory, wire_bytes(step, parameters))
 
@@ -148,7 +149,7 @@ def _blocks(step: Step, local: int) -> int:
     sizes = [0]
     if step.shards > 1 and "softmax" in step.model.mixers:
         sizes.append(5 * min(MASK_NUMBERS, BLOCK_QUERIES * step.seq_len))
-    for layer in _layers(_build(step.model)):
+    for layer in _all(HLAAttention, _build(step.model)):
         tokens = min(TILE_TOKENS, local * step.batch_size * layer.num_heads)
         buffers = _BLOCK_BUFFERS + (_CHANNEL_BUFFERS * CHANNEL_CHUNK if _operator(layer).products else 0)
         sizes.append(4 * buffers * tokens * max(layer.head_dim, layer.value_dim))
@@ -172,7 +173,7 @@ def wire_bytes(step: Step, parameters: int) -> dict[str, int]:
     sent: dict[str, int] = {}
     if step.shards > 1:
         sent |= _frames(step, model)
-        if softmax := _softmax_layers(model):
+        if softmax := _all(SoftmaxAttention, model):
             sent["keys and values"] = sum(_keys_and_values(step, layer) for layer in softmax)
     if step.sharded > 1:
         block, rest = _units(step.model)
@@ -191,8 +192,8 @@ def _frames(step: Step, model: nn.Module) -> dict[str, int]:
 
     A group's frames of one direction are as long as the longest: a softmax layer's too, of three whole numbers.
     """
-    payloads: dict[str, list[int]] = {"summaries, forward": [3 * 8] * len(_softmax_layers(model))}
-    for layer in _layers(model):
+    payloads: dict[str, list[int]] = {"summaries, forward": [3 * 8] * len(_all(SoftmaxAttention, model))}
+    for layer in _all(HLAAttention, model):
         op = _operator(layer)
         value_dim = layer.value_dim + int(layer.normalize)
         layout = WireLayout(
@@ -207,7 +208,7 @@ def _frames(step: Step, model: nn.Module) -> dict[str, int]:
             sizes |= {"halos, forward": 8 * step.batch_size + last, "halos, backward": last}
         for kind, size in sizes.items():
             payloads.setdefault(kind, []).append(size)
-    if mixtures := _mixtures(model):
+    if mixtures := _all(MixtureOfExperts, model):
         payloads["experts' counts"] = [4 * len(mixtures) * step.batch_size * step.model.experts]
     return {kind: len(sizes) * (HEADER_BYTES + max(sizes)) for kind, sizes in payloads.items()}
 
@@ -221,13 +222,9 @@ def _keys_and_values(step: Step, layer: SoftmaxAttention) -> int:
         return size * numbers * (max(lengths) * step.shards + step.seq_len) // step.shards
     whole, nothing = torch.tensor([0, step.seq_len]), torch.zeros(1, dtype=torch.int64)
     spans = KeySpans(whole, lengths, nothing, layer.window, False, False)
-    sizes = [[0 if a == b else _length(spans.sent(a, b)) for b in ranks] for a in ranks]
+    sizes = [[0 if a == b else len(range(*spans.sent(a, b))) for b in ranks] for a in ranks]
     most = max(sum(sizes[rank]) + sum(row[rank] for row in sizes) for rank in ranks)
     return size * 2 * layer.num_kv_heads * most
-
-
-def _length(interval: tuple[int, int]) -> int:
-    return interval[1] - interval[0]
 
 
 def _by_heads(step: Step, layer: SoftmaxAttention) -> bool:
@@ -240,16 +237,8 @@ def _build(config: ModelConfig) -> LanguageModel:
         return LanguageModel(config)
 
 
-def _layers(model: nn.Module) -> list[HLAAttention]:
-    return [layer for layer in model.modules() if isinstance(layer, HLAAttention)]
-
-
-def _softmax_layers(model: nn.Module) -> list[SoftmaxAttention]:
-    return [layer for layer in model.modules() if isinstance(layer, SoftmaxAttention)]
-
-
-def _mixtures(model: nn.Module) -> list[MixtureOfExperts]:
-    return [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
+def _all(kind: type[Kind], model: nn.Module) -> list[Kind]:
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def step_flops(step: Step) -> dict[str, float]:
@@ -262,15 +251,17 @@ def step_flops(step: Step) -> dict[str, float]:
     model = _build(step.model)
     output = model.embedding if model.lm_head is None else model.lm_head
     matrices: float = sum(p.numel() for p in (*model.blocks.parameters(), output.weight) if p.dim() == 2)
-    matrices += sum((layer.gate_up.numel() + layer.down.numel()) * layer.share for layer in _mixtures(model))
+    matrices += sum(
+        (layer.gate_up.numel() + layer.down.numel()) * layer.share for layer in _all(MixtureOfExperts, model)
+    )
     passes = 0
-    for layer in _layers(model):
+    for layer in _all(HLAAttention, model):
         op, K, V = _operator(layer), layer.head_dim, layer.value_dim
         c = layer.chunk_size or (CHANNEL_CHUNK if op.products else CHUNK)
         for size in (op.columns(p.c, K, V) for p in op.passes):
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
     attention = 0.0
-    for softmax in _softmax_layers(model):
+    for softmax in _all(SoftmaxAttention, model):
         if isinstance(softmax, MemoryAttention):
             op, K, V = NAMED[softmax.op], softmax.head_dim * (2 if softmax.q_map else 1), softmax.head_dim + 1
             for size in (op.columns(p.c, K, V) for p in op.passes):
@@ -367,11 +358,11 @@ def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
     with FakeTensorMode():
         model = LanguageModel(step.model)
         model.activation_checkpointing = step.checkpointing
-        for layer in _layers(model):
+        for layer in _all(HLAAttention, model):
             layer.group = group
-        for softmax in _softmax_layers(model):
+        for softmax in _all(SoftmaxAttention, model):
             _hold_only(softmax, step, tokens)
-        for mixture in _mixtures(model):  # where rows go is not known without contents
+        for mixture in _all(MixtureOfExperts, model):  # where rows go is not known without contents
             mixture._product = lambda rows, weight, counts: F.linear(rows, weight[0])  # type: ignore[method-assign]
         live = _Live(model.parameters())
         with live:

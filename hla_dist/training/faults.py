@@ -25,17 +25,8 @@ from torch import Tensor, nn
 
 from hla_dist.processes.failure import UserError
 
-KINDS = (
-    "kill",
-    "kill-backward",
-    "kill-writing",
-    "kill-finishing",
-    "term",
-    "hang",
-    "nan-output",
-    "nan-gradient",
-    "flip",
-)
+KINDS = ("kill", "kill-backward", "kill-writing", "kill-finishing", "term", "hang", "nan-output", "nan-gradient",
+         "flip")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hla_dist import HLAAttention, MemoryAttention, SequenceParallelHLA
 from hla_dist.models import LanguageModel
 from hla_dist.models.experts import shard_experts
-from hla_dist.nn.gradient_reduction import is_dtensor
+from hla_dist.nn.gradient_reduction import is_dtensor, local
 from hla_dist.processes.mesh import MeshPlace
 
 
@@ -72,11 +72,6 @@ def alike(tensors: Iterable[Any]) -> list[list[Any]]:
 def whole(x: Any) -> Tensor:
     """All of a tensor that may be sharded; then every rank must ask, and it is gathered."""
     return x.full_tensor() if is_dtensor(x) else x
-
-
-def local(x: Any) -> Tensor:
-    """What this rank has of a tensor that may be sharded."""
-    return x.to_local() if is_dtensor(x) else x
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

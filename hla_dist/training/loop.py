@@ -37,6 +37,7 @@ class Agreed:
     blame: str = ""  # where numbers that are not finite came from
 
 
+@dataclass(eq=False)
 class Trainer:
     """Gradients of a step over a mesh, and the step.
 
@@ -47,32 +48,21 @@ class Trainer:
     reduction of gradients, both for every micro-batch: gradients are never kept whole.
     """
 
-    def __init__(
-        self,
-        model: SequenceParallelHLA,
-        optimizer: torch.optim.Optimizer,
-        windows: Windows | Mixture,
-        mesh: MeshPlace,
-        *,
-        batch_size: int,
-        accumulate: int,
-        clip: float,
-        bf16: bool,
-        offload: bool = False,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.windows = windows
-        self.mesh = mesh
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.clip = clip
-        self.bf16 = bf16
-        self.offload = offload  # what forward saves waits in host memory
-        self.watch = Watch(model.module)
-        self.data_seconds = 0.0  # spent on reading tokens so far
-        self.samples = 0  # the position in the data: windows of this length before the next one, over all replicas
-        self.tokens = 0  # trained on so far, at any length
+    model: SequenceParallelHLA
+    optimizer: torch.optim.Optimizer
+    windows: Windows | Mixture
+    mesh: MeshPlace
+    batch_size: int
+    accumulate: int
+    clip: float
+    bf16: bool
+    offload: bool = False  # what forward saves waits in host memory
+    data_seconds: float = 0.0  # spent on reading tokens so far
+    samples: int = 0  # the position in the data: windows of this length before the next one, over all replicas
+    tokens: int = 0  # trained on so far, at any length
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.model.module)
 
     @property
     def tokens_per_step(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -98,16 +98,10 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        values: dict[str, Any] = {"ranks": self.ranks, "limit": self.limit, "ok": self.ok}
+        values: dict[str, Any] = asdict(self) | {"ok": self.ok}
         for name in ("float64", "float32", "rounding"):
             part: Comparison = getattr(self, name)
-            values[name] = {
-                "loss": part.loss,
-                "loss_difference": part.loss_difference,
-                "grad_norm": part.grad_norm,
-                "norm_difference": part.norm_difference,
-                "gradients": part.gradients,
-            }
+            values[name] |= {"loss_difference": part.loss_difference, "norm_difference": part.norm_difference}
         return values
 
 
