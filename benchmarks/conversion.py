@@ -7,8 +7,6 @@ Text is what every Python has: the language reference to learn from and, its end
 installed packages to measure on elsewhere. Bars are ratios to the model before. A run that was stopped goes on.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -10,8 +10,6 @@ units of hla2's whole): linear_attention 0.5, ahla 1, hla3 1.4 forward (its seco
 q and k); backward likewise.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

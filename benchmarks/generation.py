@@ -7,8 +7,6 @@ work whatever it holds. The report says which. Beside it: softmax attention over
 layers and heads, filled with random numbers, attention alone, without projections and all else a model does.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Sequence

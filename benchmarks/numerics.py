@@ -10,8 +10,6 @@ compute from them; an error is the 2-norm of the difference over that of the tru
 plain torch computes the same in bf16, as masked T x T matrices.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

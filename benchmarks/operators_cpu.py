@@ -10,8 +10,6 @@ the rate's too. Operations are counted as 4*64*K + 8*K^2 a token and head forwar
 that for forward+backward (six first-order passes backward against two forward; recomputation does not count).
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

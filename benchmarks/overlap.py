@@ -13,8 +13,6 @@ Exposed time is what a rank spends blocked on the exchange, forward and backward
 arrives included. The timeline is torch.profiler's, of rank 0.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

@@ -4,8 +4,6 @@ The process warms up on a short input, then allocates and fills the inputs and c
 included, inputs not (``hla_dist.scaling.memory``).
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 

@@ -1,7 +1,5 @@
 """What the benchmarks have in common: their command lines, and matplotlib without a screen."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What every report holds: machine, commit, versions, command, targets met or missed; written as .md and .json."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -16,8 +16,6 @@ CPU seconds are user and system time of the whole process (getrusage), gloo's th
 the call to one after it; start-up and warm-up are not counted.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource

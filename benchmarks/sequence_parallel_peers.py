@@ -10,8 +10,6 @@ twice the tokens, stays under --cap seconds; beyond, they are not run and their 
 memory grow with the tokens, messages do not.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

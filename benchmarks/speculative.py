@@ -5,8 +5,6 @@ one narrow layer. Each held-out text is then continued by greedy decoding and by
 blocks of several sizes; the draft is also the model itself, whose guesses are never wrong. Rounds are interleaved.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

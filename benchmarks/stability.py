@@ -11,8 +11,6 @@ that learn 4 pairs at length 16 are asked after more and more blanks. Reuse: a t
 kept state, and by one call over all of it. Mixers, tasks and steps are those of benchmarks/evidence.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

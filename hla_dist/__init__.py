@@ -5,8 +5,6 @@
 Importing this package needs neither a GPU nor Triton nor a process group. See docs/ for the algebra.
 """
 
-from __future__ import annotations
-
 from hla_dist import reference
 from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.attention import ahla, hla2, hla3, linear_attention, start, summarize

@@ -8,8 +8,6 @@ A conversion that was stopped goes on with the next layer. Exit codes: 0; 1 an e
 Ctrl-C.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 python launch/export.py --checkpoint out/train --to model.safetensors
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ Tokens are printed as they come. Several ranks read the prompt; then rank 0 goes
 text. Exit codes: 0; 1 an error, said in one line; 130 stopped by Ctrl-C.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -4,8 +4,6 @@ python launch/plot.py out/train
 python launch/plot.py out/hla2 out/ahla --metrics loss held_out --x seconds --out out/compared.png
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from dataclasses import dataclass, field

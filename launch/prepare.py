@@ -3,8 +3,6 @@
 python launch/prepare.py --data TEXT MORE.jsonl ROWS.parquet hf:NAME@SPLIT --tokenizer bytes --out out/corpus.bin
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

@@ -6,8 +6,6 @@ One launch serves every number of ranks up to torchrun's: a case runs on the fir
 table; with --out it writes a report (Markdown, JSON) and a plot. What the figures are: hla_dist/scaling/.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

@@ -10,8 +10,6 @@ Exit codes: 0 the run is finished, or SIGTERM stopped it and a checkpoint is sav
 above 1e-5; 130 stopped by Ctrl-C, checkpoint saved. docs/reliability.md says what survives what.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """What is measured against what over ranks, and one measured call of it."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import resource

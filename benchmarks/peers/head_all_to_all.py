@@ -4,8 +4,6 @@ Ulysses (arXiv 2309.14509) does so for softmax attention, Megatron-LM for its re
 the heads, and bytes grow with T.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

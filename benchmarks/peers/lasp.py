@@ -6,8 +6,6 @@ LASP-1 hands M_<r + M_r from rank to rank: P - 1 messages, one after another. LA
 Backward is the same from the right, with dM_<r = q^T dout.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

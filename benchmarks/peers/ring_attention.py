@@ -8,8 +8,6 @@ Backward: keys and values go around again, and their gradients with them, one ho
 so later ranks have more to do; blocks above the diagonal are passed on without work.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A collective counts as the messages it is made of: P - 1 of a rank's payload for
 for an all-to-all.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

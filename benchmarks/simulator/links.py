@@ -1,7 +1,5 @@
 """What gloo's links cost on this machine, and the exchanges' messages sent over gloo beside their simulation."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

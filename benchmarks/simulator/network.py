@@ -7,8 +7,6 @@ is behind waits too. ``lanes`` bounds the messages under way anywhere, for ranks
 processors that copy for eight ranks are two lanes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack

@@ -5,8 +5,6 @@ scan, hierarchical   ``hla_dist.parallel.scan.receive_carry``, once per rank, on
 all_gather           one collective of the transport, taken to be a ring: every frame to every rank, then a fold
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@
 What is printed is a projection from the links given, not a measurement. README.md says what it leaves out.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

@@ -8,8 +8,6 @@ All ranks write into one hidden directory beside its place (on several machines:
 and then renamed: a crash or a full disk leaves the earlier checkpoints as they were.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

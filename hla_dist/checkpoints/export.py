@@ -1,7 +1,5 @@
 """A trained model as one safetensors file: nothing in it is ever executed, so it is the form to pass on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What makes a directory of files whole: a manifest with the length and SHA-256 of each, written last."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 The thread needs a process group of its own (gloo), since two threads must not interleave collectives of one group.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

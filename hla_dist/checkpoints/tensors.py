@@ -9,8 +9,6 @@ what some ranks wrote, any other number can read. Only tensors are stored, so th
 ``.metadata`` is a pickle, and that is read by :class:`Reader`, which knows the few types it may hold.
 """
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from pathlib import Path

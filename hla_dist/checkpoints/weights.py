@@ -1,7 +1,5 @@
 """A model's parameters alone, to begin a run with: from a checkpoint, a safetensors file or a folder of such files."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Letters: B rows of a step, T tokens, N vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

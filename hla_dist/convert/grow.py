@@ -4,8 +4,6 @@ q' . k' = q . k,  and S' q' restricted to the old channels is S q,  because the 
 d loss / d weight of the new channels != 0,  because those of k' are not
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

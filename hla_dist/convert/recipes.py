@@ -1,7 +1,5 @@
 """Ways to convert a model, as data: what becomes of the layers, and what is trained, in which order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -6,8 +6,6 @@ OUT/model/                the converted model as a folder of transformers, with 
 OUT/summary.md            perplexities before, after each stage and of the teacher, and how the memory is used
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

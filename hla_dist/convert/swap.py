@@ -1,7 +1,5 @@
 """A model with other mixers around the same projections, norms, MLPs and embeddings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

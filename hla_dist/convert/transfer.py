@@ -4,8 +4,6 @@ Layers are independent. The teacher's hidden states of all rows are carried from
 holds those of one layer, and a layer is trained between two steps. Letters: N rows, T tokens, D hidden_size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

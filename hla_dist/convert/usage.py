@@ -1,7 +1,5 @@
 """How much a converted model uses its memory: a model that leans on its window alone shows it here."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a bigram model makes of the held-out text: the line the language model has to beat."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

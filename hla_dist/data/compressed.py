@@ -1,7 +1,5 @@
 """Compressed files, read as if they were not: gzip and xz of the standard library, Zstandard of a package."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

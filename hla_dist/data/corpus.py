@@ -1,7 +1,5 @@
 """Text as tokens to train on and tokens held out: read from files or a memmap, one text or a mixture of several."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field

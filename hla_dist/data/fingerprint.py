@@ -6,8 +6,6 @@ Text is read whole anyway, and hashed on the way. Of a memmap the first and last
 is kept; the whole SHA-256 of a bare one only where it is asked for. Paths are no part of it: they may differ.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path

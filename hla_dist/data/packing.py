@@ -6,8 +6,6 @@ document: no token before it says anything about it. What a window's edge cuts o
 own. The loss is then the sum of what the pieces give one by one.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -5,8 +5,6 @@ kept: a reader that takes one document at a time needs the memory of one (of Par
 compressed (``.gz``, ``.xz``, ``.zst``), and what a folder holds that is not read is written down.
 """
 
-from __future__ import annotations
-
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """From text to tokens and back: bytes, or a tokenizer from the optional package ``tokenizers``."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Sequence
 from pathlib import Path

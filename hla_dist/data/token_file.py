@@ -4,8 +4,6 @@ corpus.bin          raw unsigned integers, the documents one after another
 corpus.bin.json     their type and number, the vocabulary and tokenizer, where documents begin, the file's SHA-256
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

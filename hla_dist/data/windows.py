@@ -4,8 +4,6 @@ Everything is a function of the text, the options and the sample's number, so ev
 the same sample without a message, and a resumed run continues with the sample it stopped before.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -8,8 +8,6 @@ sequence parallelism. The named operators are such cascades, fused: one walk ove
 Shapes: B batch, T local tokens, N rows of a state (B, or documents).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -7,8 +7,6 @@ Over a group the function also comes in halves, so that a layer's other work run
 A compiler hands a ``Plan`` to a Function as a bare tuple: each begins by giving it its names back.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Which backend computes a call: the one named, or the best that can. Nothing named is ever replaced in silence."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: T local tokens, N documents, S slots (tokens and padding). What is done with the rows: ``packed.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple

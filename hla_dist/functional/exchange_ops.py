@@ -6,8 +6,6 @@ exchange of several rounds is a job from the start on, and goes on behind whatev
 policy that saves both never sends again in recomputation (``checkpoint_context``).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

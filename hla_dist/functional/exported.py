@@ -4,8 +4,6 @@ The stages' results depend on how T is cut into chunks and blocks, so a program 
 only. Nothing that this op takes or returns does: one program serves every length. It has no gradient.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

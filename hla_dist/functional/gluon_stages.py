@@ -4,8 +4,6 @@ That is what a segment says of itself between ranks, both ways, and a token alon
 here. See docs/kernels.md, walks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

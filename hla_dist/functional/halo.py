@@ -1,7 +1,5 @@
 """``halo``: the tokens just before a shard, differentiable. What travels, and how: ``parallel/halo.py``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

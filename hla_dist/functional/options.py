@@ -1,7 +1,5 @@
 """The keyword options of the operators, once."""
 
-from __future__ import annotations
-
 from typing import Any, TypedDict
 
 import torch

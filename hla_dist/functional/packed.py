@@ -15,8 +15,6 @@ Where a document begins is read on the host: pass ``cu_seqlens_cpu`` where ``cu_
 would make the host wait. Shapes: T local tokens, N documents.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

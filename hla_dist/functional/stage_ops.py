@@ -10,8 +10,6 @@ these stages: the torch backend is ``hla_dist.operators.stages`` and ``stages_ba
     scan_backward       -> [dq, dk, dv, dlog_decay, dgain, dskip (empty where not given), *dcarry]
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

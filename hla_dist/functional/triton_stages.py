@@ -7,8 +7,6 @@ only where a call resolved to this backend: importing ``hla_dist`` needs no Trit
 Forward keeps the carry alone: backward forms inner sequences and carries inside the segment again.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Shapes, dtypes, devices and options are checked always; contents (the sign of lo
 CUDA tensors only under ``validation(True)``, because reading them there makes the host wait.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """The options of launch/generate.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated
 

@@ -4,8 +4,6 @@ States have constant size, but for keys and values of softmax layers without a w
 N vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A text's state as a safetensors file, so that a long prompt is read once; nothing in it is ever executed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

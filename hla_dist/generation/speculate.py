@@ -3,8 +3,6 @@
 Letters: B texts, M drafted tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

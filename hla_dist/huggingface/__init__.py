@@ -5,8 +5,6 @@
 Needs the extra ``hf``; nothing else in the library imports transformers. See docs/huggingface.md.
 """
 
-from __future__ import annotations
-
 try:
     import transformers
 except ImportError as exc:

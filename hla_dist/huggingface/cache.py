@@ -3,8 +3,6 @@
 Letters: B batch rows (beams included), H heads, K and V the sizes of keys and values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NoReturn
 

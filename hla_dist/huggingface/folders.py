@@ -5,8 +5,6 @@ python -m hla_dist.huggingface.folders from-hf FOLDER model.safetensors      lau
 python -m hla_dist.huggingface.folders optimizer run/checkpoint-20           a Trainer's, of an earlier version
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

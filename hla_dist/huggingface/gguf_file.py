@@ -1,7 +1,5 @@
 """A GGUF file, as llama.cpp writes one, as transformers' configuration and tensors of the same model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

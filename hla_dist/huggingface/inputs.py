@@ -3,8 +3,6 @@
 Letters: B rows, T tokens of this call on this rank, P places read before it, N documents.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any

@@ -3,8 +3,6 @@
 Letters: B batch, T tokens of this call, D hidden_size, N vocabulary.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

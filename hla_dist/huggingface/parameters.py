@@ -1,7 +1,5 @@
 """Between the library's models and transformers' folders; the tensors are the same, their names gain a prefix."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

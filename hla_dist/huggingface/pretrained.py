@@ -3,8 +3,6 @@
 What differs between the architectures is in the tables; a field of a configuration is used, without effect, or refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace

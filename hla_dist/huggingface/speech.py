@@ -1,7 +1,5 @@
 """What a pretrained model needs to speak: its tokenizer, its chat template, and the tokens that end an answer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Bytes as tokens, for models trained without a tokenizer: token n is the byte n."""
 
-from __future__ import annotations
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast

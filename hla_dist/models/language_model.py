@@ -3,8 +3,6 @@
 Letters: B batch, T local tokens, D hidden_size, M SwiGLU width, N vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

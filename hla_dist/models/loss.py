@@ -3,8 +3,6 @@
 Letters: B batch, T tokens, D hidden_size, N vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F

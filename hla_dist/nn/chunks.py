@@ -1,7 +1,5 @@
 """Work that treats every token alone, a chunk of tokens at a time: only a chunk's intermediate results ever exist."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

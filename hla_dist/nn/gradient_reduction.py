@@ -6,8 +6,6 @@ parameters' order. They are not overlapped with the backward: the order then nev
 shard is empty, or whose parameters went unused, need no special case.
 """
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections.abc import Iterable, Iterator

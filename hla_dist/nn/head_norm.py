@@ -1,7 +1,5 @@
 """RMS norm of every head by itself, with a learned scale; and the names that its parameters once had."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

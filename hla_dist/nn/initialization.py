@@ -4,8 +4,6 @@ They stay exactly ``nn.Linear`` and ``nn.Embedding``, which quantisation and ada
 the instance's ``reset_parameters``, so that whoever resets every submodule gets the model's own distribution.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

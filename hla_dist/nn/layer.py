@@ -1,7 +1,5 @@
 """What attention layers have in common: heads of checked sizes, and the ranks that share their sequence."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar

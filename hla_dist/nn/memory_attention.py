@@ -3,8 +3,6 @@
 Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim, F features, w window.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Attention masks: where a batch has tokens, and where only padding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

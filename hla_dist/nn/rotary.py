@@ -3,8 +3,6 @@
 Letters: B batch, T local tokens, H heads, K head size (even).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

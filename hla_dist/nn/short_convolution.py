@@ -5,8 +5,6 @@ a document. It is read behind the w - 1 inputs that come before it, its *head*: 
 left hold.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

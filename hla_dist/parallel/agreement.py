@@ -12,8 +12,6 @@ On CUDA the headers of a steady call are read one call later, or before gradient
 losses are summed, so that nothing synchronises.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from dataclasses import dataclass, field

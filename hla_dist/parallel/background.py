@@ -9,8 +9,6 @@ program's order (two threads would queue them in different orders on different r
 Not run on hardware yet.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Callable

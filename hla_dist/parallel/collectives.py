@@ -5,8 +5,6 @@ Groups are explicit everywhere: a ``ProcessGroup``, a one-dimensional ``DeviceMe
 global default. Over MPI the same functions are those of ``mpi.py``.
 """
 
-from __future__ import annotations
-
 import atexit
 import threading
 import time

@@ -1,7 +1,5 @@
 """What torch.compile is told of a function, without importing the compiler: that is half of the time torch takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -10,8 +10,6 @@ messages     a frame of counts; then ``last`` goes to the ranks in reach alone, 
 Letters: B batch, n slots, C channels, P ranks. Sums over ranks are taken in rank order, in float32 or wider.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

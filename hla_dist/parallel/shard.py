@@ -14,8 +14,6 @@ sharded.
 Letters: B batch, T tokens, N vocabulary, P ranks.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -11,8 +11,6 @@ costs (benchmarks/simulator/README.md) and neither exchange has been timed on a 
 one. Beyond 8 ranks over a network bytes decide: all_gather's grow with the ranks, the others' with their logarithm.
 """
 
-from __future__ import annotations
-
 import socket
 from weakref import WeakKeyDictionary
 

@@ -1,7 +1,5 @@
 """Ranks compare what has to be alike before anything depends on it: options that differ would train on silently."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass

@@ -4,8 +4,6 @@ Set-up work that can fail on one rank alone (a file missing on one node, a full 
 :func:`together`, so that the others learn of it instead of waiting in the next collective.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -4,8 +4,6 @@ Every large tensor is fresh memory otherwise, which the kernel maps and clears a
 time of a call on the CPU. Allocators made for such work (jemalloc, tcmalloc) keep it as well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections.abc import Mapping

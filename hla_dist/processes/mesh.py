@@ -7,8 +7,6 @@
 Parameters are whole on every rank or, with FSDP2, sharded over ``dp_shard x cp`` and replicated over ``dp_replicate``.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass

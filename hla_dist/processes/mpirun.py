@@ -5,8 +5,6 @@
 ``python -m mpi4py`` rather than plain python, so that an exception on one rank ends them all.
 """
 
-from __future__ import annotations
-
 import socket
 import sys
 import time

@@ -8,8 +8,6 @@
 The comment beside or above a field is its help. A field that is a dataclass of this kind is a group of flags.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

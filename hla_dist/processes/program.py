@@ -1,7 +1,5 @@
 """What the programs of launch/ share: which rank this is, its device and threads, and one line for what goes wrong."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

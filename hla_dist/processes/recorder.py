@@ -3,8 +3,6 @@
 It is on when the environment has TORCH_FR_BUFFER_SIZE before torch is imported; launch/train.py sees to that.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ machines each agent counts for itself. So the ranks agree on a name for this lif
 under that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

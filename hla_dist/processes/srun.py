@@ -3,8 +3,6 @@
 srun --ntasks 16 --ntasks-per-node 8 python launch/train.py --out out/train
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and the end of the launcher: finish the step, save, leave."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Safetensors files: tensors by name, and JSON under one key of their metadata; nothing in them is ever executed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterator

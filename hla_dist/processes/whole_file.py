@@ -3,8 +3,6 @@
 Below the rooms that write files, checkpoints and data, so that both can use it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

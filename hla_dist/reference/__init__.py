@@ -6,8 +6,6 @@ autograd through them is the oracle for gradients. ``paper_third_order`` is no o
 streaming kernel, for comparison.
 """
 
-from __future__ import annotations
-
 from .quadratic import quadratic
 from .serial import serial
 from .third_order import paper_third_order

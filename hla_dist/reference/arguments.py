@@ -6,8 +6,6 @@ q is scaled, v carries its column of ones under ``normalize``, and a missing sta
     B batch, T tokens, H query heads, G key/value heads (G divides H), K key size, V value size, N = B state rows
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Packed documents, for the oracles: one call per document."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ Nothing here is streamed: no recurrence, no cascade of passes. Written from the 
 with N = Q K^T, L lower triangular with diagonal, and D the decay between every two tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 One Python iteration per token, one state per sequence and head: what the operators mean, at the speed of an oracle.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Kept for comparison only: it is not the masked form (L o (W W^T)) W V that it is
 (docs/errata.md).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

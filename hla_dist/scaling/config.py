@@ -1,7 +1,5 @@
 """What is measured: the options of launch/scaling.py, and the cases that follow from them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any

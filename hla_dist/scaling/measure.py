@@ -5,8 +5,6 @@ included, summed over ranks. Exposed communication is the time in which a rank's
 comes through: with more ranks than processors it includes the turns of other ranks, not the wire alone.
 """
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Callable

@@ -6,8 +6,6 @@ page that n processes map, (n - 1) / n. The peak of PSS has no mark of its own; 
 while a model runs, so it is the peak of resident memory less that share, read at the end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

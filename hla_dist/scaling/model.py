@@ -5,8 +5,6 @@ model in short pieces, from the true states of the rank before it, without gradi
 every number of ranks and every policy is for the tests, in float64; launch/train.py compares them on request.)
 """
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -9,8 +9,6 @@ it, streams its shard from there and hands on the state after it; gradients come
 2 / (K/V heads) of the measured call's memory.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The table, and the plot."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

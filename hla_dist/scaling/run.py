@@ -1,7 +1,5 @@
 """All cases of a configuration, one after the other, each on a group of the first ranks."""
 
-from __future__ import annotations
-
 import gc
 import sys
 from typing import Any

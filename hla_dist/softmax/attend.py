@@ -7,8 +7,6 @@ Letters: B batch, T local queries, S keys at hand, H query heads, G key/value he
 mask, blocks of queries take turns and backward computes them again, so that a mask of T x S never exists.
 """
 
-from __future__ import annotations
-
 import zlib
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Letters: B batch, E keys held by this rank, T local tokens, P ranks, w numbers p
 exchange the other way. Sums over ranks are taken in rank order, in float32 or wider, so they do not depend on timing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,8 +10,6 @@ The cached keys of a document belong to the rank of its first token (one documen
 one interval, what its queries see is one too, and what one rank sends another is where such intervals meet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Runs beside each other: what their metrics.jsonl hold, drawn over tokens, steps or seconds, and summed up."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

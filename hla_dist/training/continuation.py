@@ -1,7 +1,5 @@
 """Does a run begin, or go on? From the options, and from whether this very launch has been here before."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path

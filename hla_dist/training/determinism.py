@@ -1,7 +1,5 @@
 """The same bits twice, and the same bits on every rank."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

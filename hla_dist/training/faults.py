@@ -11,8 +11,6 @@ K-th life of the job, 0 the first, which is the default); several are separated 
                      the step's rounding may take the last one back
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

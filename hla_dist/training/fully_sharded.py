@@ -1,7 +1,5 @@
 """Parameters sharded by FSDP2 over the data and sequence ranks of a mesh, and whole tensors from and to shards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Letters: B samples per micro-batch, T tokens of a shard, N vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a step cost: speed, share of the hardware's peak, memory, waiting for others and for data."""
 
-from __future__ import annotations
-
 import math
 import resource
 import time

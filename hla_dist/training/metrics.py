@@ -1,7 +1,5 @@
 """What a run leaves to look at: metrics.jsonl, TensorBoard events, a plot of the loss."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

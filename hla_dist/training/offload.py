@@ -1,7 +1,5 @@
 """What forward saves for backward kept in host memory, by torch's own hooks: room for longer shards on a GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

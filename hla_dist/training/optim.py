@@ -1,7 +1,5 @@
 """AdamW with two groups, and the learning rate's course: linear warm-up, then a cosine."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,8 +6,6 @@ float32 is compared too and shown beside what float32 rounding alone does to one
 query or output is close to zero before its normalisation amplifies the last bit by orders of magnitude.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

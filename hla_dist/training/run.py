@@ -1,7 +1,5 @@
 """A training run from configuration to last line: what `launch/train.py` does once the ranks are connected."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

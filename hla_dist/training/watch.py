@@ -5,8 +5,6 @@ rank therefore notes, as it computes and before anything is summed, whether a la
 parameter's own gradient was finite. Nothing is read from these notes while all is well: on a GPU nobody waits for them.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
