@@ -12,6 +12,7 @@ from torch import Tensor
 
 import hla_dist
 from benchmarks.peers import wire
+from hla_dist.parallel.collectives import members
 
 
 class _Exchange(torch.autograd.Function):
@@ -28,7 +29,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchange(x: Tensor, group: Any, to_heads: bool) -> Tensor:
-    pg, _, size = wire.place(group)
+    pg, _, size = members(group)
     batch, tokens, heads, dim = x.shape
     if to_heads:
         parts = x.view(batch, tokens, size, heads // size, dim).permute(2, 0, 1, 3, 4)
@@ -38,7 +39,7 @@ def _exchange(x: Tensor, group: Any, to_heads: bool) -> Tensor:
 
 
 def _by_heads(operator: Any, q: Tensor, k: Tensor, v: Tensor, group: Any) -> Tensor:
-    size = wire.place(group)[2]
+    size = members(group)[2]
     if q.shape[2] % size:
         raise ValueError(f"group: expected a number of ranks that divides the {q.shape[2]} heads, got {size}")
     whole = _Exchange.apply(torch.cat([q, k, v], -1), group, True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hla_dist
 from benchmarks.peers import wire
+from hla_dist.parallel.collectives import members
 
 
 class _RingSum(torch.autograd.Function):
@@ -30,7 +31,7 @@ class _RingSum(torch.autograd.Function):
 
 def _pass_on(own: Tensor, group: Any, step: int) -> Tensor:
     """The sum of what lies before this rank, in the direction of ``step``."""
-    pg, rank, size = wire.place(group)
+    pg, rank, size = members(group)
     before = torch.zeros_like(own, memory_format=torch.contiguous_format)
     if 0 <= rank - step < size:
         wire.wait(wire.post(pg, None, 0, before, rank - step))
@@ -52,13 +53,13 @@ class _GatheredSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, gathered: Tensor, work: Any, group: Any) -> Tensor:
         ctx.group = group
-        _, rank, _ = wire.place(group)
+        _, rank, _ = members(group)
         work.wait()
         return gathered[:rank].sum(0).view(state.shape)
 
     @staticmethod
     def backward(ctx: Any, dbefore: Tensor) -> tuple[Tensor, None, None, None]:
-        pg, rank, _ = wire.place(ctx.group)
+        pg, rank, _ = members(ctx.group)
         gathered, work = wire.all_gather(dbefore.contiguous().flatten(), pg)
         work.wait()
         return gathered[rank + 1 :].sum(0).view(dbefore.shape), None, None, None
@@ -67,6 +68,6 @@ class _GatheredSum(torch.autograd.Function):
 def lasp2(q: Tensor, k: Tensor, v: Tensor, group: Any) -> Tensor:
     """The states travel while every rank works on its own tokens."""
     state = torch.einsum("bthk,bthv->bhkv", k, v)
-    gathered, work = wire.all_gather(state.detach().contiguous().flatten(), wire.place(group)[0])
+    gathered, work = wire.all_gather(state.detach().contiguous().flatten(), members(group)[0])
     intra, _ = hla_dist.linear_attention(q, k, v)
     return intra + torch.einsum("bthk,bhkv->bthv", q, _GatheredSum.apply(state, gathered, work, group))

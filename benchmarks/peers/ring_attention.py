@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import wire
+from hla_dist.parallel.collectives import members
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -24,7 +25,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: Any) -> Tensor:
-        pg, rank, size = wire.place(group)
+        pg, rank, size = members(group)
         right, left = (rank + 1) % size, (rank - 1) % size
         held = torch.stack([k, v])
         out = lse = None
@@ -50,7 +51,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        pg, rank, size = wire.place(ctx.group)
+        pg, rank, size = members(ctx.group)
         right, left = (rank + 1) % size, (rank - 1) % size
         dq = torch.zeros_like(q)
         held = torch.stack([k, v])

@@ -15,12 +15,6 @@ from hla_dist.parallel import collectives
 sent = collectives.Counter()  # of the peers; this library has its own
 
 
-def place(group: Any) -> tuple[dist.ProcessGroup, int, int]:
-    """The process group, this rank in it, and its size."""
-    pg = collectives.resolve_group(group)
-    return pg, collectives.group_rank(pg), collectives.group_size(pg)
-
-
 def post(pg: dist.ProcessGroup, x: Tensor | None, to: int, into: Tensor | None, source: int) -> list[Any]:
     """Start sending ``x`` and receiving ``into`` (None: nothing); works to wait for."""
     operations = []

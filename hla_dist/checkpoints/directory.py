@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hla_dist.checkpoints import tensors as stored_tensors
 from hla_dist.checkpoints.manifest import MANIFEST, describe_file, problem, sync_directory, write_manifest
-from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size
+from hla_dist.parallel.collectives import all_gather_objects, members
 from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.whole_file import write_json
 
@@ -59,7 +59,8 @@ def save(
     """
     final = directory / f"step-{step:08d}"
     unfinished = directory / f".partial-{final.name}"
-    first = group is None or group_rank(group) == 0
+    _, rank, _ = members(group)
+    first = rank == 0
 
     def begin() -> None:
         if first:
@@ -71,7 +72,7 @@ def save(
     def describe_own() -> dict[str, Any]:
         if at is not None:
             at("writing", step)
-        own = f"__{0 if group is None else group_rank(group)}_*"
+        own = f"__{rank}_*"
         names = [*unfinished.glob(own), *([unfinished / ".metadata", unfinished / "state.json"] if first else [])]
         return {path.name: describe_file(path) for path in names}
 
@@ -142,10 +143,10 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     names, itself = _agreed(group, lambda: _candidates(path))
     if not names:
         raise UserError(f"checkpoint: expected a directory with {MANIFEST} in or under {path}, got none")
-    share = (0, 1) if group is None else (group_rank(group), group_size(group))
+    _, rank, ranks = members(group)
     problems: list[str] = []
     for candidate in map(Path, names):
-        wrong = together(group, partial(problem, candidate, *share), patient=True)  # files may differ much in size
+        wrong = together(group, partial(problem, candidate, rank, ranks), patient=True)  # files may differ much in size
         every = [wrong] if group is None else all_gather_objects(wrong, group)
         reason = next((text for text in every if text is not None), None)
         if reason is None:

@@ -15,7 +15,7 @@ from hla_dist.convert.swap import converted, mixer_of, require_change
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
 from hla_dist.operators.precision import sum_dtype
-from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import all_reduce_sum, broadcast, members
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_transfer"  # in a stored layer's metadata: JSON of its errors
@@ -89,8 +89,7 @@ def transfer(
             raise ValueError(f"transfer: expected parameters to train in layer {index}, got none with train={train!r}")
         if loss == "weights" and (problem := _no_weights(mixer_of(student, index))):
             raise ValueError(f"loss: expected 'output' for layer {index} with {problem}, got 'weights'")
-    pg = None if group is None else resolve_group(group)
-    rank, ranks = (0, 1) if pg is None else (group_rank(pg), group_size(pg))
+    pg, rank, ranks = members(group)
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
     errors = torch.zeros(len(layers), 2, dtype=torch.float64, device=rows.device)

@@ -91,7 +91,7 @@ class Call(NamedTuple):
     def checked(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
         """Check everything and resolve backend, exchange and group; ValueError on every rank of the group alike."""
         group = options.get("group")
-        _rank_of(group)  # a group this rank is not in is nobody else's error
+        collectives.members(group)  # a group this rank is not in is nobody else's error
         q, k, v = as_autocast(q, k, v)
         try:
             return _check(name, q, k, v, options)
@@ -110,14 +110,6 @@ def raise_everywhere(error: ValueError, like: Any, group: Any, direction: str = 
     raise error
 
 
-def _rank_of(group: Any) -> tuple[int, int]:
-    """This rank's number in the group, and how many there are."""
-    if group is None:
-        return 0, 1
-    pg = collectives.resolve_group(group)
-    return collectives.group_rank(pg), collectives.group_size(pg)
-
-
 def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
     for key in options:
         validate.require(key in DEFAULTS, key, f"one of the options {', '.join(DEFAULTS)}", "an unknown one")
@@ -131,7 +123,7 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
     gain, skip = (validate.check_key_term(term, o[term], q) for term in ("gain", "skip"))
     documents = None
     if o["cu_seqlens"] is not None:
-        documents = validate.check_documents(o, q, *_rank_of(o["group"]))
+        documents = validate.check_documents(o, q, *collectives.members(o["group"])[1:])
     forms = NAMED[name].forms
     cascade = forms.get(o["mask"]) or (forms["paper"] if o["decay_form"] == "paper" and not full else NAMED[name])
     per_channel = o["log_decay"] is not None and o["log_decay"].dim() == 4

@@ -15,7 +15,7 @@ from torch import Tensor
 from hla_dist import SequenceParallelHLA, shard
 from hla_dist.models import LanguageModel
 from hla_dist.nn.softmax_attention import stacked
-from hla_dist.parallel.collectives import group_rank, group_size
+from hla_dist.parallel.collectives import members
 from hla_dist.parallel.shard import default_lengths
 
 PIECE = 8192  # tokens of a prompt that a rank reads at a time; bounds the memory of a long one
@@ -82,8 +82,7 @@ def read(
     alone.eval()
     state = None if before is None else before.state
     start = 0 if before is None else before.position
-    ranks = 1 if group is None else group_size(group)
-    rank = 0 if group is None else group_rank(group)
+    _, rank, ranks = members(group)
     ids = torch.tensor(text[:-1], dtype=torch.int64)[None]
     for begin in range(0, max(ids.shape[1], 1), piece * ranks):  # one empty piece gives the state before any token
         part = ids[:, begin : begin + piece * ranks]

@@ -19,7 +19,7 @@ from hla_dist.functional.halo import between_ranks
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.padding import present
 from hla_dist.operators.precision import sum_dtype
-from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import members
 
 __all__ = ["ShortConvolution"]
 
@@ -104,7 +104,7 @@ class ShortConvolution(nn.Module):
             shard_lengths: One per rank; needed with ``cu_seqlens`` over unequal shards.
             output_final_state: Return the state too.
         """
-        rank, ranks = (0, 1) if group is None else (group_rank(resolve_group(group)), group_size(resolve_group(group)))
+        _, rank, ranks = members(group)
         try:
             documents, tokens = self._checked(x, state, cu_seqlens, attention_mask, shard_lengths, rank, ranks)
         except ValueError as error:

@@ -21,7 +21,7 @@ from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
-from hla_dist.parallel.collectives import group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import members, resolve_group
 from hla_dist.softmax import attend as softmax
 from hla_dist.states import SLOTS, KVState
 
@@ -180,7 +180,7 @@ class SoftmaxAttention(AttentionLayer):
         """
         group = self.group if group is None else group
         given, state = state, latest(state)
-        ranks, rank = (1, 0) if group is None else (group_size(resolve_group(group)), group_rank(resolve_group(group)))
+        _, rank, ranks = members(group)
         try:
             cu = self._check(x, state, cu_seqlens, positions, attention_mask, rank, ranks)
             if pending and (problem := cannot_go_back(group, cu_seqlens)):

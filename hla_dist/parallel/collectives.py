@@ -118,6 +118,14 @@ def resolve_group(group: Any) -> Group:
     )
 
 
+def members(group: Any) -> tuple[Group | None, int, int]:
+    """The resolved group, this rank in it, and its size; None, 0 and 1 where there is no group."""
+    if group is None:
+        return None, 0, 1
+    pg = resolve_group(group)
+    return pg, group_rank(pg), group_size(pg)
+
+
 def group_by_name(name: str) -> Group:
     """The resolved group whose ``group_name`` this is: custom ops carry names."""
     return mpi.by_name(name) or _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str in torch 2.13
@@ -147,18 +155,17 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
     return out, work
 
 
-def all_reduce_sum(x: Tensor, pg: Group, async_op: bool = False) -> Any:
+def all_reduce_sum(x: Tensor, pg: Group) -> None:
     """Sum ``x`` over the group, in place. One collective."""
     _begin(pg, x)
     began = time.perf_counter()
     if isinstance(pg, MPIGroup):
-        work = _done(pg.all_reduce_sum(x), async_op)
+        pg.all_reduce_sum(x).wait()
     else:
         with arrivals.waiting(pg):
-            work = dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg, async_op=async_op)
-    if not async_op and not background.on_thread():
+            dist.all_reduce(x, op=dist.ReduceOp.SUM, group=pg)
+    if not background.on_thread():
         counter.reducing += time.perf_counter() - began
-    return work
 
 
 def all_to_all_flat(x: Tensor, sends: list[int], receives: list[int], pg: Group) -> Tensor:

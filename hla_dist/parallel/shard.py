@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.agreement import settle
-from hla_dist.parallel.collectives import Group, all_gather_flat, all_reduce_sum, group_rank, group_size, resolve_group
+from hla_dist.parallel.collectives import Group, all_gather_flat, all_reduce_sum, group_rank, members
 
 __all__ = ["ShardedBatch", "default_lengths", "shard", "shard_batch", "token_loss", "unshard"]
 
@@ -49,14 +49,6 @@ class ShardedBatch(NamedTuple):
 def default_lengths(total: int, parts: int) -> list[int]:
     """Lengths of ``parts`` contiguous shards of ``total`` tokens, as equal as they can be."""
     return [(r + 1) * total // parts - r * total // parts for r in range(parts)]
-
-
-def _members(group: Any) -> tuple[Group | None, int, int]:
-    """The process group (None: a single process), this rank in it, and its size."""
-    if group is None:
-        return None, 0, 1
-    pg = resolve_group(group)
-    return pg, group_rank(pg), group_size(pg)
 
 
 def _check_dim(x: Tensor, dim: int) -> int:
@@ -98,7 +90,7 @@ def shard(x: Tensor, group: Any, dim: int = 1, lengths: Sequence[int] | None = N
         >>> hla_dist.shard(torch.arange(6)[None], group=None)  # one process: everything
         tensor([[0, 1, 2, 3, 4, 5]])
     """
-    _, rank, parts = _members(group)
+    _, rank, parts = members(group)
     dim = _check_dim(x, dim)
     total = x.shape[dim]
     lengths = default_lengths(total, parts) if lengths is None else _check_lengths(lengths, parts, total)
@@ -127,7 +119,7 @@ def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: in
     Raises:
         ValueError: An argument is wrong; the message names it.
     """
-    pg, rank, parts = _members(group)
+    pg, rank, parts = members(group)
     if pg is None or parts == 1:
         dim = _check_dim(x, dim)
         if lengths is not None:
@@ -225,7 +217,7 @@ def shard_batch(
         raise ValueError(f"tokens: expected integers [B, T + 1], got {tokens.dtype} {list(tokens.shape)}")
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens: expected at least 2 a sequence (inputs and labels), got {list(tokens.shape)}")
-    _, rank, parts = _members(group)
+    _, rank, parts = members(group)
     total = tokens.shape[1] - 1
     lengths = default_lengths(total, parts) if lengths is None else _check_lengths(lengths, parts, total)
     inputs = shard(tokens[:, :-1], group, lengths=lengths)
@@ -270,7 +262,7 @@ def token_loss(
         tensor(2.0794)
     """
     problem = _loss_problem(logits, labels, ignore_index)
-    pg, _, parts = _members(group)
+    pg, _, parts = members(group)
     if valid_tokens is None:
         # the second number is how many ranks have a problem, so that one rank's error never leaves others waiting
         valid = (labels != ignore_index).sum() if not problem else torch.zeros((), dtype=torch.int64)

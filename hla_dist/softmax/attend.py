@@ -53,12 +53,10 @@ def agree(
     """
     rows = 1 if cu is None else len(cu) - 1
     before = torch.zeros(rows, dtype=torch.int64) if state is None else state.tokens[:rows].cpu()
-    pg = None if group is None else collectives.resolve_group(group)
-    if pg is None or collectives.group_size(pg) == 1:
-        lengths, rank = [tokens], 0
-        pg = None
+    pg, rank, ranks = collectives.members(group)
+    if pg is None or ranks == 1:
+        pg, lengths = None, [tokens]
     else:
-        rank = collectives.group_rank(pg)
         code = 0 if cu is None else zlib.crc32(cu.numpy().tobytes())
         numbers = torch.cat([torch.tensor([tokens, code]), before]).to(device)
         text = f"{description} rows={rows}"
