@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import report
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import reporting
 from hla_dist.processes.program import Program
 from hla_dist.scaling.config import ABOUT, SERIES, ScalingConfig, plan
 from hla_dist.scaling.report import GIB, HEADER, LEGEND, cells, described, plot, text_table
@@ -41,7 +41,7 @@ def scale(program: Program) -> int:
     rank, world_size, _, _ = program.ranks
     cases = plan(config, world_size)
     device = program.device(config.device)
-    try:
+    with reporting(f"--out: cannot write {config.out}"):
         if config.out is not None and rank == 0:  # before the minutes that measuring takes
             refuse_run(Path(config.out), "--out")
             Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -54,8 +54,6 @@ def scale(program: Program) -> int:
             print(text_table(rows), flush=True)
             if config.out is not None:
                 write(config, about, rows)
-    except OSError as exc:
-        raise UserError(f"--out: cannot write {config.out}: {exc.strerror or exc}") from exc
     dist.barrier()
     return 0
 

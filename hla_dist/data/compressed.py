@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, optional_package
 
 SUFFIXES = {".gz", ".xz", ".zst"}
 
@@ -22,13 +22,7 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
     """
     errors: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
     if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as exc:
-            raise UserError(
-                f"--data: expected the package zstandard for {path}, got none; pip install zstandard"
-            ) from exc
-        errors += (zstandard.ZstdError,)
+        errors += (optional_package("zstandard", "--data", path).ZstdError,)
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(open(path, "rb"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.data.compressed import SUFFIXES, open_uncompressed
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, optional_package
 
 # Left out of the standard library: other people's packages and tests, which some systems install and others do not.
 NOT_STANDARD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "idlelib", "lib2to3"}
@@ -173,11 +173,8 @@ def _from_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _from_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as exc:
-        raise UserError(f"--data: expected the package pyarrow for {path}, got none; pip install pyarrow") from exc
+    pyarrow = optional_package("pyarrow", "--data", path)
+    parquet = optional_package("pyarrow.parquet", "--data", path)
     if path.suffix in SUFFIXES:
         raise UserError(f"--data: expected Parquet as it is, got {path}: Parquet compresses its own columns")
     try:
@@ -197,10 +194,7 @@ def _from_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
 def _from_datasets(given: str, text_field: str) -> Iterator[Document]:
     """``hf:NAME[@SPLIT]``: a folder of ``save_to_disk``, or what ``load_dataset`` streams; the split train if none."""
     name, _, split = given.removeprefix(HUB).partition("@")
-    try:
-        import datasets
-    except ImportError as exc:
-        raise UserError(f"--data: expected the package datasets for {given}, got none; pip install datasets") from exc
+    datasets = optional_package("datasets", "--data", given)
     try:
         rows = _open_dataset(datasets, name, split or "train")
         columns = getattr(rows, "column_names", None)  # a stream may not know

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, optional_package
 
 BYTES = "bytes"
 SEPARATOR = 0  # the NUL byte after each file of byte-level text: it occurs in no text file
@@ -76,14 +76,11 @@ class Codec:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer in a JSON file of the package ``tokenizers``."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as exc:
-        raise UserError("--tokenizer: expected the package 'tokenizers', got none; pip install tokenizers") from exc
+    tokenizers = optional_package("tokenizers", "--tokenizer")
     if not Path(path).is_file():
         raise UserError(f"--tokenizer: expected a JSON file, got {path}, which is none")
     try:
-        return Tokenizer.from_file(path)
+        return tokenizers.Tokenizer.from_file(path)
     except Exception as exc:  # the package raises plain Exception
         raise UserError(f"--tokenizer: expected the JSON of a tokenizer in {path}, got: {exc}") from exc
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hla_dist.data.sources import Document
 from hla_dist.data.text import BYTES, Codec
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, reporting
 from hla_dist.processes.whole_file import sha256, whole_file
 
 VERSION = 1
@@ -158,7 +158,7 @@ def open_tokens(path: Path, verify: bool = True) -> About:
         raise UserError(f"--data: cannot read {beside}: {exc.strerror or exc}") from exc
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise UserError(f"--data: expected what launch/prepare.py writes in {beside}, got: {describe(exc)}") from exc
-    try:
+    with reporting(f"--data: cannot read {path}"):
         size = path.stat().st_size
         if size != about.tokens * item:
             raise UserError(f"--data: expected {about.tokens * item} bytes in {path} (see {beside}), got {size}")
@@ -166,8 +166,6 @@ def open_tokens(path: Path, verify: bool = True) -> About:
             raise UserError(
                 f"--data: expected SHA-256 {about.sha256[:16]}.. of {path} (see {beside}), got {digest[:16]}.."
             )
-    except OSError as exc:
-        raise UserError(f"--data: cannot read {path}: {exc.strerror or exc}") from exc
     return about
 
 

@@ -4,6 +4,7 @@ Set-up work that can fail on one rank alone (a file missing on one node, a full 
 :func:`together`, so that the others learn of it instead of waiting in the next collective.
 """
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -87,6 +88,24 @@ def _patience(group: Any) -> Iterator[None]:
     asking.join()
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Make an OSError of the block a UserError: ``what`` and the system's reason."""
+    try:
+        yield
+    except OSError as exc:
+        raise UserError(f"{what}: {exc.strerror or exc}") from exc
+
+
+def optional_package(name: str, flag: str, use: object = "") -> Any:
+    """Return the imported package; UserError, which says what it is for and how to get it, where there is none."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as exc:
+        top, reason = name.partition(".")[0], f" for {use}" if use else ""
+        raise UserError(f"{flag}: expected the package '{top}'{reason}, got none; pip install {top}") from exc
 
 
 def describe(exc: BaseException) -> str:

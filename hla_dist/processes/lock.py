@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.parallel.collectives import group_rank
-from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.failure import UserError, reporting, together
 
 NAME = ".lock"
 _BEAT_S = 10.0  # between heartbeats, or a quarter of the timeout
@@ -183,10 +183,8 @@ def holding(
     def take() -> DirectoryLock | None:
         if directory is None or group_rank(world) != 0:
             return None
-        try:
+        with reporting(f"--out: cannot write {directory}"):
             return DirectoryLock(followed(directory), owner, breaking)
-        except OSError as exc:
-            raise UserError(f"--out: cannot write {directory}: {exc.strerror or exc}") from exc
 
     lock = together(world, take)
     if lock is None:

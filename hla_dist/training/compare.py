@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, reporting
 from hla_dist.training.metrics import pyplot, read_metrics, save_figure
 
 PANELS = ("loss", "held_out", "grad_norm", "tokens_per_s_device", "peak_memory_bytes", "exposed_comm_s")
@@ -102,10 +102,8 @@ def draw(runs: list[Recorded], path: Path, metrics: list[str], axis: str = "toke
         panel.set_title(f"held out, {' / '.join(units)}" if name == "held_out" else name.replace("_", " "))
         panel.set_xlabel("training seconds" if axis == "seconds" else axis)
     panels[0, 0].legend(fontsize="small")
-    try:
+    with reporting(f"--out: cannot write {path}"):
         save_figure(figure, path)
-    except OSError as exc:
-        raise UserError(f"--out: cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def table(runs: list[Recorded]) -> list[str]:

@@ -5,11 +5,10 @@ import json
 import math
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, optional_package, reporting
 from hla_dist.processes.whole_file import whole_file
 
 WANDB_ID = "wandb-id"
@@ -55,10 +54,10 @@ class MetricsLog:
             if value is not None
         }
         self.history.append(line)
-        with _writing(self.path):
+        with reporting(f"metrics: cannot write {self.path}"):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        with _writing(self._board_path):
+        with reporting(f"metrics: cannot write {self._board_path}"):
             for key, value in values.items():
                 if isinstance(value, (int, float)) and (key in MARKED or math.isfinite(value)):
                     self._board.add_scalar(key, value, step)
@@ -84,23 +83,12 @@ class MetricsLog:
         closing.join(seconds)
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        raise UserError(f"metrics: cannot write {path}: {exc.strerror or exc}") from exc
-
-
 def start_wandb(project: str, directory: Path, config: dict[str, Any] | None, goes_on: bool) -> Any:
     """A run of Weights & Biases named as the directory; offline and the like are up to its own variables.
 
     Its id is kept in the directory: a run that ``goes_on`` there goes on under the same id.
     """
-    try:
-        import wandb
-    except ImportError as exc:
-        raise UserError("--wandb: expected the package 'wandb', got none; pip install wandb") from exc
+    wandb = optional_package("wandb", "--wandb")
     kept = directory / WANDB_ID
     run_id = kept.read_text().strip() if goes_on and kept.is_file() else uuid.uuid4().hex
     kept.write_text(f"{run_id}\n")

@@ -24,7 +24,7 @@ from hla_dist.generation.generate import generate
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
 from hla_dist.parallel.shard import default_lengths
-from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.failure import UserError, reporting, together
 from hla_dist.processes.lock import DirectoryLock, followed
 from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
@@ -66,7 +66,8 @@ class Run:
         self.out = None if output.out is None else followed(Path(output.out))
         self.corpus: Corpus = together(mesh.world, self._load_corpus, patient=True)
         check_alike(self.corpus.fingerprint, self.corpus.description, mesh.world)
-        self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(self._vocabulary()))
+        vocabulary = data.vocab_size or self.corpus.vocab_size
+        self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(vocabulary))
         if optimisation.deterministic:
             be_deterministic()
         torch.manual_seed(optimisation.seed)  # the same on every rank: parameters start equal
@@ -134,9 +135,6 @@ class Run:
                     f"{self.config.output.prompt!r}: {tokens}"
                 )
 
-    def _vocabulary(self) -> int:
-        return self.config.data.vocab_size or self.corpus.vocab_size
-
     def _init_from(self, path: Path, model: LanguageModel) -> None:
         """Begin with the parameters in ``path``; what its model says of itself and this one's differs in is a line."""
         weights = read_weights(path, self.mesh.world)
@@ -203,12 +201,9 @@ class Run:
             self.say(f"--seq-len is {length:,}, was {before:,}: the data goes on at its token {position:,}")
 
     def _open_output(self) -> None:
-        if self.out is None or not self.main:
-            return
-        try:
-            self._open_directory(self.out)
-        except OSError as exc:
-            raise UserError(f"--out: cannot write {self.out}: {exc.strerror or exc}") from exc
+        if self.out is not None and self.main:
+            with reporting(f"--out: cannot write {self.out}"):
+                self._open_directory(self.out)
 
     def _open_directory(self, out: Path) -> None:
         if out.exists() and not out.is_dir():
