@@ -123,11 +123,8 @@ class Cascade:
         for step in steps:
             first, cs = step[0], [x[p.c] for p in step]
             n, kv = heads[first.out], math.lcm(x[first.b].shape[2], *(c.shape[2] for c in cs))
-            a, b, c = (
-                _repeated(x[first.a], 2, n),
-                _repeated(x[first.b], 2, kv),
-                _joined([_repeated(c, 2, kv) for c in cs]),
-            )
+            a, b = _repeated(x[first.a], 2, n), _repeated(x[first.b], 2, kv)
+            c = _joined([_repeated(c, 2, kv) for c in cs])
             gate = given[f"gate {first.out}"]
             options["log_decay"] = None if gate is None else _repeated(gate, -1, n)
             if initial_state is not None:

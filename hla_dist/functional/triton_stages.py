@@ -56,10 +56,6 @@ def on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _passes(operator: Operator) -> tuple[Pass, ...]:
-    return tuple(Pass(p.out, p.a, p.b, p.c, p.ridge, p.keyed) for p in operator.passes)
-
-
 def problem_of(segment: Segment, ones: bool = True) -> Problem:
     """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0).
 
@@ -72,21 +68,12 @@ def problem_of(segment: Segment, ones: bool = True) -> Problem:
     if log_decay is not None:
         log_decay = log_decay.expand(segment.B, segment.T, segment.H)
     settings = segment.settings
-    target = target_of(q.device)
-    passes = _passes(segment.operator)
+    passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge, p.keyed) for p in segment.operator.passes)
+    gain, skip = (x if x is None else x.contiguous() for x in (segment.gain, segment.skip))
     return Problem(
-        passes,
-        q,
-        k,
-        v,
-        log_decay,
-        settings.scale,
-        settings.ridge,
-        target,
-        operator=segment.operator.name,
-        gain=None if segment.gain is None else segment.gain.contiguous(),
-        skip=None if segment.skip is None else segment.skip.contiguous(),
-    )
+        passes, q, k, v, log_decay, settings.scale, settings.ridge, target_of(q.device),
+        operator=segment.operator.name, gain=gain, skip=skip,
+    )  # fmt: skip
 
 
 @on_its_device

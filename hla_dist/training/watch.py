@@ -25,22 +25,15 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._notes: list[tuple[str, Tensor]] = []
-        self._hooks: list[Any] = []
         for name, layer in layers(model):
-            self._hooks.append(layer.register_forward_hook(partial(self._after, name)))
+            layer.register_forward_hook(partial(self._after, name))
         for name, parameter in model.named_parameters():
             if not is_dtensor(parameter):
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name)))
+                parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name))
 
     def clear(self) -> None:
         """Before a step."""
         self._notes.clear()
-
-    def remove(self) -> None:
-        """Take every hook off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     def blame(self, loss_finite: bool, group: Any) -> str:
         """Say for all ranks, in the same words on each, where numbers first were not finite. One gather of objects.
