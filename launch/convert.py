@@ -8,14 +8,11 @@ A conversion that was stopped goes on with the next layer. Exit codes: 0; 1 an e
 Ctrl-C.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 import torch.distributed as dist
 

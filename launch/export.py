@@ -3,15 +3,12 @@
 python launch/export.py --checkpoint out/train --to model.safetensors
 """
 
-import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 from tyro.conf import arg
 

@@ -10,15 +10,12 @@ Tokens are printed as they come. Several ranks read the prompt; then rank 0 goes
 text. Exit codes: 0; 1 an error, said in one line; 130 stopped by Ctrl-C.
 """
 
-import contextlib
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 import torch
 import torch.distributed as dist

@@ -4,15 +4,12 @@ python launch/plot.py out/train
 python launch/plot.py out/hla2 out/ahla --metrics loss held_out --x seconds --out out/compared.png
 """
 
-import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 from hla_dist.processes.options import Checked, Count, File, one_of
 from hla_dist.processes.program import Program

@@ -3,16 +3,13 @@
 python launch/prepare.py --data TEXT MORE.jsonl ROWS.parquet hf:NAME@SPLIT --tokenizer bytes --out out/corpus.bin
 """
 
-import contextlib
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 from tqdm import tqdm
 from tyro.conf import arg

@@ -6,16 +6,13 @@ One launch serves every number of ranks up to torchrun's: a case runs on the fir
 table; with --out it writes a report (Markdown, JSON) and a plot. What the figures are: hla_dist/scaling/.
 """
 
-import contextlib
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 import torch
 import torch.distributed as dist

@@ -10,7 +10,6 @@ Exit codes: 0 the run is finished, or SIGTERM stopped it and a checkpoint is sav
 above 1e-5; 130 stopped by Ctrl-C, checkpoint saved. docs/reliability.md says what survives what.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -22,9 +21,7 @@ from pathlib import Path
 STARTED = time.monotonic()
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # while importing, Ctrl-C ends the program without a traceback
 
-with contextlib.suppress(ImportError):  # an installed package needs no path
-    import hla_dist  # noqa: F401
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed package comes first
 
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder; read when torch is imported
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # NCCL's watchdog writes the record too

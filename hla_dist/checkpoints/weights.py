@@ -34,7 +34,8 @@ def read_weights(path: Path, group: Any) -> Weights:
     ``path``: a ``.safetensors`` file, a folder with one or several of them (as transformers saves a model), a
     checkpoint, or a run's --out directory. Communication: small objects. Raises UserError, the same on every rank.
     """
-    files = all_gather_objects(_files(path), group)[0]
+    own = [path] if path.is_file() else sorted(path.glob(f"*{_SUFFIX}"))
+    files = all_gather_objects(list(map(str, own)), group)[0]
     if files:
         return together(group, partial(_read_files, path, files), patient=True)
     saved = checkpoints.open_checkpoint(path, group)
@@ -70,12 +71,6 @@ def put_weights(weights: Weights, model: LanguageModel) -> None:
     for name in sorted(tensors.keys() - wanted.keys()):
         raise UserError(f"--init-from: expected the parameters of this model in {weights.path}, got also {name}")
     model.load_state_dict(tensors)
-
-
-def _files(path: Path) -> list[str]:
-    if path.is_file():
-        return [str(path)]
-    return sorted(map(str, path.glob(f"*{_SUFFIX}")))
 
 
 def _read_files(path: Path, files: list[str]) -> Weights:

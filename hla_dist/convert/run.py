@@ -9,7 +9,6 @@ OUT/summary.md            perplexities before, after each stage and of the teach
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -193,10 +192,8 @@ class Conversion:
         self._measure("after distill", student)
         return losses
 
-    @contextmanager
-    def _bar(self, stage: str, total: int, unit: str) -> Iterator[Any]:
-        with tqdm(total=total, desc=stage, unit=unit, disable=self.rank > 0, dynamic_ncols=True) as bar:
-            yield bar
+    def _bar(self, stage: str, total: int, unit: str) -> Any:
+        return tqdm(total=total, desc=stage, unit=unit, disable=self.rank > 0, dynamic_ncols=True)
 
     def _step(self, bar: Any, text: str) -> None:
         bar.set_postfix_str(text, refresh=False)

@@ -70,7 +70,8 @@ class _Chunks(torch.autograd.Function):
             part = call(*(x[:, start : start + step] for x in sequences))
             if not results:
                 results = [y.new_empty(y.shape[0], length, *y.shape[2:]) for y in part]
-            _place(results, part, start)
+            for whole, piece in zip(results, part, strict=True):
+                whole[:, start : start + step] = piece
         device = sequences[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.call, ctx.names, ctx.step, ctx.count = call, names, step, count
@@ -107,8 +108,3 @@ class _Chunks(torch.autograd.Function):
                     gradient, total = next(computed), of_parameters[i]
                     of_parameters[i] = gradient if total is None else total.add_(gradient)
         return None, None, None, None, *of_sequences, *of_parameters
-
-
-def _place(results: list[Tensor], part: tuple[Tensor, ...], start: int) -> None:
-    for whole, piece in zip(results, part, strict=True):
-        whole[:, start : start + piece.shape[1]] = piece

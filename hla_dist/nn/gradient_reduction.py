@@ -106,18 +106,15 @@ class GradientReduction:
         for p in self._parameters():
             if id(p) not in self._hooks:
                 # the hook keeps the reduction: gradients are summed even where nobody has kept the wrapper
-                self._hooks[id(p)] = p.register_hook(partial(_before_accumulation, self, self._wrapped[id(p)]))
+                self._hooks[id(p)] = p.register_hook(partial(self._before_accumulation, self._wrapped[id(p)]))
 
     def prepare(self, output: Any) -> None:
         """After a forward: see to it that a backward through ``output`` ends in a reduction, whatever it reaches."""
         self._hook_parameters()
 
-        def at_output(_: Tensor) -> None:
-            self._ask_for_reduction()
-
         for x in tree_leaves(output):
             if isinstance(x, Tensor) and x.grad_fn is not None:
-                x.register_hook(at_output)
+                x.register_hook(lambda _: self._ask_for_reduction())
 
     def remove(self) -> None:
         """Take every hook off the parameters."""
@@ -125,6 +122,10 @@ class GradientReduction:
             handle.remove()
         self._hooks.clear()
         self.enabled = False
+
+    def _before_accumulation(self, parameter: weakref.ref, _: Tensor) -> None:
+        self._keep_sum_on_first(parameter())
+        self._ask_for_reduction()
 
     def _keep_sum_on_first(self, p: nn.Parameter | None) -> None:
         if p is not None and id(p) in self._summed:
@@ -137,7 +138,7 @@ class GradientReduction:
         """Once a backward; if that fails, the engine drops the callback, the reference dies, and the next asks anew."""
         if not self.enabled or (self._at_end is not None and self._at_end() is not None):
             return
-        callback = _AtEnd(self)
+        callback = partial(self.reduce)  # the engine alone keeps it alive until then
         self._at_end = weakref.ref(callback)
         Variable._execution_engine.queue_callback(callback)
 
@@ -173,18 +174,3 @@ class GradientReduction:
                 p.grad = torch.zeros_like(p)
             if p.grad is not None:
                 local(p.grad).copy_(total.view(pieces[i].shape))
-
-
-def _before_accumulation(reduction: GradientReduction, parameter: weakref.ref, _: Tensor) -> None:
-    reduction._keep_sum_on_first(parameter())
-    reduction._ask_for_reduction()
-
-
-class _AtEnd:
-    """What the engine calls at the end of a backward, and alone keeps alive until then."""
-
-    def __init__(self, reduction: GradientReduction) -> None:
-        self.reduction = reduction
-
-    def __call__(self) -> None:
-        self.reduction.reduce()

@@ -261,7 +261,7 @@ class Run:
         history = self.log.history if self.log is not None else []
         before = next((line["held_out"] for line in history if line.get("held_out") is not None), first)
         if not history or history[-1]["step"] < self.step:  # a run resumed in place has this line
-            self.write(held_out=first, tokens=self.tokens)
+            self.write(held_out=first, tokens=self.trainer.tokens)
         # a restart may find that nothing but the end is left to do
         last, speed = self._loop(first) if self.step < self.config.optimisation.steps else (first, 0.0)
         if last is None:
@@ -282,11 +282,6 @@ class Run:
         self.say(f"stopped by {self.stop.name} after step {self.step}{how}")
         self._close()
         return self.stop.exit_code
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.trainer.tokens
 
     def _loop(self, loss: float) -> tuple[float | None, float]:
         """Steps until the end; returns the last held-out loss (None if stopped by a signal) and tokens per second."""
@@ -324,7 +319,7 @@ class Run:
                 stopped, loss = held_out is None, loss if held_out is None else held_out
             self.write(
                 loss=agreed.loss, **{self.unit.replace(" ", "_"): agreed.loss * self.per_unit},
-                perplexity=perplexity(agreed.loss), tokens=self.tokens, grad_norm=agreed.grad_norm, lr=lr,
+                perplexity=perplexity(agreed.loss), tokens=self.trainer.tokens, grad_norm=agreed.grad_norm, lr=lr,
                 held_out=held_out, skipped=bool(bad_steps) or None, **cost,
             )  # fmt: skip
             bar.set_postfix_str(f"loss {agreed.loss:.3f}, held out {loss:.3f} {self.unit}", refresh=False)
@@ -419,15 +414,15 @@ class Run:
             text = self.corpus.codec.decode(prompt + more)
             self.say(f"sample after {output.prompt!r}:\n" + "".join(f"    {line}\n" for line in text.splitlines()))
         self.say(f"held-out loss: first {first:.3f}, last {last:.3f} {self.unit}" + against(bigram, last))
-        self.say(f"training: {self.step} steps, {self.tokens:,} tokens, {speed:,.0f} tokens per second")
+        self.say(f"training: {self.step} steps, {self.trainer.tokens:,} tokens, {speed:,.0f} tokens per second")
         if parity is not None:
             self.say("\n".join(parity.lines()))
         if self.out is not None and self.log is not None:
             plot_loss(self.out / "loss.png", self.log.history, self.unit, self.per_unit, bigram)
             summary = {
                 "unit": self.unit, "held_out_first": first, "held_out_last": last, "bigram": bigram, "steps": self.step,
-                "tokens": self.tokens, "tokens_per_s": speed, "parity": parity and parity.to_dict(), "sample": text,
-                "seconds": time.monotonic() - self.started,
+                "tokens": self.trainer.tokens, "tokens_per_s": speed, "parity": parity and parity.to_dict(),
+                "sample": text, "seconds": time.monotonic() - self.started,
             }  # fmt: skip
             write_json(self.out / "summary.json", summary)
             self.say(f"in {self.out}: {', '.join(RUN_FILES)}")
