@@ -48,22 +48,6 @@ MULTIPLY = 2048
 Case = tuple[str, int, str]  # contender, tokens, mode
 
 
-def parse() -> argparse.Namespace:
-    return options(
-        __doc__,
-        "up to 2K tokens, one round, one thread",
-        {"longest": 2, "rounds": 1, "threads": 1},
-        heads=(4, "heads"),
-        longest=(256, "longest sequence in 1024 tokens"),
-        rounds=(5, "interleaved rounds, one more warms up"),
-        threads=(1, "torch threads, of the matrix rate too: one, as a rank of many on a CPU has"),
-        limit_seconds=(2.0, "leave out lengths where a quadratic contender's call would take longer"),
-        limit_gib=(4.0, "leave out lengths at which the quadratic form's matrices need more"),
-        keep_memory=KEEP_MEMORY,
-        memory=(True, "also measure peak memory, in a fresh process for each contender and length"),
-    )
-
-
 def seconds(call, *arguments) -> float:
     start = time.perf_counter()
     result = call(*arguments)
@@ -257,7 +241,19 @@ def plot(path: Path, args, lengths, time_of, rate) -> None:
 
 
 def main() -> int:
-    args = parse()
+    args = options(
+        __doc__,
+        "up to 2K tokens, one round, one thread",
+        {"longest": 2, "rounds": 1, "threads": 1},
+        heads=(4, "heads"),
+        longest=(256, "longest sequence in 1024 tokens"),
+        rounds=(5, "interleaved rounds, one more warms up"),
+        threads=(1, "torch threads, of the matrix rate too: one, as a rank of many on a CPU has"),
+        limit_seconds=(2.0, "leave out lengths where a quadratic contender's call would take longer"),
+        limit_gib=(4.0, "leave out lengths at which the quadratic form's matrices need more"),
+        keep_memory=KEEP_MEMORY,
+        memory=(True, "also measure peak memory, in a fresh process for each contender and length"),
+    )
     report.keep_memory(args.keep_memory)
     torch.set_num_threads(args.threads)
     about = report.context("benchmarks/operators_cpu.py", args.threads)

@@ -55,18 +55,6 @@ LANES = {  # what a profiler's event is, on the main thread
 KINDS = ("summarise", "start", "projections", "wait and fold", "scan", "exchange")
 
 
-def parse() -> argparse.Namespace:
-    return options(
-        __doc__,
-        "256 tokens per rank, 2 heads, 2 rounds",
-        {"tokens": 256, "heads": 2, "rounds": 2},
-        ranks=(2, "processes"),
-        tokens=(4096, "tokens per rank"),
-        heads=(8, "heads of size 64"),
-        rounds=(15, "measured rounds, two more warm up"),
-    )
-
-
 def step(layer: Any, x: torch.Tensor, way: str) -> None:
     """Forward and backward of the layer; ``whole`` takes the halves' work out from between them."""
     start = functional.start
@@ -138,7 +126,15 @@ def draw_one(events: list[Event], exchange: str, axes: Any) -> None:
 
 
 def main() -> int:
-    args = parse()
+    args = options(
+        __doc__,
+        "256 tokens per rank, 2 heads, 2 rounds",
+        {"tokens": 256, "heads": 2, "rounds": 2},
+        ranks=(2, "processes"),
+        tokens=(4096, "tokens per rank"),
+        heads=(8, "heads of size 64"),
+        rounds=(15, "measured rounds, two more warm up"),
+    )
     about = report.context("benchmarks/overlap.py", 1) | {"ranks": args.ranks}
     with Ranks(args.ranks) as ranks:
         results = ranks.run(measure, args)

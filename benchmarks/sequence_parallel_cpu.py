@@ -16,7 +16,6 @@ CPU seconds are user and system time of the whole process (getrusage), gloo's th
 the call to one after it; start-up and warm-up are not counted.
 """
 
-import argparse
 import os
 import resource
 import statistics
@@ -54,22 +53,6 @@ VARIANTS: dict[str, Variant] = {
 SIDES = ("one", "turns", "crowd")
 SAME = 1e-5  # relative difference of outputs and gradients, float32
 ROUNDED = 1e-2  # the same with summaries in bf16, which has 8 bits
-
-
-def parse() -> argparse.Namespace:
-    args = options(
-        __doc__,
-        "2 ranks, 4096 tokens, one round",
-        {"ranks": 2, "tokens": 4096, "rounds": 1},
-        ranks=(8, "processes that share the sequence"),
-        tokens=(262144, "tokens in all, a multiple of the ranks"),
-        heads=(4, "heads"),
-        rounds=(5, "measured rounds, one more warms up"),
-        keep_memory=KEEP_MEMORY,
-    )
-    if args.tokens % args.ranks:
-        sys.exit("--tokens: expected a multiple of the ranks")
-    return args
 
 
 class Shard:
@@ -200,7 +183,18 @@ def median(samples: list[dict[str, float]], *keys: str) -> float:
 
 
 def main() -> int:
-    args = parse()
+    args = options(
+        __doc__,
+        "2 ranks, 4096 tokens, one round",
+        {"ranks": 2, "tokens": 4096, "rounds": 1},
+        ranks=(8, "processes that share the sequence"),
+        tokens=(262144, "tokens in all, a multiple of the ranks"),
+        heads=(4, "heads"),
+        rounds=(5, "measured rounds, one more warms up"),
+        keep_memory=KEEP_MEMORY,
+    )
+    if args.tokens % args.ranks:
+        sys.exit("--tokens: expected a multiple of the ranks")
     report.keep_memory(args.keep_memory)
     about = report.context("benchmarks/sequence_parallel_cpu.py", 1) | {"ranks": args.ranks}
     with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder, Ranks(1) as one, Ranks(args.ranks) as several:

@@ -33,25 +33,6 @@ LONG = 262144  # from here on one round, and no warm-up of its own
 LIBRARY, PEER = "hla2, all_gather", "hla2 by heads (Megatron)"
 
 
-def parse() -> argparse.Namespace:
-    args = options(
-        __doc__,
-        "2 ranks, 512 and 1024 tokens, one round",
-        {"ranks": [2], "tokens": [512, 1024], "rounds": 1},
-        ranks=([2, 4, 8], "numbers of ranks"),
-        tokens=([8192, 16384, 65536, 262144, 1048576], "tokens in all"),
-        heads=(8, "heads, a multiple of every number of ranks"),
-        dim=(16, "K = V"),
-        rounds=(3, f"measured rounds below {LONG} tokens"),
-        cap=(5.0, "seconds a quadratic call may take"),
-        join=("", "JSON: also report what an earlier run measured on other numbers of ranks"),
-    )
-    if any(n % p for p in args.ranks for n in (*args.tokens, args.heads)):
-        sys.exit("--tokens, --heads: expected multiples of every number of ranks")
-    args.tokens.sort()
-    return args
-
-
 def figures_of_call(ranks: Ranks, name: str, tokens: int, args: argparse.Namespace) -> dict[str, float]:
     """A call: the last rank's time, CPU seconds of all, the most of a rank otherwise."""
     replies = ranks.run(measure, name, tokens, args.heads, args.dim)
@@ -159,7 +140,21 @@ def joined(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, di
 
 
 def main() -> int:
-    args = parse()
+    args = options(
+        __doc__,
+        "2 ranks, 512 and 1024 tokens, one round",
+        {"ranks": [2], "tokens": [512, 1024], "rounds": 1},
+        ranks=([2, 4, 8], "numbers of ranks"),
+        tokens=([8192, 16384, 65536, 262144, 1048576], "tokens in all"),
+        heads=(8, "heads, a multiple of every number of ranks"),
+        dim=(16, "K = V"),
+        rounds=(3, f"measured rounds below {LONG} tokens"),
+        cap=(5.0, "seconds a quadratic call may take"),
+        join=("", "JSON: also report what an earlier run measured on other numbers of ranks"),
+    )
+    if any(n % p for p in args.ranks for n in (*args.tokens, args.heads)):
+        sys.exit("--tokens, --heads: expected multiples of every number of ranks")
+    args.tokens.sort()
     about = report.context("benchmarks/sequence_parallel_peers.py", 1)
     rows, differences, earlier = joined(args)
     for size in args.ranks:

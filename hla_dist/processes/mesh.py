@@ -7,20 +7,15 @@
 Parameters are whole on every rank or, with FSDP2, sharded over ``dp_shard x cp`` and replicated over ``dp_replicate``.
 """
 
-import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hla_dist.parallel.collectives import Group, group_rank, group_size, resolve_group
-from hla_dist.processes.alike import check_options
 from hla_dist.processes.failure import UserError
-from hla_dist.processes.rendezvous import fresh_store, meet
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -99,38 +94,6 @@ def factorise(
             f"leave), got {dp_replicate}, {dp_shard}, {sp}"
         )
     return Degrees(replicate, shard, cp, tp, dp_shard > 0, ep)
-
-
-def connect(
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    timeout_s: float,
-    from_env: bool,
-    store: dist.Store | None = None,
-    on_host: bool = False,
-    options: Mapping[str, str] | None = None,
-) -> str:
-    """Join the process group, NCCL on GPUs and gloo elsewhere, by a store or torchrun's; a world of one needs none.
-
-    ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo beside NCCL. ``options`` must be
-    alike on all ranks, else all raise UserError. Returns a name of the store: that of the job, if the store outlives
-    its ranks.
-    """
-    settings: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-    if device.type == "cuda":
-        settings["device_id"] = device
-    job = uuid.uuid4().hex
-    if store is None and from_env:
-        kept = meet(timeout_s)
-        job = kept.compare_set("hla/job", "", job).decode()
-        store = fresh_store(kept, rank, world_size, timeout_s)
-    if store is not None and options is not None:
-        check_options(store, rank, world_size, options, timeout_s)
-    settings |= {"store": store or dist.HashStore(), "rank": rank, "world_size": world_size}
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if on_host else "nccl"
-    dist.init_process_group(backend, **settings)
-    return job
 
 
 def build_mesh(degrees: Degrees, device: torch.device, save_timeout_s: float = 1800.0) -> MeshPlace:

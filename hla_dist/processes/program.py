@@ -5,7 +5,9 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.processes import mpirun
-from hla_dist.processes.alike import comparable
+from hla_dist.processes.alike import check_options, comparable
 from hla_dist.processes.failure import UserError, describe
 from hla_dist.processes.memory import keep_freed_memory
-from hla_dist.processes.mesh import connect
 from hla_dist.processes.options import parse_options
 from hla_dist.processes.recorder import write_flight_record
-from hla_dist.processes.rendezvous import NotMet, RankInfo, rank_info
+from hla_dist.processes.rendezvous import NotMet, RankInfo, fresh_store, meet, rank_info
 from hla_dist.processes.stop import Stopped, end_with_launcher
 
 Options = TypeVar("Options")
@@ -73,12 +74,24 @@ class Program:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // self.ranks.local_size))
 
     def connect(self, device: torch.device, timeout_s: float, on_host: bool = False) -> str:
-        """Join the other ranks, which must have the same options; see :func:`hla_dist.processes.mesh.connect`."""
-        rank, world_size, _, _ = self.ranks
-        return connect(
-            rank, world_size, device, timeout_s, from_env="RANK" in os.environ, store=self.store, on_host=on_host,
-            options=self.comparable,
+        """Join the other ranks, which must have the same options, else all raise UserError; a world of one needs none.
+
+        NCCL on GPUs, gloo elsewhere. ``on_host``: tensors in host memory travel too where the device is a GPU, by gloo
+        beside NCCL. Returns a name of the store in which they meet: that of the job, if the store outlives its ranks.
+        """
+        (rank, world_size, _, _), store, job = self.ranks, self.store, uuid.uuid4().hex
+        if store is None and "RANK" in os.environ:
+            kept = meet(timeout_s)
+            job = kept.compare_set("hla/job", "", job).decode()
+            store = fresh_store(kept, rank, world_size, timeout_s)
+        if store is not None and self.comparable is not None:
+            check_options(store, rank, world_size, self.comparable, timeout_s)
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl" if on_host else "nccl",
+            timeout=timedelta(seconds=timeout_s), store=store or dist.HashStore(), rank=rank, world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
+        return job
 
     def run(self, work: Callable[[], int]) -> int:
         """The exit code of ``work``; whatever it raises ends the process with one line and exit code 1."""
