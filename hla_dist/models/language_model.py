@@ -91,15 +91,8 @@ class Block(nn.Module):
         x, loads = self._transform(x, arguments[-1])
         return x, state, loads
 
-    def _mix(
-        self,
-        x: Tensor,
-        state: Any,
-        cu_seqlens: Tensor | None,
-        positions: Tensor | None,
-        return_state: bool | str,
-        attention_mask: Tensor | None,
-    ) -> tuple[Tensor, Any]:
+    def _mix(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
+        state, cu_seqlens, positions, return_state, attention_mask = arguments
         tokens = CHUNK_TOKENS if self.checkpointing == "sublayer" else 0
         mixed, state = self.attention(
             map_tokens(self.attention_norm, x, modules=[self.attention_norm], tokens=tokens),

@@ -14,6 +14,7 @@ losses are summed, so that nothing synchronises.
 
 import hashlib
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -56,16 +57,7 @@ class _Pending:
     description: str
 
 
-class _Agreements(WeakKeyDictionary):
-    """Agreements by process group; they end with the group."""
-
-    def of(self, pg: collectives.Group) -> dict[str, _Direction]:
-        if pg not in self:
-            self[pg] = {name: _Direction() for name in _DIRECTIONS}
-        return self[pg]
-
-
-_agreements = _Agreements()
+_agreements: WeakKeyDictionary[collectives.Group, dict[str, _Direction]] = WeakKeyDictionary()
 _deferred: WeakKeyDictionary[collectives.Group, tuple[Tensor, Any, _Pending]] = WeakKeyDictionary()
 
 
@@ -98,24 +90,11 @@ def _send(pending: _Pending, status: int, length: int, payload: Tensor | None, d
         pending.gathered, pending.work = collectives.all_gather_flat(frame, pending.pg, async_op=True)
 
 
-class named:
-    """Adds the operation, group and rank to whatever the transport raises."""
-
-    def __init__(self, pending: _Pending):
-        self.pending = pending
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
-            p = self.pending
-            rank, size = collectives.group_rank(p.group), collectives.group_size(p.group)
-            raise RuntimeError(
-                f"{p.direction} exchange number {p.call} of {p.description or 'a failed call'} over group "
-                f"'{p.group.group_name}' did not complete on rank {rank} of {size}: another rank left, failed or timed "
-                f"out ({error})"
-            ) from error
+def named(pending: _Pending) -> AbstractContextManager[None]:
+    """Add the exchange, group and rank to whatever the transport raises."""
+    description = pending.description or "a failed call"
+    what = f"{pending.direction} exchange number {pending.call} of {description}"
+    return collectives.named(what, pending.group)
 
 
 def start(
@@ -134,7 +113,7 @@ def start(
     """
     topology.ranks_per_node(pg)  # first of all on every rank, whatever comes next
     backward_group = collectives.backward_group(pg)  # on every rank at its first call, whatever that is
-    agreed = _agreements.of(pg)[direction]
+    agreed = _agreements.setdefault(pg, {name: _Direction() for name in _DIRECTIONS})[direction]
     settle(pg)
     agreed.calls += 1
     signature, _, data = description.partition(_CONTENTS)
@@ -257,9 +236,6 @@ def _raise_differences(pending: _Pending, failure: str | None) -> None:
     kinds: dict[str, list[int]] = {}
     for rank, described in enumerate(words):
         kinds.setdefault(" ".join(word for word in described if word not in shared), []).append(rank)
-    listed = "; ".join(f"{kind or 'nothing else'} on rank {_listed(ranks)}" for kind, ranks in kinds.items())
-    raise ValueError(f"group: expected the same operator, shapes, dtype and options on every rank, got {listed}")
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
+    listed = [f"{kind or 'nothing else'} on rank {', '.join(map(str, ranks))}" for kind, ranks in kinds.items()]
+    expected = "the same operator, shapes, dtype and options on every rank"
+    raise ValueError(f"group: expected {expected}, got {'; '.join(listed)}")

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from hla_dist.parallel.collectives import Group, all_gather_objects, counter
+from hla_dist.parallel.collectives import Group, all_gather_objects, broadcast, counter
 from hla_dist.scaling.memory import PeakMemory
 
 
@@ -93,6 +94,14 @@ def row(samples: list[Sample], group: Group) -> dict[str, float]:
         "resident_sum": sum(s.resident for s in peaks),
         "before_sum": sum(s.before for s in peaks),
     }
+
+
+def from_rank(source: int, tensors: list[Tensor], group: Group) -> list[Tensor]:
+    """``tensors`` of rank ``source``, on every rank."""
+    flat = torch.cat([x.detach().flatten() for x in tensors])
+    broadcast(flat, group, source)
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _cpu_seconds() -> tuple[float, float]:

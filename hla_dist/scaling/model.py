@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hla_dist import SequenceParallelHLA, shard_batch
 from hla_dist.data.windows import Windows
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.parallel.collectives import broadcast, group_rank, group_size
+from hla_dist.parallel.collectives import group_rank, group_size
 from hla_dist.processes.mesh import MeshPlace
 from hla_dist.scaling.config import ScalingConfig
-from hla_dist.scaling.measure import Clock, Sample, measure
+from hla_dist.scaling.measure import Clock, Sample, from_rank, measure
 from hla_dist.training.loop import Trainer
 from hla_dist.training.optim import build_adamw
 
@@ -84,10 +84,8 @@ class ModelCase:
                     losses, states = model(inputs, states, labels=labels, return_state=True)
                     total += losses
                 tensors = tree_flatten(states)[0]
-            flat = torch.cat([total, *(x.flatten() for x in tensors)])
-            broadcast(flat, self.group, turn)
+            passed = from_rank(turn, [total, *tensors], self.group)
             if turn + 1 == self.rank or turn + 1 == group_size(self.group):
-                total, *parts = flat.split([1, *(x.numel() for x in tensors)])
-                arriving = [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+                total, *arriving = passed
         want = float(total) / self.windows.seq_len
         return {"loss": abs(loss - want) / want}

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hla_dist
-from hla_dist.parallel.collectives import all_reduce_sum, broadcast, group_rank, group_size
+from hla_dist.parallel.collectives import all_reduce_sum, group_rank, group_size
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.scaling.config import ScalingConfig
-from hla_dist.scaling.measure import Clock, Sample, measure
+from hla_dist.scaling.measure import Clock, Sample, from_rank, measure
 
 NAMES = ("q", "k", "v", "log_decay")
 
@@ -97,7 +97,7 @@ class OperatorCase:
             if turn == self.rank:
                 start = type(like)(*(x.detach().requires_grad_() for x in start))
                 out, state = self._operator(leaves, initial_state=start, output_final_state=True)
-            passed = self._passed([x.detach() for x in state], turn)
+            passed = from_rank(turn, list(state), self.group)
             if turn + 1 == self.rank:
                 start = type(like)(*passed)
         assert out is not None
@@ -108,14 +108,7 @@ class OperatorCase:
             if turn == self.rank:
                 gradients = list(torch.autograd.grad((out, *state), [*leaves, *start], (dout, *arriving)))
                 leaving = gradients[len(leaves) :]
-            passed = self._passed(leaving, turn)
+            passed = from_rank(turn, leaving, self.group)
             if turn - 1 == self.rank:
                 arriving = passed
         return [out.detach(), *gradients[: len(leaves)]]
-
-    def _passed(self, tensors: list[Tensor], source: int) -> list[Tensor]:
-        """``tensors`` of rank ``source``, on every rank."""
-        flat = torch.cat([x.detach().flatten() for x in tensors])
-        broadcast(flat, self.group, source)
-        parts = flat.split([x.numel() for x in tensors])
-        return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

@@ -318,7 +318,7 @@ def sent(pg: dist.ProcessGroup, options: dict[str, Any], tokens: int) -> tuple[i
         forward = (counter.calls, counter.bytes)
         y.sum().backward()
     # frames of a group are as long as the longest it has agreed on: other tests may have sent longer ones over this one
-    frame = agreement.HEADER_BYTES + agreement._agreements.of(pg)["forward"].length
+    frame = agreement.HEADER_BYTES + agreement._agreements[pg]["forward"].length
     assert frame >= agreement.HEADER_BYTES + 3 * 8
     return (forward[0], forward[1] - frame, counter.calls - forward[0], counter.bytes - forward[1])
 
