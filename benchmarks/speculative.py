@@ -85,8 +85,10 @@ def measure(
                 seconds[way].append(time.perf_counter() - began)
     plain, rows = ("none", 0), []
     for way in ways:
-        equal = [a == b for (mine, _), (wanted, _) in zip(written[way], written[plain]) for a, b in zip(mine, wanted)]
-        ratios = [mine / other for mine, other in zip(seconds[plain], seconds[way])]
+        equal = [
+            a == b for (tokens, _), (wanted, _) in zip(written[way], written[plain]) for a, b in zip(tokens, wanted)
+        ]
+        ratios = [greedily / took for greedily, took in zip(seconds[plain], seconds[way])]
         rows.append({
             "draft": way[0], "block": way[1], "tokens_per_s": new / median(seconds[way]), "speedup": median(ratios),
             "tokens_per_call": new * len(written[way]) / sum(calls for _, calls in written[way]),

@@ -81,8 +81,8 @@ def generate(program: Program) -> int:
         size = sum(field.numel() * field.element_size() for layer in readings[0].state for field in layer)
         program.say(
             f"model read in {loading:.1f} s; prompt: {total:,} tokens after {start:,} in {reading:.2f} s "
-            f"({total / reading:,.0f} a second, {world_size} rank(s)); new: {new:,} in {writing:.2f} s "
-            f"({new / writing:,.0f} a second); state: {size / 1024:,.0f} KiB a text"
+            f"({total / reading:,.0f} per second, {world_size} rank(s)); new: {new:,} in {writing:.2f} s "
+            f"({new / writing:,.0f} per second); state: {size / 1024:,.0f} KiB per text"
         )
     return 0
 

@@ -42,5 +42,5 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     problem = triton_stages.problem_of(segment, ones=False)
     dout, ddenominator = triton_stages.quotient_gradients(segment, saved, dout)
     forward, gated = [c[0] for c in saved.checkpoints], segment.log_decay is not None
-    found = walks.scan_backward(problem, forward, dout, carry, gated, ddenominator)
-    return triton_stages.gradients_of(segment, found)
+    gradients = walks.scan_backward(problem, forward, dout, carry, gated, ddenominator)
+    return triton_stages.gradients_of(segment, gradients)

@@ -33,13 +33,13 @@ def map_tokens(fn: Callable[..., Any], *sequences: Tensor, modules: Sequence[nn.
         if isinstance(results[0], Tensor):
             return torch.cat(results, dim=1)
         return tuple(torch.cat(column, dim=1) for column in zip(*results, strict=True))
-    call = _Call(fn, modules)
+    call = _AsModule(fn, modules)
     parameters = dict(call.named_parameters())
     results = _Chunks.apply(call, tuple(parameters), step, len(sequences), *sequences, *parameters.values())
     return results[0] if call.single else results
 
 
-class _Call(nn.Module):
+class _AsModule(nn.Module):
     """``fn`` as a module that holds those whose parameters it reads, so that others can take their place."""
 
     def __init__(self, fn: Callable[..., Any], modules: Sequence[nn.Module]) -> None:

@@ -55,7 +55,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def broadcast_from_first(tensors: Iterable[Tensor], pg: Group) -> None:
-    """Overwrite ``tensors`` with those of the group's rank 0; DTensors are left alone. One broadcast a bucket."""
+    """Overwrite ``tensors`` with those of the group's rank 0; DTensors are left alone. One broadcast per bucket."""
     with torch.no_grad():
         for bucket in _buckets(x.detach() for x in tensors if not is_dtensor(x)):
             flat = torch.cat([x.flatten() for x in bucket])
@@ -67,10 +67,10 @@ def broadcast_from_first(tensors: Iterable[Tensor], pg: Group) -> None:
 class GradientReduction:
     """Sums ``.grad`` of the module's plain parameters over ``pg`` at the end of every backward while ``enabled``.
 
-        grad_r <- sum over ranks r of grad_r                      one all-reduce a bucket of one dtype, fixed order
+        grad_r <- sum over ranks r of grad_r                      one all-reduce per bucket of one dtype, fixed order
 
     fp16 and bf16 gradients are summed in float32. A parameter that no rank has a gradient for keeps None; where only
-    some have one, the others count as zero. What is in ``.grad`` from an earlier reduction counts once, not once a
+    some have one, the others count as zero. What is in ``.grad`` from an earlier reduction counts once, not once per
     rank: it stays on the group's rank 0 when new gradients are added to it. Raises ValueError for sparse gradients.
     """
 

@@ -109,7 +109,7 @@ class ShortConvolution(nn.Module):
             documents, tokens = self._checked(x, state, cu_seqlens, attention_mask, shard_lengths, rank, ranks)
         except ValueError as error:
             raise_everywhere(error, x, group, "halo forward")
-        call = _Call(x, self.width - 1, state, tokens, rank, ranks, group, output_final_state)
+        call = _ConvolutionCall(x, self.width - 1, state, tokens, rank, ranks, group, output_final_state)
         return _convolved(call, self.weight) if documents is None else _of_documents(call, documents, self.weight)
 
     def _checked(
@@ -147,7 +147,7 @@ def inputs_behind(heads: Tensor, x: Tensor, filled: Tensor) -> Tensor:
     return _window(torch.cat([heads.to(x.dtype), _taken(x, order)], 1), filled.sum(1), heads.shape[1])
 
 
-class _Call(NamedTuple):
+class _ConvolutionCall(NamedTuple):
     """A call that is in order; ``reach`` is w - 1."""
 
     x: Tensor
@@ -166,7 +166,7 @@ class _Call(NamedTuple):
         return self.x.new_zeros(batch, self.reach, channels) if self.state is None else self.state.to(self.x.dtype)
 
 
-def _convolved(call: _Call, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+def _convolved(call: _ConvolutionCall, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Batch rows are segments; tokens of a row are moved together in front of its padding, and back."""
     x, reach, heads = call.x, call.reach, call.heads
     counts, order = None, None
@@ -191,7 +191,7 @@ def _convolved(call: _Call, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     return y if order is None else _taken(y, torch.argsort(order, dim=1)), end
 
 
-def _of_documents(call: _Call, documents: Documents, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+def _of_documents(call: _ConvolutionCall, documents: Documents, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Parts of documents are segments, each behind a head of its own in one stream."""
     x, reach, device = call.x, call.reach, call.x.device
     begins, ends = (cu.clamp(documents.start, documents.stop) for cu in (documents.cu[:-1], documents.cu[1:]))
@@ -231,7 +231,9 @@ def _of_documents(call: _Call, documents: Documents, weight: Tensor) -> tuple[Te
     return y, _states_of_documents(call, documents, parts, stream, offsets + counts) if call.final else None
 
 
-def _states_of_documents(call: _Call, documents: Documents, parts: Tensor, stream: Tensor, at: Tensor) -> Tensor:
+def _states_of_documents(
+    call: _ConvolutionCall, documents: Documents, parts: Tensor, stream: Tensor, at: Tensor
+) -> Tensor:
     """``[N, w - 1, C]``: a row on the rank of a document's last token, or, of an empty one, where it would start."""
     device = stream.device
     states = stream.new_zeros(documents.count, call.reach, stream.shape[2])

@@ -354,7 +354,7 @@ class SoftmaxAttention(AttentionLayer):
         )  # fmt: skip
         need = int(counts.max()) if rows else 0
         need = need if self._span is None else min(need, self._span - 1)
-        require(state.k.shape[1] >= need, "state.k", f"at least {need} keys a row", state.k.shape[1])
+        require(state.k.shape[1] >= need, "state.k", f"at least {need} keys per row", state.k.shape[1])
         alike = not equal or not bool((counts != counts[:1]).any())
         require(alike, "state.tokens", "rows of equal length over a group (or documents, cu_seqlens)", counts.tolist())
 

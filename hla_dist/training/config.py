@@ -56,7 +56,7 @@ class Data(Checked):
     # whether the whole SHA-256 of memmaps is taken at the start: every rank reads its own file; none: one rank does, of
     # a prepared one; off: the first and last MiB have to do
     verify_data: Annotated[bool | None, DisallowNone] = None
-    # go on from a checkpoint although the data are no longer those it was trained on
+    # continue from a checkpoint although the data are no longer those it was trained on
     allow_changed_data: bool = False
     vocab_size: Natural = 0  # vocabulary; 0: the data's (a memmap that is not prepared needs it)
     # numbers of a .bin memmap that is not prepared; none: it has to be prepared
@@ -152,8 +152,8 @@ class Output(Checked):
     # take --out although a run on another machine was at work in it less than its --timeout ago: if you know that it is
     # over
     break_lock: bool = False
-    # go on from a checkpoint: a directory, or without a value the newest whole one of --out; auto: that one if there is
-    # any, else start. A run that torchrun restarts goes on by itself
+    # continue from a checkpoint: a directory, or without a value the newest whole one of --out; auto: that one if there
+    # is any, else start. A run that torchrun restarts needs no flag
     resume: Annotated[str | None, optional_value("", "DIR"), Local(words=("", "auto"))] = None
     # begin with these parameters, at step 0 and with fresh moments: a .safetensors file or folder, a checkpoint, or the
     # --out of a run; --size and the like must describe its model

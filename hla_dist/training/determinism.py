@@ -41,7 +41,7 @@ def check_equal_parameters(model: nn.Module, group: Any, advice: str = "resume f
     """Raise UserError, the same on every rank of ``group``, unless all hold the same bits of every parameter.
 
     The error ends in ``advice``. Of a sharded parameter (DTensor) the ranks are compared that hold the same slice. One
-    all-gather of two numbers a parameter, and one pass over the parameters.
+    all-gather of two numbers per parameter, and one pass over the parameters.
     """
     names, numbers = [], []
     for name, parameter in model.named_parameters():

@@ -385,7 +385,7 @@ def test_a_mistake_is_every_ranks_error(pool: RankPool) -> None:
                 layer_of(**options)
     layer = layer_of(window=4)
     short = KVState(*(torch.zeros(1, 2, 8, 6).double() for _ in range(2)), torch.tensor([9]))
-    with raises_value_error("state.k: expected at least 3 keys a row, got 2"):
+    with raises_value_error("state.k: expected at least 3 keys per row, got 2"):
         layer(text(), short)
     with raises_value_error("state.v: expected [1, S, 8, 6], got [1, 2, 8, 5]"):
         layer(text(), short._replace(v=short.v[..., :5]))
