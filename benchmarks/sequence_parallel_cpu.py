@@ -128,9 +128,7 @@ def write_results(gates: str, folder: str) -> None:
 
 
 def compare_results(variant: Variant, folder: str) -> tuple[dict[str, list[float]], list[int]]:
-    """On a rank: sums of squares of the differences to the one process's results and of these, by tensor; what a call
-    sent.
-    """
+    """On a rank: squares summed by tensor, of differences to the one process and of its results; what a call sent."""
     values, sent = _shard.call(*variant, _groups[variant])
     sums = {}
     for name, value in zip(names_of(variant[0]), values):

@@ -119,9 +119,7 @@ def _from_outside(name: str, q: Tensor, k: Tensor, v: Tensor, options: Options) 
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Any]:
-    """``hla_dist.<name>(q, k, v, **options)`` for any operator that is registered
-    (``hla_dist.operators``).
-    """
+    """``hla_dist.<name>(q, k, v, **options)`` for any registered operator (``hla_dist.operators``)."""
     return _run(Call.checked(name, q, k, v, options))
 
 
@@ -176,9 +174,7 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
 
 
 class Started(NamedTuple):
-    """A call under way; ``finish()`` gives what the operator returns. To be finished once, in the order of
-    starts.
-    """
+    """A call under way; ``finish()`` returns the results, once, in the order of starts."""
 
     finish: Callable[[], tuple[Tensor, Any]]
 

@@ -223,9 +223,7 @@ class HLAModel(HLAPreTrainedModel):
 
 
 class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
-    """Tokens to next-token logits [B, T, N]; the output layer is the embedding, or its own if that is not
-    tied.
-    """
+    """Tokens to next-token logits [B, T, N], by the embedding or an output layer of its own."""
 
     _tied_weights_keys = {"lm_head.weight": "model.network.embedding.weight"}
 

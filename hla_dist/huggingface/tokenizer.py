@@ -24,9 +24,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def for_models(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """With what transformers adds to a tokenizer: a model's inputs by name, and padding in front for
-    generation.
-    """
+    """Return it with names of a model's inputs, and with padding in front for generation."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,

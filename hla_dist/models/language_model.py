@@ -121,18 +121,14 @@ class Block(nn.Module):
 
 
 def recomputed(fn: Any, *arguments: Any) -> Any:
-    """``fn(*arguments)``, where gradients are on keeping the arguments only; backward computes it again,
-    silently.
-    """
+    """``fn(*arguments)``; backward computes it again from the arguments, and sends nothing."""
     if not torch.is_grad_enabled():
         return fn(*arguments)
     return checkpoint(fn, *arguments, use_reentrant=False, context_fn=checkpoint_context)
 
 
 def residual_scale(config: ModelConfig) -> float:
-    """1/sqrt(writers): with it the residual stream's variance at initialisation does not grow with depth
-    (GPT-2).
-    """
+    """1/sqrt(writers): the residual stream's initial variance does not grow with depth (GPT-2)."""
     return 1.0 / math.sqrt(2 * config.num_layers)
 
 

@@ -40,9 +40,7 @@ class AttentionLayer(RenamesOnLoad):
         self.chunk_tokens = 0
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter anew, for example after ``to_empty`` on a module built on the meta
-        device.
-        """
+        """Initialise every parameter anew, after ``to_empty`` on a meta device for example."""
         for child in self.children():
             if hasattr(child, "reset_parameters"):
                 child.reset_parameters()  # type: ignore[operator]
