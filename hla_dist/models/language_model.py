@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 def recomputed(fn: Any, *arguments: Any) -> Any:
-    """``fn(*arguments)``; backward computes it again from the arguments, and sends nothing."""
+    """``fn(*arguments)``; backward computes it again, from the arguments alone."""
     if not torch.is_grad_enabled():
         return fn(*arguments)
     return checkpoint(fn, *arguments, use_reentrant=False, context_fn=checkpoint_context)
