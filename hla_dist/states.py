@@ -133,6 +133,16 @@ def convolved(kind: Any) -> Any:
     return _composed("Conv", kind, (), ("inputs",), "the last inputs of a short convolution")
 
 
+def levelled(kind: Any) -> Any:
+    """Return the state of an operator whose last pass has L levels, and whose state is else a ``kind``.
+
+    Its last sum is one per level from 1 on, ``[N, H, L - 1, K, V]``: of the tokens that are at that level
+    seen from the next token. ``tokens`` ``[N]``, int64, says how many were read, on which the levels
+    depend. ``LevelHLA2State(S, F, tokens)``, for example.
+    """
+    return _composed("Level", kind, (), ("tokens",), "a last sum per level")
+
+
 def remembering(kind: Any) -> Any:
     """Return the state of a ``MemoryAttention`` whose operator's state is a ``kind``.
 
@@ -161,4 +171,4 @@ for _kind in (LinearState, HLA2State, HLA2PaperState, AHLAState, HLA3State, Pref
     __all__ += [convolved(_kind).__name__]
 _known(KVState)
 for _kind in (LinearState, HLA2State, AHLAState, HLA3State):
-    __all__ += [remembering(_kind).__name__]
+    __all__ += [remembering(_kind).__name__, levelled(_kind).__name__, convolved(levelled(_kind)).__name__]
