@@ -116,7 +116,7 @@ def test_the_reference_has_every_public_name() -> None:
     public |= {f"reference.{name}" for name in hla_dist.reference.__all__}
     public |= {"functional.options.Options"}  # the operators' keywords
     public |= {"parallel.collectives.Counter"}  # the class of hla_dist.counter
-    public |= {"nn.ShortConvolution", "functional.halo.halo", "states.remembering"}
+    public |= {"nn.ShortConvolution", "functional.halo.halo", "states.remembering", "states.levelled"}
     public |= {f"convert.{name}" for name in hla_dist.convert.__all__ if name != "RECIPES"}  # a table
     assert {f"hla_dist.{name}" for name in public - {"reference", "counter"}} == set(listed())
 

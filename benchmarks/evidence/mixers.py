@@ -54,6 +54,9 @@ _PLAIN = {
     "hla2, key term from (1, 0)": Mixer("hla2", {"key_term": True}, gains=(1.0, 0.0)),
     "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": True}, gains=(1.0, 1.0)),
     "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": True}, gains=(0.0, 1.0)),
+    # levels of blocks of up to 32 tokens, and one of all that is further away
+    "linear_attention, gated, levels": Mixer("linear_attention", {"levels": 7}),
+    "hla2, key term from (0, 1), levels": Mixer("hla2", {"key_term": True, "levels": 7}, gains=(0.0, 1.0)),
     "hla2, paper's decay": Mixer("hla2", {"decay_form": "paper"}),
     "ahla": Mixer("ahla"),
     "hla3": Mixer("hla3"),

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
+from hla_dist.functional.levels import attend_levels, refuse_options
 from hla_dist.functional.options import Options, SegmentOptions
 from hla_dist.functional.pending import Pending, absent, cannot_go_back, latest, operate, with_gates
 from hla_dist.functional.validate import require
@@ -125,6 +126,12 @@ class HLAAttention(AttentionLayer):
         key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
             is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
             which then begin as linear_attention and ahla.
+        levels: L, at least 2: the operator's last pass has weights per token, head and level of distance
+            (log-linear attention), softplus of a projection of x that begins near 1, where it is the
+            operator itself. Level l >= 1 is the left half of the block of 2^l tokens in whose right half
+            the token lies, L - 1 all that is further away. The state has L - 1 times the last sum.
+            Causal and masked, gates per head or token, without ``normalize``; plain torch. Over ranks
+            shards are of one power of two of tokens. None: no levels.
         grown: How many of the K channels, the last ones, were added to a trained layer
             (``hla_dist.convert.grow``): norm and rotary positions take them apart from the older ones,
             and queries' new channels are times a learned weight ``[H grown]`` that starts at 0. So the
@@ -183,6 +190,7 @@ class HLAAttention(AttentionLayer):
         conv: int | None = None,
         conv_backend: str = "auto",
         key_term: bool = False,
+        levels: int | None = None,
         grown: int = 0,
         mask: str = "causal",
         decay_form: str = "masked",
@@ -224,6 +232,11 @@ class HLAAttention(AttentionLayer):
                 f"key_term: expected False for {op} with mask={mask!r} and decay_form={decay_form!r} "
                 f"(only hla2 and hla3, causal and masked, have a key term), got {key_term!r}"
             )
+        if levels is not None:
+            require(type(levels) is int and levels >= 2, "levels", "a whole number >= 2, or None", repr(levels))
+            require(decay != "channel", "decay", "a gate per head with levels", repr(decay))
+            refuse_options({"mask": mask, "decay_form": decay_form, "normalize": normalize, "wire_dtype": wire_dtype,
+                            "chunk_size": chunk_size, "exchange": exchange, "backend": backend})  # fmt: skip
         if grown:
             taken = {"conv": conv, "decay": decay if decay == "channel" else None, "feature_map": feature_map if
                      callable(feature_map) or feature_map == "softmax" else None}  # fmt: skip
@@ -238,7 +251,7 @@ class HLAAttention(AttentionLayer):
         self.groups = [self.head_dim - grown, grown] if grown else [self.head_dim]
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
-        self.rope_theta = rope_theta
+        self.rope_theta, self.levels = rope_theta, levels
         self.options = Options(
             mask=mask, decay_form=decay_form, ridge=ridge, normalize=normalize, eps=eps, chunk_size=chunk_size,
             exchange=exchange, wire_dtype=wire_dtype, backend=backend,
@@ -254,6 +267,7 @@ class HLAAttention(AttentionLayer):
         self.gain_bias, self.skip_bias = (
             nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
         )
+        self.level_bias = None if levels is None else nn.Parameter(torch.empty(num_heads * levels, **factory))
         self.q_grown = nn.Parameter(torch.empty(num_heads * grown, **factory)) if grown else None
         self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
         self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
@@ -268,6 +282,9 @@ class HLAAttention(AttentionLayer):
         # gates that differ from token to token from the start: half a unit of the logit
         moving = decay in ("token", "channel")
         self.d_proj = normal_linear(hidden_size, gates, 0.5 * std, **factory) if moving else None
+        self.level_proj: nn.Linear | None = None
+        if levels is not None:  # weights that differ from token to token, likewise
+            self.level_proj = normal_linear(hidden_size, num_heads * levels, 0.5 * std, **factory)
         self._reset_gates()
 
     @property
@@ -290,6 +307,8 @@ class HLAAttention(AttentionLayer):
             nn.init.ones_(self.skip)
         if self.q_grown is not None:
             nn.init.zeros_(self.q_grown)
+        if self.level_bias is not None:  # weights of 1, from which a token's own differ by a fourth or so
+            nn.init.constant_(self.level_bias, math.log(math.expm1(1.0)))
         if self.decay_bias is not None:
             count = self.head_dim if self.decay == "channel" else self.decay_heads
             biases = decay_biases(count, self.decay_range, self.decay_temperature)
@@ -365,7 +384,7 @@ class HLAAttention(AttentionLayer):
             q, k, v = q.float(), k.float(), v.float()
 
         log_decay = gates[0] if gates else self._log_decay(x)
-        if attention_mask is not None:
+        if attention_mask is not None and self.levels is None:
             q, k, v, log_decay = absent(~present(attention_mask, x.shape[:2]), q, k, v, log_decay)
 
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
@@ -382,7 +401,10 @@ class HLAAttention(AttentionLayer):
         if self.gain is not None and self.skip is not None:
             options |= {"gain": self.gain, "skip": self.skip}
         ahead: tuple[Tensor, ...] = ()
-        if group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():
+        if self.levels is not None:
+            filled = None if attention_mask is None else present(attention_mask, x.shape[:2])
+            o, state = attend_levels(self.op, q, k, v, self._level_weights(x), filled, **options)
+        elif group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():
             o, state = functional.attend(self.op, q, k, v, **options)
         else:  # the output gate needs no summaries: it is computed while they travel, its gradient too
             call = functional.start(self.op, q, k, v, **options)
@@ -394,9 +416,12 @@ class HLAAttention(AttentionLayer):
             operands = with_gates(q, k, v, log_decay)
             own = {name: value for name, value in options.items() if name in _STATE_OPTIONS}
             advance = partial(operate, self.op, own)
+            everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])
+            if self.levels is not None:
+                advance = partial(_climb, self.op, own, self.levels)
+                operands = (filled, *operands)
             if self.conv is not None:
-                everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-                filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])
                 advance = partial(_convolve, advance, self.conv.width - 1)
                 operands = (inputs, filled, *operands)
             record = given if isinstance(given, Pending) else Pending(advance, given)
@@ -484,6 +509,13 @@ class HLAAttention(AttentionLayer):
         logs = F.logsigmoid(logits) / self.decay_temperature
         return logs.unflatten(-1, (self.decay_heads, self.head_dim)) if self.decay == "channel" else logs
 
+    def _level_weights(self, x: Tensor) -> Tensor:
+        """Weights [B, T, H, L] of what is read at each level, float32 or wider."""
+        assert self.level_bias is not None and self.level_proj is not None
+        wide = sum_dtype(self.level_bias.dtype)
+        weights = F.softplus(self.level_proj(x).to(wide) + self.level_bias.to(wide))
+        return weights.unflatten(-1, (self.num_heads, -1))
+
     def _problem(self, x: Tensor, state: Any, positions: Tensor | None, attention_mask: Tensor | None) -> str:
         """What is wrong with forward's arguments; empty if nothing is."""
         if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
@@ -542,6 +574,17 @@ def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
         return positions
     number = torch.searchsorted(cu_seqlens.contiguous(), positions.to(cu_seqlens.dtype), right=True) - 1
     return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
+
+
+def _climb(
+    op: str, options: Any, levels: int, before: Any, present: Tensor | None, filled: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, log_decay: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """``operate`` of a layer with levels, on whose weights no state depends; ``filled`` as for ``_convolve``."""
+    keep = filled if present is None else filled & present
+    weights = q.new_ones(*q.shape[:3], levels)
+    options = {**options, "log_decay": log_decay, "initial_state": before, "output_final_state": True}
+    return attend_levels(op, q, k, v, weights, keep, **options)[1]
 
 
 def _convolve(

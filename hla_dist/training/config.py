@@ -82,6 +82,8 @@ class Model(Checked):
     conv: Natural = 0  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
     # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second
     key_term: bool = False
+    # levels of the operators' last pass, which weighs near and far apart (log-linear attention), at least 2; 0: none
+    levels: Natural = 0
     tie_embeddings: bool = True  # the output layer is the embedding; off: a matrix of its own
     experts: Natural = 0  # SwiGLU networks per block, of which a token takes a few; 0: one, which all tokens take
     active: Natural = 0  # experts that a token takes; 0: 2
@@ -241,6 +243,7 @@ class TrainConfig:
         changes |= {kind: {"window": model.window} for kind in ("softmax", "memory") if model.window}
         attention = {"conv": model.conv} if model.conv else {}
         attention |= {"key_term": True} if model.key_term else {}
+        attention |= {"levels": model.levels} if model.levels else {}
         if attention:
             changes["attention"] = SIZES[model.size].get("attention", {}) | attention
         changes |= {"tie_word_embeddings": model.tie_embeddings, "balance": model.balance}

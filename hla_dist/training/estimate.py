@@ -8,6 +8,7 @@ fetch from other ranks, and what FSDP2 gathers, is counted by rules of their own
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hla_dist.data.text import Codec
+from hla_dist.functional.levels import bytes_sent
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.models.experts import MixtureOfExperts
 from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
@@ -110,7 +112,7 @@ def estimate(step: Step) -> Estimate:
     if "memory" in step.model.mixers:
         raise UserError("--dry-run: expected a pattern of operators and softmax, got memory layers, not modelled yet")
     local = -(-step.seq_len // step.shards)
-    short = max(1, TRACED // step.batch_size)
+    short = 1 << max(1, TRACED // step.batch_size).bit_length() - 1  # a power of two: what shards with levels are
     if local <= 2 * short:
         peak, parameters, gradients = _trace(step, local)
     else:
@@ -203,6 +205,10 @@ def _frames(step: Step, model: nn.Module) -> dict[str, int]:
             "summaries, forward": layout.nbytes(["rho", *op.fields]),
             "summaries, backward": layout.nbytes(list(op.reverses)),
         }
+        if layer.levels is not None:
+            dims = [step.batch_size, layer.num_heads, layer.head_dim, layer.value_dim]
+            sent = bytes_sent(op, dims, layer.levels, step.seq_len // step.shards, step.shards)
+            sizes = dict(zip(sizes, sent))
         if layer.conv is not None:
             last = step.batch_size * (layer.conv.width - 1) * layer.conv.channels * (2 if step.bf16 else 4)
             sizes |= {"halos, forward": 8 * step.batch_size + last, "halos, backward": last}
@@ -260,6 +266,9 @@ def step_flops(step: Step) -> dict[str, float]:
         c = layer.chunk_size or (CHANNEL_CHUNK if op.products else CHUNK)
         for size in (op.columns(p.c, K, V) for p in op.passes):
             passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
+        if layer.levels is not None:  # half of the tokens read at each level above a chunk
+            above = math.log2(max(1.0, step.seq_len / step.shards / c))
+            passes += layer.num_heads * K * op.columns(op.passes[-1].c, K, V) * (above - 2)
     attention = 0.0
     for softmax in _all(SoftmaxAttention, model):
         if isinstance(softmax, MemoryAttention):

@@ -39,6 +39,7 @@ VARIANTS = {
     "the paper's decay": dict(decay_form="paper"),
     "convolution": dict(conv=4, num_kv_heads=2, value_dim=6, rope_theta=1e4),
     "key term": dict(op="hla3", key_term=True, num_kv_heads=2),
+    "levels": dict(levels=4, num_kv_heads=2, rope_theta=1e4),
 }
 
 
@@ -331,6 +332,11 @@ def test_compiles_without_graph_breaks():
         (dict(conv=4, mask="full", decay=None), ("conv", "None with mask='full'", "got 4")),
         (dict(key_term=True, op="ahla"), ("key_term", "False for ahla", "only hla2 and hla3")),
         (dict(key_term=True, mask="prefix"), ("key_term", "mask='prefix'", "got True")),
+        (dict(levels=1), ("levels", "a whole number >= 2, or None", "got 1")),
+        (dict(levels=4, normalize=True), ("normalize", "False with levels", "got True")),
+        (dict(levels=4, mask="prefix"), ("mask", "'causal' with levels", "got 'prefix'")),
+        (dict(levels=4, backend="triton"), ("backend", "'auto' or 'torch' with levels", "got 'triton'")),
+        (dict(levels=4, op="linear_attention", decay="channel"), ("decay", "a gate per head with levels")),
         (dict(feature_map="tanh"), ("feature_map", "'relu'", "None", "'tanh'")),
     ],
 )

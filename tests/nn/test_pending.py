@@ -22,6 +22,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "ahla": dict(op="ahla", decay=None, conv=4),
     "hla3": dict(op="hla3", conv=4, rope_theta=1e4),
     "key term": dict(key_term=True, conv=3),
+    "levels": dict(levels=3, conv=3, num_kv_heads=2),
     "softmax": dict(rope_theta=None),
     "window": dict(window=4, num_kv_heads=2),
     "memory": dict(window=4, num_kv_heads=2),
