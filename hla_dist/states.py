@@ -136,9 +136,9 @@ def convolved(kind: Any) -> Any:
 def levelled(kind: Any) -> Any:
     """Return the state of an operator whose last pass has L levels, and whose state is else a ``kind``.
 
-    Its last sum is one per level from 1 on, ``[N, H, L - 1, K, V]``: of the tokens that are at that level
-    seen from the next token. ``tokens`` ``[N]``, int64, says how many were read, on which the levels
-    depend. ``LevelHLA2State(S, F, tokens)``, for example.
+    Its last sum is one per level from 1 on, ``[N, H, L - 1, K, V]``: of the tokens at that level, seen
+    from the next token. ``tokens`` ``[N]``, int64, says how many were read, on which levels depend.
+    ``LevelHLA2State(S, F, tokens)``, for example.
     """
     return _composed("Level", kind, (), ("tokens",), "a last sum per level")
 

@@ -126,10 +126,10 @@ class HLAAttention(AttentionLayer):
         key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
             is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
             which then begin as linear_attention and ahla.
-        levels: L, at least 2: the operator's last pass has weights per token, head and level of distance
-            (log-linear attention), softplus of a projection of x that begins near 1, where it is the
-            operator itself. Level l >= 1 is the left half of the block of 2^l tokens in whose right half
-            the token lies, L - 1 all that is further away. The state has L - 1 times the last sum.
+        levels: L, at least 2: the last pass has weights per token, head and level of distance
+            (log-linear attention), softplus of a projection of x that begins near 1; with 1 it is the
+            operator itself. Level l >= 1 is the left half of the block of 2^l tokens in whose right
+            half the token lies, L - 1 all that is further away. The state has L - 1 times the last sum.
             Causal and masked, gates per head or token, without ``normalize``; plain torch. Over ranks
             shards are of one power of two of tokens. None: no levels.
         grown: How many of the K channels, the last ones, were added to a trained layer

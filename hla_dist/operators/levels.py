@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hla_dist.operators.gates import SMALLEST, lower
+from hla_dist.operators.gates import SMALLEST
 
 CHUNK = 64  # tokens whose scores are computed as a square
 
@@ -68,9 +68,9 @@ def _alone(x: Levelled) -> Tensor:
     a, b, c, weights, logs = (y.unflatten(2, (-1, chunk)) for y in x)  # [B, H, chunks, chunk, ...]
     place = torch.arange(chunk, device=a.device)
     at = bit_length(place[:, None] ^ place).clamp(max=top)
-    chosen = F.one_hot(at, top + 1).mT.to(a.dtype) * lower(chunk, chunk, 0, a.dtype, a.device)[:, None]
-    since = lower(chunk, chunk, 0, a.dtype, a.device)  # j <= t
-    after = lower(chunk, chunk, -1, a.dtype, a.device)  # j > i
+    since = a.new_ones(chunk, chunk).tril()  # j <= t
+    after = since.tril(-1)  # j > i
+    chosen = F.one_hot(at, top + 1).mT * since[:, None]  # [t, L, i]
     within = products((logs[..., None, :] * since) @ after)
     weight = torch.einsum("bhntl,tli->bhnti", weights, chosen)
     out = ((a @ b.mT) * within * weight @ c).flatten(2, 3)

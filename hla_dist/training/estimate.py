@@ -112,6 +112,10 @@ def estimate(step: Step) -> Estimate:
     if "memory" in step.model.mixers:
         raise UserError("--dry-run: expected a pattern of operators and softmax, got memory layers, not modelled yet")
     local = -(-step.seq_len // step.shards)
+    if step.shards > 1 and step.model.attention.get("levels") and step.seq_len != step.shards << local.bit_length() - 1:
+        raise UserError(
+            f"--seq-len: expected {step.shards} ranks times a power of two with --levels, got {step.seq_len}"
+        )
     short = 1 << max(1, TRACED // step.batch_size).bit_length() - 1  # a power of two: what shards with levels are
     if local <= 2 * short:
         peak, parameters, gradients = _trace(step, local)
