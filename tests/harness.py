@@ -88,6 +88,28 @@ def assert_bitwise(name: str, got: Tensor, want: Tensor) -> None:
             raise AssertionError(f"{name}: {different} of {got.numel()} values differ bitwise")
 
 
+def compile_whole(function: Callable[..., Any]) -> Any:
+    """``torch.compile`` without graph breaks: captured and differentiated as by default, without a C++ compiler.
+
+    Fails where operations in the forward of a torch.autograd.Function give one tensor twice, as ``x += y`` does, or
+    ``x.to(dtype)`` of the dtype it has: torch 2.11 compiles that to wrong gradients (pytorch/pytorch#180642).
+    """
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=_aot_eager)
+
+
+def _aot_eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    for path, part in graph.named_modules():
+        if path.rpartition(".")[2].startswith("fwd_body"):  # the forward of a Function
+            made: dict[int, torch.fx.Node] = {}
+            for node in part.graph.nodes:  # type: ignore[union-attr]
+                x = node.meta.get("example_value")
+                if isinstance(x, Tensor) and node.op != "placeholder":
+                    first = made.setdefault(id(x), node)
+                    assert first is node, f"{first} and {node} are one tensor in the forward of a Function"
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
 @contextlib.contextmanager
 def raises_value_error(*parts: str) -> Iterator[None]:
     """Assert that the block raises exactly ValueError, in one line, with every one of ``parts`` in its text."""

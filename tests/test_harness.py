@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tests import harness, tolerances
 from tests.harness import (
@@ -18,6 +21,7 @@ from tests.harness import (
     RankPool,
     assert_bitwise,
     assert_close,
+    compile_whole,
     group,
     members,
     raises_value_error,
@@ -25,6 +29,25 @@ from tests.harness import (
     run_ranks,
     shifted,
 )
+
+
+class _Twice(torch.autograd.Function):
+    """A forward in which ``twice`` gives one tensor two times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, twice: Callable[[Tensor], Tensor]) -> Tensor:
+        return twice(x.exp())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+@pytest.mark.parametrize("twice", [lambda y: y.add_(1), lambda y: y.to(y.dtype)])
+def test_compile_whole_sees_one_tensor_twice(twice: Callable[[Tensor], Tensor]) -> None:
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(Exception, match="exp and .* are one tensor in the forward of a Function"):
+        compile_whole(lambda x: _Twice.apply(x, twice))(x)
 
 
 def test_assert_close_passes_only_within_the_tolerance() -> None:

@@ -8,6 +8,8 @@ hla3      o_t = q_t^T (S + ridge I) Q P    Q = sum q_i q_i^T
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -36,18 +38,15 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _sum(plan: Plan, documents: list[list[int]] | None, direction: str, fields: list[Tensor]) -> list[Tensor]:
+    """Sums in rank order; out of place, since torch 2.11 compiles a forward that writes in place to wrong gradients."""
     sums = []
     for gathered in exchange_ops.exchange_gather(fields, plan.group_name, direction, f"full {plan.description}"):
-        total = torch.zeros_like(gathered[0])
-        for rank in range(len(gathered)):
-            if documents is None:
-                total += gathered[rank]
-                continue
-            for row, document in enumerate(documents[plan.rank]):
-                for other_row, other_document in enumerate(documents[rank]):
-                    if other_document == document:
-                        total[row] += gathered[rank, other_row]
-        sums.append(total)
+        if documents is None:
+            sums.append(reduce(torch.add, gathered.unbind()))
+            continue
+        numbered = [(n, x) for numbers, rows in zip(documents, gathered) for n, x in zip(numbers, rows)]
+        rows = ([x for n, x in numbered if n == own] for own in documents[plan.rank])
+        sums.append(torch.stack([reduce(torch.add, row) for row in rows]))
     return sums
 
 

@@ -275,7 +275,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(stream, weight)
-        return F.silu(_sums(stream, weight)).to(stream.dtype)
+        out = F.silu(_sums(stream, weight))
+        # torch 2.11 compiles a forward to wrong gradients if operations give one tensor twice, as a vain .to does
+        return out if out.dtype == stream.dtype else out.to(stream.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -32,7 +32,7 @@ from transformers import (
 
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM, HLAModel, from_huggingface, to_huggingface
 from hla_dist.models import LanguageModel, ModelConfig
-from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
+from tests.harness import assert_bitwise, assert_close, compile_whole, raises_value_error, shifted
 from tests.huggingface.models import SIZES, VOCABULARY, left_padded, model, tokens
 from tests.tolerances import FLOAT32, FLOAT64
 
@@ -369,7 +369,7 @@ def test_compiles_without_graph_breaks():
     hla, ids = model(attention={"rope_theta": 1e4}), tokens(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    compiled = torch.compile(hla, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(hla)
     with torch.no_grad():
         got = compiled(ids, attention_mask=mask, use_cache=False).logits
         assert_close("logits", got[mask == 1], hla(ids, attention_mask=mask).logits[mask == 1], FLOAT64)

@@ -12,7 +12,7 @@ from hla_dist.functional import stage_ops
 from hla_dist.operators import OPERATORS
 from hla_kernels import slices, tiles, tune
 from hla_kernels.device import INTERPRETER
-from tests.harness import assert_close, run_ranks
+from tests.harness import assert_close, compile_whole, run_ranks
 from tests.kernels.interpreted import WITH_KERNELS, all_slow_but, compare, ridge_of, slowly
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KEYED, Problem, check, draw, run
@@ -60,7 +60,7 @@ def test_compiled() -> None:
     """Under torch.compile with full graphs, forward and backward."""
     problem = Problem("hla2", T=40, K=16, V=16, dtype=torch.float32, state=False)
     tensors = draw(problem)
-    compiled = torch.compile(hla_dist.hla2, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(hla_dist.hla2)
     check(problem, tensors, run(problem, tensors, compiled, backend="triton"))
 
 

@@ -14,7 +14,7 @@ from hla_dist.nn import HLAAttention
 from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.training.optim import build_adamw
-from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
+from tests.harness import assert_bitwise, assert_close, compile_whole, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 
 VARIANTS = {
@@ -295,7 +295,7 @@ def test_copies_and_pickles():
 def test_compiles_without_graph_breaks():
     for options in ({}, dict(rope_theta=1e4, qk_norm="rms", num_kv_heads=2)):
         layer = _layer(torch.float32, **options)
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        compiled = compile_whole(layer)
         x = _tokens(70, torch.float32).requires_grad_()
         want = torch.autograd.grad(layer(x)[0].square().sum(), [x, *layer.parameters()])
         got = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])

@@ -16,7 +16,7 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import shard_batch, token_loss
-from tests.harness import RankPool, assert_close, shifted
+from tests.harness import RankPool, assert_close, compile_whole, shifted
 from tests.tolerances import FLOAT64, tolerance
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -67,15 +67,13 @@ def _assert_trained_alike(got: dict[str, Tensor], want: dict[str, Tensor]) -> No
 def test_a_model_compiles_without_graph_breaks(form: str) -> None:
     """Training and decoding give what they give uncompiled."""
     model = _model(form)
-    torch._dynamo.reset()
-    # aot_eager captures and differentiates the graph as the default backend does, and needs no C++ compiler
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(model)
     want, got = _train(model, model), _train(compiled, model)
     _assert_trained_alike(got, want)
     tokens = _text()
     with torch.no_grad():
         logits, state = model(tokens[:, :20], return_state=True)
-        decode = torch.compile(model, fullgraph=True, backend="aot_eager")
+        decode = compile_whole(model)
         for t in (20, 21):
             one = dict(positions=torch.tensor([t]), return_state=True)
             want_logits, want_state = model(tokens[:, t : t + 1], state, **one)
@@ -104,8 +102,7 @@ def _over_a_group(pg: dist.ProcessGroup, form: str, checkpointing: bool) -> tupl
     model = _model(form)
     model.activation_checkpointing = checkpointing
     model = SequenceParallelHLA(model, pg, shard_lengths=[15, 25])
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(model)
     for _ in range(2):  # ranks agree on signatures in the first step
         model.zero_grad()
         counter.reset()

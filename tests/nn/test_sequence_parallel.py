@@ -20,7 +20,15 @@ from hla_dist import checkpoint_context
 from hla_dist.nn import HLAAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import counter
 from hla_dist.parallel.shard import default_lengths, shard_batch, token_loss
-from tests.harness import assert_bitwise, assert_close, raises_value_error, relative_error, run_ranks, shifted
+from tests.harness import (
+    assert_bitwise,
+    assert_close,
+    compile_whole,
+    raises_value_error,
+    relative_error,
+    run_ranks,
+    shifted,
+)
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 TOKENS, VOCABULARY, HIDDEN = 37, 11, 16
@@ -226,7 +234,7 @@ def test_activation_checkpointing_and_frozen_parameters(pool):
 
 def _compiled(pg):
     model = SequenceParallelHLA(_model(), pg, shard_lengths=default_lengths(TOKENS, 2))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(model)
     logits = _step(compiled, pg, None)
     first = _grads(model)
     model.zero_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hla_dist
 from hla_dist import Cascade, CausalPass
-from tests.harness import assert_close, raises_value_error, relative_error, shifted
+from tests.harness import assert_close, compile_whole, raises_value_error, relative_error, shifted
 from tests.problems import Problem, check, draw, oracle, run
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR, tolerance
 
@@ -233,8 +233,7 @@ def test_compiles_without_graph_breaks() -> None:
         out, state = HLA4(**x, log_decay={"u": g, "o": g}, output_final_state=True)
         return out.tanh().sum() + state["r"].sum()
 
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(loss)
     leaves = list(x.values())
     pairs = zip(torch.autograd.grad(compiled(x), leaves), torch.autograd.grad(loss(x), leaves), strict=True)
     for got, want in pairs:

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import hla_dist
-from tests.harness import assert_bitwise, assert_close, shifted
+from tests.harness import assert_bitwise, assert_close, compile_whole, shifted
 from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
 
@@ -136,9 +136,7 @@ def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
             loss = loss + x.square().sum()
         return loss
 
-    torch._dynamo.reset()
-    # aot_eager captures and differentiates the graph as the default backend does, and needs no C++ compiler
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(function)
     for key, a, b in zip(
         ["q", "k", "v", "log_decay", "initial 0", "initial 1", "initial 2"],
         torch.autograd.grad(compiled(*leaves), leaves),

@@ -20,7 +20,7 @@ from hla_dist import Cascade, CausalPass, HLAAttention
 from hla_dist.functional import exchange_ops
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.operators import OPERATORS
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
+from tests.harness import RankPool, assert_bitwise, assert_close, compile_whole, raises_value_error, shifted
 from tests.parallel.sharded import shard_of
 from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT32, FLOAT64
@@ -144,8 +144,7 @@ def test_activation_checkpointing_compiles_without_graph_breaks() -> None:
     model = LanguageModel(ModelConfig(vocab_size=20, hidden_size=16, num_layers=2, num_heads=2)).double()
     model.activation_checkpointing = True
     tokens, parameters = torch.arange(18).view(2, 9), list(model.parameters())
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(model)
     got, want = (torch.autograd.grad(f(tokens).square().sum(), parameters) for f in (compiled, model))
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_close(f"gradient {i}", a, b, FLOAT64)

@@ -25,7 +25,7 @@ from hla_dist.functional import exchange_ops
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.summary import Summary
 from hla_dist.parallel import collectives, mpi
-from tests.harness import assert_bitwise, assert_close, raises_value_error, shifted
+from tests.harness import assert_bitwise, assert_close, compile_whole, raises_value_error, shifted
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KINDS, STREAMING, Problem, check, mask_options
 from tests.tolerances import FLOAT64
@@ -322,7 +322,7 @@ def compiled() -> None:
     pairs = _mine([[0, 1]])
     if pairs == MPI.COMM_NULL:
         return
-    whole = torch.compile(lambda x, comm: hla_dist.hla2(x, x, x, group=comm)[0], fullgraph=True, backend="aot_eager")
+    whole = compile_whole(lambda x, comm: hla_dist.hla2(x, x, x, group=comm)[0])
     x = torch.ones(1, 3, 2, 4)
     alone = pairs.Split(pairs.rank)
     for comm in (pairs, alone, pairs):

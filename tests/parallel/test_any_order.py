@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.parallel.collectives import counter
-from tests.harness import RankPool, assert_bitwise, assert_close, shifted
+from tests.harness import RankPool, assert_bitwise, assert_close, compile_whole, shifted
 from tests.operators.test_any_order import HLA4, NAMED, as_operator, named_problem
 from tests.parallel.sharded import assemble, shard_of, whole_problem
 from tests.problems import Problem, Values, check, draw, run
@@ -112,9 +112,8 @@ def _compiled(pg: dist.ProcessGroup) -> tuple[list[list[torch.Tensor]], list[int
         out, state = _fourth_order(x, pg)
         return out.square().sum() + state["r"].sum()
 
-    torch._dynamo.reset()
     found, calls = [], []
-    for call in (loss, loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for call in (loss, loss, compile_whole(loss)):
         counter.reset()
         found.append(list(torch.autograd.grad(call(x), leaves)))
         calls.append(counter.calls)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hla_dist
 from hla_dist.parallel.collectives import counter
-from tests.harness import RankPool, assert_bitwise, assert_close
+from tests.harness import RankPool, assert_bitwise, assert_close, compile_whole
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of
 from tests.problems import KINDS, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64
@@ -226,8 +226,7 @@ def _compiled(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> list[tup
         out, _ = getattr(hla_dist, p.name)(q * 1.5, k, v, **mask_options(p.mask), group=pg, **more)
         return out.tanh().sum()
 
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(function)
     results = []
     for call in (function, compiled):
         for _ in range(2):
@@ -261,9 +260,8 @@ def _equal_calls(pg: dist.ProcessGroup) -> tuple[list[torch.Tensor], list[int]]:
         full = hla_dist.linear_attention(x, x, x, mask="full", group=pg)[0]
         return one - two + 2 * hla_dist.linear_attention(x, x, x, mask="full", group=pg)[0] - full
 
-    torch._dynamo.reset()
     results, calls = [], []
-    for call in (function, function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+    for call in (function, function, compile_whole(function)):
         x = torch.linspace(-1, 1, 30, dtype=torch.float64).view(1, 5, 2, 3).requires_grad_()
         counter.reset()
         out = call(x)

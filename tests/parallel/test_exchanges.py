@@ -22,7 +22,7 @@ from hla_dist.functional import exchange_ops
 from hla_dist.functional.attention import start
 from hla_dist.parallel import background, scan, topology
 from hla_dist.parallel.collectives import all_reduce_sum, counter
-from tests.harness import RankPool, assert_bitwise, assert_close, relative_error, run_ranks
+from tests.harness import RankPool, assert_bitwise, assert_close, compile_whole, relative_error, run_ranks
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of, whole_problem
 from tests.problems import STREAMING, Problem, check, draw, oracle
 from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
@@ -203,8 +203,7 @@ def _compiled(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> Any:
     def function(q, k, v):
         return hla_dist.hla2(q * 1.5, k, v, log_decay=t.log_decay, group=pg, exchange=p.exchange)[0].tanh().sum()
 
-    torch._dynamo.reset()
-    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+    for call in (function, compile_whole(function)):
         for _ in range(2):
             leaves = [x.clone().requires_grad_() for x in (t.q, t.k, t.v)]
             counter.reset()

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import hla_dist
 from hla_dist.functional.halo import halo
 from hla_dist.parallel.collectives import counter
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
+from tests.harness import RankPool, assert_bitwise, assert_close, compile_whole, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 
 SPLITS = {
@@ -118,7 +118,7 @@ def _small_and_large(pg: Any) -> list[int]:
     ways = {
         "plain": halo,
         "kept": lambda *a: checkpoint(halo, *a, use_reentrant=False, context_fn=hla_dist.checkpoint_context),
-        "compiled": torch.compile(halo, fullgraph=True, backend="aot_eager"),
+        "compiled": compile_whole(halo),
     }
     for call in ways.values():
         y = call(x, 3, pg)
