@@ -128,8 +128,8 @@ def _run(call: Call) -> tuple[Tensor, Any]:
     if call.mask == "full":
         with without_autocast(call.q.device):
             return full.attend(call), None
-    if torch.compiler.is_compiling():  # Dynamo refuses one tensor in two places
-        call = call._replace(k=call.k.view_as(call.k), v=call.v.view_as(call.v))
+    if torch.compiler.is_compiling():
+        call = _apart(call)
     if _is_exported(call) and call.documents is None and not plan.group_name:
         out, *state = exported.attend(*call.inputs, list(call.initial), *plan.stage_arguments)
         return out, plan.cascade.state(*state) if plan.output_state else None
@@ -138,6 +138,13 @@ def _run(call: Call) -> tuple[Tensor, Any]:
     else:
         out, *state = CausalFunction.apply(plan, *call.inputs, *call.initial)
     return out, plan.cascade.state(*state) if state else None
+
+
+def _apart(call: Call) -> Call:
+    """The call with no tensor in two places: compilers refuse such a call or, torch 2.11, leave a gradient out."""
+    k, v, log_decay, gain, skip = (x if x is None else x.view_as(x) for x in call.inputs[1:])
+    initial = tuple(x.view_as(x) for x in call.initial)
+    return call._replace(k=k, v=v, log_decay=log_decay, gain=gain, skip=skip, initial=initial)
 
 
 def _is_exported(call: Call) -> bool:
