@@ -81,6 +81,8 @@ MIXERS |= {
     for what, changed in {
         "no decay": {"decay": None},
         "decay per head": {"decay": "head"},
+        "decay temperature 16": {"decay_temperature": 16.0},
+        "rotary positions": {"rope_theta": 10000.0},
         "no query/key norm": {"qk_norm": None},
         "rms query/key norm": {"qk_norm": "rms"},
         "no output norm": {"output_norm": False},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.evidence.capacity import Capacity
 from benchmarks.evidence.mixers import MIXERS
 from benchmarks.evidence.regression import LAYERS, Regression, Setting
 from benchmarks.evidence.tasks import Task
@@ -19,8 +20,10 @@ PLAIN = ["softmax", "linear_attention", "linear_attention, gated", KEYED, "hla2"
 CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
 # where the key term starts, and what the library's small embedding does
 START = ["hla2, key term from (1, 0), conv", "softmax; embedding 0.02"]
-# at three state sizes
 SIZED = ["linear_attention, gated, conv", f"{KEYED}, conv"]
+# what decides whether a model of text should have a convolution, gates or a key term
+WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "hla2, conv", f"{KEYED}, conv",
+           "softmax, conv", "linear_attention, conv", KEYED, "softmax"]  # fmt: skip
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
        "hla2, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
@@ -73,23 +76,40 @@ def _small() -> list[Run]:
     return [run for task in tasks for run in _grid(task, 600, FEW)]
 
 
-def subset() -> list[Run | Regression]:
+def _capacity() -> list[Capacity]:
+    """First order at three sizes; second order within the same bytes, then at equal K."""
+    sizes = {"linear_attention": (8, 12, 16), "hla2, key term": (6, 9, 11, 8, 12, 16), "softmax": (16,),
+             "hla2": (6, 9, 11)}  # fmt: skip
+    rows = [(mixer, size) for mixer, several in sizes.items() for size in several]
+    return [Capacity(mixer, step, seed, size) for seed in SEEDS for mixer, size in rows for step in (1e-2, 3e-2, 3e-3)]
+
+
+def _pairs() -> list[Run]:
+    """16 pairs in whole models, at three state sizes: second order with half the keys has the state of first order."""
+    task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32, "fewest": 1})
+    runs = _grid(task, 4000, [f"{KEYED}, conv"], hidden=64, sizes=(4, 8, 16), batch=64)
+    runs += _grid(task, 4000, CORE, hidden=64, sizes=(8, 16, 32), batch=64)
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def subset() -> list[Run | Regression | Capacity]:
     """Return the runs of ``make evidence``."""
-    return [*_grid(SMALLEST, 600, CORE + START), *_grid(SMALLEST, 600, SIZED, sizes=(8,)), *_regression()]
+    small = [*_grid(SMALLEST, 600, CORE + START), *_grid(SMALLEST, 600, SIZED, sizes=(8,))]
+    return [*small, *_regression(), *_capacity()]
 
 
-def everything() -> list[Run | Regression]:
+def everything() -> list[Run | Regression | Capacity]:
     """Return the runs of ``make evidence-all``, those of ``subset`` first."""
-    capacity = Task("recall", 48, {"vocabulary": 64, "pairs": 16, "queries": 16})
     recall = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": p}) for n in (256, 1024) for p in (16, 64)]
-    texts = [Task("text", length) for length in (128, 512)]
-    return [
+    runs = [
         *subset(),
+        *_grid(Task("text", 128), 400, WRITING, batch=16),
         *_grid(SMALLEST, 600, SIZED, sizes=(4,)),
         *_grid(SMALLEST, 600, [BOTH, *ABLATIONS]),
         *_small(),
-        *_grid(capacity, 4000, CORE, hidden=64, sizes=(8, 16, 32), batch=64),
-        *(run for task in texts for run in _grid(task, 2000, FEW, hidden=64)),
+        *_pairs(),
+        *_grid(Task("text", 512), 2000, WRITING, hidden=64),
         *_grid(SMALLEST, 600, [name for name in MIXERS if name not in ASKED]),
         *(run for task in recall for run in _grid(task, 8000, CORE, FINER, hidden=64, sizes=(8, 16, 32), batch=64)),
     ]
+    return list(dict.fromkeys(runs))

@@ -81,7 +81,7 @@ def table(group: str, lines: list[Line]) -> str:
 
 
 def plot(path: Path, groups: dict[str, list[Line]]) -> None:
-    """Draw accuracy against the state's bytes, mean and spread over seeds, one panel per group that has accuracies."""
+    """Draw accuracy against the state's bytes, mean and spread over seeds, a panel per group, a line per mixer."""
     groups = {name: lines for name, lines in groups.items() if "accuracy" in lines[0]}
     if not groups:
         return
@@ -93,14 +93,20 @@ def plot(path: Path, groups: dict[str, list[Line]]) -> None:
         axis.remove()
     colors = plt.get_cmap("tab20").colors
     for axis, (name, lines) in zip(axes.flat, groups.items()):
-        mixers = list(dict.fromkeys(row_name(line).replace(", conv", "") for line in lines))
-        for row, seeds in chosen(lines).items():
-            values = [line["accuracy"] for line in seeds]
-            mean = statistics.mean(values)
-            bars = [[mean - min(values)], [max(values) - mean]]
+        rows: dict[str, list[list[Line]]] = {}  # a mixer's sizes are one line
+        for seeds in chosen(lines).values():
+            rows.setdefault(seeds[0]["mixer"], []).append(seeds)
+        mixers = list(dict.fromkeys(mixer.replace(", conv", "") for mixer in rows))
+        for mixer, sizes in rows.items():
+            sizes.sort(key=lambda seeds: seeds[0]["state_bytes"])
+            values = [[line["accuracy"] for line in seeds] for seeds in sizes]
+            means = [statistics.mean(x) for x in values]
+            below = [mean - min(x) for mean, x in zip(means, values)]
+            above = [max(x) - mean for mean, x in zip(means, values)]
             axis.errorbar(
-                seeds[0]["state_bytes"], mean, bars, capsize=3, fmt="s" if ", conv" in row else "o", label=row,
-                color=colors[mixers.index(row.replace(", conv", "")) % len(colors)],
+                [seeds[0]["state_bytes"] for seeds in sizes], means, [below, above], capsize=3,
+                fmt="s-" if ", conv" in mixer else "o-", label=mixer,
+                color=colors[mixers.index(mixer.replace(", conv", "")) % len(colors)],
             )  # fmt: skip
         axis.axhline(lines[0]["chance"], color="0.5", linestyle=":", label="chance")
         axis.set(xlabel="bytes of the state", ylabel="accuracy: mean, worst and best seed", xscale="log")

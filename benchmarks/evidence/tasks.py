@@ -27,12 +27,23 @@ def _permutations(generator: Generator, batch: int, size: int) -> Tensor:
     return torch.rand(batch, size, generator=generator).argsort(1)
 
 
-def recall(generator: Generator, batch: int, length: int, *, vocabulary: int, pairs: int, queries: int) -> Examples:
+def recall(
+    generator: Generator,
+    batch: int,
+    length: int,
+    *,
+    vocabulary: int,
+    pairs: int,
+    queries: int,
+    fewest: int | None = None,
+) -> Examples:
     """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again.
 
     Token 0 fills the gaps, keys are the lower half of the others, values the upper. Keys of a sequence differ. Queries,
     each a key drawn anew, stand at random places after the pairs, or at all of them; a query's target is its key's
-    value. More queries than pairs are more gradients per step, which is what a small machine needs.
+    value. More queries than pairs are more gradients per step, which is what a small machine needs. With ``fewest``
+    each sequence shows a number of pairs drawn from it to ``pairs``, then gaps: as in those papers a model learns from
+    few pairs what it must do with many.
     """
     half, rest = vocabulary // 2, length - 2 * pairs
     if pairs > half - 1 or not 0 < queries <= rest:
@@ -43,6 +54,10 @@ def recall(generator: Generator, batch: int, length: int, *, vocabulary: int, pa
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     places = 2 * pairs + _permutations(generator, batch, rest)[:, :queries]
     which = torch.randint(pairs, (batch, queries), generator=generator)
+    if fewest is not None:
+        shown = torch.randint(fewest, pairs + 1, (batch, 1), generator=generator)
+        tokens[:, : 2 * pairs][torch.arange(2 * pairs) >= 2 * shown] = 0
+        which = which % shown
     tokens.scatter_(1, places, keys.gather(1, which))
     targets.scatter_(1, places, values.gather(1, which))
     return tokens, targets, targets > 0
@@ -185,5 +200,9 @@ class Task:
         if not 0 <= seed < count:
             raise ValueError(f"seed: expected 0 to {count - 1}, got {seed}")
         generator = Generator().manual_seed(first + seed)
-        options = self.options | {"held_out": validation} if self.maker == "text" else self.options
+        options: dict[str, Any] = dict(self.options)
+        if self.maker == "text":
+            options["held_out"] = validation
+        if validation:
+            options.pop("fewest", None)  # asked for all pairs
         return MAKERS[self.maker][0](generator, batch, self.length, **options)

