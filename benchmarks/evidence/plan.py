@@ -81,7 +81,7 @@ def _capacity() -> list[Capacity]:
     sizes = {"linear_attention": (8, 12, 16), "hla2, key term": (6, 9, 11, 8, 12, 16), "softmax": (16,),
              "hla2": (6, 9, 11)}  # fmt: skip
     rows = [(mixer, size) for mixer, several in sizes.items() for size in several]
-    return [Capacity(mixer, step, seed, size) for seed in SEEDS for mixer, size in rows for step in (1e-2, 3e-2, 3e-3)]
+    return [Capacity(mixer, step, seed, size) for seed in SEEDS for mixer, size in rows for step in (1e-2, 3e-2, 1e-1)]
 
 
 def _pairs() -> list[Run]:
