@@ -142,9 +142,10 @@ def _run(call: Call) -> tuple[Tensor, Any]:
 
 def _apart(call: Call) -> Call:
     """The call with no tensor in two places: compilers refuse such a call or, torch 2.11, leave a gradient out."""
-    k, v, log_decay, gain, skip = (x if x is None else x.view_as(x) for x in call.inputs[1:])
+    log_decay, gain, skip = (x if x is None else x.view_as(x) for x in call.inputs[3:])
     initial = tuple(x.view_as(x) for x in call.initial)
-    return call._replace(k=k, v=v, log_decay=log_decay, gain=gain, skip=skip, initial=initial)
+    apart = call._replace(log_decay=log_decay, gain=gain, skip=skip, initial=initial)
+    return apart._replace(k=call.k.view_as(call.k), v=call.v.view_as(call.v))
 
 
 def _is_exported(call: Call) -> bool:
