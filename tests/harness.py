@@ -89,16 +89,17 @@ def assert_bitwise(name: str, got: Tensor, want: Tensor) -> None:
 
 
 def compile_whole(function: Callable[..., Any]) -> Any:
-    """``torch.compile`` without graph breaks: captured and differentiated as by default, without a C++ compiler.
+    """``torch.compile`` by ``aot_eager`` without graph breaks."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=aot_eager)
+
+
+def aot_eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    """Torch's backend of this name: captures and differentiates as the default one, without a C++ compiler.
 
     Fails where operations in the forward of a torch.autograd.Function give one tensor twice, as ``x += y`` does, or
     ``x.to(dtype)`` of the dtype it has: torch 2.11 compiles that to wrong gradients (pytorch/pytorch#180642).
     """
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend=_aot_eager)
-
-
-def _aot_eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
     for path, part in graph.named_modules():
         if path.rpartition(".")[2].startswith("fwd_body"):  # the forward of a Function
             made: dict[int, torch.fx.Node] = {}

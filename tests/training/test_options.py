@@ -33,7 +33,7 @@ from hla_dist.training.meter import Meter
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.parity import _gradients_of_one, check_parity
 from tests.covering import Row, covering
-from tests.harness import RankPool, assert_bitwise, assert_close, shifted
+from tests.harness import RankPool, aot_eager, assert_bitwise, assert_close, shifted
 from tests.tolerances import FLOAT64
 from tests.training.test_estimate import allocated
 
@@ -102,7 +102,7 @@ def on_rank(pg: dist.ProcessGroup, row: Row, folder: str) -> dict[str, Any]:
 def compiled(wrapped: SequenceParallelHLA, row: Row, mesh: MeshPlace) -> dict[str, Any]:
     """The same, without the trainer: it watches every module, which no graph can hold."""
     torch._dynamo.reset()
-    wrapped.compile(fullgraph=True, backend="aot_eager")
+    wrapped.compile(fullgraph=True, backend=aot_eager)
     data = windows(row)
     loss = micro_batch_loss(wrapped, data.batch(0, MICRO), mesh, data.labels(0, MICRO))
     loss.backward()
