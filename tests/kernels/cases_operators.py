@@ -12,12 +12,12 @@ import hla_dist
 from hla_dist.reference import quadratic
 from hla_kernels import device, tiles
 from tests.harness import assert_close, relative_error
-from tests.kernels.interpreted import ONE_OF_THEM, TWO_OF_THEM, WITH_KERNELS, compare, ridge_of, slowly
+from tests.kernels.interpreted import NONE_OF_THEM, ONE_OF_THEM, THE_LONGEST, compare, ridge_of, slowly
 from tests.problems import Problem, draw, oracle, run
 from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
 
 
-@pytest.mark.parametrize(("name", "mask"), TWO_OF_THEM)
+@pytest.mark.parametrize(("name", "mask"), THE_LONGEST)
 def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, short_segments) -> None:
     compare(
         Problem(
@@ -36,12 +36,12 @@ def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, s
     )
 
 
-@pytest.mark.parametrize(("name", "mask"), ONE_OF_THEM)
+@pytest.mark.parametrize(("name", "mask"), NONE_OF_THEM)
 def test_several_segments_without_gates(name, mask, short_segments) -> None:
     compare(Problem(name, mask, T=70, H=1, K=5, V=33, gates="none", ridge=ridge_of(name), dtype=torch.float32))
 
 
-@pytest.mark.parametrize(("name", "mask"), ONE_OF_THEM)
+@pytest.mark.parametrize(("name", "mask"), NONE_OF_THEM)
 def test_one_segment_normalised_with_fixed_gates(name, mask) -> None:
     compare(Problem(name, mask, B=2, T=65, H=1, K=16, V=16, gates="H", normalize=True, dtype=torch.float32))
 
@@ -54,7 +54,7 @@ def test_a_single_token(name, mask) -> None:
     compare(Problem(name, mask, gates="none", normalize=True, **shapes))
 
 
-@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+@pytest.mark.parametrize(("name", "mask"), ONE_OF_THEM)
 @pytest.mark.parametrize(("columns", "launches"), [(16, 1), (65, None)])
 def test_a_cascade_that_fits_is_one_launch(name, mask, columns, launches, monkeypatch) -> None:
     """And one that does not runs pass by pass."""
@@ -104,7 +104,7 @@ def test_a_cut_is_a_cut_whatever_its_number(name, mask, short_segments) -> None:
         assert x.isfinite().all() and all(torch.equal(x, other) for other in others)
 
 
-@pytest.mark.parametrize(("name", "mask"), ONE_OF_THEM)
+@pytest.mark.parametrize(("name", "mask"), NONE_OF_THEM)
 def test_float16_at_most_twice_the_error_of_plain_torch(name, mask, monkeypatch) -> None:
     """Pass by pass, as on a GPU: only bfloat16 walks a whole cascade at once."""
     monkeypatch.setattr(tiles, "fused", lambda *args: None)
@@ -133,8 +133,8 @@ def test_float16_inner_sequences_do_not_overflow() -> None:
 @pytest.mark.parametrize(
     ("name", "K", "V", "gates"),
     [
-        ("linear_attention", 256, 96, "H"),
-        ("hla2", 128, 128, "BTH"),
+        slowly("linear_attention", 256, 96, "H"),
+        slowly("hla2", 128, 128, "BTH"),
         slowly("hla2", 64, 256, "none"),
         slowly("ahla", 96, 80, "BTH"),
         ("hla3", 32, 64, "BTH"),

@@ -13,13 +13,13 @@ from hla_dist.operators import OPERATORS
 from hla_kernels import slices, tiles, tune
 from hla_kernels.device import INTERPRETER
 from tests.harness import assert_close, compile_whole, run_ranks
-from tests.kernels.interpreted import WITH_KERNELS, all_slow_but, compare, ridge_of, slowly
+from tests.kernels.interpreted import all_slow_but, compare, ridge_of, slowly
 from tests.parallel.sharded import assemble, run_shard, whole_problem
 from tests.problems import KEYED, Problem, check, draw, run
 from tests.tolerances import FLOAT32
 
 
-@pytest.mark.parametrize(("name", "mask"), WITH_KERNELS)
+@pytest.mark.parametrize(("name", "mask"), all_slow_but("hla2", "hla3"))
 def test_summaries(name, mask, short_segments) -> None:
     problem = Problem(name, mask, T=99, H=2, G=1, K=6, V=5, gate_values="mild", scale=0.7, ridge=ridge_of(name))
     tensors = draw(problem)
@@ -36,7 +36,7 @@ def test_summaries(name, mask, short_segments) -> None:
 @pytest.mark.parametrize(
     ("B", "H", "G", "gates"),
     [
-        (4, 1, 1, "BTH"),
+        slowly(4, 1, 1, "BTH"),
         slowly(2, 2, 1, "none"),
         slowly(1, 4, 2, "none"),
         (1, 4, 2, "H"),
@@ -93,7 +93,7 @@ def test_packed_documents(name, gates) -> None:
 
 
 @pytest.mark.parametrize("gates", [slowly("none"), "BTH"])
-@pytest.mark.parametrize(("name", "mask"), all_slow_but("hla2", "ahla"))
+@pytest.mark.parametrize(("name", "mask"), all_slow_but("ahla"))
 def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
     """Over several segments, from a carry: equal to a scan from it, or one where the table says so."""
     problem = Problem(

@@ -113,6 +113,7 @@ def run(pg: dist.ProcessGroup, config: Any) -> int:
     return Run(config, mesh_of(pg), NoSignal(None), time.monotonic()).train()
 
 
+@pytest.mark.slow
 def test_a_run_trains_saves_and_keeps_parity(pool: RankPool, tmp_path: Path) -> None:
     data, out = write_text(tmp_path / "text.txt", 4000), tmp_path / "out"
     changes = dict(pattern="hla2,softmax,memory", layers=3, window=20, heads=2, kv_heads=1, conv=4, key_term=True)

@@ -202,10 +202,11 @@ def test_a_signal_before_the_first_step_ends_the_process(
     assert os.listdir(tmp_path) == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "arguments", "message"),
     [
-        pytest.param(2, ["--frobnicate"], "unrecognized arguments: --frobnicate", marks=pytest.mark.slow),
+        (2, ["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (3, ["--sp", "2"], "--sp: expected a divisor of the world size 3 (or 0 for all ranks), got 2"),
     ],
 )
