@@ -5,6 +5,7 @@ The wide tiles of fp16 and fp32 take long and are left to the slow tests, which 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.covering import covering
@@ -49,7 +50,40 @@ def _case(row: dict[str, Any]) -> check.Case:
 SAMPLE = [_case(row) for row in covering(OPTIONS, allowed)]
 SAMPLE += [check.Case(arch, "hla2", "bf16", 64, 64, True, 64, T=130, gate_values="least") for arch in OPTIONS["arch"]]
 
+WALK = check.Case("sm_90", "hla2", "bf16", 128, 128, False, T=70, backend="gluon", state=True)
+FAST_WALKS = [replace(WALK, K=64, V=64, gated=True)]
+SLOW_WALKS = [
+    replace(WALK, grouped=False, ridge=False),
+    replace(WALK, gated=True, T=200),
+    replace(WALK, gated=True, T=300, segment=128, state=False),
+    replace(WALK, T=300, segment=128, B=2),
+    replace(WALK, K=20, V=33, gated=True, B=2),
+    *(
+        replace(WALK, operator=name, gated=True, normalize=True, ridge=False, T=T, segment=segment, state=not segment)
+        for name, T, segment in (("linear_attention", 70, None), ("hla2", 70, None), ("ahla", 70, None))
+        + (("hla3", 70, None), ("hla2", 300, 128), ("ahla", 300, 128))
+    ),
+    replace(WALK, gated=True, key_term=True),
+    replace(WALK, operator="hla3", gated=True, key_term=True),
+    replace(WALK, operator="hla3", K=64, V=96, gated=True, key_term=True),
+    replace(WALK, K=64, V=64, gated=True, key_term=True, T=200, segment=128, state=False),
+    replace(WALK, K=64, V=64, key_term=True, normalize=True),
+    *(replace(WALK, operator=name, gated=gated) for name in ("ahla", "linear_attention") for gated in (False, True)),
+    *(
+        replace(WALK, operator=name, gated=True, T=300, segment=128, state=False)
+        for name in ("ahla", "linear_attention")
+    ),
+    *(replace(WALK, operator="hla3", gated=gated, ridge=gated) for gated in (False, True)),
+    replace(WALK, operator="hla3", K=64, V=96, gated=True, T=300, segment=128, state=False),
+    replace(WALK, gated=True, gate_values="least"),
+]
+
 
 def of(arch: str) -> list[check.Case]:
     """The cases of one architecture."""
     return [case for case in SAMPLE if case.arch == arch]
+
+
+def walks(arch: str) -> list[check.Case]:
+    """Those by walks, which one architecture has."""
+    return [case for case in (*FAST_WALKS, *SLOW_WALKS) if case.arch == arch]

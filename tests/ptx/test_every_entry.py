@@ -1,4 +1,4 @@
-"""Every entry of the tile tables, executed as each Triton compiles it. Slow: hours of two cores.
+"""Every entry of the tile tables and every walk, executed as each Triton compiles it. Slow: hours of two cores.
 
 Both Tritons are installed beside the environment, by pip into a folder, and run in processes of their own.
 """
@@ -20,16 +20,16 @@ TRITONS = {"3.6.0": [memory.FENCE_AFTER_COPIES], "3.7.1": []}  # and the rules t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize(("cases", "arch"), [("entries", "sm_90"), ("entries", "sm_80"), ("walks", "sm_90")])
 @pytest.mark.parametrize("version", TRITONS)
-def test_every_entry(version: str, arch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_entry(version: str, cases: str, arch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp() / f"triton-{version}"
     if not folder.exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
         subprocess.run([*install, f"triton=={version}"], check=True, timeout=600)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "tests.ptx.check", "--arch", arch]
+    command = [sys.executable, "-m", "tests.ptx.check", "--arch", arch, "--cases", cases]
     if TRITONS[version]:
         command += ["--suspend", *TRITONS[version]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
@@ -14,8 +16,12 @@ def test_as_compiled(case: check.Case) -> None:
     assert result.good, check.line(case, result)
 
 
-def test_the_key_term_as_compiled() -> None:
-    case = check.Case("sm_90", "hla2", "bf16", 64, 64, gated=True, T=66, state=True, key_term=True)
+KEYED = check.Case("sm_90", "hla2", "bf16", 64, 64, gated=True, T=66, state=True, key_term=True)
+SLOW_KEYED = [replace(KEYED, operator="hla3", K=128, V=128, T=70), replace(KEYED, T=150, segment=64, state=False)]
+
+
+@pytest.mark.parametrize("case", [KEYED, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_KEYED)], ids=str)
+def test_the_key_term_as_compiled(case: check.Case) -> None:
     result = check.check(case)
     assert result.good, check.line(case, result)
     assert {"key_term_kernel", "key_term_backward_kernel"} <= set(result.kernels)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -12,37 +10,13 @@ import hla_dist
 from hla_kernels import walks
 from hla_kernels.device import Target
 from tests.harness import raises_value_error
-from tests.ptx import check, edits  # not before Triton is known to be there
+from tests.ptx import check, edits, sample  # not before Triton is known to be there
 from tests.ptx.backend import triton_backend
 
-CASE = check.Case("sm_90", "hla2", "bf16", 128, 128, False, T=70, backend="gluon", state=True)
-FAST = [replace(CASE, K=64, V=64, gated=True)]
-SLOW = [
-    replace(CASE, grouped=False, ridge=False),
-    replace(CASE, gated=True, T=200),
-    replace(CASE, gated=True, T=300, segment=128, state=False),
-    replace(CASE, T=300, segment=128, B=2),
-    replace(CASE, K=20, V=33, gated=True, B=2),
-    *(
-        replace(CASE, operator=name, gated=True, normalize=True, ridge=False, T=T, segment=segment, state=not segment)
-        for name, T, segment in (("linear_attention", 70, None), ("hla2", 70, None), ("ahla", 70, None))
-        + (("hla3", 70, None), ("hla2", 300, 128), ("ahla", 300, 128))
-    ),
-    replace(CASE, gated=True, key_term=True),
-    replace(CASE, operator="hla3", K=64, V=96, gated=True, key_term=True),
-    replace(CASE, K=64, V=64, key_term=True, normalize=True),
-    *(replace(CASE, operator=name, gated=gated) for name in ("ahla", "linear_attention") for gated in (False, True)),
-    *(
-        replace(CASE, operator=name, gated=True, T=300, segment=128, state=False)
-        for name in ("ahla", "linear_attention")
-    ),
-    *(replace(CASE, operator="hla3", gated=gated, ridge=gated) for gated in (False, True)),
-    replace(CASE, operator="hla3", K=64, V=96, gated=True, T=300, segment=128, state=False),
-    replace(CASE, gated=True, gate_values="least"),
-]
 
-
-@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*sample.FAST_WALKS, *(pytest.param(case, marks=pytest.mark.slow) for case in sample.SLOW_WALKS)], ids=str
+)
 def test_walks(case: check.Case) -> None:
     result = check.check(case)
     assert result.good, check.line(case, result)
