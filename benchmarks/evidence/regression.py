@@ -10,7 +10,9 @@ Letters: B prompts, n examples, d features.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -148,14 +150,21 @@ def _predict(model: nn.Module, prompts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measured(model: nn.Module, setting: Setting, seed: int) -> float:
+def measured(predict: Callable[[Tensor], Tensor], setting: Setting, seed: int) -> float:
     """Return the mean squared error on the validation prompts of ``seed``."""
     generator = Generator().manual_seed(seed)
     errors = []
     for _ in range(PROMPTS >> 13):
         prompts, labels = setting.prompts(generator, 1 << 13)
-        errors.append((_predict(model, prompts) - labels).square().mean())
+        errors.append((predict(prompts) - labels).square().mean())
     return float(torch.stack(errors).mean())
+
+
+@cache
+def drawn_optimum(setting: Setting, gated: bool) -> float:
+    """Return the error of the best step, gated or not, on the reported prompts: their draw moves both alike."""
+    _, ages, step = setting.best(gated)
+    return measured(lambda prompts: descend(prompts, ages, step), setting, REPORTED)
 
 
 def _step(model: nn.Module, run: Regression, optimizer: torch.optim.Optimizer, generator: Generator) -> None:
@@ -191,8 +200,8 @@ def train(run: Regression) -> dict[str, Any]:
         "key": run.key,
         "group": run.group,
         **asdict(run),
-        "risk": measured(model, run.setting, REPORTED),
-        "choosing": measured(model, run.setting, CHOOSING),
+        "risk": measured(partial(_predict, model), run.setting, REPORTED),
+        "choosing": measured(partial(_predict, model), run.setting, CHOOSING),
         "chance": float(run.setting.variances.sum()),  # the risk of always saying 0
         "best_step": run.setting.best(gated=False)[0],
         "best_gated": run.setting.best(gated=True)[0],

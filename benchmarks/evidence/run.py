@@ -129,12 +129,10 @@ def targets_of(groups: dict[str, list[Line]]) -> list[report.Target]:
     for name, lines in groups.items():
         rows = chosen(lines)
         if "risk" in lines[0]:
-            for mixer, optimum in (
-                ("linear_attention", "best_step"),
-                ("linear_attention, decay per head", "best_gated"),
-            ):
+            for mixer, gated in (("linear_attention", False), ("linear_attention, decay per head", True)):
                 if mixer in rows:
-                    ratio = statistics.mean(line["risk"] / line[optimum] for line in rows[mixer])
+                    best = regression.drawn_optimum(regression.Setting(**lines[0]["setting"]), gated)
+                    ratio = statistics.mean(line["risk"] / best for line in rows[mixer])
                     targets.append(report.Target(f"{mixer} reaches its optimum: {name}", ratio, 1.02, False))
         elif not name.startswith("text"):
             mean = {row: statistics.mean(x["accuracy"] for x in seeds) for row, seeds in rows.items()}
