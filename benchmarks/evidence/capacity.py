@@ -144,7 +144,7 @@ def train(run: Capacity) -> dict[str, Any]:
     accuracy, loss = evaluate(model, run.pairs, REPORTED)
     tokens = examples(Generator().manual_seed(0), 1, run.pairs)[0]
     size, decode = _state_and_decode(model, tokens)
-    gains = [parameter for name, parameter in model.named_parameters() if name in ("gain", "skip")]
+    gains = [x for x in (getattr(model, "gain", None), getattr(model, "skip", None)) if x is not None]
     return {
         "key": run.key,
         "group": run.group,
