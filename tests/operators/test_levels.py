@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import hla_dist
+from hla_dist import HLAAttention, SequenceParallelHLA
 from hla_dist.functional.levels import attend_levels, bytes_sent
 from hla_dist.operators import NAMED
 from hla_dist.parallel.agreement import HEADER_BYTES
@@ -195,6 +196,33 @@ def test_ranks_are_one_device(pool: RankPool, size: int, name: str, T: int, leve
         assert result["sent"] == (2, 2 * HEADER_BYTES + 2 * (forward + 2 * backward))
         for field, got, want in zip(state._fields, result["state"], state):
             assert_close(field, got, want.detach(), FLOAT64)
+
+
+def _layer() -> HLAAttention:
+    torch.manual_seed(shifted(0))
+    return HLAAttention(16, 4, num_kv_heads=2, levels=4, conv=3, rope_theta=100.0).double()
+
+
+def _wrapped(pg: Any, x: Tensor) -> dict[str, Tensor]:
+    layer, rank = SequenceParallelHLA(_layer(), pg), torch.distributed.get_rank(pg)
+    y, _ = layer(x.chunk(2, 1)[rank])
+    y.sin().sum().backward()
+    with torch.no_grad():  # evaluation returns a state
+        state = layer(x.chunk(2, 1)[rank])[1]
+    gradients = {name: p.grad for name, p in layer.named_parameters()}
+    return {"y": y.detach(), **dict(zip(state._fields, state)), **gradients}
+
+
+def test_a_layer_over_ranks(pool: RankPool) -> None:
+    x = torch.randn(2, 32, 16, dtype=torch.float64)
+    layer = _layer()
+    y, state = layer(x, output_final_state=True)
+    y.sin().sum().backward()
+    results = pool.run_group(2, _wrapped, x)
+    assert_close("y", torch.cat([result.pop("y") for result in results], 1), y.detach(), FLOAT64)
+    for name, want in (dict(zip(state._fields, state)) | {n: p.grad for n, p in layer.named_parameters()}).items():
+        for result in results:
+            assert_close(name, result[name], want.detach(), FLOAT64)
 
 
 def _refused(pg: Any) -> list[str]:
