@@ -68,14 +68,9 @@ class Block(nn.Module):
         self.checkpointing = "none"  # LanguageModel.activation_checkpointing
 
     def forward(
-        self,
-        x: Tensor,
-        state: Any,
-        cu_seqlens: Tensor | None,
-        positions: Tensor | None,
-        return_state: bool | str,
+        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool | str,
         attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Any, Tensor | None]:
+    ) -> tuple[Tensor, Any, Tensor | None]:  # fmt: skip
         """Return y, the state if asked for, and with experts their loads ``[B, 2, E]``, summed over tokens."""
         arguments = (x, state, cu_seqlens, positions, return_state, attention_mask)
         if self.checkpointing == "layer":
