@@ -8,8 +8,6 @@ Every field is ``[N, H, K, K]`` or ``[N, H, K, V]``, float32, or float64 for flo
 heads: that keys and values may be shared between them is a matter of storage, not of this interface.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

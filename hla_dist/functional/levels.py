@@ -11,8 +11,6 @@ two of tokens, whose edges are edges of blocks. Backward brings the gradients of
 Letters: B batch, T local tokens, H query heads, K and V head sizes, L levels, P ranks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

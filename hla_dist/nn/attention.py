@@ -3,8 +3,6 @@
 Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim, V value_dim.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The mathematics in plain torch: operators as cascades, gates, blocks, stages, segment algebra."""
 
-from __future__ import annotations
-
 from hla_dist.operators.ahla import AHLA
 from hla_dist.operators.cascade import Operator
 from hla_dist.operators.hla2 import HLA2

@@ -1,7 +1,5 @@
 """Second order, asymmetric: ``r = LA(q, k, v)``, ``o = LA(q, k, r)``; state (P, E) (docs/algebra.md)."""
 
-from __future__ import annotations
-
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
 from hla_dist.states import AHLAState
 

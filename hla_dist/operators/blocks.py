@@ -15,8 +15,6 @@ A strict pass has D and Gamma(t, start) of one token earlier throughout (``gates
 of this, and skip c beside it: ``gain dout`` stands for dout, its reverse state included, and ``skip dout`` joins dc.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -19,8 +19,6 @@ Shapes: N rows (batch x head), n chunks of c tokens; sequences ``[N, n, c, D]``,
 ``[N, n, K, V]``.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch

@@ -5,8 +5,6 @@ exp(sum of the logs in between): no ratio, no difference of long cumulative sums
 gate of any strength leaves its neighbours' precision alone.
 """
 
-from __future__ import annotations
-
 from functools import cached_property, lru_cache
 
 import torch

@@ -4,8 +4,6 @@ causal:  u = gain LA(q, k, k) + ridge q + skip k,   o = LA(q, u, v)     state (S
 prefix:  w = LA(q, k, k) + ridge q,                 o = LA(w, q, v)     state (S, C)
 """
 
-from __future__ import annotations
-
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
 from hla_dist.operators.hla2_paper import HLA2_PAPER
 from hla_dist.states import HLA2State, PrefixState

@@ -6,8 +6,6 @@ o = LA(w, q, v) - LA(q, k, y)                                                  s
 Without decay o is that of ``hla2``. ``LA(w, q, v)`` and the strict pass y read one state, C, and share its reverse R1.
 """
 
-from __future__ import annotations
-
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
 from hla_dist.states import HLA2PaperState
 

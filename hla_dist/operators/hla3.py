@@ -3,8 +3,6 @@
 The cascade equals the masked matrix form and combines with 3 K^2 + 3 K V numbers per head (docs/algebra.md).
 """
 
-from __future__ import annotations
-
 from hla_dist.operators.cascade import Fields, Moment, Operator, Pass, decayed
 from hla_dist.states import HLA3State
 

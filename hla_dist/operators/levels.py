@@ -12,8 +12,6 @@ Shapes, per head: a, b [B, H, T, K], c [B, H, T, V], weights [B, H, T, L], logs 
 [B, H, L - 1, K, V], tokens [B], all in the dtype of sums. Source: log-linear attention, arXiv 2506.04761.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """First order: ``o = LA(q, k, v)``; a segment is described by ``P = sum Gamma(end, i) k_i v_i^T`` (docs/algebra.md)."""
 
-from __future__ import annotations
-
 from hla_dist.operators.cascade import Fields, Operator, Pass, decayed
 from hla_dist.operators.channels import CHANNELS
 from hla_dist.states import LinearState

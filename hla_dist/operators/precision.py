@@ -1,7 +1,5 @@
 """Precision of sums; autocast does not reach into the operators, whose precision is their own."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

@@ -5,8 +5,6 @@ Shapes: q ``[B, T, H, K]``, k ``[B, T, G, K]``, v ``[B, T, G, V]``, log_decay ``
 tokens, sequences ``[N, L, D]`` and states ``[N, rows, columns]`` in the compute dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -11,8 +11,6 @@ inside a block everything is batched matrix products (``blocks.py``). Forward sa
 Shapes: ``segment.py``.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ Reverse carries enter from the right and start from the gradient of the final st
 the gradient of the initial state. Equations: docs/algebra.md, gradients.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

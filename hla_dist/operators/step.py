@@ -3,8 +3,6 @@
 Shapes: sequences ``[B, H, D]``, states ``[B, H, rows, columns]``, as everywhere in float32 or wider.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A summary says what a run of tokens does to any carry, in a number of values ind
 is associative with ``identity`` as its unit, so any tree over chunks, segments or ranks gives the same prefixes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ tokens the peak is a straight line in the length of the shard, so two short trac
 fetch from other ranks, and what FSDP2 gathers, is counted by rules of their own.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Iterable
