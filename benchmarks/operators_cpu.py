@@ -120,39 +120,36 @@ def measure_memory(args: argparse.Namespace, lengths: list[int], warm: dict[Case
 
 def judge(args, lengths, time_of: dict[Case, float], rate: float, peaks: dict[Case, int]) -> list[report.Target]:
     """The asserted targets."""
-    Target = report.Target
     targets = []
+
+    def worst(name: str, values: dict[int, float], bound: float, at_least: bool = True) -> None:
+        tokens = (min if at_least else max)(values, key=values.__getitem__)
+        name = f"{name}, worst of T = {min(values)} to {max(values)}: T = {tokens}"
+        targets.append(report.Target(name, values[tokens], bound, at_least))
+
+    def over_hla2(other: str, mode: str, some: list[int]) -> dict[int, float]:
+        return {t: time_of[other, t, mode] / time_of[HLA2.name, t, mode] for t in some if (other, t, mode) in time_of}
+
     measured = [t for t in lengths if t >= 8192] or lengths[-1:]
-    share = {
-        t: WORK["forward"] * OPERATIONS * args.heads * t / time_of[HLA2.name, t, "forward"] / rate for t in lengths
-    }
+    work = 100 * WORK["forward"] * OPERATIONS * args.heads
     for start, bound in ((65536, 30), (8192, 25)):
         some = [t for t in measured if t >= start] or lengths[-1:]
-        worst = min(some, key=lambda t: share[t])
-        name = f"hla2 forward, percent of the matrix rate, worst from T = {some[0]} on: T = {worst}"
-        targets.append(Target(name, 100 * share[worst], bound, True))
+        share = {t: work * t / time_of[HLA2.name, t, "forward"] / rate for t in some}
+        worst("hla2 forward, percent of the matrix rate", share, bound)
     short, long = measured[0], lengths[-1]
     for mode in MODES:
         growth = time_of[HLA2.name, long, mode] / long / (time_of[HLA2.name, short, mode] / short)
-        targets.append(Target(f"hla2 {mode}, time per token at T = {long} over T = {short}", growth, 1.3, False))
+        name = f"hla2 {mode}, time per token at T = {long} over T = {short}"
+        targets.append(report.Target(name, growth, 1.3, False))
     for mode in MODES:
-        common = [t for t in lengths if t >= 2048 and (SOFTMAX.name, t, mode) in time_of]
-        if common:
-            ratios = {t: time_of[SOFTMAX.name, t, mode] / time_of[HLA2.name, t, mode] for t in common}
-            worst = min(common, key=lambda t: ratios[t])
-            name = f"softmax over hla2, {mode}, worst of T = {common[0]} to {common[-1]}: T = {worst}"
-            targets.append(Target(name, ratios[worst], 1.0, True))
+        if ratios := over_hla2(SOFTMAX.name, mode, [t for t in lengths if t >= 2048]):
+            worst(f"softmax over hla2, {mode}", ratios, 1.0)
     mode = "forward+backward"
-    ratios = {t: time_of[COMPOSITION.name, t, mode] / time_of[HLA2.name, t, mode] for t in measured}
-    worst = min(measured, key=lambda t: ratios[t])
-    name = f"composition over hla2, {mode}, worst of T = {measured[0]} to {measured[-1]}: T = {worst} (aim 1.5)"
-    targets.append(Target(name, ratios[worst], 1.3, True))
+    worst(f"composition over hla2, {mode} (aim 1.5)", over_hla2(COMPOSITION.name, mode, measured), 1.3)
     if peaks:
         common = [t for t in measured if (HLA2.name, t, mode) in peaks and (COMPOSITION.name, t, mode) in peaks]
         ratios = {t: peaks[HLA2.name, t, mode] / max(1, peaks[COMPOSITION.name, t, mode]) for t in common}
-        worst = max(common, key=lambda t: ratios[t])
-        name = f"peak memory, hla2 over composition, {mode}, worst of T = {common[0]} to {common[-1]}: T = {worst}"
-        targets.append(Target(name, ratios[worst], 0.5, False))
+        worst(f"peak memory, hla2 over composition, {mode}", ratios, 0.5, at_least=False)
     return targets
 
 
