@@ -86,8 +86,7 @@ def save(
         together(group, begin)
         stored_tensors.write(unfinished, tensors, group)
         lines = together(group, describe_own)
-        every = [lines] if group is None else all_gather_objects(lines, group)
-        files = {name: line for part in every for name, line in part.items()}
+        files = {name: line for part in all_gather_objects(lines, group) for name, line in part.items()}
         together(group, finish)
     except UserError as exc:
         if first:
@@ -136,15 +135,15 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     the same. A newer one that is torn, cut off or changed is named in ``passed_over``. Raises UserError, the same on
     every rank, if there is none, or if ``path`` itself is one that is not whole.
     """
-    names, itself = _agreed(group, lambda: _candidates(path))
+    # the first rank's answer: a directory may look different from another machine
+    names, itself = all_gather_objects(together(group, partial(_candidates, path)), group)[0]
     if not names:
         raise UserError(f"checkpoint: expected a directory with {MANIFEST} in or under {path}, got none")
     _, rank, ranks = members(group)
     problems: list[str] = []
     for candidate in map(Path, names):
         wrong = together(group, partial(problem, candidate, rank, ranks), patient=True)  # files may differ much in size
-        every = [wrong] if group is None else all_gather_objects(wrong, group)
-        reason = next((text for text in every if text is not None), None)
+        reason = next((text for text in all_gather_objects(wrong, group) if text is not None), None)
         if reason is None:
             return Checkpoint(candidate, together(group, partial(_read_state, candidate)), problems)
         problems.append(f"checkpoint {candidate} is not whole: {reason}")
@@ -188,9 +187,3 @@ def _move(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync_directory(final.parent)
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _agreed(group: Any, work: Callable[[], Any]) -> Any:
-    """What ``work()`` gives on the first rank: a directory may look different from another machine."""
-    value = together(group, work)
-    return value if group is None else all_gather_objects(value, group)[0]

@@ -199,8 +199,10 @@ def named(what: str, pg: Group) -> Iterator[None]:
         ) from error
 
 
-def all_gather_objects(obj: Any, pg: Group) -> list[Any]:
-    """All-gather small Python objects, rank-major. For first calls and error paths only: it pickles."""
+def all_gather_objects(obj: Any, pg: Group | None) -> list[Any]:
+    """All-gather small Python objects, rank-major; no group: this one alone. For first calls and errors: it pickles."""
+    if pg is None:
+        return [obj]
     _begin(pg, None)
     if isinstance(pg, MPIGroup):
         return pg.all_gather_objects(obj)
