@@ -146,7 +146,7 @@ def _start_backward(plan: Plan, saved, dstate) -> Tensor:
         summary = plan.zeros(q, v, plan.cascade.reverses)
     else:
         summary = stage_ops.summarize_backward(*stages, *plan.stage_arguments)
-    how = (bool(dstate), plan.group_name, "backward", plan.description, *plan.exchange_arguments(q, v))
+    how = (plan.output_state, plan.group_name, "backward", plan.description, *plan.exchange_arguments(q, v))
     return exchange_ops.exchange_start([*summary, *dstate], later, *how)
 
 
