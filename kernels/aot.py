@@ -3,12 +3,12 @@
     registers   per thread            spills    bytes per thread kept in local memory (stack) for want of registers
     shared      bytes per program     matrix    matrix-unit instructions by name, as often as they stand in the code
     narrow      addresses whose 32-bit offset grows with the problem: from 2^31 elements on they would be wrong
-    reloads     reads of local memory in the main loop, of what was put there before it
-    restores    writes of local memory in the main loop
+    reloads     reads of local memory in the main loop, of what was put there before it; of a walk, in every role's loop
+    restores    writes of local memory there
     early       copies that begin while a matrix instruction still reads what they overwrite
 
 NVIDIA: the bundled ``cuobjdump`` and the PTX. AMD: the assembly's metadata, local memory in loops is not looked for.
-Offsets and copies: Triton's own intermediate forms. No GPU, no driver.
+Offsets and copies: Triton's own intermediate forms, which Gluon's kernels have not. No GPU, no driver.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def compile_launch(arch: str, kernel: Any, arguments: dict[str, Any], options: d
         registers, spills = _cubin_usage(compiled.asm["cubin"])
         reloads, restores = local_in_main_loop(compiled.asm["cubin"]) if spills else (0, 0)
     matrix = {name: text.count(name) for name in MATRIX[arch]}
-    narrow, early = growing_offsets(compiled.asm["ttir"]), early_copies(compiled.asm["ttgir"])
+    narrow, early = growing_offsets(compiled.asm.get("ttir", "")), early_copies(compiled.asm.get("ttgir", ""))
     return Resources(registers, spills, shared, matrix, len(narrow), reloads, restores, len(early))
 
 
@@ -179,15 +179,27 @@ def _loop_bodies(ttgir: str) -> list[list[str]]:
     return bodies
 
 
-_MACHINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(\w+)[^;]*?(?:(0x[0-9a-f]+)\s*)?;")
+_MACHINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?(\w+)[^;]*?(?:(0x[0-9a-f]+)\s*)?;")
 
 
 def local_in_main_loop(cubin: bytes) -> tuple[int, int]:
-    """How many reads and writes of local memory stand in the longest loop of the machine code."""
-    code = [(int(m[1], 16), m[2], m[3]) for m in _MACHINE.finditer(_cuobjdump(cubin, "-sass"))]
-    jumps = [(int(to, 16), at) for at, name, to in code if name == "BRA" and to and int(to, 16) < at]
-    first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, -1))
-    names = [name for at, name, _ in code if first <= at <= last]
+    """How many reads and writes of local memory stand in the longest loop of the machine code.
+
+    Where warps have parts of their own, which then load by TMA, the longest loop hands the parts out: there it is the
+    innermost loop of every part that multiplies or loads. Unconditional jumps back only return from a wait.
+    """
+    found = list(_MACHINE.finditer(_cuobjdump(cubin, "-sass")))
+    code = [(int(m[1], 16), m[3]) for m in found]
+    back = [m for m in found if m[3] == "BRA" and m[4] and int(m[4], 16) < int(m[1], 16)]
+    back.sort(key=lambda m: int(m[1], 16) - int(m[4], 16))
+    loops = [(int(m[4], 16), int(m[1], 16)) for m in back[-1:]]
+    if any(name == "UTMALDG" for _, name in code):
+        loops = []
+        for first, last in ((int(m[4], 16), int(m[1], 16)) for m in back if m[2]):
+            works = any(name in ("HGMMA", "UTMALDG") for at, name in code if first <= at <= last)
+            if works and not any(first <= inner <= last for inner, _ in loops):
+                loops.append((first, last))
+    names = [name for at, name in code if any(first <= at <= last for first, last in loops)]
     return names.count("LDL"), names.count("STL")
 
 

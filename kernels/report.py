@@ -2,14 +2,15 @@
 
 Every entry of the tile table is compiled in its most demanding variants, forward and reverse, exactly as the host
 functions launch it; where spills are forbidden, in every variant of hla2's passes over one segment with grouped heads
-too, whose states leave and whose gradients are float32. The other kernels once an architecture. Printed as a table and
-written as JSON. Exit status 1 if a kernel breaks a rule:
+too, whose states leave and whose gradients are float32. The walks of hla2, ahla and linear_attention over one segment,
+of which hla3's are made. The other kernels once an architecture. Printed as a table and written as JSON. Exit status 1
+if a kernel breaks a rule:
 
     shared memory over the architecture's limit
     no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
     a copy into a buffer that a matrix instruction under way may still read (tiles.py says where Triton did that)
-    on sm_90 or sm_100 at K, V <= 128 a main loop with more instructions that touch local memory than ``LOCAL`` or
-    ``LOCAL_SEEN`` say, of its two thousand; elsewhere more bytes spilled than ``SPILLS`` allows
+    on sm_90 or sm_100 at K, V <= 128 a main loop with more instructions that touch local memory than ``LOCAL``,
+    ``LOCAL_SEEN`` or ``LOCAL_WALKS`` say, of its two thousand; elsewhere more bytes spilled than ``SPILLS`` allows
     a 32-bit offset that grows with the problem
 
 What a kernel takes is kept by a hash of its source, its compile key and Triton's version: unchanged kernels cost
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hla_kernels import aot, device, fused, stages, tiles
+from hla_kernels import aot, device, fused, stages, tiles, walks
 from hla_kernels.cascade import CASCADES, Problem
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
@@ -49,6 +50,8 @@ SPILLS: dict[tuple[str, str, int], int] = {
 LOCAL = 40  # accesses to local memory in a step that is to keep its values in registers: addresses, above all
 # More, as seen: fp16 operands are float32 in registers beside the gates' terms. No other tile was tried.
 LOCAL_SEEN: dict[tuple[str, str, int], int] = {("sm_90", "float16", 128): 83}
+# of walks: without terms of the gates' gradient, and with them, which leave too few registers; the most seen
+LOCAL_WALKS = (8, 520)
 COMMITTED = Path(__file__).with_name("compiled.json")
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
@@ -61,6 +64,7 @@ class Case(NamedTuple):
     K: int
     V: int
     gated: bool
+    walks: str = ""  # an operator: its walks instead
 
 
 class Row(NamedTuple):
@@ -92,13 +96,35 @@ def cases(archs: tuple[str, ...]) -> list[Case]:
             found += [Case(arch, name, rows, rows, gated) for rows in entries for gated in (False, True)]
             if dtype == torch.bfloat16:
                 found.append(Case(arch, name, 96, 80, True))  # masked columns
+    if "sm_90" in archs:
+        walked = ("hla2", "ahla", "linear_attention")
+        found += [Case("sm_90", "bfloat16", 128, 128, gated, name) for name in walked for gated in (False, True)]
     return found
 
 
 def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
-    """What a backward of hla2 over several segments launches, and a decoding step of every operator."""
+    """What a case's calls launch."""
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = []
     device.replace_launcher(lambda kernel, grid, arguments, options: found.append((kernel, arguments, options)))
+    (_call_walks if case.walks else _call_passes)(case)
+    device.replace_launcher(None)
+    return found
+
+
+def _call_walks(case: Case) -> None:
+    """Forward and backward over one segment."""
+    sizes = ((2, case.K), (1, case.K), (1, case.V), (2, case.V))
+    q, k, v, dout = (torch.empty(1, 600, *size, dtype=torch.bfloat16) for size in sizes)
+    log_decay = torch.zeros(1, 600, 2) if case.gated else None
+    target = Target(case.arch, PROCESSORS[case.arch])
+    problem = Problem(CASCADES[case.walks], q, k, v, log_decay, 0.5, 0.3, target, operator=case.walks)
+    carry = [torch.zeros(1, 2, case.K, case.V) for _ in problem.passes]
+    walks.scan(problem, carry)
+    walks.scan_backward(replace(problem, sequences={}), carry, dout, carry, case.gated)
+
+
+def _call_passes(case: Case) -> None:
+    """A backward of hla2 over several segments, and a decoding step of every operator."""
     dtype, heads, tokens = getattr(torch, case.dtype), 2, 600
     log_decay = torch.zeros(1, tokens, heads) if case.gated else None
     target = Target(case.arch, PROCESSORS[case.arch])
@@ -129,17 +155,19 @@ def _launches(case: Case) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
                 one = Problem((), q, k, v, log_decay, 0.5, 0.3, target._replace(processors=1), operator=operator)
                 states = [torch.zeros(1, heads, case.K, case.V) for _ in READS[operator].states]
                 fused.scan(one, states, None)
-    device.replace_launcher(None)
-    return found
 
 
 def _repeats(arguments: dict[str, Any]) -> tuple[int, ...]:
     """Query heads that share a head of each sequence."""
-    return tuple(x.repeat for x in arguments.values() if isinstance(x, Sequence))
+    return arguments.get("REPEATS") or tuple(x.repeat for x in arguments.values() if isinstance(x, Sequence))
 
 
 def _variant(arguments: dict[str, Any]) -> str:
     names = [name.lower() for name, value in arguments.items() if name.isupper() and value is True]
+    if "PASSES" in arguments:
+        passes = arguments["PASSES"]
+        names = [arguments["LINK"], *names, *["add"] * any(p[3] >= 0 for p in passes)]
+        names += ["paired"] * any(p[4] >= 0 for p in passes)
     return "+".join(names + ["grouped"] * (set(_repeats(arguments)) > {1})) or "plain"
 
 
@@ -149,7 +177,9 @@ def _no_spills(sizes: Case | Row) -> bool:
 
 
 def _wanted(case: Case, arguments: dict[str, Any]) -> bool:
-    """What asks for everything at once, what a state leaves as well where spills are forbidden; and states alone."""
+    """What asks for everything at once, what a state leaves as well where spills are forbidden; states alone; walks."""
+    if case.walks:
+        return "LINK" in arguments
     if "EMIT" not in arguments:
         return True
     if not arguments["EMIT"]:
@@ -167,14 +197,15 @@ def compile_case(
     taken: dict[str, aot.Resources] = {}
     for kernel, arguments, options in _launches(case):
         name = kernel.fn.__name__.removesuffix("_kernel")
-        key_dim, value_dim = arguments.get("K", 0), arguments.get("V", 0)
-        variant = (name, _variant(arguments), key_dim, value_dim, _repeats(arguments))
+        columns = arguments.get("D", 0)  # of walks
+        key_dim, value_dim = arguments.get("K", columns), arguments.get("V", columns)
+        variant = (name, _variant(arguments), key_dim, value_dim, _repeats(arguments), arguments.get("PASSES"))
         if variant in rows or not _wanted(case, arguments):
             continue
         key = _key(case.arch, kernel, arguments, options)
         got = (known or {}).get(key) or aot.compile_launch(case.arch, kernel, arguments, options)
         taken[key] = got
-        tile = [str(arguments[x]) for x in ("BT", "BV") if x in arguments]
+        tile = [str(arguments[x]) for x in ("BT", "BV", "D") if x in arguments]
         text = f"{'x'.join(tile)} w{options['num_warps']} s{options['num_stages']}"
         rows[variant] = Row(case.arch, case.dtype, name, variant[1], key_dim, value_dim, text, *got)
     return list(rows.values()), taken
@@ -247,10 +278,10 @@ def broken_rules(row: Row) -> Iterator[str]:
     label = f"{row.kernel} ({row.variant}) K={row.K} V={row.V} {row.dtype} {row.tile} on {row.arch}"
     if row.shared > aot.SHARED_LIMIT[row.arch]:
         yield f"{label}: {row.shared} bytes of shared memory, the limit is {aot.SHARED_LIMIT[row.arch]}"
-    if row.kernel in ("first_order", "fused_forward"):
+    if row.kernel in ("first_order", "fused_forward", "walk"):
         if not any(row.matrix.values()):
             yield f"{label}: no matrix instructions"
-        formed = "inner" in row.variant or row.kernel == "fused_forward"  # not a correction alone, of few tokens
+        formed = "inner" in row.variant or row.kernel != "first_order"  # not a correction alone, of few tokens
         if row.arch == "sm_90" and (formed or row.tile.startswith("64x")) and not row.matrix["wgmma.mma_async"]:
             yield f"{label}: no wgmma"
     if row.early:
@@ -258,7 +289,10 @@ def broken_rules(row: Row) -> Iterator[str]:
     rows = next((r for r in tiles.ROWS if r >= row.K), 0)
     allowed = SPILLS.get((row.arch, row.dtype, rows), 0)
     if _no_spills(row):
-        if row.reloads + row.restores > LOCAL_SEEN.get((row.arch, row.dtype, rows), LOCAL):
+        most = LOCAL_SEEN.get((row.arch, row.dtype, rows), LOCAL)
+        if row.kernel == "walk":
+            most = LOCAL_WALKS["paired" in row.variant]
+        if row.reloads + row.restores > most:
             yield f"{label}: the main loop reads local memory {row.reloads} times and writes it {row.restores} times"
     elif row.spills > allowed and rows <= 128:
         yield f"{label}: {row.spills} bytes spilled, allowed are {allowed}"

@@ -45,6 +45,9 @@ def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
             text = tile and f"{tile.BT}x{columns} w{tile.warps} s{tile.stages}"
             assert tile is None or (arch, columns, text, bool(gated)) in fused
     assert {row["arch"] for row in rows if row["kernel"] == "decode"} == set(SUPPORTED)
+    walks = {(row["variant"].split("+")[0], "gated" in row["variant"]) for row in rows if row["kernel"] == "walk"}
+    assert walks == set(itertools.product(("alone", "apart", "adds", "makes b", "makes c"), (False, True)))
+    assert all(row["matrix"]["wgmma.mma_async"] for row in rows if row["kernel"] == "walk")
     assert "| sm_90 | bfloat16 | first_order |" in done.stdout
 
 
@@ -91,6 +94,11 @@ def test_what_breaks_a_rule() -> None:
         assert list(report.broken_rules(spilling._replace(reloads=allowed))) == []
         (text,) = report.broken_rules(spilling._replace(reloads=allowed, restores=1))
         assert f"the main loop reads local memory {allowed} times and writes it 1 times" in text
+    for variant, most in zip(("adds+gated", "adds+gated+paired"), report.LOCAL_WALKS):
+        walk = good._replace(kernel="walk", variant=variant, spills=8)
+        assert list(report.broken_rules(walk._replace(reloads=most))) == []
+        (text,) = report.broken_rules(walk._replace(reloads=most, restores=1))
+        assert f"the main loop reads local memory {most} times and writes it 1 times" in text
     (text,) = report.broken_rules(good._replace(early=1))
     assert "1 copies begin into what a matrix instruction may still read" in text
     for tile, variant in (("64x64 w4 s2", "emit"), ("32x32 w4 s2", "emit+inner")):
