@@ -4,7 +4,7 @@
     python benchmarks/evidence/run.py --all         the whole grid (make evidence-all)
     python benchmarks/evidence/run.py --plan        only the table of runs, with the core-minutes each group will take
     python benchmarks/evidence/run.py --report      only the report, of the runs already done
-    python benchmarks/evidence/run.py --only needle     only the groups of runs that have this in their name
+    python benchmarks/evidence/run.py --all --only needle   only the groups of runs that have this in their name
     python benchmarks/evidence/run.py --part 2/4    every fourth mixer from the second on, for a machine of its own
     python benchmarks/evidence/run.py --quick       a smoke run of seconds; report in out/benchmarks/
 
@@ -194,6 +194,8 @@ def main() -> int:
     if args.quick:
         grid = [Run(SMALLEST, mixer, 1e-2, 0, 2, batch=2, hidden=32) for mixer in MIXER_ORDER[:4]]
     runs = [run for run in (grid if args.all or args.quick else subset()) if args.only in run.group]
+    if not runs:
+        sys.exit(f"--only: expected part of a group's name (--plan lists them, --all --plan more), got {args.only!r}")
     path = args.out / "evidence.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.plan or (not args.report and args.part == "1/1"):  # parts are children: the steps are timed once

@@ -202,6 +202,16 @@ def test_hla2_is_held_to_the_state_that_first_order_needs() -> None:
     assert alone.measured == pytest.approx(0.9)
 
 
+def test_a_name_that_no_group_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import run as program
+
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "needle", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--only: expected part of a group's name .*, got 'needle'"):
+        program.main()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow  # times the steps of every mixer
 def test_the_plan_of_make_evidence_is_half_an_hour_of_two_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
