@@ -109,9 +109,14 @@ def _strict(x: Any) -> Any:
 
 
 def write(
-    theme: str, out: Path, title: str, about: dict[str, Any], targets: list[Target], body: list[str],
+    theme: str,
+    out: Path,
+    title: str,
+    about: dict[str, Any],
+    targets: list[Target],
+    body: list[str],
     data: dict[str, Any],
-) -> Path:  # fmt: skip
+) -> Path:
     """Write ``<theme>.md`` and ``.json`` under ``out`` and return the path of the .md.
 
     Machine and date are inside: a file whose name changed with every run would break the links to it.

@@ -112,9 +112,13 @@ class Outcome(NamedTuple):
 
 
 def simulate(
-    exchange: str, way: scan.Direction, network: Network, combine: float = 0.0, starts: list[float] | None = None,
+    exchange: str,
+    way: scan.Direction,
+    network: Network,
+    combine: float = 0.0,
+    starts: list[float] | None = None,
     overlap: float = 0.0,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """One exchange in one direction; ``starts``: seconds at which the ranks have their summaries (None: all at 0).
 
     overlap: seconds of local work that a rank can do while summaries travel, on a stream of its own: combining and

@@ -43,9 +43,13 @@ class Checkpoint:
 
 
 def save(
-    directory: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], group: Any = None,
+    directory: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    group: Any = None,
     at: Callable[[str, int], None] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write ``directory/step-N`` and return it; every rank of ``group`` calls it (None: this process alone).
 
     ``tensors`` are those of :func:`hla_dist.checkpoints.tensors.capture`. ``at``, for tests, is told the moments

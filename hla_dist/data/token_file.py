@@ -47,9 +47,14 @@ def about_path(path: Path) -> Path:
 
 
 def write_tokens(
-    path: Path, documents: Iterable[Document], tokenizer: str, max_tokens: int = 0,
-    progress: Callable[[int, int], Any] = lambda size, tokens: None, end_token: str | None = None, processes: int = 1,
-) -> About:  # fmt: skip
+    path: Path,
+    documents: Iterable[Document],
+    tokenizer: str,
+    max_tokens: int = 0,
+    progress: Callable[[int, int], Any] = lambda size, tokens: None,
+    end_token: str | None = None,
+    processes: int = 1,
+) -> About:
     """Write the tokens of ``documents`` and what they are, whole or not at all; stop after ``max_tokens`` if not 0.
 
     In memory is one document at a time (with several ``processes`` some MiB for each process), and eight bytes per

@@ -10,9 +10,15 @@ from hla_dist.parallel.compiling import assume_constant_result
 
 
 def resolve(
-    requested: str, cascade: str, mask: str, q: Tensor, value_dim: int, chunk_size: int | None, slow: str = "",
+    requested: str,
+    cascade: str,
+    mask: str,
+    q: Tensor,
+    value_dim: int,
+    chunk_size: int | None,
+    slow: str = "",
     normalize: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """``"torch"``, ``"triton"`` or ``"gluon"``.
 
     ``"auto"`` is Triton for tensors on a GPU wherever its kernels compute the call, else torch. Raises ValueError
@@ -42,9 +48,17 @@ def kernel_stages(backend: str) -> Any:
 
 @assume_constant_result
 def _obstacle(
-    kernels: str, unnamed: bool, cascade: str, mask: str, device: torch.device, dtype: torch.dtype, key_dim: int,
-    value_dim: int, normalize: bool, chunk_size: int | None,
-) -> str:  # fmt: skip
+    kernels: str,
+    unnamed: bool,
+    cascade: str,
+    mask: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    normalize: bool,
+    chunk_size: int | None,
+) -> str:
     """Why the kernels cannot compute a call, or nothing."""
     if mask == "full":
         return f"backend: expected 'auto' or 'torch' with mask='full' (it is plain matrix products), got {kernels!r}"

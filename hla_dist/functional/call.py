@@ -149,9 +149,15 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         gates = gates.repeat_interleave(q.shape[2] // gates.shape[-1], dim=-1)
     scale = q.shape[3] ** -0.5 if o["scale"] is None else float(o["scale"])
     plan = Plan(
-        cascade.name, scale, float(o["ridge"]), o["normalize"], float(o["eps"]), o["chunk_size"] or 0, backend,
+        cascade.name,
+        scale,
+        float(o["ridge"]),
+        o["normalize"],
+        float(o["eps"]),
+        o["chunk_size"] or 0,
+        backend,
         o["output_final_state"],
-    )  # fmt: skip
+    )
     if o["group"] is not None:
         plan = _over_group(plan, o, documents, q, k, v)
     return Call(o["mask"], plan, q, k, v, gates, gain, skip, initial, documents)

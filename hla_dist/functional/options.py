@@ -91,7 +91,23 @@ class Options(SegmentOptions, total=False):
 
 
 DEFAULTS: dict[str, Any] = dict(
-    log_decay=None, decay_form="masked", scale=1.0, ridge=0.0, gain=1.0, skip=0.0, normalize=False, mask="causal",
-    backend="auto", chunk_size=None, eps=1e-6, initial_state=None, output_final_state=False, group=None,
-    exchange="auto", wire_dtype=None, cu_seqlens=None, cu_seqlens_cpu=None, shard_lengths=None,
-)  # fmt: skip
+    log_decay=None,
+    decay_form="masked",
+    scale=1.0,
+    ridge=0.0,
+    gain=1.0,
+    skip=0.0,
+    normalize=False,
+    mask="causal",
+    backend="auto",
+    chunk_size=None,
+    eps=1e-6,
+    initial_state=None,
+    output_final_state=False,
+    group=None,
+    exchange="auto",
+    wire_dtype=None,
+    cu_seqlens=None,
+    cu_seqlens_cpu=None,
+    shard_lengths=None,
+)

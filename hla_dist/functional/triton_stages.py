@@ -71,9 +71,18 @@ def problem_of(segment: Segment, ones: bool = True) -> Problem:
     passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge, p.keyed) for p in segment.operator.passes)
     gain, skip = (x if x is None else x.contiguous() for x in (segment.gain, segment.skip))
     return Problem(
-        passes, q, k, v, log_decay, settings.scale, settings.ridge, target_of(q.device),
-        operator=segment.operator.name, gain=gain, skip=skip,
-    )  # fmt: skip
+        passes,
+        q,
+        k,
+        v,
+        log_decay,
+        settings.scale,
+        settings.ridge,
+        target_of(q.device),
+        operator=segment.operator.name,
+        gain=gain,
+        skip=skip,
+    )
 
 
 @on_its_device

@@ -36,9 +36,17 @@ class Batch:
 
 
 def read(
-    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, named: dict[str, Any],
-    cache: HLACache | None, counted: bool, *, positions_matter: bool, hybrid: bool, group: Any,
-) -> Batch:  # fmt: skip
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    named: dict[str, Any],
+    cache: HLACache | None,
+    counted: bool,
+    *,
+    positions_matter: bool,
+    hybrid: bool,
+    group: Any,
+) -> Batch:
     """What the arguments of forward say about embeddings ``x`` [B, T, D].
 
     ``named``: further keywords; bounds of documents are read, those of IGNORED passed over, others refused by name.
@@ -118,9 +126,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _counted(
-    x: Tensor, filled: Tensor | None, position_ids: Tensor | None, cache: HLACache | None, counted: bool,
-    positions_matter: bool, hybrid: bool, group: Any,
-) -> Batch:  # fmt: skip
+    x: Tensor,
+    filled: Tensor | None,
+    position_ids: Tensor | None,
+    cache: HLACache | None,
+    counted: bool,
+    positions_matter: bool,
+    hybrid: bool,
+    group: Any,
+) -> Batch:
     """Positions, counted without padding from the start of the whole text, and how much there is of it.
 
     Where the host may read the mask (on the CPU, and in a hybrid, whose softmax layers read lengths anyway) one that

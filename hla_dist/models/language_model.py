@@ -68,9 +68,14 @@ class Block(nn.Module):
         self.checkpointing = "none"  # LanguageModel.activation_checkpointing
 
     def forward(
-        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, positions: Tensor | None, return_state: bool | str,
+        self,
+        x: Tensor,
+        state: Any,
+        cu_seqlens: Tensor | None,
+        positions: Tensor | None,
+        return_state: bool | str,
         attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Any, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Any, Tensor | None]:
         """Return y, the state if asked for, and with experts their loads ``[B, 2, E]``, summed over tokens."""
         arguments = (x, state, cu_seqlens, positions, return_state, attention_mask)
         if self.checkpointing == "layer":
@@ -116,7 +121,7 @@ class Block(nn.Module):
 
 
 def recomputed(fn: Any, *arguments: Any) -> Any:
-    """``fn(*arguments)``; backward computes it again, from the arguments alone."""
+    """``fn(*arguments)``; backward computes it again from the arguments, and sends nothing."""
     if not torch.is_grad_enabled():
         return fn(*arguments)
     return checkpoint(fn, *arguments, use_reentrant=False, context_fn=checkpoint_context)

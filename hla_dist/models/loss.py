@@ -15,9 +15,13 @@ CHUNK_LOGITS = 1 << 24  # numbers: 64 MiB in float32, 512 tokens of a vocabulary
 
 
 def summed_cross_entropy(
-    to_logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, vocab_size: int,
-    modules: Sequence[nn.Module], ignore_index: int = -100,
-) -> Tensor:  # fmt: skip
+    to_logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    modules: Sequence[nn.Module],
+    ignore_index: int = -100,
+) -> Tensor:
     """Sum of the cross-entropies of ``to_logits(hidden)`` in nats, over the labels that are not ``ignore_index``.
 
         sum_t -log softmax(to_logits(hidden_t))[label_t]                hidden [B, T, D], labels [B, T] -> scalar

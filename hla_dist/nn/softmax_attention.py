@@ -309,9 +309,15 @@ class SoftmaxAttention(AttentionLayer):
         )
 
     def _check(
-        self, x: Tensor, state: Any, cu_seqlens: Any, positions: Tensor | None, attention_mask: Tensor | None,
-        rank: int, ranks: int,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        x: Tensor,
+        state: Any,
+        cu_seqlens: Any,
+        positions: Tensor | None,
+        attention_mask: Tensor | None,
+        rank: int,
+        ranks: int,
+    ) -> Tensor | None:
         """Raise ValueError for wrong arguments; return ``cu_seqlens`` on the host if there are any."""
         good = x.dim() == 3 and x.shape[-1] == self.hidden_size and x.is_floating_point()
         require(good, "x", f"a floating-point tensor [B, T, {self.hidden_size}]", f"{x.dtype} {list(x.shape)}")

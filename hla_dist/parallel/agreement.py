@@ -98,9 +98,13 @@ def named(pending: _Pending) -> AbstractContextManager[None]:
 
 
 def start(
-    pg: collectives.Group, direction: str, description: str, payload: Tensor | None, device: torch.device,
+    pg: collectives.Group,
+    direction: str,
+    description: str,
+    payload: Tensor | None,
+    device: torch.device,
     failure: str | None = None,
-) -> _Pending:  # fmt: skip
+) -> _Pending:
     """Send one frame per rank; returns what ``finish`` waits for.
 
     description: everything that shapes the payload, as text, and its ``contents``; payload: flat uint8. ``failure``

@@ -50,11 +50,23 @@ def _state_type(name: str, mask: str, decay_form: str) -> Any:
 
 
 def read_arguments(
-    name: str, q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, decay_form: str = "masked",
-    scale: float = 1.0, ridge: float = 0.0, gain: float | Tensor = 1.0, skip: float | Tensor = 0.0,
-    normalize: bool = False, eps: float = 1e-6, mask: str = "causal", initial_state: tuple[Tensor, ...] | None = None,
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    decay_form: str = "masked",
+    scale: float = 1.0,
+    ridge: float = 0.0,
+    gain: float | Tensor = 1.0,
+    skip: float | Tensor = 0.0,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    mask: str = "causal",
+    initial_state: tuple[Tensor, ...] | None = None,
     output_final_state: bool = False,
-) -> Arguments:  # fmt: skip
+) -> Arguments:
     """Check the options, which are the oracles', and expand the tensors.
 
     Raises ValueError naming the argument, what was expected and what came.

@@ -60,9 +60,17 @@ def serial(
 
 
 def _step(
-    name: str, kind: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: tuple[Tensor, ...], ridge: float,
-    gain: Tensor, skip: Tensor,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    name: str,
+    kind: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: tuple[Tensor, ...],
+    ridge: float,
+    gain: Tensor,
+    skip: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One token, q and k [B, H, K], v [B, H, V], g [B, H, 1 or K, 1], gain and skip [1 or H, 1]: its output [B, H, V],
     and the state after it.
     """

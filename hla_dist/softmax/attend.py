@@ -36,9 +36,16 @@ class SoftmaxCall(NamedTuple):
 
 
 def agree(
-    tokens: int, group: Any, *, cu: Tensor | None, state: KVState | None, window: int | None, final: bool,
-    description: str, device: torch.device,
-) -> SoftmaxCall:  # fmt: skip
+    tokens: int,
+    group: Any,
+    *,
+    cu: Tensor | None,
+    state: KVState | None,
+    window: int | None,
+    final: bool,
+    description: str,
+    device: torch.device,
+) -> SoftmaxCall:
     """Every rank's number of tokens and of cached keys, and whether they want the same thing.
 
     ``cu`` on the host. Communication with a group: one all-gather of 2 + N integers in the agreement's frame, N

@@ -23,8 +23,17 @@ from torch import Tensor, nn
 
 from hla_dist.processes.failure import UserError
 
-KINDS = ("kill", "kill-backward", "kill-writing", "kill-finishing", "term", "hang", "nan-output", "nan-gradient",
-         "flip")  # fmt: skip
+KINDS = (
+    "kill",
+    "kill-backward",
+    "kill-writing",
+    "kill-finishing",
+    "term",
+    "hang",
+    "nan-output",
+    "nan-gradient",
+    "flip",
+)
 
 
 @dataclass(frozen=True)

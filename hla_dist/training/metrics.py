@@ -24,9 +24,12 @@ class MetricsLog:
     """
 
     def __init__(
-        self, directory: Path, resume_step: int | None = None, wandb_project: str | None = None,
+        self,
+        directory: Path,
+        resume_step: int | None = None,
+        wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: a second of imports that one rank needs
 
         self._wandb = None

@@ -44,9 +44,14 @@ class Run:
     """State of one run on one rank. Rank 0 writes and prints; all ranks compute."""
 
     def __init__(
-        self, config: TrainConfig, mesh: MeshPlace, stop: StopSignal, started: float, launch: Launch | None = None,
+        self,
+        config: TrainConfig,
+        mesh: MeshPlace,
+        stop: StopSignal,
+        started: float,
+        launch: Launch | None = None,
         lock: DirectoryLock | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         data, optimisation, ranks, output = config.data, config.optimisation, config.ranks, config.output
         self.config = config
         self.launch = launch or Launch()
