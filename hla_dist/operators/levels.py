@@ -99,8 +99,9 @@ def _shifted(x: Levelled, tokens: Tensor) -> Tensor:
     moved = [y.masked_fill(~there.view(len(there), 1, -1, *[1] * (y.dim() - 3)), 0) for y in moved]
     levels = torch.arange(depth + 1, device=tokens.device).expand(len(tokens), -1)
     levels = torch.cat([levels, (bit_length(block ^ (block + 1)) + depth)[:, None]], 1).clamp(max=top)
-    weights = moved[3].gather(-1, levels[:, None, None].expand(*moved[3].shape[:3], -1))
-    out = _alone(Levelled(*moved[:3], weights, moved[4]))
+    a, b, c, weights, logs = moved
+    weights = weights.gather(-1, levels[:, None, None].expand(*weights.shape[:3], -1))
+    out = _alone(Levelled(a, b, c, weights, logs))
     return _taken(out, start + torch.arange(count, device=tokens.device))
 
 
