@@ -94,7 +94,7 @@ def _fields(call: Call, weights: Tensor) -> dict[str, tuple[tuple[int, ...], tor
     """Shapes and dtypes of the state's fields."""
     op, q, V = call.plan.cascade, call.q, call.v.shape[3]
     lead = (q.shape[0] if call.documents is None else call.documents.count, q.shape[2])
-    sizes = {name: (*lead, *op.shape(name, q.shape[3], V)) for name in op.states}
+    sizes: dict[str, tuple[int, ...]] = {name: (*lead, *op.shape(name, q.shape[3], V)) for name in op.states}
     last = op.states[-1]
     sizes[last] = (*lead, weights.shape[3] - 1, *sizes[last][2:])
     return {name: (size, sum_dtype(q.dtype)) for name, size in sizes.items()} | {"tokens": (lead[:1], torch.int64)}
@@ -149,7 +149,8 @@ def _passes(call: Call, sequences: list[Tensor], count: Tensor, state: list[Tens
     """Outputs [B, T, H, V], and the fields of the state if it is asked for; ``count`` [B] tokens, then padding."""
     plan, op = call.plan, call.plan.cascade
     q, k, v, weights, decay = sequences
-    x, states, last = {"q": q * plan.scale, "k": k, "v": v}, [], op.passes[-1]
+    x, last = {"q": q * plan.scale, "k": k, "v": v}, op.passes[-1]
+    states: list[Tensor] = []
     for place, p in enumerate(op.passes[:-1]):
         given = {"initial_state": state[place], "backend": "torch"} if state else {"backend": "torch"}
         out, after = attend("linear_attention", x[p.a], x[p.b], x[p.c], log_decay=decay, output_final_state=True,
@@ -165,8 +166,8 @@ def _passes(call: Call, sequences: list[Tensor], count: Tensor, state: list[Tens
             x[p.out] = x[p.out] + (read if call.gain is None or not p.keyed else read * call.gain[:, None])
         entering, final = carries[: len(op.states)], carries[len(op.states) :]
         before = [entering[-1], torch.full_like(count, plan.rank * q.shape[1])]
-    operands = [_heads(y, q.shape[2]) for y in (x[last.a], x[last.b], x[last.c], weights)]
-    pass_ = Levelled(*operands, logs)
+    a, b, c, by_level = (_heads(y, q.shape[2]) for y in (x[last.a], x[last.b], x[last.c], weights))
+    pass_ = Levelled(a, b, c, by_level, logs)
     arguments = (*(before or (None, None)), bool(plan.group_name) or q.shape[1] < 2)
     if torch.is_grad_enabled():  # backward computes the pass again: kept are its operands alone
         out = checkpoint(_scan, *pass_, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -262,7 +262,7 @@ def step_flops(step: Step) -> dict[str, float]:
     matrices += sum(
         (layer.gate_up.numel() + layer.down.numel()) * layer.share for layer in _all(MixtureOfExperts, model)
     )
-    passes = 0
+    passes = 0.0
     for layer in _all(HLAAttention, model):
         op, K, V = _operator(layer), layer.head_dim, layer.value_dim
         c = layer.chunk_size or (CHANNEL_CHUNK if op.products else CHUNK)
