@@ -371,6 +371,7 @@ def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
         model.activation_checkpointing = step.checkpointing
         for layer in _all(HLAAttention, model):
             layer.group = group
+            layer.shard_lengths = [tokens] * step.shards  # as a run gives them; positions count from them
         for softmax in _all(SoftmaxAttention, model):
             _hold_only(softmax, step, tokens)
         for mixture in _all(MixtureOfExperts, model):  # where rows go is not known without contents

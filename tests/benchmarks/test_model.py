@@ -24,6 +24,15 @@ def test_a_prediction_is_bound_by_its_slowest_part() -> None:
 
 @pytest.mark.slow
 def test_a_rate_is_found_again() -> None:
+    """The rate that is fitted predicts what was measured; at half the rate another is found."""
     from benchmarks.gpu.model import fit
 
-    assert fit.fitted_rate(fit.predicted_steps(2, predict.H200), predict.H200) == pytest.approx(28.0, rel=0.05)
+    found = []
+    for rate in (28.0, 14.0):
+        chip = replace(predict.H200, machine=replace(predict.H200.machine, global_rate=rate))
+        measured = fit.predicted_steps(2, chip)
+        found.append(fit.fitted_rate(measured, predict.H200))
+        fitted = replace(predict.H200, machine=replace(predict.H200.machine, global_rate=found[-1]))
+        # steps are scheduled whole: from 27 to 30 bytes per cycle they go up and down by 1.5 %
+        assert fit.predicted_steps(2, fitted) == pytest.approx(measured, rel=0.02)
+    assert found[0] > 1.7 * found[1]

@@ -202,7 +202,6 @@ def test_a_signal_before_the_first_step_ends_the_process(
     assert os.listdir(tmp_path) == left
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "arguments", "message"),
     [
@@ -210,6 +209,7 @@ def test_a_signal_before_the_first_step_ends_the_process(
         (3, ["--sp", "2"], "--sp: expected a divisor of the world size 3 (or 0 for all ranks), got 2"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_line_of_rank_0(ranks: int, arguments: list[str], message: str) -> None:
     began = time.monotonic()
     done = start(ranks, *SMALL, *arguments)
