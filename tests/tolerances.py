@@ -22,6 +22,10 @@ GRADCHECK_RELATIVE = 1e-5
 # parameters of a run that was resumed on another number of ranks, against one that was not
 ANOTHER_WORLD = 1e-6
 
+# docs/examples: a Laplacian by differences of step 1e-4 in float64, and sums of rows after a few rounds of scaling
+SECOND_DIFFERENCES = 1e-5
+TRANSPORT = 1e-3
+
 
 def tolerance(dtype: torch.dtype, tensor: str = "") -> float:
     """The tolerance for an operator's tensor (``"out"``, ``"dq"``, ``"dlog_decay"``, ...) computed in ``dtype``."""

@@ -71,7 +71,7 @@ def test_a_guess_among_the_possible_answers_is_right_as_often_as_chance_says(tas
 
 
 def test_a_model_is_asked_for_values_of_pairs_that_it_was_shown() -> None:
-    tokens, targets = capacity.examples(torch.Generator().manual_seed(0), 8, 5)
+    tokens, targets = capacity.examples(torch.Generator().manual_seed(shifted(0)), 8, 5)
     shown, asked = tokens[:, :5], tokens[:, 5:]
     assert not asked[..., SYMBOLS:].any()
     for row, place in itertools.product(range(8), range(5)):
