@@ -163,6 +163,8 @@ def test_commands_run(command: Command, folder: Path) -> None:
     smaller = SMALLER.get(command.program, "")
     if "--dry-run" in command.arguments:
         smaller = ""  # it is quick at any size
+    if "--resume" in command.arguments:
+        smaller = smaller.replace("--steps 4", "--steps 8")  # a later stage of the run before
     if "HLA_FAULTS" in command.line:
         smaller = f"{MODEL} --sample 0 --no-parity"  # the faults are at steps of the printed ones
     run(folder, f"{command.line} {smaller}")
