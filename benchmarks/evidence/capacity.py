@@ -8,7 +8,6 @@ gates: there is nothing to forget. Values are equally wide in all heads; keys ar
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from benchmarks.evidence.mixers import parameters
+from benchmarks.evidence.steps import median_ms, shortest, take_step
+from benchmarks.evidence.training import CHECKS, CHOOSING, REPORTED, SOLVED
 from hla_dist import HLAAttention, SoftmaxAttention
 
 SYMBOLS = 64  # keys, and values
 VALUE_SIZE = 32
-SOLVED, CHECKS = 0.998, 20
-# seeds of generators: the first choose the step size and end a run, the others are reported
-CHOOSING, REPORTED = range(4), range(4, 12)
 VALIDATION_BATCH = 128
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -99,32 +98,21 @@ def evaluate(model: nn.Module, pairs: int, seeds: range) -> tuple[float, float]:
 def _step(model: nn.Module, run: Capacity, optimizer: torch.optim.Optimizer, index: int) -> None:
     generator = Generator().manual_seed(1_000_000 * (run.seed + 1) + index)
     tokens, targets = examples(generator, run.batch, run.pairs)
-    F.cross_entropy(answers(model, tokens).flatten(0, 1), targets.flatten()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    take_step(F.cross_entropy(answers(model, tokens).flatten(0, 1), targets.flatten()), model, optimizer)
 
 
 def predicted_seconds(run: Capacity) -> float:
     """Predict the CPU seconds of ``run``, if it does not end early, from the shortest of five steps."""
-    model, samples = run.model(), []
+    model = run.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=run.step_size)
-    for index in range(6):
-        start = time.process_time()
-        _step(model, run, optimizer, index)
-        samples.append(time.process_time() - start)
-    return min(samples[1:]) * run.steps
+    return shortest(lambda index: _step(model, run, optimizer, index), 5) * run.steps
 
 
 @torch.no_grad()
 def _state_and_decode(model: nn.Module, tokens: Tensor) -> tuple[int, float]:
-    state = model(tokens)[1]
-    samples = []
-    for _ in range(9):
-        start = time.process_time()
-        model(tokens[:, :1], state, positions=torch.tensor([tokens.shape[1]]))
-        samples.append(1e3 * (time.process_time() - start))
-    return sum(x.numel() * x.element_size() for x in state if isinstance(x, Tensor)), statistics.median(samples)
+    state, position = model(tokens)[1], torch.tensor([tokens.shape[1]])
+    decode = median_ms(lambda: model(tokens[:, :1], state, positions=position))
+    return sum(x.nbytes for x in state if isinstance(x, Tensor)), decode
 
 
 def train(run: Capacity) -> dict[str, Any]:
@@ -157,7 +145,7 @@ def train(run: Capacity) -> dict[str, Any]:
         "beyond": {},
         "chance": 1 / run.pairs,
         "key_terms": [round(x.item(), 3) for x in gains],
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters(model),
         "state_bytes": size,
         "decode_cpu_ms": round(decode, 3),
         "cpu_seconds": round(seconds, 1),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.evidence.steps import median_ms
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import HLAAttention, ShortConvolution, SoftmaxAttention
 
@@ -155,13 +154,9 @@ def state_and_decode(model: LanguageModel, tokens: Tensor) -> tuple[int, float]:
     """Return the bytes of one sequence's state after ``tokens`` [1, T], and CPU milliseconds of the next token."""
     _, state = model(tokens, return_state=True)
     position = torch.tensor([tokens.shape[1]])
-    samples = []
-    for _ in range(9):
-        start = time.process_time()
-        model(tokens[:, :1], state, positions=position, return_state=True)
-        samples.append(1e3 * (time.process_time() - start))
-    size = sum(x.numel() * x.element_size() for layer in state for x in layer if isinstance(x, Tensor))
+    decode = median_ms(lambda: model(tokens[:, :1], state, positions=position, return_state=True))
+    size = sum(x.nbytes for layer in state for x in layer if isinstance(x, Tensor))
     for module in model.modules():
         if isinstance(module, Convolved):
             size += 4 * (WIDTH - 1) * module.convolution.channels
-    return size, statistics.median(samples)
+    return size, decode

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from benchmarks.evidence.steps import shortest, take_step
 from hla_dist import HLAAttention, SoftmaxAttention
 
 CHOOSING, REPORTED = 1, 2  # seeds of validation prompts: the first choose the step size
@@ -169,21 +170,14 @@ def drawn_optimum(setting: Setting, gated: bool) -> float:
 
 def _step(model: nn.Module, run: Regression, optimizer: torch.optim.Optimizer, generator: Generator) -> None:
     prompts, labels = run.setting.prompts(generator, run.batch)
-    (_predict(model, prompts) - labels).square().mean().backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    take_step((_predict(model, prompts) - labels).square().mean(), model, optimizer)
 
 
 def predicted_seconds(run: Regression) -> float:
     """Predict the CPU seconds of ``run`` from the shortest of five steps."""
-    model, samples = run.model(), []
+    model = run.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=run.step_size)
-    for seed in range(6):
-        start = time.process_time()
-        _step(model, run, optimizer, Generator().manual_seed(100 + seed))
-        samples.append(time.process_time() - start)
-    return min(samples[1:]) * run.steps
+    return shortest(lambda seed: _step(model, run, optimizer, Generator().manual_seed(100 + seed)), 5) * run.steps
 
 
 def train(run: Regression) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evidence.mixers import build, parameters, state_and_decode
+from benchmarks.evidence.steps import shortest, take_step
 from benchmarks.evidence.tasks import Task
 from hla_dist.models import LanguageModel
 from hla_dist.nn import HLAAttention
@@ -61,10 +62,7 @@ def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
 def _step(model: LanguageModel, run: Run, optimizer: torch.optim.Optimizer, index: int) -> None:
     # the training seeds of two run seeds are a million apart: more than any run has steps
     tokens, targets, scored = run.task.examples(1_000_000 * run.seed + index, run.batch)
-    F.cross_entropy(answers(model, tokens, scored), targets[scored]).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    take_step(F.cross_entropy(answers(model, tokens, scored), targets[scored]), model, optimizer)
 
 
 @torch.no_grad()
@@ -98,12 +96,8 @@ def predicted_seconds(run: Run) -> float:
     share = min(run.batch, max(1, run.task.length // 64))
     run = replace(run, batch=run.batch // share)
     model = run.model()
-    optimizer, samples = _optimizer(model, run), []
-    for index in range(3):
-        start = time.process_time()
-        _step(model, run, optimizer, index)
-        samples.append(time.process_time() - start)
-    return min(samples[1:]) * share * run.steps
+    optimizer = _optimizer(model, run)
+    return shortest(lambda index: _step(model, run, optimizer, index), 2) * share * run.steps
 
 
 def train(run: Run) -> dict[str, Any]:

@@ -123,10 +123,10 @@ class Cascade:
         for step in steps:
             first, cs = step[0], [x[p.c] for p in step]
             n, kv = heads[first.out], math.lcm(x[first.b].shape[2], *(c.shape[2] for c in cs))
-            a, b = _repeated(x[first.a], 2, n), _repeated(x[first.b], 2, kv)
-            c = _joined([_repeated(c, 2, kv) for c in cs])
+            a, b = repeated(x[first.a], 2, n), repeated(x[first.b], 2, kv)
+            c = _joined([repeated(c, 2, kv) for c in cs])
             gate = given[f"gate {first.out}"]
-            options["log_decay"] = None if gate is None else _repeated(gate, -1, n)
+            options["log_decay"] = None if gate is None else repeated(gate, -1, n)
             if initial_state is not None:
                 carry = _joined([_entering(p, given[f"state {p.out}"]) for p in step])
                 options["initial_state"] = LinearState(carry)
@@ -241,7 +241,7 @@ def _check_carry(carry: Any, name: str, shape: tuple[int, ...], dtype: torch.dty
     require(carry.dtype == wide, name, f"{wide} for {dtype} sequences", carry.dtype)
 
 
-def _repeated(x: Tensor, dim: int, heads: int) -> Tensor:
+def repeated(x: Tensor, dim: int, heads: int) -> Tensor:
     """``x`` with each head repeated for the consecutive heads it serves."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hla_dist.functional.any_order import repeated
 from hla_dist.functional.attention import attend
 from hla_dist.functional.backend import resolve as resolve_backend
 from hla_dist.functional.call import Call, Plan, raise_everywhere
@@ -194,13 +195,13 @@ def _with_terms(call: Call, p: Pass, x: Fields, out: Tensor) -> Tensor:
     if p.ridge and call.plan.ridge:
         out = out + call.plan.ridge * x[p.a]
     if p.keyed and call.skip is not None:
-        out = out + call.skip[:, None] * x[p.c].repeat_interleave(out.shape[2] // x[p.c].shape[2], 2)
+        out = out + call.skip[:, None] * repeated(x[p.c], 2, out.shape[2])
     return out
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, G, D] -> [B, H, T, D]."""
-    return x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2)
+    return repeated(x, 2, heads).transpose(1, 2)
 
 
 def _exchanged(call: Call, x: Fields, states: list[Tensor], logs: Tensor, levels: int) -> list[Tensor]:
