@@ -17,7 +17,7 @@ from torch import Tensor
 from hla_dist.reference import quadratic, serial
 from hla_dist.states import AHLAState, HLA2PaperState, HLA2State, HLA3State, LinearState, PrefixState
 from tests.harness import assert_close, relative_error, shifted
-from tests.tolerances import tolerance
+from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR, tolerance
 
 # operators and forms of the fast paths; the names are those of the public functions, a form is a mask, or "paper": the
 # causal mask with the paper's decay
@@ -269,6 +269,16 @@ def errors_of_plain_torch(
         for name in few:
             squares[name] += (plain[name].double() - truths[name]).square().sum().item() / DRAWS
     return errors | {name: math.sqrt(square) / want[name].norm().item() for name, square in squares.items()}
+
+
+def allowed_errors(
+    p: Problem, t: Tensors, want: Values, drawn: Callable[[Problem], Tensors] = draw
+) -> dict[str, float]:
+    """What the relative error of each tensor may be: the tolerance, or in low precision twice plain torch's error."""
+    if p.dtype == torch.float32:
+        return {name: tolerance(torch.float32, name) for name in want}
+    plain = errors_of_plain_torch(p, t, want, drawn)
+    return {name: max(LOW_PRECISION_FACTOR * error, FLOAT32) for name, error in plain.items()}
 
 
 def _numerators(p: Problem, t: Tensors) -> Values:

@@ -26,8 +26,8 @@ from hla_dist.reference import quadratic
 from hla_kernels import tiles, walks
 from hla_kernels.device import Target
 from tests.harness import assert_bitwise, relative_error
-from tests.problems import KEYED, Problem, Tensors, draw, errors_of_plain_torch, oracle, run
-from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR, tolerance
+from tests.problems import KEYED, Problem, Tensors, allowed_errors, draw, oracle, run
+from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LONG = (1, 1 << 20, 16, 128)  # 2^31 elements a sequence
@@ -161,18 +161,12 @@ def check(problem: Problem, device: torch.device, target: Target, backend: str =
     for name in got:
         assert_bitwise(name, again[name], got[name])
     want = oracle(problem, tensors, quadratic)
-    plain = {}
-    if problem.dtype != torch.float32:
-        plain = errors_of_plain_torch(problem, tensors, want, lambda other: _moved(draw(other), device))
+    allowed = allowed_errors(problem, tensors, want, lambda other: _moved(draw(other), device))
     worst = Check(case, "", 0.0, 1.0)
     for name, truth in want.items():
         error = relative_error(got[name], truth)
-        if problem.dtype == torch.float32:
-            allowed = tolerance(torch.float32, name)
-        else:
-            allowed = max(LOW_PRECISION_FACTOR * plain[name], FLOAT32)
-        if not error / allowed <= worst.error / worst.allowed:
-            worst = Check(case, name, error, allowed)
+        if not error / allowed[name] <= worst.error / worst.allowed:
+            worst = Check(case, name, error, allowed[name])
     return worst
 
 

@@ -20,10 +20,10 @@ import hla_dist
 from hla_dist.reference import quadratic
 from hla_kernels import tiles
 from tests.harness import relative_error
-from tests.problems import RIDGED, Problem, Tensors, Values, draw, errors_of_plain_torch, oracle, run
+from tests.problems import RIDGED, Problem, Tensors, Values, allowed_errors, draw, oracle, run
 from tests.ptx import Fault, Unsupported, memory
 from tests.ptx.backend import triton_backend
-from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR, tolerance
+from tests.tolerances import FLOAT32
 
 CHOICES = ("entries", "sample", "walks")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -134,24 +134,20 @@ def judged(
 ) -> tuple[Worst, Worst]:
     """The worst of output and states, and the worst gradient."""
     want = oracle(problem, tensors, quadratic)
-    plain = {} if problem.dtype == torch.float32 else errors_of_plain_torch(problem, tensors, want, drawn)
+    allowed = allowed_errors(problem, tensors, want, drawn)
     worst: dict[bool, Worst] = {}
     for name in want:
-        found = _error(problem, name, got[name], want, plain)
+        found = _error(name, got[name], want, allowed[name])
         before = worst.get(name.startswith("d"))
         if before is None or not found.error / found.allowed <= before.error / before.allowed:
             worst[name.startswith("d")] = found
     return worst[False], worst[True]
 
 
-def _error(p: Problem, name: str, got: torch.Tensor, want: Values, plain: dict[str, float]) -> Worst:
+def _error(name: str, got: torch.Tensor, want: Values, allowed: float) -> Worst:
     truth = want[name]
     if not truth.any():  # a gate before the only token lets nothing through: what cancels is q . dq and k . dk
         return Worst(name, got.norm().item() / want["dq"].norm().item(), FLOAT32 + 2**-8)
-    if p.dtype == torch.float32:
-        allowed = tolerance(torch.float32, name)
-    else:
-        allowed = max(LOW_PRECISION_FACTOR * plain[name], FLOAT32)
     return Worst(name, relative_error(got, truth), allowed)
 
 
