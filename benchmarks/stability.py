@@ -50,7 +50,7 @@ NORMS: dict[str, dict[str, Any]] = {  # options of HLAAttention
 GATES: dict[str, str | None] = {"no gates": None, "gates": "token"}
 KEYED = "hla2, key term from (0, 1), conv"
 # mixers of benchmarks/evidence
-MODELS = (KEYED, f"{KEYED}; no decay", f"{KEYED}; no output norm", "hla2", "linear_attention, gated",
+MODELS = (KEYED, "linear_attention, gated", "hla2", f"{KEYED}; no decay", f"{KEYED}; no output norm",
           "linear_attention, gated per channel", "hla3", f"{KEYED}; no query/key norm")  # fmt: skip
 RECALLING = ("linear_attention, conv", "linear_attention, gated, conv", KEYED)
 Records = list[dict[str, Any]]

@@ -2,7 +2,8 @@
 
 A token is a one-hot key beside a one-hot value: what a short convolution makes of two tokens is given, and nothing but
 the head's state limits what it recalls. The head has its projections, the norms of queries, keys and outputs, and no
-gates: there is nothing to forget. Values are equally wide in all heads; keys are as wide as a run says.
+gates unless its row says so: there is nothing to forget. Values are equally wide in all heads; keys are as wide as a
+run says.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "linear_attention": {"op": "linear_attention"},
     "hla2": {"op": "hla2"},
     "hla2, key term": {"op": "hla2", "key_term": True},
+    "hla3, key term": {"op": "hla3", "key_term": True},
+    "ahla": {"op": "ahla"},
+    "linear_attention, gated per channel": {"op": "linear_attention", "decay": "channel"},
+    # of blocks of up to 32 tokens: pairs and questions of a sequence
+    "linear_attention, levels": {"op": "linear_attention", "levels": 6},
 }
 
 
@@ -60,11 +66,11 @@ class Capacity:
     def model(self) -> nn.Module:
         """Return the head as the seed initialises it."""
         torch.manual_seed(self.seed)
-        size, options = 2 * SYMBOLS, LAYERS[self.mixer]
+        size, options = 2 * SYMBOLS, {"decay": None} | LAYERS[self.mixer]
         if self.mixer == "softmax":
             return SoftmaxAttention(size, 1, head_dim=self.head_dim, rope_theta=None)
         sizes = {"head_dim": self.head_dim, "value_dim": VALUE_SIZE}
-        return HLAAttention(size, 1, decay=None, output_gate=None, **sizes, **options)
+        return HLAAttention(size, 1, output_gate=None, **sizes, **options)
 
 
 def examples(generator: Generator, batch: int, pairs: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ class Mixer:
         conv: Queries, keys and values pass a short convolution.
         gains: What gain and skip of a key term start from; None: from what the layer gives them.
         embedding: Deviation of the embedding at the start; None: 1/sqrt(D), so that logits begin at order 1.
+        layers: How many; the model's parameters stay as many.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Mixer:
     conv: bool = False
     gains: tuple[float, float] | None = None
     embedding: float | None = None
+    layers: int = 2
 
 
 _PLAIN = {
@@ -62,6 +64,12 @@ _PLAIN = {
     "hla3, key term from (0, 1)": Mixer("hla3", {"key_term": True}, gains=(0.0, 1.0)),
     "hla2, then softmax": Mixer("hla2,softmax"),
     "linear_attention, gated, then softmax": Mixer("linear_attention,softmax"),
+    "linear_attention, gated, four layers": Mixer("linear_attention", layers=4),
+    "linear_attention, gated, one softmax in four": Mixer("linear_attention*3,softmax", layers=4),
+    "hla2, one softmax in four": Mixer("hla2*3,softmax", layers=4),
+    "hla2, key term from (0, 1), one softmax in four": Mixer(
+        "hla2*3,softmax", {"key_term": True}, gains=(0.0, 1.0), layers=4
+    ),
 }
 
 
@@ -114,7 +122,7 @@ def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, mlp: int) 
         attention["value_dim"] = head_dim
     model = LanguageModel(
         ModelConfig(
-            vocab_size=vocabulary, hidden_size=hidden, num_layers=2, num_heads=hidden // head_dim,
+            vocab_size=vocabulary, hidden_size=hidden, num_layers=mixer.layers, num_heads=hidden // head_dim,
             head_dim=mixer.key_size * head_dim, mlp_size=mlp, pattern=mixer.op, attention=attention,
             softmax=mixer.softmax,
         )
@@ -143,8 +151,8 @@ def _count(mixer: str, vocabulary: int, hidden: int, head_dim: int, mlp: int) ->
 
 
 def build(mixer: str, vocabulary: int, hidden: int, head_dim: int) -> LanguageModel:
-    """Return a two-layer model with ``mixer``, its MLP as wide as the parameters of softmax at 3 D allow."""
-    unit = 2 * 3 * hidden  # of both layers' MLPs
+    """Return a model with ``mixer``, its MLPs as wide as the parameters of two layers of softmax at 3 D allow."""
+    unit = MIXERS[mixer].layers * 3 * hidden
     spare = _count("softmax", vocabulary, hidden, head_dim, 3 * hidden) - _count(mixer, vocabulary, hidden, head_dim, 1)
     return _model(MIXERS[mixer], vocabulary, hidden, head_dim, max(1, 1 + round(spare / unit)))
 

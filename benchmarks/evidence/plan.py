@@ -25,7 +25,7 @@ SIZED = ["linear_attention, gated, conv", f"{KEYED}, conv"]
 WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "hla2, conv", f"{KEYED}, conv",
            "softmax, conv", "linear_attention, conv", KEYED, "softmax"]  # fmt: skip
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
-       "hla2, conv"]  # fmt: skip
+       "hla2, conv", "linear_attention, gated, levels, conv", "hla3, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
@@ -70,6 +70,7 @@ def _small() -> list[Run]:
         Task("needle", 24, {"vocabulary": 16, "needles": 4}, beyond=(96, 384)),
         Task("induction", 32, {"vocabulary": 32}),
         Task("copying", 32, {"vocabulary": 8, "symbols": 8}),
+        Task("states", 4, {"letters": 3}),
         Task("states", 8, {"letters": 5}),
         Task("needle", 48, {"vocabulary": 32, "needles": 8}, beyond=(192, 768)),
     ]
@@ -79,7 +80,8 @@ def _small() -> list[Run]:
 def _capacity() -> list[Capacity]:
     """First order at three sizes; second order within the same bytes, then at equal K."""
     sizes = {"linear_attention": (8, 12, 16), "hla2, key term": (6, 9, 11, 8, 12, 16), "softmax": (16,),
-             "hla2": (6, 9, 11)}  # fmt: skip
+             "hla2": (6, 9, 11), "linear_attention, gated per channel": (8, 16), "linear_attention, levels": (4, 8),
+             "hla3, key term": (7,), "ahla": (8,)}  # fmt: skip
     rows = [(mixer, size) for mixer, several in sizes.items() for size in several]
     return [Capacity(mixer, step, seed, size) for seed in SEEDS for mixer, size in rows for step in (1e-2, 3e-2, 1e-1)]
 
