@@ -146,7 +146,7 @@ class RankError(AssertionError):
 
 
 _context = multiprocessing.get_context("forkserver")
-# torch._dynamo: the first call of any custom operator imports it, for a second of work on each rank
+# torch._dynamo: optimisers import it, and what compiles, for two seconds of work on each rank
 _context.set_forkserver_preload(
     ["torch", "torch.distributed", "torch.distributed.device_mesh", "torch._dynamo", "hla_dist"]
 )

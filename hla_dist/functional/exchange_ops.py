@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._library.effects import EffectType
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from hla_dist.functional.validate import no_second_derivative
+from hla_dist.functional.custom_op import custom_op, fake_of
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
 from hla_dist.parallel import agreement, background, collectives, halo, scan
@@ -54,11 +54,8 @@ def _result(job: background.Job) -> list[Tensor]:
     return job.result()
 
 
-@torch.library.custom_op(
-    "hla_dist::exchange_start",
-    mutates_args=(),
-    schema="(Tensor[] fields, Tensor[] kept, bool total, str group_name, str direction, str description, "
-    f"{_LAYOUT}) -> Tensor",
+@custom_op(
+    f"(Tensor[] fields, Tensor[] kept, bool total, str group_name, str direction, str description, {_LAYOUT}) -> Tensor"
 )
 def exchange_start(
     fields, kept, total, group_name, direction, description, operator, dims, wide, exchange, wire
@@ -101,16 +98,12 @@ def exchange_start(
         return torch.tensor([ticket])
 
 
-@exchange_start.register_fake
+@fake_of(exchange_start)
 def _(fields, kept, total, group_name, direction, description, operator, dims, wide, exchange, wire) -> Tensor:
     return torch.empty(1, dtype=torch.int64)
 
 
-@torch.library.custom_op(
-    "hla_dist::exchange_finish",
-    mutates_args=(),
-    schema=f"(Tensor ticket, Tensor[] initial, Tensor like, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
-)
+@custom_op(f"(Tensor ticket, Tensor[] initial, Tensor like, bool total, str group_name, {_LAYOUT}) -> Tensor[]")
 def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     """Wait for a forward exchange: ``[*carry, *(state of the whole sequence), later rho, *later fields]``.
 
@@ -141,7 +134,7 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
         return [*carry, *state, *backward_fields(op, gathered, upto, range(rank + 1, size))]
 
 
-@exchange_finish.register_fake
+@fake_of(exchange_finish)
 def _(ticket, initial, like, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     _, rank, size = _place(group_name)
     layout = _layout(operator, dims, wide, wire)
@@ -154,11 +147,7 @@ def _(ticket, initial, like, total, group_name, operator, dims, wide, exchange, 
     return [like.new_empty(shape, dtype=layout.dtype) for shape in shapes]
 
 
-@torch.library.custom_op(
-    "hla_dist::exchange_finish_backward",
-    mutates_args=(),
-    schema=f"(Tensor ticket, Tensor[] later, bool total, str group_name, {_LAYOUT}) -> Tensor[]",
-)
+@custom_op(f"(Tensor ticket, Tensor[] later, bool total, str group_name, {_LAYOUT}) -> Tensor[]")
 def exchange_finish_backward(ticket, later, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     """Wait for a backward exchange: the reverse carry that enters this rank from its right, one field per pass.
 
@@ -185,7 +174,7 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
         return [carry[name].clone() for name in names]
 
 
-@exchange_finish_backward.register_fake
+@fake_of(exchange_finish_backward)
 def _(ticket, later, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
     layout = _layout(operator, dims, wide, wire)
     op = layout.operator
@@ -195,11 +184,7 @@ def _(ticket, later, total, group_name, operator, dims, wide, exchange, wire) ->
     ]
 
 
-@torch.library.custom_op(
-    "hla_dist::exchange_gather",
-    mutates_args=(),
-    schema="(Tensor[] fields, str group_name, str direction, str description, bool at_once=False) -> Tensor[]",
-)
+@custom_op("(Tensor[] fields, str group_name, str direction, str description, bool at_once=False) -> Tensor[]")
 def exchange_gather(fields, group_name, direction, description, at_once=False) -> list[Tensor]:
     """Every rank's fields, ``[P, ...]`` each: one all-gather. For the ``full`` mask, whose moments are additive.
 
@@ -213,39 +198,31 @@ def exchange_gather(fields, group_name, direction, description, at_once=False) -
     return [part.reshape(-1, *x.shape).clone() for part, x in zip(parts, fields)]
 
 
-@exchange_gather.register_fake
+@fake_of(exchange_gather)
 def _(fields, group_name, direction, description, at_once=False) -> list[Tensor]:
     _, _, size = _place(group_name)
     return [x.new_empty(size, *x.shape) for x in fields]
 
 
-@torch.library.custom_op(
-    "hla_dist::exchange_halo",
-    mutates_args=(),
-    schema="(Tensor last, Tensor counts, bool whole, str group_name, str exchange) -> Tensor[]",
-)
+@custom_op("(Tensor last, Tensor counts, bool whole, str group_name, str exchange) -> Tensor[]")
 def exchange_halo(last, counts, whole, group_name, exchange) -> list[Tensor]:
     """What stands before this rank's first token, and at the end of the whole sequence: ``parallel.halo.forward``."""
     return halo.forward(last, counts, whole, group_by_name(group_name), exchange)
 
 
-@exchange_halo.register_fake
+@fake_of(exchange_halo)
 def _(last, counts, whole, group_name, exchange) -> list[Tensor]:
     _, _, size = _place(group_name)
     return [torch.empty_like(last) for _ in range(1 + whole)] + [counts.new_empty(size, *counts.shape)]
 
 
-@torch.library.custom_op(
-    "hla_dist::exchange_halo_backward",
-    mutates_args=(),
-    schema="(Tensor[] gradients, Tensor counts, bool whole, str group_name, str exchange) -> Tensor",
-)
+@custom_op("(Tensor[] gradients, Tensor counts, bool whole, str group_name, str exchange) -> Tensor")
 def exchange_halo_backward(gradients, counts, whole, group_name, exchange) -> Tensor:
     """The gradient of this rank's last tokens: ``parallel.halo.backward``."""
     return halo.backward(gradients, counts, whole, group_by_name(group_name), exchange)
 
 
-@exchange_halo_backward.register_fake
+@fake_of(exchange_halo_backward)
 def _(gradients, counts, whole, group_name, exchange) -> Tensor:
     return torch.empty_like(gradients[0])
 
@@ -253,10 +230,7 @@ def _(gradients, counts, whole, group_name, exchange) -> Tensor:
 # Sending is an effect: compilers must not merge two sends of equal arguments (rank 0 sends zeros backward, layer after
 # layer), drop one, or change their order, as no rank knows what the others' compilers did.
 for op in (exchange_start, exchange_gather, exchange_halo, exchange_halo_backward):
-    op.register_effect(EffectType.ORDERED)
-for op in (exchange_start, exchange_finish, exchange_finish_backward, exchange_gather, exchange_halo,
-           exchange_halo_backward):  # fmt: skip
-    op.register_autograd(no_second_derivative)
+    torch.library._register_effectful_op(op, EffectType.ORDERED)
 
 
 def checkpoint_context() -> tuple[Any, Any]:

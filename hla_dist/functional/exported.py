@@ -9,13 +9,10 @@ from torch import Tensor
 
 from hla_dist.functional import stage_ops
 from hla_dist.functional.call import Plan
+from hla_dist.functional.custom_op import custom_op, fake_of
 
 
-@torch.library.custom_op(
-    "hla_dist::attend",
-    mutates_args=(),
-    schema=f"({stage_ops.INPUTS}, Tensor[] initial, {stage_ops.OPTIONS}) -> Tensor[]",
-)
+@custom_op(f"({stage_ops.INPUTS}, Tensor[] initial, {stage_ops.OPTIONS}) -> Tensor[]")
 def attend(q, k, v, log_decay, gain, skip, initial, *options) -> list[Tensor]:
     """The operator on one device from ``initial``, or from nothing: ``[out, *state]``."""
     plan = Plan(*options)
@@ -24,7 +21,7 @@ def attend(q, k, v, log_decay, gain, skip, initial, *options) -> list[Tensor]:
     return [out, *(field.clone() for field in results[: len(carry)])]
 
 
-@attend.register_fake
+@fake_of(attend)
 def _(q, k, v, log_decay, gain, skip, initial, *options) -> list[Tensor]:
     plan = Plan(*options)
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.functional.backend import kernel_stages
-from hla_dist.functional.validate import no_second_derivative
+from hla_dist.functional.custom_op import custom_op, fake_of
 from hla_dist.operators import OPERATORS, channels, stages, stages_backward
 from hla_dist.operators.precision import without_autocast
 from hla_dist.operators.segment import Segment, Settings
@@ -37,9 +37,7 @@ def _stage(schema: str) -> Callable[[Callable[..., list[Tensor]]], Any]:
             with without_autocast(q.device):
                 return stage(q, *args)
 
-        op = torch.library.custom_op(f"hla_dist::{stage.__name__}", run, mutates_args=(), schema=schema)
-        op.register_autograd(no_second_derivative)
-        return op
+        return custom_op(schema)(run)
 
     return register
 
@@ -63,7 +61,7 @@ def summarize(q, k, v, log_decay, gain, skip, *options) -> list[Tensor]:
     return [result.rho, *result.fields, *result.kept]
 
 
-@summarize.register_fake
+@fake_of(summarize)
 def _(q, k, v, log_decay, gain, skip, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, gain, skip, *options)
     fields = [s.empty_state(name) for name in s.operator.fields]
@@ -88,7 +86,7 @@ def scan(q, k, v, log_decay, gain, skip, carry, kept, *options) -> list[Tensor]:
     return [result.out, result.denominator, *result.state, *result.checkpoints]
 
 
-@scan.register_fake
+@fake_of(scan)
 def _(q, k, v, log_decay, gain, skip, carry, kept, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, gain, skip, *options)
     shape = (s.B, s.T, s.H, s.v.shape[3])
@@ -106,7 +104,7 @@ def summarize_backward(q, k, v, log_decay, gain, skip, out, denominator, checkpo
     return _backend(options)[1].summarize_backward(_segment(q, k, v, log_decay, gain, skip, *options), saved, dout)
 
 
-@summarize_backward.register_fake
+@fake_of(summarize_backward)
 def _(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, gain, skip, *options)
     return [s.empty_state(name) for name in s.operator.reverses]
@@ -123,7 +121,7 @@ def scan_backward(
     return [g.q, g.k, g.v, *(q.new_empty(0) if x is None else x for x in (g.log_decay, g.gain, g.skip)), *g.carry]
 
 
-@scan_backward.register_fake
+@fake_of(scan_backward)
 def _(q, k, v, log_decay, gain, skip, out, denominator, checkpoints, dout, reverse_carry, *options) -> list[Tensor]:
     s = _segment(q, k, v, log_decay, gain, skip, *options)
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
