@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hla_kernels import tiles
 from tests.covering import covering
 from tests.ptx import check
 
@@ -40,9 +41,11 @@ def allowed(row: dict[str, Any]) -> bool:
 
 
 def _case(row: dict[str, Any]) -> check.Case:
+    """A chunk and the beginning of another, or two segments and the beginning of a third."""
     K, V = row["columns"]
-    segment = 64 if row["tokens"] == "several segments" else None
-    T = 1 if row["tokens"] == "decode" else 130 if segment else 66
+    chunk = tiles.TABLE[row["arch"], check.DTYPES[row["dtype"]]][64][row["gated"]].BT
+    segment = min(64, 2 * chunk) if row["tokens"] == "several segments" else None
+    T = 1 if row["tokens"] == "decode" else 2 * segment + 2 if segment else chunk + 2
     more = {name: row[name] for name in ("fused", "state", "normalize", "grouped", "ridge")}
     return check.Case(row["arch"], row["operator"], row["dtype"], K, V, row["gated"], segment, T=T, **more)
 

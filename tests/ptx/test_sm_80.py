@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="kernels are compiled where Triton is insta
 from tests.ptx import check, sample  # not before Triton is known to be there
 
 # cases of several seconds are left to make test-all; sm_90's all run
-LONG = [case for case in sample.of("sm_80") if case.T > 66 or (case.T > 1 and (case.dtype == "fp32" or case.K == 128))]
+LONG = [c for c in sample.of("sm_80") if c.segment or (c.T > 1 and (c.dtype == "fp32" or c.K == 128))]
 
 
 @pytest.mark.parametrize(
