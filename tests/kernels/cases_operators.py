@@ -23,7 +23,7 @@ def test_several_segments_with_gates_ridge_scale_and_grouped_heads(name, mask, s
         Problem(
             name,
             mask,
-            T=70,
+            T=40,
             H=2,
             G=1,
             K=20,

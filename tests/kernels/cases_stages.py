@@ -102,7 +102,7 @@ def test_packed_documents(name, gates) -> None:
 def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, monkeypatch) -> None:
     """Over several segments, from a carry: equal to a scan from it, or one where the table says so."""
     problem = Problem(
-        name, mask, T=75, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=ridge_of(name), dtype=torch.float32,
+        name, mask, T=40, H=2, G=1, K=6, V=5, gates=gates, scale=0.7, ridge=ridge_of(name), dtype=torch.float32,
         key_term="H" if (name, mask) in KEYED else "none",
     )  # fmt: skip
     t = draw(problem)
@@ -195,7 +195,7 @@ def test_what_tuning_times(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name, value in {"BATCH": 1, "TOKENS": 20, "HEADS": 1, "ROUNDS": 1, "FUSED_DTYPE": torch.float32}.items():
         monkeypatch.setattr(tune, name, value)
-    target = INTERPRETER._replace(processors=2)
+    target = INTERPRETER._replace(processors=1)
     assert tune._fused_results("hla2", 16, True, target)[1][0].isfinite().all()
     ms, found = tune._results(torch.float32, 16, True, target)
     assert ms == 1.5 and len(found) == 4 and all(x.isfinite().all() for x in found)
