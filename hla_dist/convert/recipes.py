@@ -27,5 +27,6 @@ RECIPES = {
     "lolcats": Recipe(
         "softmax over a window, first order before it; feature maps layer by layer, then adapters (2410.10254)",
         memory={"window": 64},
+        distill={"kl": 1.0},
     ),
 }

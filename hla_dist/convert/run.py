@@ -33,6 +33,7 @@ from hla_dist.processes.options import Checked, Count, Local, Natural, Paths, Se
 from hla_dist.processes.whole_file import whole_file, write_json
 
 OPTIONS = "options.json"
+USAGE_ROWS = 8  # are read three times
 STAGES = ("all", "transfer", "distill")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -200,7 +201,7 @@ class Conversion:
         bar.update()
 
     def _write(self, student: LanguageModel, errors: list[LayerError], losses: list[float]) -> None:
-        used = usage(student, self.texts["held out"])
+        used = usage(student, self.texts["held out"][:USAGE_ROWS])
         to_huggingface(student.float().cpu().state_dict(), student.config).save_pretrained(self.out / "model")
         self.codec.save(self.out / "model")
         text = "\n".join(self._summary(errors, losses, used.lines())) + "\n"
@@ -226,5 +227,5 @@ class Conversion:
             yield from ("", f"Transfer: of the power of the heads' outputs, held-out rows, new layers miss {figures}.")
         if losses:
             yield from ("", f"Distill: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last.")
-        yield from ("", "## How the memory is used", "", "On the held-out rows.", "", *used)
+        yield from ("", "## How the memory is used", "", "On the first held-out rows, at most 8.", "", *used)
         yield from ("", f"This run took {time.monotonic() - self.began:.0f} s of wall clock.")

@@ -180,24 +180,28 @@ def _divergence(new: nn.Module, old: nn.Module, x: Tensor) -> Tensor:
 
 
 def _teach(
-    new: nn.Module, old: nn.Module, x: Tensor, loss: str, train: str, steps: int, lr: float, seed: int, index: int
+    new: Any, old: nn.Module, x: Tensor, loss: str, train: str, steps: int, lr: float, seed: int, index: int
 ) -> tuple[float, float]:
     """Train one layer on inputs ``x [N, T, D]``; its errors before and after."""
     output = heads if train == "features" else lambda layer, part: layer(part, output_final_state=False)[0]
+    known: list[Tensor] = []  # of a memory with its maps and gates alone in training, what stays as it is
     with torch.no_grad():
         wanted = torch.cat([output(old, part) for part in x.split(BATCH)])
+        if train == "features" and loss == "output":
+            known = [torch.cat(parts) for parts in zip(*(new.untrained(part) for part in x.split(BATCH)))]
         if isinstance(new, MemoryAttention) and new.level is not None and x.shape[1] > new._delay:
             new.calibrate(x[:CALIBRATION])
     held_out = max(1, min(HELD_OUT, len(x) // 10))
-    known = len(x) - held_out
+    learned = len(x) - held_out
 
     def missed(part: Any) -> Tensor:
-        difference = output(new, x[part]).float() - wanted[part].float()
+        o = new.heads(x[part], *(y[part] for y in known)) if known else output(new, x[part])
+        difference = o.float() - wanted[part].float()
         return difference.square().sum() / wanted[part].float().square().sum()
 
     def measured() -> float:
         with torch.no_grad():
-            return sum(float(missed(slice(n, n + 1))) for n in range(known, len(x))) / held_out
+            return sum(float(missed(slice(n, n + 1))) for n in range(learned, len(x))) / held_out
 
     before = measured()
     parameters = _trained(new, train)
@@ -213,7 +217,7 @@ def _teach(
         optimizer, [group["lr"] for group in groups], total_steps=steps + 1, pct_start=max(0.05, 2 / (steps + 1))
     )
     generator = torch.Generator().manual_seed(seed + index)
-    order = torch.cat([torch.randperm(known, generator=generator) for _ in range(-(-steps * BATCH // known))])
+    order = torch.cat([torch.randperm(learned, generator=generator) for _ in range(-(-steps * BATCH // learned))])
     for picked in order[: steps * BATCH].split(BATCH):
         value = missed(picked) if loss == "output" else _divergence(new, old, x[picked])
         for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters)):

@@ -222,14 +222,37 @@ class MemoryAttention(SoftmaxAttention):
         assert self.level is not None
         delay, tokens = self._delay, x.shape[1]
         require(tokens > delay, "x", f"more than {delay} tokens, the window", tokens)
-        q, k, v, *_ = self._operands(x, torch.arange(tokens, device=x.device).expand(x.shape[:2]))
+        q, k, v, *_ = self.untrained(x)
         last = torch.arange(tokens - delay)
         true = softmax.attend_locally(q[:, delay:], k, v, torch.zeros_like(last), last, self.scale, mass=True)[..., -1]
-        operands = {"k": k, "v": v, "q": q}
-        old = [operands[name][:, : tokens - delay] for name in self._slots]
-        present = torch.ones(old[0].shape[:2], dtype=torch.bool, device=x.device)
-        mass = self._remember(q[:, delay:], present, *old)[0][..., -1]
+        mass = self._all_read(q, k, v)[:, delay:, :, -1]
         self.level.copy_(sharded_as(self.level, (true - mass.log()).mean((0, 1))))
+
+    @torch.no_grad()
+    def untrained(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what neither maps nor gates change: q, k, v and the window's outputs and masses, which are absent
+        without a window.
+
+        x is ``[B, T, D]``, whole texts on one device.
+        """
+        at = torch.arange(x.shape[1])
+        q, k, v = super()._operands(x, at.to(x.device).expand(x.shape[:2]))
+        if self.window is None:
+            return q, k, v
+        first = (at - self.window + 1).clamp(min=0)
+        return q, k, v, softmax.attend_locally(q, k, v, first, at, self.scale, mass=True)
+
+    def heads(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, near: Tensor | None = None) -> Tensor:
+        """Return the heads' outputs ``[B, T, H K]`` of x and of what ``untrained`` returns for it."""
+        gate = [] if self.gate_proj is None else [self.gate_proj(x)]
+        return self._joined(near, self._all_read(q, k, v), *gate).to(v.dtype).flatten(2)
+
+    def _all_read(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What every token of whole texts reads from the memory."""
+        enters = torch.arange(q.shape[1], device=q.device) - self._delay
+        operands = {"k": k, "v": v, "q": q}
+        entering = (operands[name].index_select(1, enters.clamp(min=0)) for name in self._slots)
+        return self._remember(q, (enters >= 0).expand(q.shape[:2]), *entering)[0]
 
     @property
     def _delay(self) -> int:
