@@ -10,6 +10,7 @@ import torch
 
 import hla_dist
 from hla_dist import HLAAttention, MemoryAttention, Pending, SoftmaxAttention
+from hla_dist.models import LanguageModel, ModelConfig
 from tests.harness import assert_close, raises_value_error, shifted
 from tests.problems import RIDGED, STREAMING, Problem, draw, mask_options
 from tests.tolerances import FLOAT64
@@ -135,3 +136,23 @@ def test_what_cannot_go_back_is_refused_by_name() -> None:
     for layer in (HLAAttention(8, 2), SoftmaxAttention(8, 2)):
         with raises_value_error("pending: expected rows of one text each, got cu_seqlens"):
             layer(torch.randn(1, 4, 8), cu_seqlens=torch.tensor([0, 2, 4]), pending=True)
+
+
+@pytest.mark.parametrize(("pattern", "whole"), [pytest.param("hla2", True, marks=pytest.mark.slow), ("memory", False)])
+def test_a_compiled_model_goes_back_alike(pattern: str, whole: bool) -> None:
+    """Without graph breaks, but for layers with a window, which torch.compile leaves out."""
+    torch.manual_seed(shifted(0))
+    config = ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, pattern=pattern)
+    model, text = LanguageModel(config).double(), torch.randint(11, (2, 6))
+    torch._dynamo.reset()
+    after = []
+    with torch.no_grad():
+        for call in (model, torch.compile(model, backend="eager", fullgraph=whole)):
+            state, logits = None, []
+            for part in text.split(3, 1):
+                y, state = call(part, state, return_state="pending")
+                logits.append(y)
+            after.append((torch.cat(logits, 1), state[0].after(torch.tensor([4, 1]))))
+    (want, wanted), (got, state) = after
+    assert_close("logits", got, want, FLOAT64)
+    close(state, wanted)
