@@ -12,7 +12,7 @@ ARGS ?=
 PYTEST := $(PY) -m pytest --numprocesses $${WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-portable test-matrix test-all evidence evidence-all convert lint docs install clean
+.PHONY: help train test test-portable test-matrix test-all evidence evidence-all convert convert-all lint docs install clean
 
 help:
 	@echo "make train      train the small byte-level model on 8 ranks; results in out/train"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all   every test"
 	@echo "make evidence   which operator learns what: a subset; evidence-all: the grid, resumed where it stopped"
 	@echo "make convert    SmolLM2 (89 MiB, downloaded once) with windows and memories in place of softmax: what it loses"
+	@echo "make convert-all   the same model without windows, and its generation after long contexts: hours"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in out/site"
 	@echo "make install    only set up .venv"
@@ -62,6 +63,9 @@ evidence-all: $(STAMP)
 # Goes on where it was stopped. The report is benchmarks/results/conversion.md.
 convert: $(STAMP)
 	@$(PY) benchmarks/conversion.py $(ARGS)
+
+convert-all: $(STAMP)
+	@$(PY) benchmarks/conversion_all.py $(ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

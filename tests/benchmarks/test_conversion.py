@@ -28,11 +28,18 @@ def test_another_file_under_the_wheels_name_is_not_unpacked(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_quick_run_writes_its_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [
+        ("conversion", ("perplexity without memory, over with it", "after distill", "other text, over")),
+        ("conversion_all", ("hla2, key term", "| 128 | read |", "bytes of the state")),
+    ],
+)
+def test_quick_run_writes_its_report(tmp_path: Path, script: str, parts: tuple[str, ...]) -> None:
     random_model("llama", {"vocab_size": 256}).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    done = run("conversion", "--quick", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
+    done = run(script, "--quick", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "out" / "conversion.md").read_text()
-    for part in ("## Targets", "perplexity without memory, over with it", "after distill", "other text, over"):
+    text = (tmp_path / "out" / f"{script}.md").read_text()
+    for part in ("## Targets", *parts):
         assert part in text

@@ -1,0 +1,144 @@
+"""SmolLM2 made into layers without a window, and its generation at long contexts: python benchmarks/conversion_all.py.
+
+    make convert-all      at full size, hours of two cores
+    python benchmarks/conversion_all.py --rows 4 --held-out 2 --seq-len 128 --transfer-steps 4 --distill-steps 2
+
+First the recipe radlads with layers of first order, of second order, and of second order with the key term: figures, no
+bars. Then tokens at several contexts, of the model with windows and memories beside the softmax model. The first reads
+its context as far as --read-seconds lets it. The state of a longer one is synthetic: the last one read, at the position
+of the longer text, since size and work do not depend on what a state holds. The softmax model's cache is filled with
+random numbers instead of computed. Both have the pretrained weights, since what was learned changes neither.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks import report
+from benchmarks.conversion import fetched, written
+from benchmarks.generation import MIB, read_lengths
+from benchmarks.program import options
+from hla_dist.convert import RECIPES, swap
+from hla_dist.generation.generate import Reading, Sampling, follow
+from hla_dist.models import LanguageModel
+from hla_dist.states import KVState
+
+PLAIN = {"output_gate": None}
+LAYERS: dict[str, dict[str, Any]] = {
+    "linear_attention": {"pattern": "linear_attention", "attention": PLAIN},
+    "hla2": {"pattern": "hla2", "attention": PLAIN},
+    "hla2, key term": {"pattern": "hla2", "attention": {**PLAIN, "key_term": True}},
+}
+NEW = 32  # tokens at each context
+STAGES = ("as swapped in", "after transfer", "after distill")
+HEADER = ["context", "state from", "CPU ms per token", "state, MiB", "softmax: CPU ms per token", "its cache, MiB"]
+
+
+def pure(args: Any, model: Path, work: Path) -> list[list[str]]:
+    """A row per kind of layer: what the layers miss, and the perplexity over the model's own on both texts."""
+    from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
+
+    library, descriptions = written(work / "text")
+    sizes = {name: getattr(args, name) for name in ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")}
+    rows = []
+    for name, layers in LAYERS.items():
+        out = (
+            work / f"pure_{name.replace(', ', '_').replace(' ', '_')}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
+        )
+        asked = Asked(str(model), [str(library)], str(out), "radlads")
+        amounts = Amounts(**sizes, other=[str(descriptions)])
+        conversion = Conversion(ConvertConfig(asked, amounts, Machine()), torch.device("cpu"), None, print)
+        conversion.recipe = replace(RECIPES["radlads"], swap=layers)
+        conversion.run()
+        figures = json.loads((out / "summary.json").read_text())
+        before, after = (sum(e[when] for e in figures["transfer"]) / len(figures["transfer"])
+                         for when in ("before", "after"))  # fmt: skip
+        teacher, *stages = figures["perplexity"].values()
+        over = [" / ".join(f"{stage[text] / teacher[text]:.3g}" for text in teacher) for stage in stages]
+        rows.append([name, f"{before:.3f}", f"{after:.3f}", *over])
+    return rows
+
+
+def per_token(model: LanguageModel, carry: Reading) -> float:
+    """CPU seconds of a new token, the median."""
+    tokens, times = follow(model, [carry], NEW, Sampling(0.0)), []
+    while True:
+        began = time.process_time()
+        if next(tokens, None) is None:
+            return median(times)
+        times.append(time.process_time() - began)
+
+
+def megabytes(carry: Reading) -> float:
+    return sum(x.numel() * x.element_size() for layer in carry.state for x in layer) / MIB
+
+
+@torch.no_grad()
+def generation(model: LanguageModel, contexts: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """Time and memory of a token after each context, with windows and memories and with softmax."""
+    config = model.config
+    shape = (1, config.num_kv_heads or config.num_heads, config.head_dim or config.hidden_size // config.num_heads)
+    student, rows = swap(model, memory={"window": 64}), []
+    for read in read_lengths(student, contexts, seconds):
+        context, carry = read["context"], read["carry"]
+        row = {"context": context, "how": read["how"], "s": per_token(student, carry), "mib": megabytes(carry)}
+        filled = [KVState(*(torch.randn(1, context - 1, *shape[1:]) for _ in "kv"), torch.tensor([context - 1]))
+                  for _ in range(config.num_layers)]  # fmt: skip
+        cache = Reading(filled, context - 1, 0)
+        rows.append({**row, "softmax_s": per_token(model, cache), "softmax_mib": megabytes(cache)})
+        print("  ".join(cells(rows[-1])))
+    return rows
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    times = [f"{1e3 * row[name]:.0f}" for name in ("s", "softmax_s")]
+    return [f"{row['context']:,}", row["how"], times[0], f"{row['mib']:.1f}", times[1], f"{row['softmax_mib']:.0f}"]
+
+
+def main() -> int:
+    args = options(
+        __doc__ or "", "two rows and two contexts",
+        dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1, contexts=[64, 128]),
+        model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
+        rows=(40, "rows to learn from"), held_out=(20, "rows to measure on, of each text"),
+        seq_len=(512, "tokens of a row"), transfer_steps=(40, "steps per layer"),
+        distill_steps=(20, "steps of the whole model"), contexts=([1024, 4096, 16384, 65536], "tokens before new ones"),
+        read_seconds=(300.0, "time for reading, over all contexts"), threads=(2, "CPU threads"),
+    )  # fmt: skip
+    from hla_dist.huggingface import load_softmax
+
+    torch.set_num_threads(args.threads)
+    about = report.context("benchmarks/conversion_all.py", args.threads)
+    work = args.out / "conversion" if args.quick else report.ROOT / "out" / "conversion"
+    model = Path(args.model) if args.model else fetched(work)
+    at_contexts = generation(load_softmax(model), args.contexts, args.read_seconds)
+    layers = pure(args, model, work)
+    first, last = at_contexts[0], at_contexts[-1]
+    span = f"{last['context']:,} over {first['context']:,} tokens"
+    targets = [report.Target(f"bytes of the state, {span}", last["mib"] / first["mib"], 1.0, False)]
+    steps = f"{args.transfer_steps} steps per layer, {args.distill_steps} of all"
+    body = [
+        "## Without a window",
+        f"{model.name} by `radlads`: {args.rows} rows of {args.seq_len} tokens, {steps}. What layers miss is of the "
+        "power of the old ones' outputs, on held-out rows; perplexity is over the model's own, held out / other text.",
+        report.table(["layers", "missed before transfer", "after", *STAGES], layers),
+        "## New tokens after long contexts",
+        f"Windows of 64 with memories beside softmax: float32, one text, medians of {NEW} tokens. The softmax model's "
+        "cache was filled with random numbers, not computed; synthetic: the last state read, at a later position.",
+        report.table(HEADER, [cells(row) for row in at_contexts]),
+    ]
+    data = {"layers": layers, "contexts": at_contexts}
+    return report.finish(args, "conversion_all", "A pretrained model without windows", about, targets, body, data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
