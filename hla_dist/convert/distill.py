@@ -48,6 +48,7 @@ def distill(
     steps: int = 20,
     batch: int = 1,
     lr: float = 1e-3,
+    thaw: float | None = None,
     group: Any = None,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
@@ -67,6 +68,9 @@ def distill(
         steps: AdamW steps, warm-up over a tenth of them, then a cosine.
         batch: Rows of a step.
         lr: The highest learning rate; gates take thirty times as much.
+        thaw: Needs ``lora=0``. What the new layers share with the old model, their output projections
+            included, is frozen until the mean loss of an eighth of the steps is no longer below the one
+            before by this share (XATL). None: nothing is frozen.
         group: Ranks among which each row is cut into shards; every rank gets the same rows.
         seed: Of the rows' order and the adapters.
         report: Called with each step's number and loss.
@@ -80,6 +84,8 @@ def distill(
         raise ValueError(f"kl, tokens: expected weights >= 0, not both 0, got {kl} and {tokens}")
     if kl and teacher is None:
         raise ValueError(f"teacher: expected a model with kl={kl}, got None")
+    if thaw is not None and lora:
+        raise ValueError(f"thaw: expected None with lora={lora}, which freezes what is shared to the end, got {thaw}")
     layers = [mixer_of(student, index) for index in converted(student)]
     if not layers:
         raise ValueError(f"distill: expected a converted model, got the pattern {student.config.pattern!r}")
@@ -88,7 +94,7 @@ def distill(
     wanted = {name: p.requires_grad for name, p in student.named_parameters()}
     mode = student.training
     with _adapted(student, layers, lora):
-        losses = _train(student, layers, rows, teacher, kl, tokens, steps, batch, lr, group, report)
+        losses = _train(student, layers, rows, teacher, kl, tokens, steps, batch, lr, thaw, group, report)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
@@ -118,7 +124,8 @@ def _adapted(student: LanguageModel, layers: list[nn.Module], rank: int) -> Iter
 
 def _train(
     student: LanguageModel, layers: list[nn.Module], rows: Tensor, teacher: LanguageModel | None, kl: float,
-    tokens: float, steps: int, batch: int, lr: float, group: Any, report: Callable[[int, float], None] | None,
+    tokens: float, steps: int, batch: int, lr: float, thaw: float | None, group: Any,
+    report: Callable[[int, float], None] | None,
 ) -> list[float]:  # fmt: skip
     model: Any = student if group is None else SequenceParallelHLA(student, group)
     guide: Any = teacher
@@ -126,9 +133,15 @@ def _train(
         guide = SequenceParallelHLA(teacher, group, reduce_gradients=False, sync_parameters=False)
     gates = {id(p) for layer in layers if isinstance(layer, MemoryAttention) for p in layer.gates()}
     parameters = [p for p in student.parameters() if p.requires_grad]
+    own = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith("o_proj.")}
+    shared = set() if thaw is None else {id(p) for p in parameters} - own
     groups = [
-        {"params": [p for p in parameters if (id(p) in gates) == is_gate], "peak": lr * (GATES if is_gate else 1)}
-        for is_gate in (False, True)
+        {
+            "params": [p for p in parameters if (id(p) in gates, id(p) in shared) == (is_gate, is_shared)],
+            "peak": lr * (GATES if is_gate else 1),
+            "frozen": is_shared,
+        }
+        for is_gate, is_shared in ((False, False), (True, False), (False, True))
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=0.0)
     student.train()
@@ -147,7 +160,10 @@ def _train(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for entry in optimizer.param_groups:
-            entry["lr"] = entry["peak"] * lr_factor(step, max(1, steps // 10), step / steps, 0.0)
+            entry["frozen"] = entry["frozen"] and not _stopped_falling(losses, max(1, steps // 8), thaw)
+            # 0 freezes: gradients are still wanted, since ranks reduce those of all parameters that had one at first
+            factor = 0.0 if entry["frozen"] else lr_factor(step, max(1, steps // 10), step / steps, 0.0)
+            entry["lr"] = entry["peak"] * factor
         optimizer.step()
         losses.append(_summed(loss.detach(), group))
         if report is not None:
@@ -156,6 +172,12 @@ def _train(
         if isinstance(wrapped, SequenceParallelHLA):
             wrapped.unwrap()
     return losses
+
+
+def _stopped_falling(losses: list[float], span: int, share: float | None) -> bool:
+    """Whether the mean of the last ``span`` losses is not below that of those before by this share."""
+    recent, before = losses[-span:], losses[-2 * span : -span]
+    return len(before) == span and sum(recent) > (1 - (share or 0.0)) * sum(before)
 
 
 def _summed(loss: Tensor, group: Any) -> float:

@@ -23,7 +23,7 @@ from hla_dist.convert.distill import distill
 from hla_dist.convert.recipes import RECIPES
 from hla_dist.convert.swap import converted, swap
 from hla_dist.convert.transfer import LayerError, transfer
-from hla_dist.convert.usage import perplexity, usage
+from hla_dist.convert.usage import Usage, perplexity, usage
 from hla_dist.data.sources import LeftOut, read_documents
 from hla_dist.huggingface import load_softmax, to_huggingface
 from hla_dist.huggingface.speech import PretrainedCodec
@@ -96,15 +96,18 @@ class Conversion:
 
     def run(self) -> None:
         asked = self.config.asked
-        for stage in ("transfer", "distill"):
-            if asked.stage == stage and getattr(self.recipe, stage) is None:
-                raise UserError(f"--stage: expected a stage of the recipe {asked.recipe}, got {stage}")
+        if asked.stage == "transfer" and self.recipe.transfer is None:
+            raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
+        if asked.window and "memory" not in self.recipe.swap:
+            raise UserError(f"--window: expected none, since {asked.recipe} has no window, got {asked.window}")
         wanted = together(self.group, self._wanted)
         teacher, self.codec = together(self.group, self._load)
         self.texts = together(self.group, self._rows)
         together(self.group, lambda: write_json(self.out / OPTIONS, wanted) if self.rank == 0 else None)
-        memory = {**self.recipe.memory, **({"window": asked.window} if asked.window else {})}
-        student = together(self.group, lambda: swap(teacher, self.recipe.pattern, memory=memory).to(self.device))
+        options = dict(self.recipe.swap)
+        if asked.window:
+            options["memory"] = {**options["memory"], "window": asked.window}
+        student = together(self.group, lambda: swap(teacher, **options).to(self.device))
         self._measure("teacher", teacher)
         self._measure("swapped in, untrained", student)
         errors = self._transfer(student, teacher)
@@ -180,10 +183,7 @@ class Conversion:
         return errors
 
     def _distill(self, student: LanguageModel, teacher: LanguageModel) -> list[float]:
-        options = self.recipe.distill
-        if options is None:
-            return []
-        amounts = self.config.amounts
+        options, amounts = self.recipe.distill, self.config.amounts
         with self._bar("distill", amounts.distill_steps, "step") as bar:
             losses = distill(
                 student, self.texts["train"], teacher=teacher if options.get("kl") else None,
@@ -201,17 +201,17 @@ class Conversion:
         bar.update()
 
     def _write(self, student: LanguageModel, errors: list[LayerError], losses: list[float]) -> None:
-        used = usage(student, self.texts["held out"][:USAGE_ROWS])
+        used = usage(student, self.texts["held out"][:USAGE_ROWS]) if "memory" in self.recipe.swap else None
         to_huggingface(student.float().cpu().state_dict(), student.config).save_pretrained(self.out / "model")
         self.codec.save(self.out / "model")
-        text = "\n".join(self._summary(errors, losses, used.lines())) + "\n"
+        text = "\n".join(self._summary(errors, losses, used)) + "\n"
         with whole_file(self.out / "summary.md") as partial:
             partial.write_text(text)
         figures = {"perplexity": self.perplexities, "transfer": [error._asdict() for error in errors]}
-        write_json(self.out / "summary.json", {**figures, "losses": losses, "usage": used._asdict()})
+        write_json(self.out / "summary.json", {**figures, "losses": losses, "usage": used and used._asdict()})
         print(text, end="")
 
-    def _summary(self, errors: list[LayerError], losses: list[float], used: list[str]) -> Iterator[str]:
+    def _summary(self, errors: list[LayerError], losses: list[float], used: Usage | None) -> Iterator[str]:
         asked, teacher = self.config.asked, self.perplexities["teacher"]
         yield from (f"# {asked.source}, converted", "", f"Recipe {asked.recipe}: {self.recipe.about}.", "")
         columns = [f"{text}, {what}" for text in teacher for what in ("perplexity", "over the teacher's")]
@@ -224,8 +224,14 @@ class Conversion:
             before, after = (sum(x) / len(errors) for x in zip(*((e.before, e.after) for e in errors)))
             worst = max(errors, key=lambda e: e.after)
             figures = f"{before:.3f} before, {after:.3f} after, at most {worst.after:.3f} (layer {worst.layer})"
-            yield from ("", f"Transfer: of the power of the heads' outputs, held-out rows, new layers miss {figures}.")
+            what = "heads'" if self.recipe.swap.get("memory") else "layers'"
+            yield from ("", f"Transfer: of the power of the {what} outputs, held-out rows, new layers miss {figures}.")
         if losses:
             yield from ("", f"Distill: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last.")
-        yield from ("", "## How the memory is used", "", "On the first held-out rows, at most 8.", "", *used)
+        yield from ("", "## How the memory is used", "")
+        if used is None:
+            yield "There is no window beside it: it is all that the layers have."
+        else:
+            rows = min(USAGE_ROWS, self.config.amounts.held_out)
+            yield from (f"On {rows} of the held-out rows.", "", *used.lines())
         yield from ("", f"This run took {time.monotonic() - self.began:.0f} s of wall clock.")

@@ -17,6 +17,7 @@ def swap(
     *,
     memory: dict[str, Any] | None = None,
     attention: dict[str, Any] | None = None,
+    keep: str = "all",
 ) -> LanguageModel:
     """Return a copy of ``model`` with the layers of ``pattern``; parameters that both have are the same.
 
@@ -29,11 +30,15 @@ def swap(
         pattern: As in ``ModelConfig``: ``"memory"``, ``"memory*3,softmax"``, ``"hla2"``, ...
         memory: Options of ``MemoryAttention``; rotary positions, norms and biases come from the model.
         attention: Options of ``HLAAttention``; its rotary positions come from the model.
+        keep: ``"all"``, or ``"shared"``: the new layers' queries, keys and values are projected anew, as
+            in XATL, and all else is kept.
 
     Raises:
         ValueError: An option is wrong, no layer changes, or a parameter has no place in the new layers.
     """
     config = _config(model.config, pattern, memory, attention)
+    if keep not in ("all", "shared"):
+        raise ValueError(f"keep: expected 'all' or 'shared', got {keep!r}")
     changed = [n for n, (old, new) in enumerate(zip(model.config.mixers, config.mixers)) if old != new]
     if not changed:
         raise ValueError(f"swap: expected a pattern that changes a layer of {model.config.pattern!r}, got {pattern!r}")
@@ -44,6 +49,9 @@ def swap(
         if name not in places or places[name].shape != tensor.shape:
             got = "none of that name" if name not in places else f"shape {tuple(places[name].shape)}"
             raise ValueError(f"swap: expected a place of shape {tuple(tensor.shape)} for {name}, got {got}")
+    if keep == "shared":
+        for name in [name for name in given if name.startswith(tuple(_anew(changed)))]:
+            del given[name]
     device = model.embedding.weight.device
     for name, parameter in student.named_parameters():
         kept = given.get(name)
@@ -60,6 +68,11 @@ def _config(
     return replace(
         config, pattern=pattern, memory={**shared, **(memory or {})}, attention={**rotary, **(attention or {})}
     )
+
+
+def _anew(layers: list[int]) -> list[str]:
+    """What the names of the queries', keys' and values' parameters begin with."""
+    return [f"blocks.{layer}.attention.{letter}_" for layer in layers for letter in "qkv"]
 
 
 def _projection(student: LanguageModel, name: str) -> bool:

@@ -195,14 +195,31 @@ def test_wrong_stages_are_refused_in_one_line() -> None:
             stage()
 
 
-def test_recipes_are_options_that_the_stages_take() -> None:
-    model = teacher()
-    for recipe in RECIPES.values():
-        student = swap(model, recipe.pattern, memory=recipe.memory)
-        if recipe.transfer is not None:
-            assert transfer(student, model, rows(tokens=80), steps=1, **recipe.transfer)
-        if recipe.distill is not None:
-            assert distill(student, rows(), teacher=model, steps=1, **recipe.distill)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_options_that_the_stages_take(name: str) -> None:
+    recipe, model = RECIPES[name], teacher(softmax={"rope_theta": 100.0, "qk_norm": None})
+    student = swap(model, **recipe.swap)
+    if recipe.transfer is not None:
+        assert transfer(student, model, rows(tokens=80), steps=1, **recipe.transfer)
+    assert distill(student, rows(), teacher=model, steps=1, **recipe.distill)
+
+
+def test_what_is_shared_is_frozen_until_the_loss_stops_falling() -> None:
+    model = teacher(softmax={"qk_norm": None})
+    student = swap(model, "hla2", keep="shared")
+    attention = student.blocks[0].attention
+    assert not torch.equal(attention.q_proj.weight, model.blocks[0].attention.q_proj.weight)
+    assert_bitwise("kept", attention.o_proj.weight, model.blocks[0].attention.o_proj.weight)
+    drawn = attention.q_proj.weight.detach().clone()
+    for thaw, frozen in ((-9.0, True), (9.0, False)):  # a loss that must rise tenfold; any is fine
+        distill(student, rows(2), lora=0, thaw=thaw, steps=4)
+        assert torch.equal(student.blocks[0].mlp.down.weight, model.blocks[0].mlp.down.weight) == frozen
+        assert torch.equal(attention.o_proj.weight, model.blocks[0].attention.o_proj.weight) == frozen
+        assert not torch.equal(attention.q_proj.weight, drawn)
+    with raises_value_error("thaw", "lora=8"):
+        distill(student, rows(2), thaw=0.1)
+    with raises_value_error("keep", "'shared'", "'some'"):
+        swap(model, "hla2", keep="some")
 
 
 GROWING: list[dict[str, Any]] = [
@@ -337,6 +354,8 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--stage", "distill"], r"--stage: expected layers \[0, 1\] .* run transfer first"),
             (["--rows", "60"], "--data: expected 63 rows of 64 tokens, got 31 rows"),
             (["--recipe", "radlads!"], "invalid choice"),
+            (["--recipe", "radlads"], "--window: expected none, since radlads has no window, got 8"),
+            (["--recipe", "tptt", "--stage", "transfer"], "--stage: expected all or distill"),
             (["--from", str(tmp_path)], "config.json"),
         )
     ):
