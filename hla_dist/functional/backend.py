@@ -10,14 +10,7 @@ from hla_dist.parallel.compiling import assume_constant_result
 
 
 def resolve(
-    requested: str,
-    cascade: str,
-    mask: str,
-    q: Tensor,
-    value_dim: int,
-    chunk_size: int | None,
-    slow: str = "",
-    normalize: bool = False,
+    requested: str, cascade: str, q: Tensor, value_dim: int, normalize: bool, chunk_size: int | None, slow: str = ""
 ) -> str:
     """``"torch"``, ``"triton"`` or ``"gluon"``.
 
@@ -32,8 +25,8 @@ def resolve(
     if slow:  # to be slow in silence where kernels were to be expected is worse than to be refused
         raise ValueError(f"backend: expected 'torch' with {slow}, which no kernels compute, got {requested!r}")
     for kernels in ("gluon", "triton") if requested == "auto" else (requested,):
-        call = (cascade, mask, q.device, q.dtype, q.shape[3], value_dim, normalize, chunk_size)
-        reason = _obstacle(kernels, requested == "auto", *call)
+        sizes = (q.shape[3], value_dim, normalize, chunk_size)
+        reason = _obstacle(kernels, requested == "auto", cascade, q.device, q.dtype, *sizes)
         if not reason:
             return kernels
     if requested == "auto":
@@ -51,7 +44,6 @@ def _obstacle(
     kernels: str,
     unnamed: bool,
     cascade: str,
-    mask: str,
     device: torch.device,
     dtype: torch.dtype,
     key_dim: int,
@@ -60,8 +52,6 @@ def _obstacle(
     chunk_size: int | None,
 ) -> str:
     """Why the kernels cannot compute a call, or nothing."""
-    if mask == "full":
-        return f"backend: expected 'auto' or 'torch' with mask='full' (it is plain matrix products), got {kernels!r}"
     if chunk_size is not None:
         return f"chunk_size: expected None with backend {kernels!r} (its tile table decides), got {chunk_size}"
     try:

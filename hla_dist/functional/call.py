@@ -133,31 +133,20 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
     initial: tuple[Tensor, ...] = ()
     width = v.shape[3] + int(o["normalize"])
     if full:
-        if o["backend"] in ("triton", "gluon"):
-            resolve_backend(o["backend"], name, "full", q, v.shape[3], o["chunk_size"])
-        validate.check_full(o["log_decay"], o)
+        validate.check_full(o)
         backend = "torch"
     else:
         initial = validate.check_state(o["initial_state"], cascade, q, width, documents)
         slow = "gates per channel" if per_channel else ""
-        sizes = (q, v.shape[3], o["chunk_size"])
-        backend = resolve_backend(o["backend"], cascade.name, o["mask"], *sizes, slow, o["normalize"])
+        backend = resolve_backend(o["backend"], cascade.name, q, v.shape[3], o["normalize"], o["chunk_size"], slow)
         if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
             initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
     gates = o["log_decay"]
     if gates is not None and not per_channel and gates.shape[-1] != q.shape[2]:
         gates = gates.repeat_interleave(q.shape[2] // gates.shape[-1], dim=-1)
     scale = q.shape[3] ** -0.5 if o["scale"] is None else float(o["scale"])
-    plan = Plan(
-        cascade.name,
-        scale,
-        float(o["ridge"]),
-        o["normalize"],
-        float(o["eps"]),
-        o["chunk_size"] or 0,
-        backend,
-        o["output_final_state"],
-    )
+    settings = (scale, float(o["ridge"]), o["normalize"], float(o["eps"]), o["chunk_size"] or 0)
+    plan = Plan(cascade.name, *settings, backend, o["output_final_state"])
     if o["group"] is not None:
         plan = _over_group(plan, o, documents, q, k, v)
     return Call(o["mask"], plan, q, k, v, gates, gain, skip, initial, documents)

@@ -76,7 +76,7 @@ def attend_levels(
 
 def _check(call: Call, weights: Any, present: Tensor | None, initial: Any, options: Mapping[str, Any]) -> None:
     q, plan = call.q, call.plan
-    resolve_backend(options.get("backend", "auto"), plan.operator, "causal", q, call.v.shape[3], None, "levels")
+    resolve_backend(options.get("backend", "auto"), plan.operator, q, call.v.shape[3], False, None, "levels")
     wide = call.log_decay is not None and call.log_decay.dim() == 4
     require(not wide, "log_decay", "a gate per head with levels", "gates per channel")
     kind = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

@@ -203,9 +203,13 @@ def check_key_term(name: str, value: Any, q: Tensor) -> Tensor | None:
     return value.to(dtype)
 
 
-def check_full(log_decay: Any, o: dict[str, Any]) -> None:
-    """``mask="full"`` has no order, hence neither decay nor a state."""
-    require(log_decay is None, "log_decay", "None with mask='full' (every token sees the whole sequence)", "a tensor")
+def check_full(o: dict[str, Any]) -> None:
+    """``mask="full"`` has no order, hence neither decay nor a state, and no kernels."""
+    plain = "'auto' or 'torch' with mask='full' (it is plain matrix products)"
+    require(o["backend"] in ("auto", "torch"), "backend", plain, repr(o["backend"]))
+    require(
+        o["log_decay"] is None, "log_decay", "None with mask='full' (every token sees the whole sequence)", "a tensor"
+    )
     require(o["initial_state"] is None, "initial_state", "None with mask='full', which does not stream", "a state")
     require(not o["output_final_state"], "output_final_state", "False with mask='full', which does not stream", "True")
 
