@@ -34,7 +34,7 @@ class Scanned(NamedTuple):
 class Summarized(NamedTuple):
     """Results of ``summarize``: ``rho [B, H]``, the fields, and what ``scan`` reuses.
 
-    kept: for every first-level pass its result ``[B, H, T, D]`` from an empty past and its state at every block
+    kept: for every first-level pass its result ``[B, T, H, D]`` from an empty past and its state at every block
     start and at the end, ``[blocks + 1, B, H, rows, columns]``.
     """
 
@@ -59,7 +59,7 @@ def summarize(segment: Segment) -> Summarized:
             gates = block.gates
             for p in op.first_level:
                 segment.put_rows(tile, starts[p.state][span.number], state[p.state])
-                segment.store_inner(results[p.out], tile, span, block.sequence(p.out))
+                segment.store(results[p.out], tile, span, block.sequence(p.out))
             for m in op.moments:
                 right = block.sequence(m.right)
                 start = gates.block_before if m.through else gates.block_start
@@ -109,7 +109,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
                 segment.put_rows(tile, checkpoints[name][span.number], state[name])
             block = Block(segment, tile, span, state)
             for p in corrected:
-                local = segment.load_inner(results[p.out], tile, span)
+                local = segment.load(results[p.out], tile, span)
                 block.correct(p, local, entering[p.state], past)
             o, den = ratio(segment, block.sequence("o"))
             segment.store(out, tile, span, o)
