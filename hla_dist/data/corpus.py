@@ -179,17 +179,15 @@ def _from_memmap(path: Path, options: CorpusOptions) -> Corpus:
     train, (test, test_documents) = parts
     texts = (Text(*train),)
     if about is None:
-        codec = Codec(tokenizer, known=tokenizer is not None)
-        size, kind = vocab_size, ""
+        codec, per_token, kind = Codec(tokenizer, known=tokenizer is not None), None, ""
         if tokenizer:
-            size, kind = max(vocab_size, codec.vocab_size), tokenizer_name(tokenizer)
-        return Corpus(texts, test, None, size, None, described, codec, kind, fingerprint=fingerprint)
-    codec = Codec(tokenizer_of(path, about, tokenizer), known=tokenizer is not None or about.tokenizer == "bytes")
-    described += f", {len(about.documents):,} document(s)"
-    per_token = about.text_bytes / len(tokens)
+            vocab_size, kind = max(vocab_size, codec.vocab_size), tokenizer_name(tokenizer)
+    else:
+        codec = Codec(tokenizer_of(path, about, tokenizer), known=tokenizer is not None or about.tokenizer == "bytes")
+        vocab_size, per_token, kind = about.vocab_size, about.text_bytes / len(tokens), about.tokenizer
+        described += f", {len(about.documents):,} document(s)"
     return Corpus(
-        texts, test, test_documents, about.vocab_size, per_token, described, codec, about.tokenizer,
-        fingerprint=fingerprint,
+        texts, test, test_documents, vocab_size, per_token, described, codec, kind, fingerprint=fingerprint
     )  # fmt: skip
 
 
