@@ -5,6 +5,7 @@ Tensors are ``[1, T, H, K]`` for hla2 and ``[1, H, T, K]`` for the others: each 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -116,6 +117,15 @@ MODES: dict[str, Callable[[Contender, list[Tensor], Tensor], Tensor | list[Tenso
     "forward": forward,
     "forward+backward": forward_backward,
 }
+
+
+def seconds(call: Callable[..., object], *arguments: object) -> float:
+    """Wall time of a call; what it returns is freed outside of it, for every contender."""
+    start = time.perf_counter()
+    result = call(*arguments)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
 
 
 def check(tokens: int = 2 * COMPOSITION_CHUNK, heads: int = 2) -> dict[str, float]:

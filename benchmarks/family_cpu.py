@@ -12,7 +12,6 @@ q and k); backward likewise.
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -23,8 +22,9 @@ from tqdm import tqdm
 
 import hla_dist
 from benchmarks import report
-from benchmarks.contenders import MODES, Contender, K, Source
+from benchmarks.contenders import MODES, Contender, K, Source, seconds
 from benchmarks.program import KEEP_MEMORY, options
+from hla_dist.operators import NAMED
 
 BOUNDS = {"linear_attention": 1.0, "ahla": 1.1, "hla3": 1.7}  # time over hla2's
 GATES = {"no gate": "", "gate per token": "token"}
@@ -53,7 +53,7 @@ def main() -> int:
     report.keep_memory(args.keep_memory)
     torch.set_num_threads(args.threads)
     about = report.context("benchmarks/family_cpu.py", args.threads)
-    names = ["linear_attention", "hla2", "ahla", "hla3"]
+    names = list(NAMED)
     source = Source(args.tokens, args.heads)
     cases = [(variant, mode, name) for variant in GATES for mode in MODES for name in names]
     samples: dict[tuple[str, str, str], list[float]] = {case: [] for case in cases}
@@ -61,11 +61,7 @@ def main() -> int:
         for case in cases:
             variant, mode, name = case
             operator = contender(name, GATES[variant])
-            arguments = operator.inputs(source, args.tokens)
-            start = time.perf_counter()
-            result = MODES[mode](operator, *arguments)
-            elapsed = time.perf_counter() - start
-            del result
+            elapsed = seconds(MODES[mode], operator, *operator.inputs(source, args.tokens))
             if i > 0:  # the first round warms up
                 samples[case].append(elapsed)
 

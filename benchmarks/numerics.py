@@ -25,9 +25,9 @@ from tqdm import tqdm
 import hla_dist
 from benchmarks import report
 from benchmarks.program import options, pyplot, save_figure
+from hla_dist.operators import NAMED
 from hla_dist.reference import quadratic
 
-OPERATORS = ("linear_attention", "hla2", "ahla", "hla3")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 DECAYS = ("no decay", "decay")
 LENGTHS = [1024 * 4**i for i in range(6)]
@@ -71,7 +71,7 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> Errors:
 def measure(args: argparse.Namespace, lengths: list[int]) -> tuple[dict[Key, Errors], dict[Key, Errors]]:
     """Errors of the library, and of plain torch in bf16 up to ``PLAIN`` tokens."""
     library, plain = {}, {}
-    cases = [(o, d, n, t) for t in lengths for o in OPERATORS for d in DECAYS for n in DTYPES]
+    cases = [(o, d, n, t) for t in lengths for o in NAMED for d in DECAYS for n in DTYPES]
     for key in tqdm(cases, desc="numerics", leave=False):
         name, decay, kind, T = key
         x = draw(T, args.heads, args.size, decay, DTYPES[kind])
@@ -112,7 +112,7 @@ def tables(library: dict[Key, Errors], plain: dict[Key, Errors], lengths: list[i
     longest = max(t for t in lengths if t <= PLAIN)
     for kind in DTYPES:
         rows = []
-        for name in OPERATORS:
+        for name in NAMED:
             for decay in DECAYS:
                 cells = [cell(library[name, decay, kind, t]) for t in lengths]
                 if kind == "bf16":
@@ -127,7 +127,7 @@ def plot(path: Path, library: dict[Key, Errors], plain: dict[Key, Errors], lengt
     """Output error against T, one panel per dtype."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2))
     for axis, kind in zip(axes, DTYPES):
-        for i, name in enumerate(OPERATORS):
+        for i, name in enumerate(NAMED):
             for decay, style in zip(DECAYS, ("-", "--")):
                 values = [library[name, decay, kind, t]["out"] for t in lengths]
                 axis.loglog(lengths, values, style, color=f"C{i}", marker="o", markersize=3, label=f"{name}, {decay}")

@@ -14,7 +14,6 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from benchmarks.contenders import (
     K,
     Source,
     check,
+    seconds,
 )
 from benchmarks.peak_memory import peak_memory
 from benchmarks.program import KEEP_MEMORY, options, pyplot, save_figure
@@ -46,14 +46,6 @@ REPEAT_S = 0.1  # short cases are repeated within a round for about this long
 MULTIPLY = 2048
 
 Case = tuple[str, int, str]  # contender, tokens, mode
-
-
-def seconds(call, *arguments) -> float:
-    start = time.perf_counter()
-    result = call(*arguments)
-    elapsed = time.perf_counter() - start
-    del result  # freed outside the timing, for every contender
-    return elapsed
 
 
 def choose(args: argparse.Namespace, lengths: list[int], source: Source) -> tuple[dict[Case, float], dict[str, str]]:

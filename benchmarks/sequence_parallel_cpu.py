@@ -17,7 +17,6 @@ the call to one after it; start-up and warm-up are not counted.
 """
 
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from benchmarks.contenders import K, Source
 from benchmarks.program import KEEP_MEMORY, options
 from benchmarks.ranks import Ranks, turn_taking
 from hla_dist.parallel import collectives, topology
+from hla_dist.scaling.measure import cpu_seconds
 
 Variant = tuple[str, str, torch.dtype | None]  # gates, exchange, dtype on the wire
 VARIANTS: dict[str, Variant] = {
@@ -81,11 +81,6 @@ class Shard:
         grads = torch.autograd.grad(out, leaves, self.dout)
         both = [counter.bytes, counter.calls, counter.messages]
         return [out.detach(), *grads], sent + [b - a for a, b in zip(sent, both)]
-
-
-def cpu_seconds() -> tuple[float, float]:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime, usage.ru_stime
 
 
 _shard: Shard  # of this process

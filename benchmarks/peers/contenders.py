@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from benchmarks.peers.lasp import lasp1, lasp2
 from benchmarks.peers.ring_attention import ring_attention
 from benchmarks.ranks import common_start
 from hla_dist.parallel import collectives, topology
+from hla_dist.scaling.measure import cpu_seconds
 from hla_dist.scaling.memory import PeakMemory
 
 HEADER = 64  # bytes of a frame's header, docs/sequence-parallel.md
@@ -118,23 +118,17 @@ def measure(name: str, tokens: int, heads: int, dim: int) -> dict[str, float]:
         _inputs[key] = _draw(tokens // size, heads, dim, rank, torch.float32)
     memory = PeakMemory(torch.device("cpu"))
     memory.start()
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = sum(cpu_seconds())
     wire.sent.reset()
     collectives.counter.reset()
     start = common_start()
     result = _results(lambda *qkv: contender.call(*qkv, _groups[name, torch.float32]), _inputs[key])
     wall = time.monotonic() - start
-    after, peak = resource.getrusage(resource.RUSAGE_SELF), memory.stop()
+    cpu, peak = sum(cpu_seconds()) - used, memory.stop()
     del result
     messages, size_sent = _sent(contender, size)
-    cpu = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
-    return {
-        "wall": wall,
-        "cpu": cpu,
-        "memory": peak.proportional - peak.before,
-        "bytes": size_sent,
-        "messages": messages,
-    }
+    held = peak.proportional - peak.before
+    return {"wall": wall, "cpu": cpu, "memory": held, "bytes": size_sent, "messages": messages}
 
 
 def _sent(contender: Contender, size: int) -> tuple[int, int]:

@@ -59,13 +59,13 @@ def measure(call: Callable[[Clock], Any], group: dist.ProcessGroup, device: torc
     memory.start()
     dist.barrier(group)
     counter.reset()
-    usage, clock.began = _cpu_seconds(), clock.now()
+    usage, clock.began = cpu_seconds(), clock.now()
     result = call(clock)
     waited, sent, calls = counter.waited, counter.bytes, counter.calls + counter.messages
     clock.now()
     dist.barrier(group)
     seconds = clock.now() - clock.began
-    user, kernel = (after - before for before, after in zip(usage, _cpu_seconds(), strict=True))
+    user, kernel = (after - before for before, after in zip(usage, cpu_seconds(), strict=True))
     peak = memory.stop()
     forward, cpu = clock.ended - clock.began, user + kernel
     sample = Sample(seconds, forward, cpu, kernel, waited, (clock.sent, sent), (clock.calls, calls), *peak)
@@ -104,7 +104,7 @@ def from_rank(source: int, tensors: list[Tensor], group: Group) -> list[Tensor]:
     return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
-def _cpu_seconds() -> tuple[float, float]:
+def cpu_seconds() -> tuple[float, float]:
     """The process's own, and those the system spent for it."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime, usage.ru_stime
