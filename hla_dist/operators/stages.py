@@ -6,7 +6,7 @@
 
 A segment is walked in tiles (a few batch-and-head rows) and blocks (some hundred tokens) that stay in cache;
 inside a block everything is batched matrix products (``blocks.py``). Forward saves the carry at every block start,
-1/8 of the chunk states; backward recomputes the rest. Accumulation and states are float32, or float64 for float64.
+1/16 of the chunk states; backward recomputes the rest. Accumulation and states are float32, or float64 for float64.
 
 Shapes: ``segment.py``.
 """

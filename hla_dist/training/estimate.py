@@ -28,7 +28,7 @@ from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.operators import NAMED, OPERATORS
 from hla_dist.operators.cascade import Operator
-from hla_dist.operators.segment import CHANNEL_CHUNK, CHUNK, TILE_TOKENS
+from hla_dist.operators.segment import BLOCK_TOKENS, CHANNEL_CHUNK, CHUNK, TILE_TOKENS
 from hla_dist.parallel.agreement import HEADER_BYTES
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.parallel.topology import set_ranks_per_node
@@ -154,7 +154,7 @@ def _blocks(step: Step, local: int) -> int:
     if step.shards > 1 and "softmax" in step.model.mixers:
         sizes.append(5 * min(MASK_NUMBERS, BLOCK_QUERIES * step.seq_len))
     for layer in _all(HLAAttention, _build(step.model)):
-        tokens = min(TILE_TOKENS, local * step.batch_size * layer.num_heads)
+        tokens = min(TILE_TOKENS, min(BLOCK_TOKENS, local) * step.batch_size * layer.num_heads)
         buffers = _BLOCK_BUFFERS + (_CHANNEL_BUFFERS * CHANNEL_CHUNK if _operator(layer).products else 0)
         sizes.append(4 * buffers * tokens * max(layer.head_dim, layer.value_dim))
     return max(sizes)

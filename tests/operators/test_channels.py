@@ -31,7 +31,7 @@ def test_equals_the_oracles(gates: str, values: str) -> None:
 
 def test_longer_than_a_block_and_float32() -> None:
     for p in (
-        replace(FIRST, T=600, B=1),
+        replace(FIRST, T=1100, B=1),
         replace(FIRST, T=70, dtype=torch.float32, K=20),
         replace(FIRST, chunk_size=5),
     ):
