@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
+from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.levels import attend_levels, refuse_options
 from hla_dist.functional.options import Options, SegmentOptions
 from hla_dist.functional.pending import Pending, absent, cannot_go_back, latest, operate, with_gates
@@ -28,7 +29,6 @@ from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
 from hla_dist.operators import NAMED
 from hla_dist.operators.precision import sum_dtype
-from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
 from hla_dist.states import convolved
 
@@ -351,10 +351,7 @@ class HLAAttention(AttentionLayer):
         if pending and not problem:
             problem = cannot_go_back(group, cu_seqlens)
         if problem:
-            if group is not None and not torch.compiler.is_compiling():
-                first = "forward" if self.conv is None else "halo forward"
-                agreement.fail(group, ValueError(problem), x.device, first)  # raises it on every rank
-            raise ValueError(problem)
+            raise_everywhere(ValueError(problem), x, group, "forward" if self.conv is None else "halo forward")
         if output_final_state is None or pending:
             output_final_state = pending or state is not None or not torch.is_grad_enabled()
         rotary: tuple[Tensor, ...] = ()
