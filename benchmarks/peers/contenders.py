@@ -27,7 +27,7 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Way:
     """A way to run one sequence over a group. ``counted``: this library's, whose traffic it counts itself."""
 
     family: str  # what it computes: "hla2", "linear_attention" or "softmax"
@@ -35,23 +35,23 @@ class Contender:
     counted: bool = False
 
 
-def _library(operator: str, exchange: str) -> Contender:
+def _library(operator: str, exchange: str) -> Way:
     def call(q: Tensor, k: Tensor, v: Tensor, group: Any) -> Tensor:
         return getattr(hla_dist, operator)(q, k, v, group=group, exchange=exchange)[0]
 
-    return Contender(operator, call, True)
+    return Way(operator, call, True)
 
 
 CONTENDERS = {
     "hla2, all_gather": _library("hla2", "all_gather"),
     "hla2, scan": _library("hla2", "scan"),
     "hla2, hierarchical": _library("hla2", "hierarchical"),
-    "hla2 by heads (Megatron)": Contender("hla2", hla2_by_heads),
+    "hla2 by heads (Megatron)": Way("hla2", hla2_by_heads),
     "first order, all_gather": _library("linear_attention", "all_gather"),
-    "LASP-1": Contender("linear_attention", lasp1),
-    "LASP-2": Contender("linear_attention", lasp2),
-    "Ring Attention": Contender("softmax", ring_attention),
-    "Ulysses": Contender("softmax", ulysses),
+    "LASP-1": Way("linear_attention", lasp1),
+    "LASP-2": Way("linear_attention", lasp2),
+    "Ring Attention": Way("softmax", ring_attention),
+    "Ulysses": Way("softmax", ulysses),
 }
 
 
@@ -131,7 +131,7 @@ def measure(name: str, tokens: int, heads: int, dim: int) -> dict[str, float]:
     return {"wall": wall, "cpu": cpu, "memory": held, "bytes": size_sent, "messages": messages}
 
 
-def _sent(contender: Contender, size: int) -> tuple[int, int]:
+def _sent(contender: Way, size: int) -> tuple[int, int]:
     if not contender.counted:
         return wire.sent.messages, wire.sent.bytes
     counter, others = collectives.counter, size - 1

@@ -30,13 +30,13 @@ class Receive(NamedTuple):
     bytes: int
 
 
-class Work(NamedTuple):
+class Busy(NamedTuple):
     """Time on the rank itself."""
 
     seconds: float
 
 
-Program = Sequence[Send | Receive | Work]
+Program = Sequence[Send | Receive | Busy]
 
 
 class Link(NamedTuple):

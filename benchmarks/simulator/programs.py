@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.simulator.network import Network, Program, Receive, Send, Trace, Work, run
+from benchmarks.simulator.network import Busy, Network, Program, Receive, Send, Trace, run
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
 from hla_dist.parallel import scan
@@ -40,7 +40,7 @@ class _Recorder:
 
     position: int
     size: int
-    steps: list[Send | Receive | Work] = field(default_factory=list)
+    steps: list[Send | Receive | Busy] = field(default_factory=list)
 
     def post(self, sends: scan.Messages, receives: scan.Messages) -> list[Any]:
         self.steps += [Send(target, x.nbytes) for target, x in sends if x.numel()]
@@ -54,11 +54,11 @@ class _Recorder:
 class _Recorded(scan.Direction):
     """Shapes without numbers: a combination is time, a message its bytes."""
 
-    steps: list[Send | Receive | Work]
+    steps: list[Send | Receive | Busy]
     combine: float  # seconds per head
 
     def join(self, near: Fields, far: Fields) -> Fields:
-        self.steps.append(Work(self.combine * self.layout.heads))
+        self.steps.append(Busy(self.combine * self.layout.heads))
         return near if "rho" in far else self.shorten(near)
 
     def pack(self, fields: Fields) -> Tensor:
@@ -77,7 +77,7 @@ def program(exchange: str, position: int, way: scan.Direction, network: Network,
     if exchange not in EXCHANGES[1:]:
         raise ValueError(f"exchange: expected one of {EXCHANGES[1:]}, got {exchange!r}")
     if exchange == "all_gather":
-        return [*_around_ring(position, network.ranks, network.ranks, way), Work(position * combine)]
+        return [*_around_ring(position, network.ranks, network.ranks, way), Busy(position * combine)]
     line = _Recorder(position, network.ranks, list(_gather_headers(position, network.ranks)))
     recorded = _Recorded(way.layout, way.backward, line.steps, combine / way.layout.heads)
     own = recorded.unpack(recorded.room(torch.device("meta"), short=False), short=False)
@@ -141,5 +141,5 @@ def _one_node_for_all(way: scan.Direction, network: Network, combine: float) -> 
     Its ring closes on itself by a link across nodes. Every rank is charged the last one's fold.
     """
     node, size = network.node, network.ranks
-    steps = [[*_around_ring(rank, node, size, way), Work((size - 1) * combine)] for rank in range(node)]
+    steps = [[*_around_ring(rank, node, size, way), Busy((size - 1) * combine)] for rank in range(node)]
     return run(network, steps, crosses=lambda source, target: size > node and source == node - 1)

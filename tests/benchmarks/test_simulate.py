@@ -9,7 +9,7 @@ import torch.distributed as dist
 import hla_dist
 from benchmarks.simulator import programs, projections
 from benchmarks.simulator.links import crowded, fit_link
-from benchmarks.simulator.network import Link, Network, Receive, Send, Work, run
+from benchmarks.simulator.network import Busy, Link, Network, Receive, Send, run
 from benchmarks.simulator.programs import HEADER_BYTES, directions, frame_bytes, program, simulate
 from hla_dist.parallel import scan, topology
 from hla_dist.parallel.collectives import counter
@@ -111,7 +111,7 @@ def test_what_is_recorded_is_what_numbers_would_send(name: str):
                 carry = scan.receive_carry(line, way, own, resolved)
                 assert (carry is None) == (position == 0)
                 recorded = program(exchange, position, way, network(size, 2))
-                sent = [step for step in recorded if not isinstance(step, Work)]
+                sent = [step for step in recorded if not isinstance(step, Busy)]
                 assert sent[len(sent) - len(line.steps) :] == line.steps
 
 
@@ -172,7 +172,7 @@ def test_the_network_shares_what_is_shared():
         assert max(run(net, steps).finish) == ROUNDING(want)
     # one way out, one way in: a rank's messages go one by one, from one and to one
     assert max(run(network(2), [[Send(1, 1000)] * 3, [Receive(0, 1000)] * 3]).finish) == ROUNDING(3 * across)
-    both = [[Send(2, 1000)], [Send(2, 1000)], [Receive(0, 1000), Work(1.0), Receive(1, 1000)]]
+    both = [[Send(2, 1000)], [Send(2, 1000)], [Receive(0, 1000), Busy(1.0), Receive(1, 1000)]]
     assert max(run(network(3), both).finish) == ROUNDING(across + 1.0)
 
 
