@@ -12,7 +12,7 @@ Letters: B batch, T local tokens, H query heads, K and V head sizes, L levels, P
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,8 @@ def _passes(call: Call, sequences: list[Tensor], count: Tensor, state: list[Tens
         out, after = attend("linear_attention", x[p.a], x[p.b], x[p.c], log_decay=decay, output_final_state=True,
                             **given)  # fmt: skip
         x[p.out], states = _with_terms(call, p, x, out), [*states, after.P]
-    logs = decay.clamp(min=CUT).transpose(1, 2)  # [B, H, T]
+    # [B, H, T], laid out as a copy in host memory would be: how torch multiplies, and what it saves, goes by strides
+    logs = decay.clamp(min=CUT).transpose(1, 2).contiguous()
     before, final = (state[-2:], []) if state else ([], [])
     if plan.group_name:
         carries = _exchanged(call, x, states, logs, weights.shape[3])
@@ -216,11 +217,7 @@ def _exchanged(call: Call, x: Fields, states: list[Tensor], logs: Tensor, levels
         fields[m.name] = sequences[m.left].mT @ right
     fields = op.with_gain(fields, call.gain)
     own = products(logs.sum(-1)), *(fields[n] for n in op.fields)
-    entering = list(_Exchange.apply(plan, levels, logs.shape[2], *own))
-    for place in range(len(op.states) - 1, len(entering), len(op.states)):  # the levels that no shard has are 0
-        first, past = _filled(logs.shape[2], group_size(group_by_name(plan.group_name)), levels)
-        entering[place] = F.pad(entering[place], (0, 0, 0, 0, first - 1, levels - past))
-    return entering
+    return list(_Exchange.apply(plan, levels, logs.shape[2], *own))
 
 
 def _filled(tokens: int, ranks: int, levels: int) -> tuple[int, int]:
@@ -248,27 +245,31 @@ class _Exchange(torch.autograd.Function):
         ctx.call = (plan, levels, tokens, description)
         ctx.save_for_backward(*gathered)
         places = [plan.rank, len(gathered[0])] if plan.output_state else [plan.rank]
-        return tuple(x for carry in _carries(plan.cascade, gathered, levels, tokens, places) for x in carry)
+        first, past = _filled(tokens, len(gathered[0]), levels)
+        others = (0, 0, 0, 0, first - 1, levels - past)  # the levels that no shard has are 0
+        carries = _carries(plan.cascade, gathered, levels, tokens, places)
+        return tuple(x for *inner, buckets in carries for x in (*inner, F.pad(buckets, others)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         plan, levels, tokens, description = ctx.call
         op, count = plan.cascade, len(plan.cascade.states)
-        arrived = exchange_gather([x.contiguous() for x in gradients], plan.group_name, "backward", description)
-        with torch.enable_grad():
-            fields = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            ranks = len(fields[0])
-            carries = _carries(op, fields, levels, tokens, list(range(ranks + plan.output_state)))
+        fields = ctx.saved_tensors
+        ranks = len(fields[0])
+        first, past = _filled(tokens, ranks, levels)
+        cropped = [x[:, :, first - 1 : past - 1] if n % count == count - 1 else x for n, x in enumerate(gradients)]
+        arrived = exchange_gather([x.contiguous() for x in cropped], plan.group_name, "backward", description)
+        places = list(range(ranks + plan.output_state))
         wanted = [[x[rank] for x in arrived[:count]] for rank in range(ranks)]
         wanted += [[x.sum(0) for x in arrived[count:]]] if plan.output_state else []
-        pairs = [(x, g) for carry, dcarry in zip(carries, wanted) for x, g in zip(carry, dcarry) if x.requires_grad]
-        outputs, doutputs = zip(*pairs)
-        results = torch.autograd.grad(outputs, fields, doutputs, allow_unused=True)
-        own = [x.new_zeros(x.shape[1:]) if g is None else g[plan.rank] for x, g in zip(fields, results)]
-        return None, None, None, *own
+        # torch.autograd.grad would do; torch.compile traces this one alone
+        _, pull = torch.func.vjp(lambda *x: _carries(op, x, levels, tokens, places), *fields)
+        return None, None, None, *(g[plan.rank] for g in pull(wanted))
 
 
-def _carries(op: Operator, gathered: list[Tensor], levels: int, tokens: int, ranks: list[int]) -> list[list[Tensor]]:
+def _carries(
+    op: Operator, gathered: Sequence[Tensor], levels: int, tokens: int, ranks: list[int]
+) -> list[list[Tensor]]:
     """What enters each of ``ranks``: inner states as ever, and the buckets [B, H, levels, K, V] that are ``_filled``.
 
     A shard's share of the last state is what combining gives if that state alone is 0 before it. Rank r sees rank j at

@@ -1,4 +1,4 @@
-"""The layer's options (convolution, key term, gates per channel) beside everything a run does: a row for every two."""
+"""The layer's options (convolution, key term, channels' gates, levels) beside all that runs do: a row for every two."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "key term": dict(pattern="hla2,softmax", attention={"key_term": True}),
     "key term and convolution": dict(op="hla3", attention={"key_term": True, "conv": 3, "rope_theta": 100.0}),
     "gates per channel": dict(op="linear_attention", num_kv_heads=1, attention={"decay": "channel", "conv": 2}),
+    "levels": dict(op="hla2", num_kv_heads=1, attention={"levels": 4, "key_term": True, "conv": 2}),
 }
 
 
@@ -57,13 +58,19 @@ def model_of(row: Row) -> LanguageModel:
     return model
 
 
+def length(row: Row) -> int:
+    """Tokens of a sequence: levels need shards of one power of two."""
+    return 64 if row["option"] == "levels" else TOKENS
+
+
 def windows(row: Row) -> Windows:
     tokens = np.random.default_rng(shifted(0)).integers(0, VOCABULARY, 2000).astype(np.uint8)
-    return Windows(tokens, TOKENS, VOCABULARY, seed=1, documents=np.arange(0, 2000, 17) if row["documents"] else None)
+    documents = np.arange(0, 2000, 17) if row["documents"] else None
+    return Windows(tokens, length(row), VOCABULARY, seed=1, documents=documents)
 
 
-def text(length: int = 20) -> list[int]:
-    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(shifted(4))).tolist()
+def text(size: int = 20) -> list[int]:
+    return torch.randint(VOCABULARY, (size,), generator=torch.Generator().manual_seed(shifted(4))).tolist()
 
 
 def on_rank(pg: dist.ProcessGroup, row: Row, folder: str) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def on_rank(pg: dist.ProcessGroup, row: Row, folder: str) -> dict[str, Any]:
     model = model_of(row)
     model.activation_checkpointing = row["checkpointing"]
     wrapped = distributed(model, mesh, on_host=row["parameters"] == "FSDP2, on the host", exchange=row["exchange"],
-                          shard_lengths=default_lengths(TOKENS, mesh.shards))  # fmt: skip
+                          shard_lengths=default_lengths(length(row), mesh.shards))  # fmt: skip
     if row["parameters"] == "compiled":
         return compiled(wrapped, row, mesh)
     optimizer, least = build_adamw(wrapped, 1e-2, 0.1), offload.LEAST
@@ -134,7 +141,7 @@ def decay(model: LanguageModel, row: Row, results: list[Any], folder: Path) -> N
 
 
 def dry_run(model: LanguageModel, row: Row, results: list[Any], folder: Path) -> None:
-    config, tokens = replace(model.config, hidden_size=32, vocab_size=64), 8000
+    config, tokens = replace(model.config, hidden_size=32, vocab_size=64), 8192
     got, alone = estimate(Step(config, tokens, checkpointing=row["checkpointing"])), LanguageModel(config)
     alone.activation_checkpointing = row["checkpointing"]
     assert got.parameters == sum(p.numel() for p in alone.parameters())
@@ -275,6 +282,8 @@ def allowed(row: Row) -> bool:
     rules = (
         compiled and (row.get("documents", False) or row.get("offload", False)),  # the host reads cu_seqlens
         compiled and row.get("option") == "key term",  # its softmax layer breaks the graph
+        # over ranks levels take whole sequences and the one all-gather alone (tests/operators/test_levels.py)
+        row.get("option") == "levels" and (row.get("documents", False) or row.get("exchange") == "scan"),
         compiled and then in ("parity", "reshard"),
         then == "mfu" and row.get("checkpointing", "none") != "none",
     )
@@ -291,7 +300,7 @@ FAST = [n for n, row in enumerate(ROWS) if row["then"] not in LONG and row["para
 )
 def test_row(pool: RankPool, number: int, tmp_path: Path) -> None:
     row = ROWS[number]
-    results = pool.run_group(2, on_rank, row, str(tmp_path))
+    results = pool.run_group(2, on_rank, row, str(tmp_path), timeout=180)  # levels compile for a minute
     model, data = model_of(row), windows(row)
     samples = [data.batch(n, 1) for n in range(MICRO)]
     want = _gradients_of_one(model, samples, [data.cuts(n) for n in range(MICRO)], data.labels(0, MICRO))
