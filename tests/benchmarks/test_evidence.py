@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,20 @@ def test_a_name_that_no_group_has_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit, match="--only: expected part of a group's name .*, got 'needle'"):
         program.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_says_what_the_lines_and_the_operators_say() -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import page
+
+    text = page.PAGE.read_text()
+    lines = [json.loads(line) for line in page.LINES.read_text().splitlines()]
+    assert len(page.TABLE.findall(text)) == text.count("<!-- lines: ") > 5 and len(page.COSTS.findall(text)) == 1
+    assert page.renewed(text, lines) == text, "expected what python benchmarks/evidence/page.py writes"
+    changed = [line | {"accuracy": 0.123} if "accuracy" in line else line for line in lines]
+    assert page.renewed(text, changed).count("| 0.123 |") > 10
+    with pytest.raises(ValueError, match="expected one group of runs that begins with '', got"):
+        page.table("", "mixers", ["mixer", "accuracy"], lines)
 
 
 @pytest.mark.slow  # times the steps of every mixer

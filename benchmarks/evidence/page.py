@@ -1,0 +1,148 @@
+"""The tables of docs/which-operator.md, made of the lines of evidence: what the page says is what was measured.
+
+    python benchmarks/evidence/page.py
+
+A comment ``<!-- lines: GROUP; ROWS; COLUMN; COLUMN; ... -->`` in the page stands before each table. GROUP begins the
+name of one group of runs. ROWS is "mixers", or "changed" for the mixer of the ablations and them. The second column
+orders the rows. ``<!-- costs -->`` stands before the table of what an operator costs: counted, but for the times, of
+benchmarks/family_cpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+
+from benchmarks import report
+from benchmarks.evidence.plan import KEYED
+from benchmarks.evidence.regression import Setting, drawn_optimum
+from benchmarks.evidence.tables import Line, chosen, row_name
+from hla_dist import HLAAttention
+from hla_dist.models import ModelConfig
+from hla_dist.training.estimate import Step, step_flops
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE, LINES = ROOT / "docs/which-operator.md", ROOT / "benchmarks/results/evidence.jsonl"
+TIMES, MODES, TOKENS = ROOT / "benchmarks/results/family_cpu.json", ("forward", "forward+backward"), 4096
+COSTS = re.compile(r"(<!-- costs -->\n\n)(?:\|.*\n)*")
+TABLE = re.compile(r"(<!-- lines: ([^;]+); (mixers|changed); ([^>]+) -->\n\n)(?:\|.*\n)*")
+
+
+def _mean(lines: list[Line], name: str) -> float:
+    return statistics.mean(line[name] for line in lines)
+
+
+def _worst_and_best(values: list[float], worst_first: bool = True) -> str:
+    ends = (min(values), max(values)) if worst_first else (max(values), min(values))
+    return "{:.3f}, {:.3f}".format(*ends)
+
+
+def _risks(lines: list[Line]) -> list[float]:
+    """Over that of the best single step."""
+    best = drawn_optimum(Setting(**lines[0]["setting"]), False)
+    return [line["risk"] / best for line in lines]
+
+
+def _mixer(lines: list[Line]) -> str:
+    size = lines[0].get("head_dim", 16)
+    return lines[0]["mixer"] + ("" if size == 16 else f", K = {size}")
+
+
+# a cell, of a row's lines, one per seed
+CELLS: dict[str, Callable[[list[Line]], str]] = {
+    "mixer": _mixer,
+    "changed": lambda lines: lines[0]["mixer"].partition("; ")[2] or "nothing",
+    "head": lambda lines: lines[0]["mixer"],
+    "K": lambda lines: str(lines[0]["head_dim"]),
+    "accuracy": lambda lines: f"{_mean(lines, 'accuracy'):.3f}",
+    "worst and best seed": lambda lines: _worst_and_best([line["accuracy"] for line in lines]),
+    "seeds": lambda lines: str(len(lines)),
+    "steps": lambda lines: f"{statistics.median(line['steps_done'] for line in lines):.0f}",
+    "step size": lambda lines: f"{lines[0]['step_size']:g}",
+    "state bytes": lambda lines: f"{lines[0]['state_bytes']:,}",
+    "decode, CPU ms": lambda lines: f"{statistics.median(line['decode_cpu_ms'] for line in lines):.2f}",
+    "nats per byte": lambda lines: f"{_mean(lines, 'loss'):.3f}",
+    "worst and best seed, nats": lambda lines: _worst_and_best([line["loss"] for line in lines], False),
+    "bits": lambda lines: f"{_mean(lines, 'loss') / math.log(2):.2f}",
+    "risk": lambda lines: f"{statistics.mean(_risks(lines)):.3f}",
+    "worst and best seed, risk": lambda lines: _worst_and_best(_risks(lines), False),
+}
+DESCENDING = ("accuracy",)
+
+
+def cell(column: str, lines: list[Line]) -> str:
+    """Return what stands in ``column``; "at 96" is the accuracy at a length that was not trained."""
+    if column.startswith("at "):
+        return f"{statistics.mean(line['beyond'][column.removeprefix('at ')] for line in lines):.3f}"
+    return CELLS[column](lines)
+
+
+def table(group: str, rows: str, columns: list[str], lines: list[Line]) -> str:
+    """Return the Markdown table of the group whose name begins with ``group``: a row per mixer and size."""
+    members = [line for line in lines if line["group"].startswith(group)]
+    groups = {line["group"] for line in members}
+    if len(groups) != 1:
+        raise ValueError(f"expected one group of runs that begins with {group!r}, got {sorted(groups)}")
+    whole = f"{KEYED}, conv, K 16"  # what the ablations change
+    if rows == "changed":
+        kept = [x for x in members if row_name(x) == whole or x["mixer"].startswith(f"{KEYED}, conv; ")]
+    else:
+        kept = [x for x in members if not x["mixer"].startswith(f"{KEYED}, conv; ")]
+    sign = -1 if columns[1] in DESCENDING else 1
+    order = lambda seeds: sign * float(cell(columns[1], seeds).replace(",", ""))  # noqa: E731
+    by_row = sorted(chosen(kept).values(), key=order)
+    return report.table(columns, [[cell(column, seeds) for column in columns] for seeds in by_row])
+
+
+# operator, and options of its layer
+OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear_attention": ("linear_attention", {}),
+    "linear_attention, 20 levels": ("linear_attention", {"levels": 20}),
+    "ahla": ("ahla", {}),
+    "hla2, with key term or without": ("hla2", {"key_term": True}),
+    "hla3, with key term or without": ("hla3", {"key_term": True}),
+}
+
+
+def _times_over_first_order() -> dict[tuple[str, str], float]:
+    """By mode and operator, with a gate per token."""
+    timed = [x for x in json.loads(TIMES.read_text())["seconds"] if x["variant"] == "gate a token"]
+    medians = {(x["mode"], x["operator"]): statistics.median(x["samples"]) for x in timed}
+    return {key: seconds / medians[key[0], "linear_attention"] for key, seconds in medians.items()}
+
+
+def costs() -> str:
+    """Return the table of a head's costs at K = V = 64: the state in float32, FLOPs of a training step, times."""
+    sizes: dict[str, Any] = {"vocab_size": 1, "hidden_size": 64, "num_layers": 1, "num_heads": 1}
+    times, rows = _times_over_first_order(), []
+    for name, (op, attention) in OPERATORS.items():
+        with torch.no_grad():
+            state = HLAAttention(64, 1, op=op, **attention)(torch.zeros(1, 1, 64))[1]
+        size = sum(x.nbytes for x in state if x.is_floating_point())
+        flops = step_flops(Step(ModelConfig(**sizes, op=op, attention=attention), TOKENS))["operators"]
+        took = [f"{times[mode, op]:.1f}" if name != "linear_attention, 20 levels" else "" for mode in MODES]
+        rows.append([name, f"{size:,}", f"{flops / TOKENS:,.0f}", *took])
+    flops = step_flops(Step(ModelConfig(**sizes, pattern="softmax"), TOKENS))["softmax"]
+    rows.append(["softmax", f"{TOKENS * 2 * 64 * 4:,} at {TOKENS:,} tokens", f"{flops / TOKENS:,.0f}", "", ""])
+    header = ["operator", "bytes of the state", "FLOPs per token, forward and backward", *(f"time, {m}" for m in MODES)]
+    return report.table(header, rows)
+
+
+def renewed(page: str, lines: list[Line]) -> str:
+    """Return ``page`` with every table that a comment announces made anew."""
+    page = COSTS.sub(lambda m: m[1] + costs() + "\n", page)
+    return TABLE.sub(lambda m: m[1] + table(m[2], m[3], m[4].split("; "), lines) + "\n", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text(), [json.loads(line) for line in LINES.read_text().splitlines()]))
