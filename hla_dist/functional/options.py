@@ -42,7 +42,7 @@ class Options(SegmentOptions, total=False):
         skip: mu of the key term, likewise. gain = 0, skip = 1 make hla2 linear_attention, and hla3
             ahla. Default: 0.0.
         normalize: out = numerator / (denominator + eps), the denominator being the same cascade
-            on ones; it has no sign, so eps does not protect it where q and k have mixed signs.
+            on ones; where q . k has both signs it can be close to zero, and eps does not help.
             Default: False.
         eps: Added to the denominator under ``normalize``. Default: 1e-6.
         mask: ``"causal"``; ``"prefix"``, for hla2 (the paper's eq. 3.1: o = LA(w, q, v), w =

@@ -414,10 +414,10 @@ class HLAAttention(AttentionLayer):
             everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])
             if self.levels is not None:
-                advance = partial(_climb, self.op, own, self.levels)
+                advance = partial(_operate_with_levels, self.op, own, self.levels)
                 operands = (filled, *operands)
             if self.conv is not None:
-                advance = partial(_convolve, advance, self.conv.width - 1)
+                advance = partial(_operate_convolved, advance, self.conv.width - 1)
                 operands = (inputs, filled, *operands)
             record = given if isinstance(given, Pending) else Pending(advance, given)
             state = record.read(state, *operands)
@@ -571,18 +571,18 @@ def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
     return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
 
 
-def _climb(
+def _operate_with_levels(
     op: str, options: Any, levels: int, before: Any, present: Tensor | None, filled: Tensor, q: Tensor, k: Tensor,
     v: Tensor, log_decay: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """``operate`` of a layer with levels, on whose weights no state depends; ``filled`` as for ``_convolve``."""
+    """``operate`` of a layer with levels, on whose weights no state depends; ``filled`` as below."""
     keep = filled if present is None else filled & present
     weights = q.new_ones(*q.shape[:3], levels)
     options = {**options, "log_decay": log_decay, "initial_state": before, "output_final_state": True}
     return attend_levels(op, q, k, v, weights, keep, **options)[1]
 
 
-def _convolve(
+def _operate_convolved(
     advance: Callable[..., Any], reach: int, before: Any, present: Tensor | None, inputs: Tensor, filled: Tensor,
     *operands: Tensor,
 ) -> Any:  # fmt: skip

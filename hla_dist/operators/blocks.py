@@ -162,6 +162,7 @@ class ReverseBlock(Block):
         """
         passes = self.operator.passes
         strict = {p.a for p in passes if p.strict}
+        # what every pass that has it reads with: paired once, at the end
         self.always_read = {p.a for p in passes} - {name for p in passes for name in (p.b, p.c)} - strict
         needed = set(wanted)
         for p in passes:
@@ -186,6 +187,7 @@ class ReverseBlock(Block):
         return leaving
 
     def _dout(self, p: Pass) -> Tensor:
+        """The gradient of ``LA(a, b, c)``: dout with the pass's gain and sign."""
         dout = self.gradients[p.out]
         if p.keyed and self.gain is not None:
             if p.out not in self._gained:
@@ -264,6 +266,7 @@ class ReverseBlock(Block):
         self.gradients[name] = total
 
     def _add_gate_terms(self, x: Tensor, dx: Tensor, weight: float, strict: bool = False) -> None:
+        """Add ``weight`` times x . dx of every token."""
         terms = (x * dx).sum(-1).view(-1, self.c)
         if strict:  # a chunk's first term belongs to the chunk before, whose tail has it
             terms = F.pad(terms[:, 1:], (0, 1))
