@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.program import options, pyplot, save_figure
-from hla_dist.generation.generate import Reading, Sampling, follow, read
+from hla_dist.generation.generate import GREEDY, Reading, follow, read
 from hla_dist.models import SIZES, LanguageModel, ModelConfig
 from hla_dist.operators import NAMED
 from hla_dist.scaling.memory import PeakMemory
@@ -90,7 +90,7 @@ def per_token(work: Callable[[], Any], tokens: int) -> tuple[float, float]:
 def measure(model: LanguageModel, lengths: Sequence[int], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """All rows. Lengths are timed in turn, round after round: what else the machine does falls on all alike."""
     rows = read_lengths(model, lengths, seconds)
-    peak, greedy = PeakMemory(torch.device("cpu")), Sampling(0.0)
+    peak, greedy = PeakMemory(torch.device("cpu")), GREEDY
 
     def write(row: dict[str, Any]) -> None:
         for _ in follow(model, [row["carry"]], NEW, greedy):

@@ -20,7 +20,7 @@ import torch
 from benchmarks import report
 from benchmarks.program import options
 from hla_dist.data.corpus import Corpus, load_corpus
-from hla_dist.generation.generate import Reading, Sampling, follow, read
+from hla_dist.generation.generate import GREEDY, Reading, follow, read
 from hla_dist.generation.speculate import speculate
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.operators import NAMED
@@ -51,7 +51,7 @@ def train(config: ModelConfig, corpus: Corpus, seconds: float) -> tuple[Language
 
 def greedy(model: LanguageModel, reading: Reading, new: int) -> tuple[list[int], int]:
     """The tokens, and in how many calls."""
-    return [tokens[0] for tokens in follow(model, [reading], new, Sampling(0.0))], new
+    return [tokens[0] for tokens in follow(model, [reading], new, GREEDY)], new
 
 
 def assisted(

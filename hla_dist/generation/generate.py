@@ -55,6 +55,9 @@ class Sampling:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
 
 
+GREEDY, USUAL = Sampling(temperature=0.0), Sampling()
+
+
 @torch.no_grad()
 def read(
     model: LanguageModel | SequenceParallelHLA, tokens: Sequence[int], before: Reading | None = None, piece: int = PIECE
@@ -118,10 +121,7 @@ def follow(
             ids = torch.tensor(following, device=device)[:, None]
             logits, state = model(ids, state, positions=positions, return_state=True)
             rows = logits[:, -1].float().cpu()
-            following = [
-                pick(row, sampling.temperature, sampling.top_k, draw, sampling.top_p)
-                for row, draw in zip(rows, draws, strict=True)
-            ]
+            following = [pick(row, sampling, draw) for row, draw in zip(rows, draws, strict=True)]
             positions += 1
             yield following
     finally:
@@ -129,30 +129,22 @@ def follow(
 
 
 def generate(
-    model: LanguageModel,
-    prompt: Sequence[int],
-    new_tokens: int,
-    *,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    top_p: float = 1.0,
-    seed: int = 0,
+    model: LanguageModel, prompt: Sequence[int], new_tokens: int, sampling: Sampling = USUAL, seed: int = 0
 ) -> list[int]:
     """``new_tokens`` tokens after ``prompt``, by :func:`read` and :func:`follow`; ValueError for an empty prompt."""
-    sampling = Sampling(temperature, top_k, top_p)
     return [row[0] for row in follow(model, [read(model, prompt)], new_tokens, sampling, seed)]
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator, top_p: float = 1.0) -> int:
+def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token drawn from logits [N]."""
-    if temperature <= 0:
+    if sampling.temperature <= 0:
         return int(logits.argmax())
-    logits = logits / temperature
-    if 0 < top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     chances = torch.softmax(logits, -1)
-    if top_p < 1:
+    if sampling.top_p < 1:
         ranked, order = chances.sort(descending=True)
         # what comes before a token decides: the one that reaches top_p stays
-        chances[order[ranked.cumsum(-1) - ranked >= top_p]] = 0
+        chances[order[ranked.cumsum(-1) - ranked >= sampling.top_p]] = 0
     return int(torch.multinomial(chances, 1, generator=generator))

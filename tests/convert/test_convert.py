@@ -310,7 +310,7 @@ def convert_on_ranks(pg: dist.ProcessGroup, folder: Path, out: Path) -> None:
 def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hla_dist.generation.generate import generate
+    from hla_dist.generation.generate import GREEDY, generate
     from hla_dist.huggingface.speech import load_speaker
     from hla_dist.processes.failure import UserError
 
@@ -332,7 +332,7 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     hla = AutoModelForCausalLM.from_pretrained(out / "model")
     prompt = AutoTokenizer.from_pretrained(out / "model")("The memory", return_tensors="pt").input_ids
     tokens = hla.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
-    assert tokens == generate(model, prompt[0].tolist(), 20, temperature=0) and codec.decode(tokens)
+    assert tokens == generate(model, prompt[0].tolist(), 20, GREEDY) and codec.decode(tokens)
     assert hla.config.to_model_config() == model.config
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hla_dist import SequenceParallelHLA
 from hla_dist.checkpoints.export import Trained, export
 from hla_dist.data.text import Codec, TextStream
-from hla_dist.generation.generate import Reading, Sampling, follow, generate, pick, read
+from hla_dist.generation.generate import GREEDY, Reading, Sampling, follow, generate, pick, read
 from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
 from hla_dist.generation.speculate import speculate
 from hla_dist.models import LanguageModel, ModelConfig
@@ -29,7 +29,6 @@ from tests.tolerances import FLOAT64
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 150
 TEXT = [int(x) for x in torch.randint(50, (61,), generator=torch.Generator().manual_seed(shifted(3)))]
-GREEDY = Sampling(0.0)
 
 
 def small(seed: int = 0, **changes: Any) -> LanguageModel:
@@ -78,7 +77,7 @@ def test_texts_of_a_batch_do_not_see_each_other() -> None:
     sampling = Sampling(1.0, 0, 0.9)
     rows = list(follow(model, [read(model, prompt) for prompt in prompts], 12, sampling, seed=5))
     for index, prompt in enumerate(prompts):
-        alone = generate(model, prompt, 12, temperature=1.0, top_k=0, top_p=0.9, seed=5 + index)
+        alone = generate(model, prompt, 12, sampling, seed=5 + index)
         assert [row[index] for row in rows] == alone
 
 
@@ -95,7 +94,7 @@ def test_top_p_draws_the_fewest_that_reach_it() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     generator = torch.Generator().manual_seed(shifted(0))
     for top_p, want in ((0.4, {1}), (0.6, {1, 3}), (0.8, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
-        assert {pick(logits, 1.0, 0, generator, top_p) for _ in range(200)} == want
+        assert {pick(logits, Sampling(1.0, 0, top_p), generator) for _ in range(200)} == want
     for wrong in ({"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"temperature": float("nan")}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             Sampling(**wrong)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hla_dist.checkpoints.export import Trained, export, load_trained
-from hla_dist.generation.generate import generate
+from hla_dist.generation.generate import GREEDY, generate
 from hla_dist.huggingface import byte_tokenizer
 from hla_dist.huggingface.folders import main
 from hla_dist.models import LanguageModel, ModelConfig
@@ -41,7 +41,7 @@ def test_there_and_back_with_bytes(tmp_path: Path):
     ids = tokenizer(prompt).input_ids
     assert set(tokenizer(prompt)) == {"input_ids", "attention_mask"} and tokenizer.padding_side == "left"
     assert ids == list(prompt.encode()) and tokenizer.decode(ids) == prompt and len(tokenizer) == 256
-    want = generate(own.model, ids, 12, temperature=0)
+    want = generate(own.model, ids, 12, GREEDY)
     got = hla.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
     assert got == want and len(set(want)) > 2
     writer = pipeline("text-generation", model=hla, tokenizer=tokenizer, device="cpu")

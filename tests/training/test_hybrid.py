@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttention, shard_batch, token_loss
 from hla_dist.checkpoints import directory as checkpoint
-from hla_dist.generation.generate import Sampling, follow, generate, read
+from hla_dist.generation.generate import GREEDY, follow, generate, read
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.training.run import Run
 from tests.harness import RankPool, assert_close, raises_value_error, shifted
@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_those_of_one_process(pool: RankPool, size: int) 
 def test_generation_is_the_models_own_continuation(window: int | None) -> None:
     model = hybrid(softmax={"window": window})
     prompt = [1, 2, 3, 4, 5, 6, 7]
-    got = generate(model, prompt, 9, temperature=0)
+    got = generate(model, prompt, 9, GREEDY)
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(9):
@@ -104,9 +104,9 @@ def test_generation_is_the_models_own_continuation(window: int | None) -> None:
 def test_texts_of_unequal_length_are_one_batch(pattern: str) -> None:
     model = hybrid(pattern=pattern, softmax={"window": 6}, memory={"window": 3})
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [4], [7, 7]]
-    batch = follow(model, [read(model, prompt, piece=4) for prompt in prompts], 5, Sampling(temperature=0))
+    batch = follow(model, [read(model, prompt, piece=4) for prompt in prompts], 5, GREEDY)
     columns = list(zip(*batch))
-    assert [list(column) for column in columns] == [generate(model, prompt, 5, temperature=0) for prompt in prompts]
+    assert [list(column) for column in columns] == [generate(model, prompt, 5, GREEDY) for prompt in prompts]
 
 
 def run(pg: dist.ProcessGroup, config: Any) -> int:

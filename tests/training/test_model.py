@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hla_dist.generation.generate import generate, pick
+from hla_dist.generation.generate import GREEDY, Sampling, generate, pick
 from hla_dist.models import SIZES, LanguageModel, ModelConfig, language_model, loss
 from hla_dist.models.loss import summed_cross_entropy
 from tests.harness import assert_close, shifted
@@ -161,7 +161,7 @@ def test_wrong_tokens_and_states_are_refused() -> None:
 def test_generation_is_the_models_own_continuation() -> None:
     model = small()
     prompt = [1, 2, 3]
-    got = generate(model, prompt, 6, temperature=0)
+    got = generate(model, prompt, 6, GREEDY)
     text = list(prompt)
     with torch.no_grad():
         for _ in range(6):
@@ -175,6 +175,6 @@ def test_generation_is_the_models_own_continuation() -> None:
 def test_top_k_draws_only_from_the_likeliest() -> None:
     logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
     generator = torch.Generator().manual_seed(shifted(0))
-    drawn = {pick(logits, 5.0, 2, generator) for _ in range(100)}
+    drawn = {pick(logits, Sampling(5.0, 2), generator) for _ in range(100)}
     assert drawn == {1, 2}
-    assert pick(logits, 0.0, 0, generator) == 1
+    assert pick(logits, GREEDY, generator) == 1

@@ -18,7 +18,7 @@ from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.checkpoints.export import Trained, export, load_trained
 from hla_dist.checkpoints.tensors import capture
 from hla_dist.data.windows import Windows
-from hla_dist.generation.generate import Sampling, follow, generate, read
+from hla_dist.generation.generate import GREEDY, follow, generate, read
 from hla_dist.generation.prompt_state import load_state, save_state
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn import SequenceParallelHLA
@@ -177,13 +177,13 @@ def generation(model: LanguageModel, row: Row, results: list[Any], folder: Path)
     tokens, prompts = text(), [text(), text(7)]
     for _ in range(6):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    assert generate(model, text(), 6, temperature=0) == tokens[20:]
-    rows = list(follow(model, [read(model, prompt, piece=6) for prompt in prompts], 6, Sampling(0.0)))
+    assert generate(model, text(), 6, GREEDY) == tokens[20:]
+    rows = list(follow(model, [read(model, prompt, piece=6) for prompt in prompts], 6, GREEDY))
     for column, prompt in enumerate(prompts):
-        assert [row[column] for row in rows] == generate(model, prompt, 6, temperature=0)
+        assert [row[column] for row in rows] == generate(model, prompt, 6, GREEDY)
     save_state(read(model, text()), model, folder / "text.safetensors")
     kept = load_state(folder / "text.safetensors", model)
-    assert [row[0] for row in follow(model, [kept], 6, Sampling(0.0))] == tokens[20:]
+    assert [row[0] for row in follow(model, [kept], 6, GREEDY)] == tokens[20:]
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def transformers(model: LanguageModel, row: Row, results: list[Any], folder: Pat
     assert_bitwise("logits", again(ids).logits, hla(ids).logits)
     assert_close("logits", again(ids).logits, model(ids), FLOAT64)
     got = again.generate(ids, max_new_tokens=5, do_sample=False)[0, 20:].tolist()
-    assert got == generate(model, text(), 5, temperature=0)
+    assert got == generate(model, text(), 5, GREEDY)
     trainer = Trainer(hla, TrainingArguments(str(folder), report_to="none", use_cpu=True))
     decayed = set(trainer.get_decay_parameter_names(hla)) - {"lm_head.weight"}
     assert decayed == {name for name, p in hla.named_parameters() if p.dim() > 1}
