@@ -169,9 +169,7 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
             backend and chunk_size, as for the operator named.
     """
     validate.require(operator in NAMED, "operator", f"one of {tuple(NAMED)}", repr(operator))
-    for name in options:
-        known = SegmentOptions.__annotations__
-        validate.require(name in known, name, f"one of the options {', '.join(known)}", "an unknown one")
+    validate.check_names(options, SegmentOptions.__annotations__)
     mask = options.get("mask")
     validate.require(mask != "full", "mask", "'causal' or 'prefix' (a full mask has no segments)", repr(mask))
     inner = (options.get(name) for name in ("log_decay", *validate.KEY_TERM))

@@ -111,8 +111,7 @@ def raise_everywhere(error: ValueError, like: Any, group: Any, direction: str = 
 
 
 def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
-    for key in options:
-        validate.require(key in DEFAULTS, key, f"one of the options {', '.join(DEFAULTS)}", "an unknown one")
+    validate.check_names(options, DEFAULTS)
     o = DEFAULTS | dict(options)
     full = o["mask"] == "full"
     if not full or o["group"] is not None:  # on one device that is plain torch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hla_dist.functional.attention import attend
 from hla_dist.functional.options import SegmentOptions
-from hla_dist.functional.validate import require
+from hla_dist.functional.validate import check_names, require
 from hla_dist.operators import NAMED
 from hla_dist.parallel.collectives import group_size, resolve_group
 
@@ -57,9 +57,7 @@ class Pending:
     def __init__(self, op: str | Callable[..., Any], before: Any, *operands: Tensor, **options: Any) -> None:
         if isinstance(op, str):
             require(op in NAMED, "op", f"one of {tuple(NAMED)}", repr(op))
-            for name in options:
-                known = SegmentOptions.__annotations__
-                require(name in known, name, f"one of the options {', '.join(known)}", "an unknown one")
+            check_names(options, SegmentOptions.__annotations__)
             require(len(operands) == 3, "operands", "q, k and v", f"{len(operands)} tensors")
             q, k, v = operands
             operands = with_gates(q, k, v, options.pop("log_decay", None))

@@ -6,6 +6,7 @@ CUDA tensors only under ``validation(True)``, because reading them there makes t
 
 import math
 import warnings
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -73,6 +74,13 @@ def refuse(argument: str, expected: str, actual: object) -> NoReturn:
     Texts with sizes in them are built only here: formatting a size makes a compiler specialise on it.
     """
     raise ValueError(f"{argument}: expected {expected}, got {actual}")
+
+
+def check_names(options: Iterable[str], known: Collection[str]) -> None:
+    """Refuse an option that is none of the known ones."""
+    for name in options:
+        if name not in known:
+            refuse(name, f"one of the options {', '.join(known)}", "an unknown one")
 
 
 def check_inputs(q: Any, k: Any, v: Any) -> None:
