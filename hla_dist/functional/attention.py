@@ -180,7 +180,7 @@ def summarize(operator: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[
 
 
 class Started(NamedTuple):
-    """A call under way; ``finish()`` returns the results, once, in the order of starts."""
+    """A call under way. ``finish()`` returns the results; call it once, and in the order of starts."""
 
     finish: Callable[[], tuple[Tensor, Any]]
 

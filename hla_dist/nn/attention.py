@@ -67,8 +67,8 @@ class HLAAttention(AttentionLayer):
 
     The plain attributes ``group`` and ``shard_lengths`` are None until ``SequenceParallelHLA`` sets
     them. They are not in the state_dict, not pickled, and shared by deepcopy. The operator's own
-    options are kept in ``options`` and may be set as attributes, too. ``chunk_tokens`` (0: off) has all
-    but the operator itself done for so many tokens at a time and computed again in backward, so that no
+    options are kept in ``options`` and may be set as attributes, too. With ``chunk_tokens`` above 0
+    everything but the operator runs for so many tokens at a time, and again in backward, so that no
     copies of a long shard are kept.
 
     Communication: that of the operator over ``group``, one all-gather forward and one backward; with

@@ -98,7 +98,7 @@ class SequenceParallelHLA(nn.Module):
         self.shard_lengths = shard_lengths
         fsdp = sys.modules.get("torch.distributed.fsdp")
         for part in module.modules():
-            # whose a parameter is shows only while FSDP2 has it sharded
+            # only while FSDP2 has its parameters sharded can one tell that they are its own
             if fsdp is not None and isinstance(part, fsdp.FSDPModule):
                 part.reshard()
         self._fsdp_sums = False

@@ -71,7 +71,7 @@ class Operator:
     segment that ``combine_reverse`` reads: what a rank keeps of the gathered summaries. Where they depend on the
     carry, ``settle(summary, before)`` gives them from the segment's own summary and that of all tokens before it.
     ``products`` are fields of another kind, ``[K, 1]``: products of gates, 1 where there is no token.
-    ``gained`` are the moments that all three read times the gain of a keyed pass.
+    ``gained`` are the moments that these functions read after they are multiplied by the gain of a keyed pass.
 
     ``state`` makes the public state from ``states``. ``full`` lists the moments ``sum_i left_i right_i^T`` of the full
     mask in the order in which q reads them (none: it has no full mask). ``forms`` are further cascades of the public

@@ -1,6 +1,6 @@
 """Every collective of the library is issued in this file, and counted.
 
-The rest of the library says *what* travels; this file says how. Arrows: nothing here knows about operators.
+The rest of the library says *what* travels; this file says how. Nothing here knows about operators.
 Groups are explicit everywhere: a ``ProcessGroup``, a one-dimensional ``DeviceMesh`` or an mpi4py communicator, never a
 global default. Over MPI the same functions are those of ``mpi.py``.
 """
