@@ -146,7 +146,7 @@ def _train(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=0.0)
     student.train()
     order = torch.cat([torch.randperm(len(rows)) for _ in range(-(-steps * batch // len(rows)))])
-    losses = []
+    losses: list[float] = []
     for step, picked in enumerate(order[: steps * batch].split(batch)):
         shards = shard_batch(rows[picked].to(student.embedding.weight.device), group)
         logits = model(shards.inputs)
