@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
+import pytest
+
 from tests.harness import shifted
 
 Row = dict[str, Any]
@@ -51,6 +53,18 @@ def covering(parameters: Mapping[str, Sequence[Any]], allowed: Callable[[Row], b
         rows.append(best)
         missing -= gained
     return rows
+
+
+def slow_but(quick: Sequence[tuple[Any, ...]], every: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """All of ``every``, for ``pytest.mark.parametrize``; marked slow but for ``quick``."""
+    assert set(quick) <= set(every)
+    return [pytest.param(*x, marks=() if x in quick else pytest.mark.slow) for x in every]
+
+
+def thinned(**parameters: Sequence[Any]) -> list[Any]:
+    """Every combination, for ``pytest.mark.parametrize``: those that cover all pairs, and the others marked slow."""
+    quick = [tuple(row.values()) for row in covering(parameters, lambda row: True)]
+    return slow_but(quick, list(product(*parameters.values())))
 
 
 def _complete(parameters, allowed, missing: set[Pair], row: Row, rng: random.Random) -> Row:

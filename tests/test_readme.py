@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -38,11 +37,11 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text())
 
 
-def python_blocks() -> list:
+def pages_with_python() -> list:
     return [
-        pytest.param(code, id=f"{label(page)}-{i}", marks=[OLD_PYTHON] if "huggingface" in code else [])
+        pytest.param(page, id=label(page), marks=[OLD_PYTHON] if page.stem == "huggingface" else [])
         for page in PAGES
-        for i, code in enumerate(blocks(page, "python"))
+        if blocks(page, "python")
     ]
 
 
@@ -66,24 +65,42 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("code", python_blocks())
-def test_python_blocks_run(code: str, tmp_path: Path, request: pytest.FixtureRequest):
-    """Each block is a program of its own; one that makes a process group runs on two ranks, README's by torchrun."""
-    script = tmp_path / "block.py"
-    script.write_text(code)
-    if "init_process_group" not in code:
-        finished = [run_program(script, cwd=tmp_path)]
-    elif "README" in request.node.callspec.id:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        finished = [subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)]
-    else:  # torchrun's variables, without the seconds in which three processes import torch
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        with ThreadPoolExecutor() as threads:
-            finished = list(threads.map(lambda more: run_program(script, cwd=tmp_path, environment=more), environments))
-    assert all(done.returncode == 0 for done in finished), [done.stdout + done.stderr for done in finished]
-    assert "print(" not in code or any(done.stdout.strip() for done in finished), "a block that prints shows something"
+# one block after the other, with names of its own, in a process that imports the libraries once
+ONE_BY_ONE = """
+import runpy, sys
+for block in sys.argv[1:]:
+    print("in", block)
+    runpy.run_path(block, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("page", pages_with_python())
+def test_python_blocks_run(page: Path, tmp_path: Path):
+    """Each block is a program of its own; one that makes a process group runs on two ranks."""
+    alone, on_ranks = {}, {}
+    for i, code in enumerate(blocks(page, "python")):
+        block = tmp_path / f"block-{i}.py"
+        block.write_text(code)
+        (on_ranks if "init_process_group" in code else alone)[block] = code
+    if alone:
+        (tmp_path / "one_by_one.py").write_text(ONE_BY_ONE)
+        done = run_program(tmp_path / "one_by_one.py", *alone, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        shown = re.split(r"^in .*\n", done.stdout, flags=re.MULTILINE)[1:]
+        for (block, code), text in zip(alone.items(), shown, strict=True):
+            assert "print(" not in code or text.strip(), f"{block.name} prints and shows nothing"
+    for block, code in on_ranks.items():
+        finished = run_on_two_ranks(block)
+        assert all(done.returncode == 0 for done in finished), [done.stdout + done.stderr for done in finished]
+        assert "print(" not in code or any(done.stdout.strip() for done in finished), f"{block.name} shows nothing"
+
+
+def run_on_two_ranks(script: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run a program with torchrun's variables, without the seconds in which three processes import torch."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda more: run_program(script, cwd=script.parent, environment=more), environments))
 
 
 def test_the_readme_has_an_example_on_several_ranks_that_prints():

@@ -81,7 +81,7 @@ def test_one_tensor_without_the_other_and_of_another_dtype(name: str) -> None:
     assert torch.autograd.grad(out.float().sum(), gain)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", LOWER)
+@pytest.mark.parametrize("name", ["hla2", pytest.param("hla3", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(name: str) -> None:
     problem = Problem(name, T=70, key_term="H")
     t = draw(problem)

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import hla_dist
+from tests.covering import slow_but
 from tests.harness import assert_bitwise, assert_close, compile_whole, shifted
 from tests.problems import KINDS, RIDGED, STREAMING, Problem, draw, mask_options, run
 from tests.tolerances import FLOAT64, GRADCHECK_ABSOLUTE, GRADCHECK_RELATIVE
@@ -118,7 +119,9 @@ def test_expanded_output_gradients(name: str, mask: str) -> None:
         assert_bitwise(f"d{key}", a, b)
 
 
-@pytest.mark.parametrize(("name", "mask"), KINDS)
+@pytest.mark.parametrize(
+    ("name", "mask"), slow_but([("hla2", "causal"), ("hla2", "paper"), ("hla3", "causal"), ("ahla", "full")], KINDS)
+)
 def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
     streaming = mask != "full"
     problem = Problem(
@@ -146,7 +149,7 @@ def test_compiles_without_graph_breaks(name: str, mask: str) -> None:
         assert_close(f"d{key}", a, b, FLOAT64)
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
+@pytest.mark.parametrize(("name", "mask"), slow_but([("hla2", "causal"), ("hla3", "causal")], STREAMING))
 def test_compiled_decoding_and_other_lengths(name: str, mask: str) -> None:
     """Without gradients and from a state; new lengths do not compile again without end; one tensor may come thrice."""
     operator = getattr(hla_dist, name)

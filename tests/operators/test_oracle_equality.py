@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hla_dist
+from tests.covering import slow_but, thinned
 from tests.harness import assert_bitwise, assert_close
 from tests.problems import (
     GATE_FORMS,
@@ -96,11 +97,14 @@ def test_every_length_around_chunks(name: str, mask: str, dtype: torch.dtype) ->
         check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("gate_values", GATE_VALUES)
-@pytest.mark.parametrize("gates", ["H", "G", "BTH", "BTG"])
-@pytest.mark.parametrize(("name", "mask"), STREAMING)
-def test_every_kind_of_gate(name: str, mask: str, gates: str, gate_values: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "gates", "gate_values", "dtype"),
+    thinned(
+        kind=STREAMING, gates=("H", "G", "BTH", "BTG"), gate_values=GATE_VALUES, dtype=(torch.float64, torch.float32)
+    ),
+)
+def test_every_kind_of_gate(kind: tuple[str, str], gates: str, gate_values: str, dtype: torch.dtype) -> None:
+    name, mask = kind
     problem = Problem(name, mask, B=2, T=150, H=10, G=5, gates=gates, gate_values=gate_values, dtype=dtype)
     tensors = draw(problem)
     check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
@@ -134,16 +138,17 @@ def test_a_cut_is_a_cut(name: str, mask: str, dtype: torch.dtype) -> None:
 def test_long_sequences(name: str, mask: str, gates: str) -> None:
     """float32 keeps its tolerance past every internal block of 512 tokens, and at T = 4096."""
     problem = Problem(name, mask, H=2, G=1, K=8, V=8, gates=gates, dtype=torch.float32)
-    for gate_values in ("mild",) if gates == "none" else ("mild", "near_one"):
-        longest = (gates, gate_values) == ("BTH", "near_one")  # the longest memory sums the most terms
-        problem = replace(problem, gate_values=gate_values, T=4096 if longest else 2100)
-        tensors = draw(problem)
-        check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
+    if gates == "BTH":  # the longest memory sums the most terms
+        problem = replace(problem, gate_values="near_one", T=4096)
+    else:
+        problem = replace(problem, T=2100)
+    tensors = draw(problem)
+    check(problem, tensors, run(problem, tensors, getattr(hla_dist, name)))
 
 
 @pytest.mark.parametrize(
     ("name", "mask"),
-    [kind if kind == ("hla2", "causal") else pytest.param(*kind, marks=pytest.mark.slow) for kind in STREAMING],
+    slow_but([("hla2", "causal")], STREAMING),
 )
 def test_long_sequences_of_many_rows(name: str, mask: str) -> None:
     """Past every internal block of tokens, of batch elements and of heads."""

@@ -63,14 +63,14 @@ def _calls(p: Problem, pg: Any = None) -> dict[str, tuple[Any, tuple[Any, ...]]]
 @pytest.mark.parametrize(
     ("name", "mask", "changes"),
     [
-        ("linear_attention", "causal", dict(normalize=True)),
+        pytest.param("linear_attention", "causal", dict(normalize=True), marks=pytest.mark.slow),
         ("hla2", "causal", dict(normalize=True)),
-        ("hla2", "prefix", dict(gates="none")),
+        pytest.param("hla2", "prefix", dict(gates="none"), marks=pytest.mark.slow),
         ("hla2", "paper", dict(gates="H")),
-        ("ahla", "causal", dict(normalize=True, gates="BTG")),
+        pytest.param("ahla", "causal", dict(normalize=True, gates="BTG"), marks=pytest.mark.slow),
         ("linear_attention", "causal", dict(normalize=True, gates="BTGK", T=40)),
         ("hla3", "causal", dict(T=1100)),  # more than a block: a state at each block's start is saved
-        ("hla2", "causal", dict(key_term="H")),
+        pytest.param("hla2", "causal", dict(key_term="H"), marks=pytest.mark.slow),
         ("hla3", "causal", dict(key_term="numbers", gates="none")),
     ],
     ids=[*OPERATORS, "hla2_key_term", "hla3_key_term"],

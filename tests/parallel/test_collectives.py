@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hla_dist
 from hla_dist.parallel.collectives import counter
+from tests.covering import slow_but
 from tests.harness import RankPool, assert_bitwise, assert_close, compile_whole
 from tests.parallel.sharded import assemble, check_sharded, run_shard, shard_of
 from tests.problems import KINDS, STREAMING, Problem, draw, mask_options, run
@@ -239,7 +240,7 @@ def _compiled(pg: dist.ProcessGroup, p: Problem, lengths: list[int]) -> list[tup
     return results
 
 
-@pytest.mark.parametrize(("name", "mask"), STREAMING[1:])
+@pytest.mark.parametrize(("name", "mask"), slow_but([("hla2", "causal"), ("hla3", "causal")], STREAMING))
 def test_compiles_with_a_group(pool: RankPool, name: str, mask: str) -> None:
     problem = Problem(name, mask, T=50, state=False)
     for eager, compiled in pool.run_group(2, _compiled, problem, [20, 30]):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hla_dist.reference import quadratic
+from tests.covering import slow_but
 from tests.harness import RankPool, assert_close, relative_error
 from tests.parallel.sharded import assemble, check_sharded, run_shard
 from tests.problems import GATE_FORMS, GATE_VALUES, KEY_TERMS, KEYED, KINDS, RIDGED, STREAMING, Problem, draw, oracle
@@ -78,10 +79,10 @@ def test_float32(pool: RankPool, drawn) -> None:
 @pytest.mark.parametrize(("name", "mask"), KINDS)
 def test_splits(pool: RankPool, name: str, mask: str, ranks: int) -> None:
     streaming = mask != "full"
-    for lengths in SPLITS[ranks]:
-        for gates in ("BTH", "G") if streaming else ("none",):
-            problem = Problem(name, mask, T=130, H=4, G=2, gates=gates, gate_values="per_head", state=streaming)
-            check_sharded(pool, ranks, problem, lengths)
+    for lengths, gates in zip(SPLITS[ranks], ("BTH", "G", "BTH")):
+        gates = gates if streaming else "none"
+        problem = Problem(name, mask, T=130, H=4, G=2, gates=gates, gate_values="per_head", state=streaming)
+        check_sharded(pool, ranks, problem, lengths)
 
 
 @pytest.mark.parametrize("gate_values", ["near_one", "zero", "hard_cut", "least"])
@@ -95,10 +96,7 @@ def test_gates_that_leak_or_cut(pool: RankPool, name: str, mask: str, gate_value
 
 @pytest.mark.parametrize(
     ("name", "mask"),
-    [
-        kind if kind in (("hla2", "causal"), ("hla3", "causal")) else pytest.param(*kind, marks=pytest.mark.slow)
-        for kind in STREAMING
-    ],
+    slow_but([("hla2", "causal"), ("hla3", "causal")], STREAMING),
 )
 def test_shards_of_many_blocks(pool: RankPool, name: str, mask: str) -> None:
     """Past every internal block of tokens in each shard, with gates that remember all of it."""

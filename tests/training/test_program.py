@@ -96,10 +96,8 @@ def test_torchrun_trains_and_leaves_everything(tmp_path: Path, text: str) -> Non
 
 
 def test_without_torchrun_and_without_out_nothing_is_written(tmp_path: Path, text: str) -> None:
-    done = subprocess.run(
-        command(0, *SMALL, "--data", text, "--bf16", "--checkpoint-activations", "--accumulate", "2", "--no-parity"),
-        env=environment(), capture_output=True, text=True, timeout=SECONDS, cwd=tmp_path,
-    )  # fmt: skip
+    options = ("--data", text, "--bf16", "--checkpoint-activations", "--accumulate", "2", "--no-parity")
+    done = run_program(ROOT / "launch" / "train.py", *SMALL, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "over 1 rank(s)" in done.stdout and "parity" not in done.stdout
     assert not list(tmp_path.iterdir())
@@ -127,7 +125,8 @@ def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, text: str) -> None
     assert "Traceback" not in stderr and "stopped by SIGINT after step" in stdout
     step = checkpoint.open_checkpoint(out).step
     assert step >= 3
-    done = start(0, *arguments[:-4], "--steps", str(step + 2), "--resume")
+    resumed = (*arguments[:-4], "--steps", step + 2, "--resume")
+    done = run_program(ROOT / "launch" / "train.py", *resumed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert checkpoint.open_checkpoint(out).step == step + 2
 
@@ -242,7 +241,7 @@ def test_one_rank_raising_ends_the_others(tmp_path: Path, text: str) -> None:
     program.write_text(FAILING.format(root=str(ROOT), launch=str(ROOT / "launch")))
     began = time.monotonic()
     out = tmp_path / "out"
-    done = start(3, *SMALL, "--data", text, "--out", str(out), "--save-every", "1", program=program)
+    done = start(2, *SMALL, "--data", text, "--out", str(out), "--save-every", "1", program=program)
     assert done.returncode != 0 and time.monotonic() - began < SECONDS / 2
     said = errors(done)
     assert any("(rank 1): KeyError: 'a bug on one rank'" in line for line in said)
