@@ -30,8 +30,8 @@ def swap(
         pattern: As in ``ModelConfig``: ``"memory"``, ``"memory*3,softmax"``, ``"hla2"``, ...
         memory: Options of ``MemoryAttention``; rotary positions, norms and biases come from the model.
         attention: Options of ``HLAAttention``; its rotary positions come from the model.
-        keep: ``"all"``, or ``"shared"``: the new layers' queries, keys and values are projected anew, as
-            in XATL, and all else is kept.
+        keep: ``"all"``, or ``"shared"``: the new layers project queries, keys and values anew, as in
+            XATL, and all else is kept.
 
     Raises:
         ValueError: An option is wrong, no layer changes, or a parameter has no place in the new layers.

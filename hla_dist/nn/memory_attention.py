@@ -230,8 +230,7 @@ class MemoryAttention(SoftmaxAttention):
 
     @torch.no_grad()
     def untrained(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what neither maps nor gates change: q, k, v and the window's outputs and masses, which are absent
-        without a window.
+        """Return what neither maps nor gates change: q, k, v and, with a window, its outputs and masses.
 
         x is ``[B, T, D]``, whole texts on one device.
         """
