@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 from tests.harness import SEED_SHIFT, RankPool, shifted
@@ -29,9 +30,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """What a test draws without a generator of its own depends on no test before it."""
+def seeded() -> Iterator[None]:
+    """What a test draws without a generator of its own depends on no test before it; nor does a group it makes."""
     torch.manual_seed(shifted(0))
+    before = dist.is_initialized()
+    yield
+    assert dist.is_initialized() == before, "a test left its process group to those after it"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ fetch from other ranks, and what FSDP2 gathers, is counted by rules of their own
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -365,8 +366,7 @@ def _hold_only(layer: SoftmaxAttention, step: Step, tokens: int) -> None:
 
 def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
     """Peak bytes of a forward and backward over a shard of ``tokens``, parameters, bytes of gradients."""
-    group = _fake_group(step.shards)
-    with FakeTensorMode():
+    with _fake_group(step.shards) as group, FakeTensorMode():
         model = LanguageModel(step.model)
         model.activation_checkpointing = step.checkpointing
         for layer in _all(HLAAttention, model):
@@ -387,16 +387,18 @@ def _trace(step: Step, tokens: int) -> tuple[int, int, int]:
     return live.peak, parameters, gradients
 
 
-def _fake_group(size: int) -> Any:
-    """A group of ``size`` ranks that sends nothing; None for one."""
-    if size == 1:
-        return None
-    if dist.is_initialized() and dist.get_backend() == "fake" and dist.get_world_size() != size:
-        dist.destroy_process_group()
-    if not dist.is_initialized():
+@contextmanager
+def _fake_group(size: int) -> Iterator[Any]:
+    """For as long as the block runs, a group of ``size`` ranks that sends nothing; None for one."""
+    made = size > 1 and not dist.is_initialized()
+    if made:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    group = dist.group.WORLD
-    set_ranks_per_node(group, size)  # nobody to ask
-    return group
+    if size > 1:
+        set_ranks_per_node(dist.group.WORLD, size)  # nobody to ask
+    try:
+        yield dist.group.WORLD if size > 1 else None
+    finally:
+        if made:
+            dist.destroy_process_group()
