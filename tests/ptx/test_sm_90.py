@@ -17,7 +17,7 @@ def test_as_compiled(case: check.Case) -> None:
 
 
 KEYED = check.Case("sm_90", "hla2", "bf16", 64, 64, gated=True, T=66, state=True, key_term=True)
-SLOW_KEYED = [replace(KEYED, operator="hla3", K=128, V=128, T=70), replace(KEYED, T=150, segment=64, state=False)]
+SLOW_KEYED = [replace(KEYED, operator="hla3", K=128, V=128, T=70), replace(KEYED, T=130, segment=64, state=False)]
 
 
 @pytest.mark.parametrize("case", [KEYED, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_KEYED)], ids=str)
