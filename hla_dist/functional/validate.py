@@ -130,9 +130,9 @@ def check_log_decay(name: str, log_decay: Any, q: Tensor, k: Tensor) -> None:
             expected += f", or [B, T, H, K] with K = {K}"
         refuse("log_decay", expected, f"shape {tuple(log_decay.shape)}")
     if contents_visible(log_decay):
-        bad = ~(log_decay <= 0)
-        if bool(bad.any()):
-            index = tuple(bad.nonzero()[0].tolist())
+        good = log_decay <= 0  # NaN is not
+        if not bool(good.all()):
+            index = tuple((~good).nonzero()[0].tolist())
             value = log_decay[index].item()
             raise ValueError(
                 f"log_decay: expected values <= 0 (logs of gates, -inf cuts), got {value} at index {index}"

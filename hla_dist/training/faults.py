@@ -23,17 +23,7 @@ from torch import Tensor, nn
 
 from hla_dist.processes.failure import UserError
 
-KINDS = (
-    "kill",
-    "kill-backward",
-    "kill-writing",
-    "kill-finishing",
-    "term",
-    "hang",
-    "nan-output",
-    "nan-gradient",
-    "flip",
-)
+KINDS = "kill kill-backward kill-writing kill-finishing term hang nan-output nan-gradient flip".split()
 
 
 @dataclass(frozen=True)
