@@ -263,7 +263,7 @@ class _Exchange(torch.autograd.Function):
         wanted = [[x[rank] for x in arrived[:count]] for rank in range(ranks)]
         wanted += [[x.sum(0) for x in arrived[count:]]] if plan.output_state else []
         # torch.autograd.grad would do; torch.compile traces this one alone
-        _, pull = torch.func.vjp(lambda *x: _carries(op, x, levels, tokens, places), *fields)
+        pull = torch.func.vjp(lambda *x: _carries(op, x, levels, tokens, places), *fields)[1]
         return None, None, None, *(g[plan.rank] for g in pull(wanted))
 
 
