@@ -68,7 +68,7 @@ def sharded_documents(draw_from, dtype: torch.dtype) -> tuple[int, list[int], Pr
     return ranks, cut(T, ranks), problem
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(drawn=sharded_documents(torch.float64))
 def test_float64(pool: RankPool, drawn) -> None:
     ranks, lengths, problem = drawn

@@ -42,11 +42,8 @@ MODELS: list[dict[str, Any]] = [
 ]
 # factors, number of the model, options
 Case = tuple[tuple[int, int, int], int, dict[str, Any]]
-ONE_OF_EACH: list[Case] = [
-    ((2, 2, 2), 0, {"on_host": True}),
-    ((1, 4, 2), 1, {"exchange": "scan"}),
-    ((2, 1, 4), 2, {"exchange": "hierarchical"}),
-]
+ALL_AXES: list[Case] = [((2, 2, 2), 0, {"on_host": True}), ((1, 4, 2), 1, {"exchange": "scan"})]
+HIERARCHICAL: Case = ((2, 1, 4), 2, {"exchange": "hierarchical"})
 
 
 def trained(degrees: Degrees, number: int = 0, exchange: str | None = None, on_host: bool = False) -> dict[str, Any]:
@@ -101,8 +98,11 @@ def trained_in_ways(cases: list[Case]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "cases",
-    [ONE_OF_EACH, pytest.param([(factors, 0, {}) for factors in FACTORS], marks=pytest.mark.slow)],
-    ids=["one of each", "every factorisation"],
+    [
+        ALL_AXES,
+        pytest.param([HIERARCHICAL, *((factors, 0, {}) for factors in FACTORS)], marks=pytest.mark.slow),
+    ],
+    ids=["all axes", "every factorisation"],
 )
 def test_a_factorisation_of_eight_equals_one_process(cases: list[Case]) -> None:
     assert len(FACTORS) == 10
