@@ -159,7 +159,9 @@ class Conversion:
     def _measure(self, stage: str, model: LanguageModel) -> None:
         if self.rank == 0:
             texts = {name: rows for name, rows in self.texts.items() if name != "train"}
-            self.perplexities[stage] = {name: perplexity(model, rows) for name, rows in texts.items()}
+            with self._bar(f"perplexity, {stage}", sum(map(len, texts.values())), "row") as bar:
+                figures = {name: perplexity(model, rows, bar.update) for name, rows in texts.items()}
+            self.perplexities[stage] = figures
             shown = ", ".join(f"{value:.4g} on {name}" for name, value in self.perplexities[stage].items())
             self.say(f"perplexity, {stage}: {shown}")
 

@@ -1,6 +1,7 @@
 """How much a converted model uses its memory: a model that leans on its window alone shows it here."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,11 +45,18 @@ class Usage(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, rows: Tensor) -> float:
-    """Return exp of the mean cross-entropy of every token of ``rows`` ``[N, T]`` after the first."""
+def perplexity(model: LanguageModel, rows: Tensor, report: Callable[[], object] | None = None) -> float:
+    """Return exp of the mean cross-entropy of every token of ``rows`` ``[N, T]`` after the first.
+
+    ``report`` is called after each row.
+    """
     training = model.training
     model.eval()
-    total = sum(float(model(row[None, :-1], labels=row[None, 1:])) for row in rows)
+    total = 0.0
+    for row in rows:
+        total += float(model(row[None, :-1], labels=row[None, 1:]))
+        if report is not None:
+            report()
     model.train(training)
     return math.exp(min(total / (len(rows) * (rows.shape[1] - 1)), 700.0))
 
