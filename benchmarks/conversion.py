@@ -102,7 +102,8 @@ def main() -> int:
     targets.append(report.Target("perplexity without memory, over with it", used, 2.0, True))
     size = os.path.getsize(model) if model.is_file() else sum(f.stat().st_size for f in model.iterdir())
     about_model = f"{model.name} ({size / 2**20:.0f} MiB); {args.rows} rows of {args.seq_len} tokens to learn from"
-    body = [f"{about_model}, {args.held_out} of each text to measure on.", (work / name / "summary.md").read_text()]
+    _, summary = (work / name / "summary.md").read_text().split("\n", 1)  # its title is a path of this machine
+    body = [f"{about_model}, {args.held_out} of each text to measure on.", summary.strip()]
     return report.finish(args, "conversion", "A pretrained model, converted", about, targets, body, figures)
 
 
