@@ -8,6 +8,7 @@ to measure on; and the descriptions of installed packages to measure on elsewher
 A run that was stopped goes on.
 """
 
+import argparse
 import ast
 import hashlib
 import json
@@ -19,6 +20,7 @@ import zipfile
 from importlib.metadata import distributions
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -71,6 +73,17 @@ def written(folder: Path) -> tuple[Path, Path]:
     return library, descriptions
 
 
+def conversion(args: argparse.Namespace, model: Path, texts: tuple[Path, Path], recipe: str, out: Path) -> Any:
+    """The run of ``launch/convert.py`` that ``args`` asks for: learns from the first text, measures on both."""
+    from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
+
+    library, descriptions = map(str, texts)
+    sizes = {name: getattr(args, name) for name in ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")}
+    asked = Asked(str(model), [library], str(out), recipe)
+    config = ConvertConfig(asked, Amounts(**sizes, other=[descriptions]), Machine())
+    return Conversion(config, torch.device("cpu"), None, print)
+
+
 def main() -> int:
     args = options(
         __doc__ or "", "two rows", dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1),
@@ -80,18 +93,12 @@ def main() -> int:
         transfer_steps=(40, "steps per layer"), distill_steps=(30, "steps of the whole model"),
         threads=(2, "CPU threads"),
     )  # fmt: skip
-    from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
-
     torch.set_num_threads(args.threads)
     about = report.context("benchmarks/conversion.py", args.threads)
     work = report.ROOT / "out" / "conversion" if not args.quick else args.out / "conversion"
     model = Path(args.model) if args.model else fetched(work)
-    library, descriptions = written(work / "text")
-    sizes = {name: getattr(args, name) for name in ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")}
-    amounts = Amounts(**sizes, other=[str(descriptions)])
     name = f"{args.recipe}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
-    asked = Asked(str(model), [str(library)], str(work / name), args.recipe)
-    Conversion(ConvertConfig(asked, amounts, Machine()), torch.device("cpu"), None, print).run()
+    conversion(args, model, written(work / "text"), args.recipe, work / name).run()
     figures = json.loads((work / name / "summary.json").read_text())
     teacher, converted = figures["perplexity"]["teacher"], list(figures["perplexity"].values())[-1]
     used = figures["usage"]["without_memory"] / figures["usage"]["whole"]

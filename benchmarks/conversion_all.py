@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import report
-from benchmarks.conversion import fetched, written
+from benchmarks.conversion import conversion, fetched, written
 from benchmarks.generation import MIB, read_lengths
 from benchmarks.program import options
 from hla_dist.convert import RECIPES, swap
-from hla_dist.generation.generate import Reading, Sampling, follow
+from hla_dist.generation.generate import GREEDY, Reading, follow
 from hla_dist.models import LanguageModel
 from hla_dist.states import KVState
 
@@ -45,20 +45,14 @@ HEADER = ["context", "state from", "CPU ms per token", "state, MiB", "softmax: C
 
 def pure(args: Any, model: Path, work: Path) -> list[list[str]]:
     """A row per kind of layer: what the layers miss, and the perplexity over the model's own on both texts."""
-    from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
-
-    library, descriptions = written(work / "text")
-    sizes = {name: getattr(args, name) for name in ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")}
-    rows = []
+    rows, texts = [], written(work / "text")
     for name, layers in LAYERS.items():
         out = (
             work / f"pure_{name.replace(', ', '_').replace(' ', '_')}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
         )
-        asked = Asked(str(model), [str(library)], str(out), "radlads")
-        amounts = Amounts(**sizes, other=[str(descriptions)])
-        conversion = Conversion(ConvertConfig(asked, amounts, Machine()), torch.device("cpu"), None, print)
-        conversion.recipe = replace(RECIPES["radlads"], swap=layers)
-        conversion.run()
+        run = conversion(args, model, texts, "radlads", out)
+        run.recipe = replace(RECIPES["radlads"], swap=layers)
+        run.run()
         figures = json.loads((out / "summary.json").read_text())
         before, after = (sum(e[when] for e in figures["transfer"]) / len(figures["transfer"])
                          for when in ("before", "after"))  # fmt: skip
@@ -70,7 +64,7 @@ def pure(args: Any, model: Path, work: Path) -> list[list[str]]:
 
 def per_token(model: LanguageModel, carry: Reading) -> float:
     """CPU seconds of a new token, the median."""
-    tokens, times = follow(model, [carry], NEW, Sampling(0.0)), []
+    tokens, times = follow(model, [carry], NEW, GREEDY), []
     while True:
         began = time.process_time()
         if next(tokens, None) is None:
