@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,19 @@ def launches(shape: Shape, gated: bool, backward: bool, operator: str = "hla2") 
     return launches_of(lambda: stages.scan(problem, carry), shape)
 
 
-def predicted_ms(operator: str, shape: tuple[int, int, int, int], gated: bool, backward: bool) -> float:
+def predicted_ms(operator: str, shape: Shape, gated: bool, backward: bool) -> float:
     """Predicted milliseconds of a forward, or of a forward and a backward."""
     launched = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator)]
-    kinds: dict[tuple, float] = {}
-    total = 0.0
+    return sum(p.ms for _, p in predicted(launched))
+
+
+def predicted(launched: list[model.Launch]) -> Iterator[tuple[model.Launch, model.Prediction]]:
+    """Each launch with its prediction; equal ones are simulated once."""
+    known: dict[tuple, model.Prediction] = {}
     for x in launched:
         key = (x.name, x.compiled.hash, x.grid, x.steps, x.unique_bytes)
-        if key not in kinds:
-            kinds[key] = model.predict(x).ms
-        total += kinds[key]
-    return total
+        known[key] = known.get(key) or model.predict(x)
+        yield x, known[key]
 
 
 def launch_of(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, int, int, int]) -> model.Launch:
@@ -121,18 +123,14 @@ class Pointer:
         return 16
 
 
-def report(launched: list[model.Launch]) -> tuple[float, list[model.Prediction]]:
+def report(launched: list[model.Launch]) -> float:
     """Print a table; total milliseconds."""
-    predictions: dict[tuple, model.Prediction] = {}
-    total, rows = 0.0, []
+    total = 0.0
     print(model.HEAD, model.RULE, sep="\n")
-    for x in launched:
-        key = (x.name, x.compiled.hash, x.grid, x.steps, x.unique_bytes)
-        p = predictions[key] = predictions.get(key) or model.predict(x)
+    for x, p in predicted(launched):
         total += p.ms
-        rows.append(p)
         print(model.line(p, x.grid), flush=True)
-    return total, rows
+    return total
 
 
 def main() -> None:
@@ -148,7 +146,7 @@ def main() -> None:
         both = [predicted_ms(o.operator, shape, o.gated, way) for way in (False, True)]
         o.into.write_text(json.dumps({"forward": both[0], "forward + backward": both[1]}))
         return
-    total, rows = report(launches(shape, o.gated, o.backward, o.operator))
+    total = report(launches(shape, o.gated, o.backward, o.operator))
     B, T, H, K = shape
     work = len(CASCADES[o.operator]) * (2 * 64 * K + 4 * K * K) * B * T * H * (3 if o.backward else 1)
     print(

@@ -90,29 +90,25 @@ def resident(chip: Chip, registers: int, shared: int, warps: int) -> int:
 
 def predict(launch: Launch, chip: Chip = H200) -> Prediction:
     """The model's answer for one launch."""
-    tool = triton.knobs.nvidia.cuobjdump.path
     cubin = launch.compiled.asm["cubin"]
-    code = sass.parse(sass.disassemble(cubin, tool))
-    registers, spills = sass.resources(cubin, tool)
+    code = sass.parse(cubin)
+    registers, spills = sass.resources(cubin)
     shared = launch.compiled.metadata.shared
     warps = launch.warps
     count = resident(chip, registers, shared, warps)
     a_multiprocessor = -(-launch.grid // chip.processors)
     count = min(count, a_multiprocessor)
+    taken = (registers, spills, shared, count)
     if launch.steps == BYTES_ONLY:
         ms = 1e3 * launch.unique_bytes / chip.hbm + 2e-3
-        zero: Counter = Counter()
-        return Prediction(
-            launch.name, ms + 1e3 * chip.gap, "HBM", registers, spills, shared, count, 0.0, {}, 0.0, ms, 0.0, {}, zero
-        )
+        return Prediction(launch.name, ms + 1e3 * chip.gap, "HBM", *taken, 0.0, {}, 0.0, ms, 0.0, {}, Counter())
     loops = sass.loops(code)
-    machine = chip.machine
     trips = {last: launch.inner for _, last in loops[1:]}
     body: Counter = Counter()
 
     def run(steps: int, n: int, programs: int | None = None) -> sm.Result:
         more = {loops[0][1]: steps} if loops and launch.steps else ({loops[0][1]: launch.inner} if loops else {})
-        return sm.simulate(code, trips | more, warps, n, programs or n, machine)
+        return sm.simulate(code, trips | more, warps, n, programs or n, chip.machine)
 
     if launch.steps > 3 and loops:
         first, last = loops[0]
@@ -131,7 +127,7 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
             last_step, last_rest, *_ = wave(left)
             cycles += launch.steps * last_step + last_rest
         d = many - few
-        bounds = bounds_of({k: (b.busy[k] - a.busy[k]) / d for k in b.busy}, (b.issued - a.issued) / d, machine)
+        bounds = bounds_of({k: (b.busy[k] - a.busy[k]) / d for k in b.busy}, (b.issued - a.issued) / d)
         waits = {k: (b.waits[k] - a.waits[k]) / d / count / warps for k in b.waits}
     else:
         body = Counter(x.name.split(".")[0] for x in code)
@@ -141,7 +137,7 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
         b = run(launch.steps, count, more) if more > some else a
         step = (b.cycles - a.cycles) / max(1, more - some) if more > some else a.cycles / some
         cycles = a.cycles + (a_multiprocessor - some) * step
-        bounds = bounds_of({k: v / more for k, v in b.busy.items()}, b.issued / more, machine)
+        bounds = bounds_of({k: v / more for k, v in b.busy.items()}, b.issued / more)
         waits = {k: v / more / warps for k, v in b.waits.items()}
         step, bounds = step * count, {k: v * count for k, v in bounds.items()}
     sm_ms = 1e3 * cycles / chip.clock
@@ -149,25 +145,11 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
     a_step = max(bounds, key=bounds.get)
     limiter = "HBM" if hbm_ms > sm_ms else (a_step if bounds[a_step] > 0.9 * step else f"latency (next: {a_step})")
     tensor_ms = sm_ms * bounds.get("mma", 0.0) / step if step else 0.0
-    return Prediction(
-        launch.name,
-        max(sm_ms, hbm_ms) + 1e3 * chip.gap,
-        limiter,
-        registers,
-        spills,
-        shared,
-        count,
-        step,
-        bounds,
-        sm_ms,
-        hbm_ms,
-        tensor_ms,
-        waits,
-        body,
-    )
+    ms = max(sm_ms, hbm_ms) + 1e3 * chip.gap
+    return Prediction(launch.name, ms, limiter, *taken, step, bounds, sm_ms, hbm_ms, tensor_ms, waits, body)
 
 
-def bounds_of(busy: dict[str, float], issued: float, machine: sm.Machine) -> dict[str, float]:
+def bounds_of(busy: dict[str, float], issued: float) -> dict[str, float]:
     """Cycles each unit is busy, a scheduler's share."""
     bounds = {
         k: (v if k in ("shared", "beyond") else v / 4) for k, v in busy.items() if k not in ("tensor", "sync", "branch")

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 
+import triton
+
 _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:(@!?U?P\w+)\s+)?([^;]*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/")
 _HIGH = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
@@ -35,23 +37,19 @@ class Instruction:
     channel: str = ""  # of an mbarrier instruction: the array it means, where someone has named it
 
 
-def disassemble(cubin: bytes, cuobjdump: str) -> str:
-    """``cuobjdump -sass`` of a cubin."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What Triton's own ``cuobjdump`` says of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def resources(cubin: bytes, cuobjdump: str) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread: above 0, it spills)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [cuobjdump, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    number = lambda key: int(re.search(rf"{key}:(\d+)", text)[1])  # noqa: E731
-    return number("REG"), number("STACK")
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of stack per thread: above 0, it spills)."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(cubin, "--dump-resource-usage"))
+    return int(usage[1]), int(usage[2])
 
 
 # first match wins
@@ -92,16 +90,12 @@ def pipe_of(name: str) -> str:
     return next(pipe for pipe, pattern in _PIPE_RE if pattern.match(name))
 
 
-def parse(text: str) -> list[Instruction]:
-    """Instructions of the first function in a disassembly."""
+def parse(cubin: bytes) -> list[Instruction]:
+    """Instructions of a cubin's first function."""
     instructions: list[Instruction] = []
-    lines = text.splitlines()
-    functions = 0
+    first = cuobjdump(cubin, "-sass").split("Function :")[1]
+    lines = first.splitlines()
     for i, line in enumerate(lines):
-        if "Function :" in line:
-            functions += 1
-            if functions > 1:
-                break
         match = _LINE.search(line)
         if not match:
             continue
@@ -110,9 +104,7 @@ def parse(text: str) -> list[Instruction]:
         write, read = (control >> 5) & 7, (control >> 8) & 7
         body = match[3]
         name = body.split()[0]
-        target = None
-        if name.startswith("BRA"):
-            target = int(_TARGET.search(body)[1], 16)
+        target = int(_TARGET.search(body)[1], 16) if name.startswith("BRA") else None
         instructions.append(
             Instruction(
                 int(match[1], 16),

@@ -146,22 +146,10 @@ class Multiprocessor:
         self.blocked: dict[tuple[int, str], list[Warp]] = {}
         self.multiplying: list[deque[Warp]] = [deque() for _ in range(4)]  # warps with matrix instructions, in turns
         self.free_at = [0.0] * 4  # of each scheduler's tensor core
+        self.tile_bytes = self.store_bytes = 0  # of one TMA load, and of one TMA store
         self.asked = [False] * 4
-        m = machine
-        self.cost = {
-            "alu": m.alu,
-            "imad": m.imad,
-            "fma": m.fma,
-            "half": m.half,
-            "xu": m.xu,
-            "uniform": m.uniform,
-            "lsu": m.lsu,
-            "const": 2,
-            "branch": 2,
-            "sync": 1,
-            "tensor": 1,
-            "hmma": m.hmma,
-        }
+        rated = ("alu", "imad", "fma", "half", "xu", "uniform", "lsu", "hmma")
+        self.cost = {pipe: getattr(machine, pipe) for pipe in rated} | {"const": 2, "branch": 2, "sync": 1, "tensor": 1}
 
     def add(self, program: int, role: int, traces: list[Iterator[Instruction]], when: float, first: int = 0) -> None:
         """Warps of one role of a program; warp ``first`` of the program sits at scheduler ``first % 4``."""
@@ -268,8 +256,7 @@ class Multiprocessor:
         turns = self.multiplying[s]
         w = turns.popleft()
         cycles, take, group = w.gmma_queue.popleft()
-        self.shared = max(self.shared, now) + take
-        self.busy["shared"] += take
+        self.use_shared(take, now)
         self.busy["mma"] += cycles
         end = self.free_at[s] = max(now + cycles, self.shared)
         group.left -= 1
@@ -341,41 +328,38 @@ class Multiprocessor:
         """When a memory instruction's result is there."""
         m, name, size = self.m, x.name, bytes_of(x)
         if name.startswith(("UTMALDG", "UBLKCP")):
-            size = self.tile_bytes
-            self.beyond = max(self.beyond, t) + size / m.global_rate
-            self.busy["beyond"] += size / m.global_rate
-            self.shared = max(self.shared, t) + size / m.smem_rate
-            self.busy["shared"] += size / m.smem_rate
-            done = max(self.beyond, t + m.global_latency)
+            done = self.fetched(self.tile_bytes, t)
+            self.use_shared(self.tile_bytes / m.smem_rate, t)
             for (program, key), channel in self.channels.items():
                 if program == w.program and channel.copies:
                     self.signal((program, key), done)
             return done
         if name.startswith("UTMASTG"):
-            size = self.store_bytes
-            self.beyond = max(self.beyond, t) + size / m.global_rate
-            self.busy["beyond"] += size / m.global_rate
-            self.shared = max(self.shared, t) + size / m.smem_rate
-            self.busy["shared"] += size / m.smem_rate
+            self.fetched(self.store_bytes, t)
+            self.use_shared(self.store_bytes / m.smem_rate, t)
             return t + 20
         if name.startswith("SYNCS"):
             return t + 20
         if name.startswith(("LDGSTS", "LDG", "LD.", "STG", "RED", "ATOM")):
-            self.beyond = max(self.beyond, t) + size / m.global_rate
-            self.busy["beyond"] += size / m.global_rate
-            done = max(self.beyond, t + m.global_latency)
+            done = self.fetched(size, t)
             if name.startswith("LDGSTS"):
-                self.shared = max(self.shared, t) + size / m.smem_rate
-                self.busy["shared"] += size / m.smem_rate
+                self.use_shared(size / m.smem_rate, t)
                 w.copies_open = max(w.copies_open, done)
             return t + 20 if name.startswith(("STG", "RED")) else done
-        take = size / m.smem_rate * (1.0 if name.startswith("SHFL") else m.conflicts)
-        self.shared = max(self.shared, t) + take
-        self.busy["shared"] += take
-        return max(self.shared, t) + m.smem_latency
+        self.use_shared(size / m.smem_rate * (1.0 if name.startswith("SHFL") else m.conflicts), t)
+        return self.shared + m.smem_latency
 
-    tile_bytes = 0
-    store_bytes = 0
+    def fetched(self, size: float, t: float) -> float:
+        """When so many bytes have come from beyond L1, or gone there, if they are asked for at ``t``."""
+        took = size / self.m.global_rate
+        self.beyond = max(self.beyond, t) + took
+        self.busy["beyond"] += took
+        return max(self.beyond, t + self.m.global_latency)
+
+    def use_shared(self, cycles: float, t: float) -> None:
+        """Keep shared memory busy for so many cycles, from ``t`` on or when it is free."""
+        self.shared = max(self.shared, t) + cycles
+        self.busy["shared"] += cycles
 
 
 def simulate(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from benchmarks.gpu.model import passes, predict, sass, sm
 from hla_kernels import walks
@@ -57,7 +56,7 @@ def _loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
 
 def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.Chip) -> Walked:
     compiled = predict.compile_launch(walks.walk_kernel, a, options)
-    code = sass.parse(sass.disassemble(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path))
+    code = sass.parse(compiled.asm["cubin"])
     bodies = _loops(code)
     left = list(PLANS[a["LINK"]])
     copies = 0
@@ -77,7 +76,7 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     few, many = (sm.simulate_roles(roles, channels, n, 1, chip.machine, LOADED, STORED) for n in (6, 18))
     cycles = (many.cycles - few.cycles) / 12
     busy = {k: (many.busy[k] - few.busy[k]) / 12 for k in many.busy}
-    bounds = predict.bounds_of(busy, (many.issued - few.issued) / 12, chip.machine)
+    bounds = predict.bounds_of(busy, (many.issued - few.issued) / 12)
     waits = {k: round((many.waits[k] - few.waits[k]) / 12 / 4 / consumers) for k in many.waits}
     stored = {"alone": 1, "apart": 2, "adds": 1}.get(a["LINK"], 1 + a["SAVE"])
     heads = [x.base.shape[1] for x in a["streams"]]
