@@ -260,17 +260,8 @@ def compile_all(
     wanted = cases(archs)
     with ProcessPoolExecutor(processes) as pool:
         found = list(pool.map(_cached, wanted, [cache] * len(wanted), [fresh] * len(wanted)))
-    rows = list(dict.fromkeys(_hashable(row) for case, _ in found for row in case))
-    return {key: got for _, taken in found for key, got in taken.items()}, rows
-
-
-def _hashable(row: Row) -> Row:
-    return row._replace(matrix=_Counts(row.matrix))
-
-
-class _Counts(dict):  # type: ignore[type-arg]
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self.items())))
+    rows = {str(row): row for case, _ in found for row in case}
+    return {key: got for _, taken in found for key, got in taken.items()}, list(rows.values())
 
 
 def broken_rules(row: Row) -> Iterator[str]:
