@@ -20,7 +20,7 @@ from hla_dist.functional.custom_op import custom_op, fake_of
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.precision import without_autocast
 from hla_dist.parallel import agreement, background, collectives, halo, scan
-from hla_dist.parallel.collectives import Group, group_by_name, group_rank, group_size, may_use_threads
+from hla_dist.parallel.collectives import group_by_name, group_rank, group_size, may_use_threads
 from hla_dist.parallel.wire import WireLayout, at, backward_fields, enter_state, fold, fold_reverse
 
 # dims: B, H, K, V; wide: float64; exchange: resolved; wire: dtype that summaries travel in, empty: their own
@@ -36,17 +36,10 @@ def _layout(operator: str, dims: list[int], wide: bool, wire: str) -> WireLayout
     return WireLayout(OPERATORS[operator], batch, heads, key_dim, value_dim, dtype, wire_dtype)
 
 
-def _forward_names(operator: str) -> list[str]:
-    return ["rho", *OPERATORS[operator].fields]
-
-
-def _backward_names(operator: str) -> list[str]:
-    return list(OPERATORS[operator].reverses)
-
-
-def _place(group_name: str) -> tuple[Group, int, int]:
+def _place(group_name: str) -> tuple[int, int]:
+    """This rank, and how many there are."""
     pg = group_by_name(group_name)
-    return pg, group_rank(pg), group_size(pg)
+    return group_rank(pg), group_size(pg)
 
 
 def _result(job: background.Job) -> list[Tensor]:
@@ -71,19 +64,19 @@ def exchange_start(
     takes another collective, at once).
     """
     with without_autocast(fields[0].device):
-        pg, rank, _ = _place(group_name)
+        pg = group_by_name(group_name)
         layout = _layout(operator, dims, wide, wire)
+        op = layout.operator
         if direction == "forward":
-            names = _forward_names(operator)
-            if kept and rank == 0:
-                state = dict(zip(layout.operator.states, kept))
-                summary = enter_state(layout.operator, dict(zip(names, fields)), state)
+            names = ("rho", *op.fields)
+            if kept and group_rank(pg) == 0:
+                summary = enter_state(op, dict(zip(names, fields)), dict(zip(op.states, kept)))
                 fields = [summary[name] for name in names]
             payload = layout.pack(names, fields)
         else:
-            count = len(_backward_names(operator))
+            count = len(op.reverses)
             parts = [fields[i : i + count] for i in range(0, len(fields), count)]
-            payload = torch.cat([layout.pack(_backward_names(operator), part) for part in parts])
+            payload = torch.cat([layout.pack(op.reverses, part) for part in parts])
         device = fields[0].device
         under_way: Any
         if exchange == "all_gather":
@@ -111,13 +104,13 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
     the ranks to the right, which backward's fold needs; by messages this rank's own, ``[1, ...]``.
     """
     with without_autocast(like.device):
-        _, rank, size = _place(group_name)
+        rank, size = _place(group_name)
         layout = _layout(operator, dims, wide, wire)
         op = layout.operator
         under_way = _under_way.pop(int(ticket))
         if exchange != "all_gather":
             return _result(under_way)
-        gathered = layout.unpack(_forward_names(operator), agreement.finish(under_way))
+        gathered = layout.unpack(("rho", *op.fields), agreement.finish(under_way))
         before = fold(op, gathered, range(rank)) if rank > 0 else None
         if before is not None:
             carry = [before[name].clone() for name in op.states]
@@ -136,7 +129,7 @@ def exchange_finish(ticket, initial, like, total, group_name, operator, dims, wi
 
 @fake_of(exchange_finish)
 def _(ticket, initial, like, total, group_name, operator, dims, wide, exchange, wire) -> list[Tensor]:
-    _, rank, size = _place(group_name)
+    rank, size = _place(group_name)
     layout = _layout(operator, dims, wide, wire)
     op, later = layout.operator, size - 1 - rank if exchange == "all_gather" else 1
     lead = (layout.batch, layout.heads)
@@ -155,23 +148,22 @@ def exchange_finish_backward(ticket, later, total, group_name, operator, dims, w
     the last first.
     """
     with without_autocast(later[0].device):
-        _, rank, size = _place(group_name)
+        rank, size = _place(group_name)
         layout = _layout(operator, dims, wide, wire)
         op = layout.operator
-        names = _backward_names(operator)
         under_way = _under_way.pop(int(ticket))
         if exchange != "all_gather":
             return _result(under_way)
         payloads = agreement.finish(under_way)
-        split = layout.nbytes(names)
-        gathered = layout.unpack(names, payloads[:, :split])
+        split = layout.nbytes(op.reverses)
+        gathered = layout.unpack(op.reverses, payloads[:, :split])
         if total:
-            entering = {name: x.sum(0) for name, x in layout.unpack(names, payloads[:, split:]).items()}
+            entering = {name: x.sum(0) for name, x in layout.unpack(op.reverses, payloads[:, split:]).items()}
         else:
-            entering = {name: torch.zeros_like(gathered[name][0]) for name in names}
+            entering = {name: torch.zeros_like(gathered[name][0]) for name in op.reverses}
         forward = dict(zip(("rho", *op.backward_fields), later))
         carry = fold_reverse(op, forward, gathered, entering, range(rank + 1, size))
-        return [carry[name].clone() for name in names]
+        return [carry[name].clone() for name in op.reverses]
 
 
 @fake_of(exchange_finish_backward)
@@ -190,9 +182,8 @@ def exchange_gather(fields, group_name, direction, description, at_once=False) -
 
     at_once: check that all ranks made this call before anything is returned, on CUDA too.
     """
-    pg, _, _ = _place(group_name)
     flat = torch.cat([x.reshape(-1) for x in fields])
-    pending = agreement.start(pg, direction, description, flat.view(torch.uint8), flat.device)
+    pending = agreement.start(group_by_name(group_name), direction, description, flat.view(torch.uint8), flat.device)
     payloads = agreement.finish(pending, at_once=at_once).contiguous().view(flat.dtype)
     parts = payloads.split([x.numel() for x in fields], dim=1)
     return [part.reshape(-1, *x.shape).clone() for part, x in zip(parts, fields)]
@@ -200,7 +191,7 @@ def exchange_gather(fields, group_name, direction, description, at_once=False) -
 
 @fake_of(exchange_gather)
 def _(fields, group_name, direction, description, at_once=False) -> list[Tensor]:
-    _, _, size = _place(group_name)
+    size = group_size(group_by_name(group_name))
     return [x.new_empty(size, *x.shape) for x in fields]
 
 
@@ -212,7 +203,7 @@ def exchange_halo(last, counts, whole, group_name, exchange) -> list[Tensor]:
 
 @fake_of(exchange_halo)
 def _(last, counts, whole, group_name, exchange) -> list[Tensor]:
-    _, _, size = _place(group_name)
+    size = group_size(group_by_name(group_name))
     return [torch.empty_like(last) for _ in range(1 + whole)] + [counts.new_empty(size, *counts.shape)]
 
 
