@@ -149,7 +149,10 @@ def all_gather_flat(x: Tensor, pg: Group, async_op: bool = False) -> tuple[Tenso
     _begin(pg, x)
     out = x.new_empty(group_size(pg) * x.numel())
     if isinstance(pg, MPIGroup):
-        return out, _done(pg.all_gather(out, x), async_op)
+        work = pg.all_gather(out, x)
+        if not async_op:
+            work.wait()
+        return out, work
     with arrivals.waiting(pg):  # with TORCH_DISTRIBUTED_DEBUG=DETAIL the start waits for everyone
         work = _all_gather_flat(out, x, group=pg, async_op=async_op)
     return out, work
@@ -307,11 +310,3 @@ def post(pg: Group, sends: list[tuple[int, Tensor]], receives: list[tuple[int, T
     operations = [dist.P2POp(dist.irecv, x, group=pg, group_peer=rank, tag=_TAG) for rank, x in receives]
     operations += [dist.P2POp(dist.isend, x, group=pg, group_peer=rank, tag=_TAG) for rank, x in sends]
     return dist.batch_isend_irecv(operations) if operations else []
-
-
-def _done(work: mpi.Work, async_op: bool) -> mpi.Work | None:
-    """The work to wait for, or none once it is waited for: as torch.distributed does."""
-    if async_op:
-        return work
-    work.wait()
-    return None
