@@ -9,6 +9,7 @@ table; with --out it writes a report (Markdown, JSON) and a plot. What the figur
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def write(config: ScalingConfig, about: dict[str, Any], rows: list[dict[str, Any
     series = config.series if len(config.series) < len(SERIES) else []
     theme = "_".join(["scaling", *config.what, *series])
     body = ["## Figures", LEGEND, report.table(HEADER, [cells(row) for row in rows]), f"![plot]({theme}.png)"]
-    data = {"config": config.to_dict(), "rows": rows}
+    data = {"config": asdict(config), "rows": rows}
     out = Path(config.out or "")
     path = report.write(theme, out, "Scaling with ranks and tokens", about, targets(rows), body, data)
     plot(path.with_suffix(".png"), rows, config)

@@ -1,8 +1,7 @@
 """What is measured: the options of launch/scaling.py, and the cases that follow from them."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
@@ -17,7 +16,6 @@ from hla_dist.processes.options import (
     Threads,
     flag,
     one_of,
-    parse_options,
 )
 
 ABOUT = (
@@ -77,9 +75,6 @@ class ScalingConfig(Checked):
             if any(value < 1 for value in getattr(self, name)):
                 raise UserError(f"{flag(name)}: expected numbers of at least 1, got {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -89,11 +84,6 @@ class Case:
     ranks: int
     tokens: int
     series: tuple[str, ...]
-
-
-def parse(arguments: Sequence[str]) -> ScalingConfig:
-    """A configuration from command-line arguments; UserError in one line for what it does not take."""
-    return parse_options(ScalingConfig, "launch/scaling.py", ABOUT, arguments)
 
 
 def plan(config: ScalingConfig, world_size: int) -> list[Case]:

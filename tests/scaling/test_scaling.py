@@ -17,8 +17,9 @@ from torch import Tensor
 from hla_dist.parallel import agreement
 from hla_dist.parallel.collectives import counter, group_rank, resolve_group
 from hla_dist.processes.failure import UserError
+from hla_dist.processes.options import parse_options
 from hla_dist.reference import serial
-from hla_dist.scaling.config import Case, ScalingConfig, parse, plan
+from hla_dist.scaling.config import ABOUT, Case, ScalingConfig, plan
 from hla_dist.scaling.measure import Clock, measure, row
 from hla_dist.scaling.memory import PeakMemory
 from hla_dist.scaling.model import ModelCase
@@ -143,7 +144,7 @@ def test_the_plan_has_every_point_once() -> None:
         (["--colour"], "unrecognized arguments: --colour"),
     ):
         with pytest.raises(UserError, match=message.replace("[", r"\[")):
-            parse(flags)
+            parse_options(ScalingConfig, "launch/scaling.py", ABOUT, flags)
 
 
 @pytest.mark.slow
