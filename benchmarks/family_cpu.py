@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import hla_dist
 from benchmarks import report
 from benchmarks.contenders import MODES, Contender, K, Source, seconds
-from benchmarks.program import KEEP_MEMORY, options
+from benchmarks.program import KEEP_MEMORY, begin
 from hla_dist.operators import NAMED
 
 BOUNDS = {"linear_attention": 1.0, "ahla": 1.1, "hla3": 1.7}  # time over hla2's
@@ -40,7 +39,7 @@ def contender(name: str, gates: str) -> Contender:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "2048 tokens, one round",
         {"tokens": 2048, "rounds": 1},
@@ -50,9 +49,6 @@ def main() -> int:
         threads=(1, "torch threads"),
         keep_memory=KEEP_MEMORY,
     )
-    report.keep_memory(args.keep_memory)
-    torch.set_num_threads(args.threads)
-    about = report.context("benchmarks/family_cpu.py", args.threads)
     names = list(NAMED)
     source = Source(args.tokens, args.heads)
     cases = [(variant, mode, name) for variant in GATES for mode in MODES for name in names]
@@ -82,7 +78,7 @@ def main() -> int:
         report.table(["", *names], rows),
     ]
     data = {"seconds": [dict(zip(("variant", "mode", "operator"), c), samples=v) for c, v in samples.items()]}
-    return report.finish(args, "family_cpu", "The operators beside one another", about, targets, parts, data)
+    return report.finish(args, "The operators beside one another", targets, parts, data)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.program import options, pyplot, save_figure
+from benchmarks.program import begin, pyplot, save_figure
 from hla_dist.generation.generate import GREEDY, Reading, follow, read
 from hla_dist.models import SIZES, LanguageModel, ModelConfig
 from hla_dist.operators import NAMED
@@ -163,7 +163,7 @@ def plot(path: Path, rows: list[dict[str, Any]], name: str) -> None:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "two short contexts",
         {},
@@ -173,15 +173,13 @@ def main() -> int:
         threads=(1, "torch threads"),
     )
     report.keep_memory(False)
-    torch.set_num_threads(args.threads)
-    about = report.context("benchmarks/generation.py", args.threads)
     config = ModelConfig.named(args.size, op=args.op)
     torch.manual_seed(0)
     model = LanguageModel(config)
     rounds = 3 if args.quick else ROUNDS
     rows = measure(model, [256, 1024] if args.quick else LENGTHS, args.read_seconds, rounds)
     parameters = sum(p.numel() for p in model.parameters())
-    about["case"] = (
+    args.about["case"] = (
         f"{args.size}: {config.num_layers} layers of {args.op}, hidden size {config.hidden_size}, {config.num_heads} "
         f"heads, {parameters:,} parameters, untrained, float32, one text; pieces of {PIECE} tokens"
     )
@@ -196,7 +194,7 @@ def main() -> int:
     passed = targets(rows)
     body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows]), "![plot](generation.png)"]
     plot(args.out / "generation.png", rows, args.op)
-    return report.finish(args, "generation", "Generation against context length", about, passed, body, {"rows": rows})
+    return report.finish(args, "Generation against context length", passed, body, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import hla_dist
 from benchmarks import report
-from benchmarks.program import options, pyplot, save_figure
+from benchmarks.program import begin, pyplot, save_figure
 from hla_dist.operators import NAMED
 from hla_dist.reference import quadratic
 
@@ -140,7 +140,7 @@ def plot(path: Path, library: dict[Key, Errors], plain: dict[Key, Errors], lengt
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "1024 tokens, one head, K = V = 8",
         {"longest": 1, "heads": 1, "size": 8},
@@ -148,7 +148,6 @@ def main() -> int:
         heads=(1, "heads"),
         size=(32, "head size of keys and values"),
     )
-    about = report.context("benchmarks/numerics.py", torch.get_num_threads())
     lengths = [t for t in LENGTHS if t <= args.longest * 1024]
     library, plain = measure(args, lengths)
     targets = judge(library, plain)
@@ -159,6 +158,7 @@ def main() -> int:
     body = tables(library, plain, lengths)
     plot(args.out / "numerics.png", library, plain, lengths)
     if args.out == report.RESULTS:
+        about = args.about
         run_on = f"`{about['command']}`, {about['started']}, commit {about['commit']}, torch {about['torch']}, "
         text = "\n\n".join([what, *body, run_on + f"{about['hardware']}."])
         page = DOCS.read_text()
@@ -169,7 +169,7 @@ def main() -> int:
     keys = ("operator", "decay", "dtype", "T")
     sides = {"errors": library, "plain_torch": plain}
     data = {name: [dict(zip(keys, key), **by) for key, by in side.items()] for name, side in sides.items()}
-    return report.finish(args, "numerics", "Errors against float64", about, targets, [what, *body], data)
+    return report.finish(args, "Errors against float64", targets, [what, *body], data)
 
 
 if __name__ == "__main__":

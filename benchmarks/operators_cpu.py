@@ -38,7 +38,7 @@ from benchmarks.contenders import (
     seconds,
 )
 from benchmarks.peak_memory import peak_memory
-from benchmarks.program import KEEP_MEMORY, options, pyplot, save_figure
+from benchmarks.program import KEEP_MEMORY, begin, pyplot, save_figure
 
 OPERATIONS = 4 * 64 * K + 8 * K * K  # a token and head, forward
 WORK = {"forward": 1, "forward+backward": 4}
@@ -230,7 +230,7 @@ def plot(path: Path, args, lengths, time_of, rate) -> None:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "up to 2K tokens, one round, one thread",
         {"longest": 2, "rounds": 1, "threads": 1},
@@ -243,9 +243,6 @@ def main() -> int:
         keep_memory=KEEP_MEMORY,
         memory=(True, "also measure peak memory, in a fresh process for each contender and length"),
     )
-    report.keep_memory(args.keep_memory)
-    torch.set_num_threads(args.threads)
-    about = report.context("benchmarks/operators_cpu.py", args.threads)
     errors = check()
     lengths = [1024 * 2**i for i in range(int(math.log2(args.longest)) + 1)]
     source = Source(lengths[-1], args.heads)
@@ -268,7 +265,7 @@ def main() -> int:
     parts = body(args, lengths, time_of, rate, peaks, errors, left_out, multiply)
     plot(args.out / "operators_cpu.png", args, lengths, time_of, rate)
     print(f"matrix rate {rate / 1e9:.1f} GFLOP/s")
-    return report.finish(args, "operators_cpu", "Operators on the CPU", about, targets, parts, data)
+    return report.finish(args, "Operators on the CPU", targets, parts, data)
 
 
 if __name__ == "__main__":

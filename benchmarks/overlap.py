@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hla_dist
 from benchmarks import report
-from benchmarks.program import options, pyplot, save_figure
+from benchmarks.program import begin, pyplot, save_figure
 from benchmarks.ranks import Ranks
 from hla_dist.functional import attention as functional
 from hla_dist.parallel import topology
@@ -126,7 +126,7 @@ def draw_one(events: list[Event], exchange: str, axes: Any) -> None:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "256 tokens per rank, 2 heads, 2 rounds",
         {"tokens": 256, "heads": 2, "rounds": 2},
@@ -135,7 +135,7 @@ def main() -> int:
         heads=(8, "heads of size 64"),
         rounds=(15, "measured rounds, two more warm up"),
     )
-    about = report.context("benchmarks/overlap.py", 1) | {"ranks": args.ranks}
+    args.about |= {"threads": 1, "ranks": args.ranks}
     with Ranks(args.ranks) as ranks:
         results = ranks.run(measure, args)
     rows, medians = [], {}
@@ -164,7 +164,7 @@ def main() -> int:
         f"of {args.rounds} interleaved rounds, of the rank that waits longest. Exposed: blocked on the exchange.",
         report.table(["exchange", "way", "exposed ms", "step ms", "share"], rows),
     ]
-    return report.finish(args, "overlap", "The exchange behind local work", about, targets, parts, {"medians": medians})
+    return report.finish(args, "The exchange behind local work", targets, parts, {"medians": medians})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What the benchmarks have in common: their command lines, and matplotlib without a screen."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import report
 from hla_dist.training.metrics import pyplot as pyplot
@@ -11,8 +14,11 @@ from hla_dist.training.metrics import save_figure as save_figure
 KEEP_MEMORY = (True, "the allocator keeps freed memory, for all alike; --no-keep-memory: glibc's own ways")
 
 
-def options(about: str, quick: str, small: dict[str, Any], **flags: tuple[Any, ...]) -> argparse.Namespace:
+def begin(about: str, quick: str, small: dict[str, Any], **flags: tuple[Any, ...]) -> argparse.Namespace:
     """A benchmark's options from the command line, with --check, --quick and --out, which all have.
+
+    With them are ``theme``, the program's name, and ``about``, what a report says of the run. An option ``keep_memory``
+    restarts the program, ``threads`` are torch's.
 
     Args:
         about: The program's docstring.
@@ -46,4 +52,10 @@ def options(about: str, quick: str, small: dict[str, Any], **flags: tuple[Any, .
             if isinstance(number, (int, float)) and number <= 0 and not isinstance(number, bool):
                 parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
     args.out = args.out or (report.QUICK_RESULTS if args.quick else report.RESULTS)
+    if "keep_memory" in flags:
+        report.keep_memory(args.keep_memory)
+    if "threads" in flags:
+        torch.set_num_threads(args.threads)
+    script = Path(str(sys.modules["__main__"].__file__)).resolve().relative_to(report.ROOT)
+    args.theme, args.about = script.stem, report.context(str(script), torch.get_num_threads())
     return args

@@ -148,8 +148,6 @@ def conclude(targets: list[Target], path: Path, check: bool) -> int:
     return int(check and not all(t.met for t in targets))
 
 
-def finish(
-    args: Any, theme: str, title: str, about: dict[str, Any], targets: list[Target], body: list[str], data: Any
-) -> int:
-    """Write the report under ``args.out`` and conclude; the exit code."""
-    return conclude(targets, write(theme, args.out, title, about, targets, body, data), args.check)
+def finish(args: Any, title: str, targets: list[Target], body: list[str], data: Any) -> int:
+    """Write the report of a program that began with ``args`` and conclude; the exit code."""
+    return conclude(targets, write(args.theme, args.out, title, args.about, targets, body, data), args.check)

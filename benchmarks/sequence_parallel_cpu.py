@@ -36,7 +36,7 @@ from tqdm import tqdm
 import hla_dist
 from benchmarks import report
 from benchmarks.contenders import K, Source
-from benchmarks.program import KEEP_MEMORY, options
+from benchmarks.program import KEEP_MEMORY, begin
 from benchmarks.ranks import Ranks, turn_taking
 from hla_dist.parallel import collectives, topology
 from hla_dist.scaling.measure import cpu_seconds
@@ -177,7 +177,7 @@ def median(samples: list[dict[str, float]], *keys: str) -> float:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "2 ranks, 4096 tokens, one round",
         {"ranks": 2, "tokens": 4096, "rounds": 1},
@@ -189,8 +189,7 @@ def main() -> int:
     )
     if args.tokens % args.ranks:
         sys.exit("--tokens: expected a multiple of the ranks")
-    report.keep_memory(args.keep_memory)
-    about = report.context("benchmarks/sequence_parallel_cpu.py", 1) | {"ranks": args.ranks}
+    args.about |= {"threads": 1, "ranks": args.ranks}
     with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder, Ranks(1) as one, Ranks(args.ranks) as several:
         for world in (one, several):
             world.run(set_up, args.ranks, args.tokens, args.heads)
@@ -237,7 +236,7 @@ def main() -> int:
         ),
     ]
     data = {"samples": samples, "differences": differences, "sent": sent}
-    return report.finish(args, "sequence_parallel_cpu", "Sequence parallelism on the CPU", about, targets, parts, data)
+    return report.finish(args, "Sequence parallelism on the CPU", targets, parts, data)
 
 
 if __name__ == "__main__":

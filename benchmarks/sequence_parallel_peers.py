@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.peers.contenders import CONTENDERS, difference, measure, set_up
-from benchmarks.program import options, pyplot, save_figure
+from benchmarks.program import begin, pyplot, save_figure
 from benchmarks.ranks import Ranks
 
 EXACT = 1e-12
@@ -140,7 +140,7 @@ def joined(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[int, di
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "2 ranks, 512 and 1024 tokens, one round",
         {"ranks": [2], "tokens": [512, 1024], "rounds": 1},
@@ -155,7 +155,7 @@ def main() -> int:
     if any(n % p for p in args.ranks for n in (*args.tokens, args.heads)):
         sys.exit("--tokens, --heads: expected multiples of every number of ranks")
     args.tokens.sort()
-    about = report.context("benchmarks/sequence_parallel_peers.py", 1)
+    args.about["threads"] = 1
     rows, differences, earlier = joined(args)
     for size in args.ranks:
         more, differences[size] = world(size, args)
@@ -201,8 +201,7 @@ def main() -> int:
         ),
     ]
     data = {"rows": rows, "differences": differences, "earlier": earlier}
-    title = "Sequence parallelism: this library and its peers"
-    return report.finish(args, "sequence_parallel_peers", title, about, targets, body, data)
+    return report.finish(args, "Sequence parallelism: this library and its peers", targets, body, data)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import report
-from benchmarks.program import options
+from benchmarks.program import begin
 from hla_dist.data.corpus import Corpus, load_corpus
 from hla_dist.generation.generate import GREEDY, Reading, follow, read
 from hla_dist.generation.speculate import speculate
@@ -105,7 +105,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "models of a few seconds' training",
         {"train_seconds": 3.0, "draft_seconds": 3.0, "size": "tiny", "rounds": 1, "blocks": [3]},
@@ -118,8 +118,6 @@ def main() -> int:
         threads=(1, "torch threads"),
     )
     report.keep_memory(True)
-    torch.set_num_threads(args.threads)
-    about = report.context("benchmarks/speculative.py", args.threads)
     corpus = load_corpus(seq_len=LENGTH)
     configs = (
         ModelConfig.named(args.size, op=args.op),
@@ -131,7 +129,7 @@ def main() -> int:
     texts = [corpus.held_out[start : start + PROMPT].tolist() for start in starts]
     rows = measure(model, draft, texts, args.blocks, new, args.rounds)
     sizes = [f"{sum(p.numel() for p in one.parameters()):,}" for one in (model, draft)]
-    about["case"] = (
+    args.about["case"] = (
         f"layers of {args.op}, float32, one text at a time; the model: {configs[0].num_layers} layers of "
         f"{configs[0].hidden_size}, {sizes[0]} parameters, {bits:.2f} bits per byte after {seconds[0]:.0f} s; the "
         f"draft: 1 layer of {configs[1].hidden_size}, {sizes[1]} parameters, {draft_bits:.2f} bits after "
@@ -149,9 +147,7 @@ def main() -> int:
         report.Target("tokens per call by a right draft, over block + 1, least of all blocks", of_block, 0.9, True),
     ]
     body = ["## Figures", notes, report.table(HEADER, [cells(row) for row in rows])]
-    return report.finish(
-        args, "speculative", "Tokens per second with a draft model", about, targets, body, {"rows": rows}
-    )
+    return report.finish(args, "Tokens per second with a draft model", targets, body, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from benchmarks.evidence import tasks, training
 from benchmarks.evidence.plan import SMALLEST
 from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Run
-from benchmarks.program import options, pyplot, save_figure
+from benchmarks.program import begin, pyplot, save_figure
 from hla_dist.models import LanguageModel
 from hla_dist.nn import HLAAttention
 from hla_dist.training.optim import lr_factor
@@ -277,7 +277,7 @@ def judge(normed: Records, lost: Records, reuses: Records) -> list[report.Target
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "4,096 tokens of norms, 6,144 bytes, two steps, one model",
         {"longest": 4, "text": 6, "reused": 4, "steps": 2, "recalling": 2, "asked": 1, "hidden": 32, "models": 1},
@@ -290,7 +290,6 @@ def main() -> int:
         hidden=(64, "width of the models of text"),
         models=(len(MODELS), "how many of the models of text"),
     )
-    about = report.context("benchmarks/stability.py", torch.get_num_threads())
     args.reused *= 1024
     normed = norms([t for t in (1024 * 4**i for i in range(11)) if t <= args.longest * 1024], 2, 16)
     lengths = [t for t in (TRAINED * 2**i for i in range(20)) if t < args.text * 1024] + [args.text * 1024]
@@ -304,7 +303,7 @@ def main() -> int:
     targets = judge(normed, lost, reuses)
     plot(args.out / "stability.png", normed, lost, recalled)
     data = {"norms": normed, "loss": lost, "reuse": reuses, "recall": recalled}
-    return report.finish(args, "stability", "Stability and length", about, targets, [what, *body], data)
+    return report.finish(args, "Stability and length", targets, [what, *body], data)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks.evidence.plan import MIXER_ORDER, SMALLEST, everything, subset
 from benchmarks.evidence.regression import Regression
 from benchmarks.evidence.tables import Line, chosen, plot, row_name, table
 from benchmarks.evidence.training import Run
-from benchmarks.program import options
+from benchmarks.program import begin
 
 Job = Run | Regression | Capacity
 PLAN = ["runs of", "planned", "done", "core-minutes left, predicted"]
@@ -148,10 +148,8 @@ def targets_of(groups: dict[str, list[Line]]) -> list[report.Target]:
     return targets
 
 
-def write(
-    args: Any, about: dict[str, Any], lines: list[Line], plan: list[list[str]]
-) -> tuple[list[report.Target], Path]:
-    """Write report and plot; what the lines hold of other hardware and commits is named. The targets, and where."""
+def write(args: Any, lines: list[Line], plan: list[list[str]]) -> int:
+    """Write report and plot; what the lines hold of other hardware and commits is named. The exit code."""
     order = {name: place for place, name in enumerate(MIXER_ORDER)}
     lines = sorted(lines, key=lambda line: order.get(line["mixer"], len(order)))
     first = dict.fromkeys(row[0] for row in plan)
@@ -171,13 +169,11 @@ def write(
         body.append("![accuracy against state](evidence.png)")
     body += ["## Planned", "Every run of `make evidence-all`; those of `make evidence` come first."]
     body.append(report.table(PLAN[: len(plan[0])], plan))
-    targets = targets_of(groups)
-    title = "Which operator learns what"
-    return targets, report.write("evidence", args.out, title, about, targets, body, {"lines": lines})
+    return report.finish(args, "Which operator learns what", targets_of(groups), body, {"lines": lines})
 
 
 def main() -> int:
-    args = options(
+    args = begin(
         __doc__,
         "four mixers, two steps",
         {},
@@ -189,7 +185,7 @@ def main() -> int:
         part=("1/1", "i/n: every n-th mixer from the i-th on; no report unless 1/1"),
     )
     torch.set_num_threads(1)
-    about = report.context("benchmarks/evidence/run.py", 1)
+    args.about["threads"], args.theme = 1, "evidence"
     grid: Sequence[Job] = everything()
     if args.quick:
         grid = [Run(SMALLEST, mixer, 1e-2, 0, 2, batch=2, hidden=32) for mixer in MIXER_ORDER[:4]]
@@ -211,7 +207,7 @@ def main() -> int:
         if any(codes):
             return 1
     elif not args.report:
-        work(part_of(runs, args.part), path, about)
+        work(part_of(runs, args.part), path, args.about)
     if args.part != "1/1":
         return 0
     lines = read(path)
@@ -219,8 +215,7 @@ def main() -> int:
     for group in dict.fromkeys(run.group for run in grid):
         members = needed([run for run in grid if run.group == group], lines)
         plan.append([group, str(len(members)), str(sum(run.key in lines for run in members))])
-    targets, written = write(args, about, list(lines.values()), plan)
-    return report.conclude(targets, written, args.check)
+    return write(args, list(lines.values()), plan)
 
 
 if __name__ == "__main__":

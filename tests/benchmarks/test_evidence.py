@@ -170,9 +170,9 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
         "4",
     ]
     assert groups[0][3] == "0.0" and float(groups[3][3]) > 0
-    args = type("Args", (), {"out": tmp_path})
-    _, report = program.write(args, about, list(lines.values()), [row[:3] for row in groups])
-    text = report.read_text()
+    args = type("Args", (), {"out": tmp_path, "theme": "evidence", "about": about, "check": False})
+    program.write(args, list(lines.values()), [row[:3] for row in groups])
+    text = (tmp_path / "evidence.md").read_text()
     assert "at length 32" in text and "hla2, key term from (0, 1), conv, K 16" in text and "optimum: one step" in text
     assert (tmp_path / "evidence.png").exists()
     # the step size is the choosing seeds', whatever the reported ones say
