@@ -21,8 +21,7 @@ from hla_dist.processes.program import Program
 
 
 def main() -> int:
-    program = Program("convert.py", "Convert a pretrained softmax model into one of this library.")
-    return program.run(lambda: convert(program))
+    return Program("convert.py", "Convert a pretrained softmax model into one of this library.").run(convert)
 
 
 def convert(program: Program) -> int:

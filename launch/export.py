@@ -30,8 +30,7 @@ class ExportConfig:
 
 
 def main() -> int:
-    program = Program("export.py", "Write a trained model into one safetensors file.")
-    return program.run(lambda: write(program))
+    return Program("export.py", "Write a trained model into one safetensors file.").run(write)
 
 
 def write(program: Program) -> int:

@@ -31,8 +31,7 @@ from hla_dist.processes.program import Program
 
 
 def main() -> int:
-    program = Program("generate.py", "Continue a text with a trained model.")
-    return program.run(lambda: generate(program))
+    return Program("generate.py", "Continue a text with a trained model.").run(generate)
 
 
 def generate(program: Program) -> int:

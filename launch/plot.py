@@ -28,8 +28,7 @@ class PlotConfig(Checked):
 
 
 def main() -> int:
-    program = Program("plot.py", "Draw and compare training runs.")
-    return program.run(lambda: plot(program))
+    return Program("plot.py", "Draw and compare training runs.").run(plot)
 
 
 def plot(program: Program) -> int:

@@ -43,9 +43,8 @@ class PrepareConfig(Checked):
 
 
 def main() -> int:
-    program = Program("prepare.py", "Turn text into a memmap of tokens and a JSON that says what they are.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, no half a file is left behind
-    return program.run(lambda: prepare(program))
+    return Program("prepare.py", "Turn text into a memmap of tokens and a JSON that says what they are.").run(prepare)
 
 
 def prepare(program: Program) -> int:

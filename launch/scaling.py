@@ -30,8 +30,7 @@ MILLION = 1 << 20
 
 
 def main() -> int:
-    program = Program("scaling.py", ABOUT)
-    return program.run(lambda: scale(program))
+    return Program("scaling.py", ABOUT).run(scale)
 
 
 def scale(program: Program) -> int:

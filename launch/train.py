@@ -48,7 +48,7 @@ def main() -> int:
     threading.excepthook = lambda failed: program.say(  # TensorBoard's writer on a full disk: a line, no traceback
         f"warning: {failed.thread and failed.thread.name}: {failed.exc_value}"
     )
-    return program.run(lambda: train(program))
+    return program.run(train)
 
 
 def train(program: Program) -> int:

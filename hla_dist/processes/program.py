@@ -93,10 +93,10 @@ class Program:
         )  # fmt: skip
         return job
 
-    def run(self, work: Callable[[], int]) -> int:
-        """The exit code of ``work``; whatever it raises ends the process with one line and exit code 1."""
+    def run(self, work: Callable[["Program"], int]) -> int:
+        """The exit code of ``work(self)``; whatever it raises ends the process with one line and exit code 1."""
         try:
-            code = work()
+            code = work(self)
             if dist.is_initialized():
                 dist.destroy_process_group()
             mpirun.meet()

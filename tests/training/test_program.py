@@ -183,7 +183,7 @@ def test_a_signal_before_the_first_step_ends_the_process(
     The directory stays the job's only where torchrun is there to start the ranks again.
     """
 
-    def read_for_hours() -> int:
+    def read_for_hours(_: Program) -> int:
         StopSignal()
         owner = Owner.this_process("", 100.0, under_launcher=True)
         owner = replace(owner, launcher=owner.launcher if launched else None)
