@@ -84,18 +84,30 @@ class Shard:
 
 
 _shard: Shard  # of this process
-_groups: dict[Variant, Any] = {}  # none in the one process
+_group: Any = None  # of the variant that is measured; none in the one process
 
 
 def set_up(ranks: int, tokens: int, heads: int) -> None:
-    """In a process: its inputs, and a group for each variant: in one group all frames are as long as the longest."""
+    """In a process: its inputs."""
     global _shard
-    size = dist.get_world_size()
-    _shard = Shard(range(ranks) if size < ranks else [dist.get_rank()], tokens // ranks, heads)
-    for variant in VARIANTS.values() if size == ranks else ():
-        _groups[variant] = dist.new_group()
-        topology.set_ranks_per_node(_groups[variant], ranks // 2 if ranks % 2 == 0 else 1)  # as if two machines
-        collectives.backward_group(_groups[variant])  # ranks that take turns could not make it: all must be there
+    _shard = Shard(range(ranks) if dist.get_world_size() < ranks else [dist.get_rank()], tokens // ranks, heads)
+
+
+def join() -> None:
+    """On a rank: a group for a variant of its own, since in one group all frames are as long as the longest."""
+    global _group
+    ranks = dist.get_world_size()
+    _group = dist.new_group()
+    topology.set_ranks_per_node(_group, ranks // 2 if ranks % 2 == 0 else 1)  # as if two machines
+    collectives.backward_group(_group)  # ranks that take turns could not make it: all must be there
+
+
+def leave() -> None:
+    """On a rank: end the variant's group. The threads of an open one wake 100 times per second: CPU time of others."""
+    global _group
+    for group in (collectives.backward_group(_group), _group):
+        dist.destroy_process_group(group)
+    _group = None
 
 
 def timed(variant: Variant, in_turns: bool) -> dict[str, float]:
@@ -104,7 +116,7 @@ def timed(variant: Variant, in_turns: bool) -> dict[str, float]:
     user, system = cpu_seconds()
     start = time.perf_counter()
     with turn_taking() if in_turns else nullcontext():
-        result = _shard.call(*variant, _groups.get(variant))
+        result = _shard.call(*variant, _group)
         del result
     dist.barrier()
     wall = time.perf_counter() - start
@@ -125,7 +137,7 @@ def write_results(gates: str, folder: str) -> None:
 
 def compare_results(variant: Variant, folder: str) -> tuple[dict[str, list[float]], list[int]]:
     """On a rank: squares summed by tensor, of differences to the one process and of its results; what a call sent."""
-    values, sent = _shard.call(*variant, _groups[variant])
+    values, sent = _shard.call(*variant, _group)
     sums = {}
     for name, value in zip(names_of(variant[0]), values):
         rank = dist.get_rank()
@@ -139,37 +151,31 @@ def compare_results(variant: Variant, folder: str) -> tuple[dict[str, list[float
     return sums, sent
 
 
-def measure(one: Ranks, several: Ranks, rounds: int) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Samples by variant and side; CPU seconds summed over processes, wall seconds the longest."""
-    samples: dict[str, dict[str, list[dict[str, float]]]] = {n: {side: [] for side in SIDES} for n in VARIANTS}
-    with tqdm(total=(rounds + 1) * len(VARIANTS), desc="time", leave=False) as bar:
-        for i in range(rounds + 1):
-            for name, variant in VARIANTS.items():
-                for side, replies in (
-                    ("one", one.run(timed, variant, False)),
-                    ("turns", several.run(timed, variant, True)),
-                    ("crowd", several.run(timed, variant, False)),
-                ):
-                    total = {key: sum(x[key] for x in replies) for key in ("user", "system")}
-                    total["wall"] = max(x["wall"] for x in replies)
-                    if i > 0:  # the first round warms up
-                        samples[name][side].append(total)
-                bar.update()
+def measure(one: Ranks, several: Ranks, variant: Variant, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Samples by side; CPU seconds summed over processes, wall seconds the longest."""
+    samples: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for i in range(rounds + 1):
+        for side, replies in (
+            ("one", one.run(timed, variant, False)),
+            ("turns", several.run(timed, variant, True)),
+            ("crowd", several.run(timed, variant, False)),
+        ):
+            total = {key: sum(x[key] for x in replies) for key in ("user", "system")}
+            total["wall"] = max(x["wall"] for x in replies)
+            if i > 0:  # the first round warms up
+                samples[side].append(total)
     return samples
 
 
-def compare(one: Ranks, several: Ranks, folder: str) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
-    """Relative differences by variant and tensor; what the rank that sends most sends in a call."""
-    differences, sent = {}, {}
-    for name, variant in VARIANTS.items():
-        one.run(write_results, variant[0], folder)
-        replies = several.run(compare_results, variant, folder)
-        sent[name] = [max(values) for values in zip(*(sent for _, sent in replies))]
-        differences[name] = {}
-        for tensor in names_of(variant[0]):
-            error, size = (sum(sums[tensor][i] for sums, _ in replies) for i in (0, 1))
-            differences[name][tensor] = (error / size) ** 0.5 if size else float("nan")
-    return differences, sent
+def compare(one: Ranks, several: Ranks, variant: Variant, folder: str) -> tuple[dict[str, float], list[int]]:
+    """Relative differences by tensor; what the rank that sends most sends in a call."""
+    one.run(write_results, variant[0], folder)
+    replies = several.run(compare_results, variant, folder)
+    differences = {}
+    for tensor in names_of(variant[0]):
+        error, size = (sum(sums[tensor][i] for sums, _ in replies) for i in (0, 1))
+        differences[tensor] = (error / size) ** 0.5 if size else float("nan")
+    return differences, [max(values) for values in zip(*(sent for _, sent in replies))]
 
 
 def median(samples: list[dict[str, float]], *keys: str) -> float:
@@ -190,11 +196,15 @@ def main() -> int:
     if args.tokens % args.ranks:
         sys.exit("--tokens: expected a multiple of the ranks")
     args.about |= {"threads": 1, "ranks": args.ranks}
+    samples, differences, sent = {}, {}, {}
     with tempfile.TemporaryDirectory(prefix="hla_benchmark_") as folder, Ranks(1) as one, Ranks(args.ranks) as several:
         for world in (one, several):
             world.run(set_up, args.ranks, args.tokens, args.heads)
-        samples = measure(one, several, args.rounds)
-        differences, sent = compare(one, several, folder)
+        for name, variant in tqdm(VARIANTS.items(), desc="variants", leave=False):
+            several.run(join)
+            samples[name] = measure(one, several, variant, args.rounds)
+            differences[name], sent[name] = compare(one, several, variant, folder)
+            several.run(leave)
 
     targets, rows = [], []
     for name, sides in samples.items():
@@ -218,8 +228,8 @@ def main() -> int:
         f"process: in one process, and sharded over {args.ranks} gloo ranks on {os.cpu_count()} CPUs, in turns (no "
         "more ranks computing at a time than CPUs) and in a crowd (all at once). Exchange: all_gather, or the one "
         "named (hierarchical: as if on two machines). "
-        f"Medians of {args.rounds} interleaved rounds after one that warms up. CPU seconds are user and system time of "
-        "whole processes, between barriers, summed over the ranks.",
+        f"Medians of {args.rounds} interleaved rounds per variant after one that warms up. CPU seconds are user and "
+        "system time of whole processes, between barriers, summed over the ranks.",
         report.table(header, rows),
         "## Differences, 2-norm, relative to one process",
         report.table(
