@@ -92,6 +92,7 @@ class Conversion:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.out, self.recipe = Path(config.asked.out), RECIPES[config.asked.recipe]
         self.perplexities: dict[str, dict[str, float]] = {}
+        self.kept = 0  # layers of an earlier run
         self.began = time.monotonic()
 
     def run(self) -> None:
@@ -170,10 +171,10 @@ class Conversion:
         if options is None:
             return []
         layers = self.out / "layers"
-        if self.config.asked.stage == "distill":
-            missing = [n for n in converted(student) if not (layers / f"layer_{n:03d}.safetensors").is_file()]
-            if missing:
-                raise UserError(f"--stage: expected layers {missing} to be in {layers} for distill, run transfer first")
+        missing = [n for n in converted(student) if not (layers / f"layer_{n:03d}.safetensors").is_file()]
+        self.kept = len(converted(student)) - len(missing)
+        if self.config.asked.stage == "distill" and missing:
+            raise UserError(f"--stage: expected layers {missing} to be in {layers} for distill, run transfer first")
         amounts = self.config.amounts
         with self._bar("transfer", len(converted(student)), "layer") as bar:
             errors = transfer(
@@ -228,6 +229,11 @@ class Conversion:
             figures = f"{before:.3f} before, {after:.3f} after, at most {worst.after:.3f} (layer {worst.layer})"
             what = "heads'" if self.recipe.swap.get("memory") else "layers'"
             yield from ("", f"Transfer: of the power of the {what} outputs, held-out rows, new layers miss {figures}.")
+        if self.kept:
+            yield from (
+                "",
+                f"{self.kept} of {len(errors)} layers were transferred by an earlier run and only read here.",
+            )
         if losses:
             yield from ("", f"Distill: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last.")
         yield from ("", "## How the memory is used", "")

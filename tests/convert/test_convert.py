@@ -324,6 +324,7 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     assert list(figures["perplexity"]) == ["teacher", "swapped in, untrained", "after transfer", "after distill"]
     summary = (out / "summary.md").read_text()
     assert "without memory" in summary and "lolcats" in summary
+    assert "2 of 2 layers were transferred by an earlier run" in summary
     with pytest.raises(UserError, match="--out: expected a new directory, or the options .* got others: window"):
         convert(folder, out, "--window", "9")
     # the folder generates as the library does
