@@ -16,7 +16,7 @@ batch element and head. Reference: hla_dist/operators/stages.py with T = 1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -132,6 +132,17 @@ def _reads(passes: tuple[Pass, ...]) -> Reads:
 READS = {name: _reads(passes) for name, passes in CASCADES.items()}
 
 
+def state_arguments(reads: Reads, states: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The new states, by name, and a kernel's arguments for old and new; the last stands in for one it lacks."""
+    given = {name: x.contiguous() for name, x in zip(reads.states, states)}
+    new = {name: torch.empty_like(x) for name, x in given.items()}
+    arguments: dict[str, Any] = {"HAS_S": "S" in given, "HAS_P": "P" in given}
+    for side, fields in (("in", given), ("out", new)):
+        last = fields[reads.states[-1]]
+        arguments |= {f"s_{side}": fields.get("S", last), f"p_{side}": fields.get("P", last), f"f_{side}": last}
+    return new, arguments
+
+
 def decode(
     operator: str,
     q: Tensor,
@@ -148,15 +159,8 @@ def decode(
     reads = READS[operator]
     B, _, H, K = q.shape
     V = v.shape[3]
-    given = {name: x.contiguous() for name, x in zip(reads.states, states)}
-    new = {name: torch.empty_like(x) for name, x in given.items()}
+    new, of_states = state_arguments(reads, states)
     out = torch.empty(B, 1, H, V, dtype=out_dtype or q.dtype, device=q.device)
-    last = reads.states[-1] if len(reads.states) > 1 else None
-    stand_in = next(iter(given.values()))
-
-    def of(fields: dict[str, Tensor], name: str | None) -> Tensor:
-        return fields.get(name or "", stand_in)
-
     rows = power_of_two(K)
     columns = max(rows, power_of_two(V))
     launch(
@@ -169,12 +173,7 @@ def decode(
         v=sequence(v, H),
         out=sequence(out, H),
         log_decay=gates(log_decay if log_decay is not None else q[..., 0]),
-        s_in=of(given, "S"),
-        p_in=of(given, "P"),
-        f_in=of(given, last),
-        s_out=of(new, "S"),
-        p_out=of(new, "P"),
-        f_out=of(new, last),
+        **of_states,
         H=H,
         scale=float(scale),
         ridge=float(ridge),
@@ -184,9 +183,7 @@ def decode(
         BK=rows,
         BV=power_of_two(V),
         GATED=log_decay is not None,
-        HAS_S="S" in given,
-        HAS_P="P" in given,
-        HAS_F=last is not None,
+        HAS_F=len(new) > 1,
         READ=reads.read,
         WRITE=reads.write,
     )

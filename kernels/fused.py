@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hla_kernels import tiles
 from hla_kernels.cascade import TRITON_DTYPES, Problem
-from hla_kernels.decode import READS
+from hla_kernels.decode import READS, state_arguments
 from hla_kernels.device import launch
 from hla_kernels.first_order import chunk_gates, weigh
 from hla_kernels.sequences import base, columns, factor, rows, sequence
@@ -177,11 +177,9 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None) -
     value_dim = problem.v.shape[3]
     tile = _tile(problem)
     assert tile is not None
-    given = {name: x.contiguous() for name, x in zip(reads.states, carry)}
-    new = {name: torch.empty_like(x) for name, x in given.items()}
+    new, of_states = state_arguments(reads, carry)
     shape = (problem.B, problem.T, problem.H, value_dim)
     out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
-    last = reads.states[-1]
     launch(
         fused_forward_kernel,
         problem.rows,
@@ -192,12 +190,7 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None) -
         k=sequence(problem.k, problem.H),
         v=sequence(problem.v, problem.H),
         out=sequence(out, problem.H),
-        s_in=given.get("S", given[last]),
-        p_in=given.get("P", given[last]),
-        f_in=given[last],
-        s_out=new.get("S", new[last]),
-        p_out=new.get("P", new[last]),
-        f_out=new[last],
+        **of_states,
         T=problem.T,
         H=problem.H,
         scale=float(problem.scale),
@@ -207,8 +200,6 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None) -
         BT=tile.BT,
         BK=tiles.power_of_two(problem.K),
         BV=tiles.power_of_two(value_dim),
-        HAS_S="S" in given,
-        HAS_P="P" in given,
         PREFIX=problem.operator == "hla2_prefix",
         DTYPE=TRITON_DTYPES[problem.inner_dtype],
         PRECISION=problem.precision,
