@@ -178,12 +178,14 @@ class Problem:
             edge.zero_() if initial is None else edge.copy_(initial.reshape(edge.shape))
         return SegmentStates(value, reverse)
 
-    def find(
-        self, carry: SegmentStates, b: Tensor, c: Tensor, scale: float, initial: Tensor | None, cut: tuple[int, int]
-    ) -> None:
-        """Fill the carries of every segment: states in parallel, then the scan. One segment: left to the pass."""
+    def found(
+        self, left: Tensor, right: Tensor, scale: float, initial: Tensor | None, cut: tuple[int, int], reverse: bool
+    ) -> SegmentStates:
+        """The carries of every segment: states in parallel, then the scan. Of one segment: what enters alone."""
+        carry = self.carry(left, right, initial, cut, reverse)
         if cut[0] > 1:
-            self.find_alone(carry, b, c, scale, cut, initial=initial)
+            self.find_alone(carry, left, right, scale, cut, initial=initial)
+        return carry
 
     def find_alone(
         self,

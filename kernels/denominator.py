@@ -72,8 +72,8 @@ class Denominator:
         for p, state in before:
             self._run(p, state)
         b, c = problem.sequences[last.b], problem.sequences[last.c]
-        self.forward[last.out] = problem.carry(b, c, entering, self.cut, reverse=False)
-        problem.find(self.forward[last.out], b, c, problem.times_scale(last.b, last.c), entering, self.cut)
+        scale = problem.times_scale(last.b, last.c)
+        self.forward[last.out] = problem.found(b, c, scale, entering, self.cut, reverse=False)
         self.backward = stages.Backward(problem, dden[..., None], self.cut, self.gate)
         self.backward.gradients |= gradients
         names = {p.out for p in problem.passes}

@@ -53,8 +53,7 @@ def forward_pass(
     products: where ``LA(a, b, c)`` of a pass with a gain is put, which its gradient reads; None: nowhere.
     """
     a, b, c = (problem.sequences[name] for name in (p.a, p.b, p.c))
-    carry = problem.carry(b, c, initial, cut, reverse=False)
-    problem.find(carry, b, c, problem.times_scale(p.b, p.c), initial, cut)
+    carry = problem.found(b, c, problem.times_scale(p.b, p.c), initial, cut, reverse=False)
     keyed = problem.has_key_term(p)
     ridge = problem.ridge * problem.times_scale(p.a) if p.ridge and not keyed else 0.0
     product = out
@@ -234,9 +233,7 @@ class Backward:
         """The reverse carries of pass ``p``, once the gradient of its result is known."""
         problem = self.problem
         a, dout = problem.sequences[p.a], self.gradients[p.out]
-        carry = problem.carry(a, dout, entering, self.cut, reverse=True)
-        problem.find(carry, a, dout, problem.times_scale(p.a), entering, self.cut)
-        return carry
+        return problem.found(a, dout, problem.times_scale(p.a), entering, self.cut, reverse=True)
 
     def add_all(self, p: Pass, forward: SegmentStates, reverse: SegmentStates, wanted: set[str]) -> None:
         """What pass ``p`` adds to the gradients of ``wanted`` among its a, b and c."""
@@ -268,8 +265,7 @@ def scan_backward(
     forward = _inner_forward(problem, list(carry), cut, products)
     last = problem.passes[-1]
     b, c = problem.sequences[last.b], problem.sequences[last.c]
-    forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
-    problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
+    forward.append(problem.found(b, c, problem.times_scale(last.b, last.c), carry[-1], cut, reverse=False))
     backward = Backward(problem, last_axis_contiguous(dout), cut, gate, into)
     inner = {p.out for p in problem.passes[:-1]}
     reverse: dict[str, SegmentStates] = {}
@@ -387,9 +383,10 @@ def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> l
     fields: dict[str, Tensor] = {}
     last = problem.passes[-1]
     b, c = problem.sequences[last.b], problem.sequences[last.c]
-    forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
     if last.a in inner:  # only then is the last pass's own carry read
-        problem.find(forward[-1], b, c, problem.times_scale(last.b, last.c), carry[-1], cut)
+        forward.append(problem.found(b, c, problem.times_scale(last.b, last.c), carry[-1], cut, reverse=False))
+    else:
+        forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
     for p, carry_in in reversed(list(zip(problem.passes, forward))):
         backward.key_term(p)
         if inner & {p.a, p.b, p.c}:

@@ -159,10 +159,10 @@ class _Call:
 
     def state(self, b: str, c: str, initial: Tensor, reverse: bool) -> SegmentStates:
         """The states ``sum b c^T`` of all segments: with one segment what enters, else all of them."""
+        problem = self.problem
         left, right = self.sequences[b], self.sequences[c]
-        carry = self.problem.carry(left, right, initial, self.cut, reverse)
-        self.problem.find(carry, left, right, self.problem.times_scale(b, c), initial, self.cut)
-        return carry
+        scale = problem.times_scale(b, c)
+        return problem.found(left, right, scale, initial, self.cut, reverse)
 
     def run(self, name: str, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
         """Launch one walk. ``outs``: where its passes' results go."""
