@@ -16,8 +16,6 @@ Shapes: q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], log_decay [B, T, H] (any
 [B, H, rows, columns] float32. Inner sequences live in ``INNER[dtype]``: rounded like any bf16 activation.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

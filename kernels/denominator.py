@@ -10,8 +10,6 @@ Shapes: the column [B, T, heads, 1], its states [B, H, rows, 1], where the walks
 are both side by side. The denominator is float32.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -18,8 +18,6 @@ nothing. It lies in ``--cache`` and, by ``--keep``, in ``compiled.json`` beside 
 ``--fresh`` compiles.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -4,8 +4,6 @@ Inner sequences, their gradients and the states of segments are then there for o
 gradients are written into their places. Slices are independent, so nothing else changes.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

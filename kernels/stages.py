@@ -10,8 +10,6 @@ Memory beside inputs and results: inner sequences and their gradients (hla2: u a
 boundaries. ``slices.py`` has them for a part of the batch or of the heads at a time.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -14,8 +14,6 @@ Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b
 gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one stage; twice the registers.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

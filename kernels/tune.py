@@ -8,8 +8,6 @@ is written: an entry changes by a commit, with ``python -m hla_kernels.report`` 
 an entry takes minutes.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

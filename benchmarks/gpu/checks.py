@@ -5,8 +5,6 @@ twice the error of the same matrix form computed by torch in that dtype. Inputs 
 call is made twice: bitwise alike. Sequences too long for matrices are held against a call that starts near their end.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator

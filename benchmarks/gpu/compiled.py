@@ -6,8 +6,6 @@ which try some hundred configurations, are called once on the GPU, a process for
 times while others are running is thrown away, and found out again alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -4,8 +4,6 @@ Peers compute the same functions with flash-linear-attention's kernels, one call
 function, here as what one would use instead. Tensors are ``[B, T, H, K]`` for all but softmax's ``[B, H, T, K]``.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What the GPU suite writes: targets met or missed, tables as Markdown, everything as JSON, plots."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

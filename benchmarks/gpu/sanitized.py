@@ -3,8 +3,6 @@
 The suite starts it under memcheck, racecheck and initcheck, each in a process of its own.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -5,8 +5,6 @@ So a worker does the steps one after the other, and ``supervise`` starts another
 broke it. Only that step is lost, or, where a step tries several contenders in turns, only that contender.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -21,8 +21,6 @@ Without a GPU it says so and ends with status 2. ``--smoke`` under TRITON_INTERP
 CPU with tiny sizes: it proves that the program runs and measures nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """Measurements of the GPU suite: interleaved times, rates of the device, peak memory, decoding, lengths."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -6,8 +6,6 @@ ahla      o_t = q_t^T R P                  R = sum k_i q_i^T
 hla3      o_t = q_t^T (S + ridge I) Q P    Q = sum q_i q_i^T
 """
 
-from __future__ import annotations
-
 from functools import reduce
 
 import torch

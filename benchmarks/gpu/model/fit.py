@@ -8,8 +8,6 @@
 The clock is the nominal one: what is fitted are ratios.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

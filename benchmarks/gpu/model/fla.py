@@ -6,8 +6,6 @@ Autotuned kernels are compiled at the configurations fla-core 0.6.0 lists for Ho
 the best prediction counts. Bytes are each launch's unique ones: states of every chunk are written and read.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

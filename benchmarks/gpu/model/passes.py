@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Iterator

@@ -9,8 +9,6 @@ before and after; waves of programs on the fullest multiprocessor give the rest.
 memory bound the launch from below.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any

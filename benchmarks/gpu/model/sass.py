@@ -6,8 +6,6 @@
 Control bits: bits 105..121 of the 128-bit instruction (Volta and later). ``cuobjdump -sass`` disassembles.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

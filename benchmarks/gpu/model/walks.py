@@ -6,8 +6,6 @@ A role is the loop of the loader, or of a pass. Mbarrier instructions are told a
 One program a multiprocessor; what is not a walk goes the way of ``passes.py``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
