@@ -30,7 +30,6 @@ class Sample:
     waited: float
     sent: tuple[int, int]  # bytes of forward, and of all
     calls: tuple[int, int]  # collectives and messages of forward, and of all
-    resident: int
     peak: int
     before: int
 
@@ -86,12 +85,10 @@ def row(samples: list[Sample], group: Group) -> dict[str, float]:
         "waited_mean_s": sum(s.waited for s in fastest) / len(fastest),
         "sent_forward": max(s.sent[0] for s in fastest),
         "sent_backward": max(s.sent[1] - s.sent[0] for s in fastest),
-        "sent_all_ranks": sum(s.sent[1] for s in fastest),
         "calls_forward": max(s.calls[0] for s in fastest),
         "calls_backward": max(s.calls[1] - s.calls[0] for s in fastest),
         "peak_rank": max(s.peak for s in peaks),
         "peak_sum": sum(s.peak for s in peaks),
-        "resident_sum": sum(s.resident for s in peaks),
         "before_sum": sum(s.before for s in peaks),
     }
 

@@ -18,9 +18,8 @@ _PROCESS = Path("/proc/self")
 
 
 class Peak(NamedTuple):
-    """Bytes: resident at the worst moment, the same with shared pages divided up, and the latter before the call."""
+    """Bytes at the worst moment, shared pages divided up, and before the call."""
 
-    resident: int
     proportional: int
     before: int
 
@@ -50,20 +49,15 @@ class PeakMemory:
             (_PROCESS / "clear_refs").write_text("5")
         except OSError as exc:
             raise RuntimeError(f"peak memory: the kernel does not reset its mark here ({exc})") from exc
-        self._before = _rollup()["Pss"]
+        self._before = _fields("smaps_rollup")["Pss"]
 
     def stop(self) -> Peak:
         """The peak since :meth:`start`."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-            return Peak(peak, peak, self._before)
-        resident = _fields("status")["VmHWM"]
-        held = _rollup()
-        return Peak(resident, resident - (held["Rss"] - held["Pss"]), self._before)
-
-
-def _rollup() -> dict[str, int]:
-    return _fields("smaps_rollup")
+            return Peak(peak, self._before)
+        held = _fields("smaps_rollup")
+        return Peak(_fields("status")["VmHWM"] - (held["Rss"] - held["Pss"]), self._before)
 
 
 def _fields(name: str) -> dict[str, int]:
