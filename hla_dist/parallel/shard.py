@@ -14,7 +14,6 @@ sharded.
 Letters: B batch, T tokens, N vocabulary, P ranks.
 """
 
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +23,9 @@ from torch import Tensor
 
 from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.agreement import settle
-from hla_dist.parallel.collectives import Group, all_gather_flat, all_reduce_sum, group_rank, members
+from hla_dist.parallel.collectives import Group, all_gather_flat, all_gather_objects, all_reduce_sum, members
 
 __all__ = ["ShardedBatch", "default_lengths", "shard", "shard_batch", "token_loss", "unshard"]
-
-_MAX_DIMS = 8  # of a tensor that unshard can agree on
 
 
 class ShardedBatch(NamedTuple):
@@ -106,7 +103,7 @@ def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: in
     loss that every rank computes alike is therefore counted P times; divide it by P.
 
     Communication: forward one all-gather of shards padded to the longest; backward one all-reduce of
-    the whole gradient. Without ``lengths`` a small all-gather of lengths and shapes comes first, which
+    the whole gradient. Without ``lengths`` a gather of small objects, dtypes and shapes, comes first, which
     the host reads. By it every rank raises the same ValueError if dtypes or shapes differ. With
     ``lengths`` only this rank's length is checked; the other dimensions must agree.
 
@@ -138,28 +135,22 @@ def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: in
 
 def _agree_on_shapes(x: Tensor, dim: int, pg: Group) -> tuple[int, list[int]]:
     """Every rank's length in ``dim``; raises the same ValueError on all ranks if their tensors do not fit."""
-    good = -x.dim() <= dim < x.dim() <= _MAX_DIMS
-    record = [int(good), x.dim(), dim % max(x.dim(), 1), zlib.crc32(str(x.dtype).encode())]
-    sizes = list(x.shape[:_MAX_DIMS])
-    record += sizes + [0] * (_MAX_DIMS - len(sizes))
-    gathered, _ = all_gather_flat(torch.tensor(record, dtype=torch.int64, device=x.device), pg)
-    records = gathered.view(-1, len(record)).tolist()
-    bad = [r for r, record in enumerate(records) if not record[0]]
+    given = all_gather_objects((x.dtype, dim, list(x.shape)), pg)
+    bad = [r for r, (_, place, sizes) in enumerate(given) if not -len(sizes) <= place < len(sizes)]
     if bad:
         raise ValueError(
-            f"dim: expected a dimension of x, and at most {_MAX_DIMS} of them, got dim={dim} with x {list(x.shape)} "
-            f"on rank {group_rank(pg)} (wrong on rank {bad[0]})"
+            f"dim: expected a dimension of x, got dim={dim} with x {list(x.shape)} on rank {members(pg)[1]} (wrong on "
+            f"rank {bad[0]})"
         )
-    dim = records[0][2]
-    first = [n for d, n in enumerate(records[0]) if d != 4 + dim]
-    for r, record in enumerate(records):
-        if [n for d, n in enumerate(record) if d != 4 + dim] != first:
-            shapes = [list(x[4 : 4 + x[1]]) for x in (records[0], record)]
+    places = [place % len(sizes) for _, place, sizes in given]
+    alike = [(dtype, p, sizes[:p], sizes[p + 1 :]) for p, (dtype, _, sizes) in zip(places, given)]
+    for r, (kind, (_, _, sizes)) in enumerate(zip(alike, given)):
+        if kind != alike[0]:
             raise ValueError(
-                f"x: expected the same dtype, dim and sizes outside dim on every rank, got {shapes[0]} on rank 0 and "
-                f"{shapes[1]} on rank {r} (here {x.dtype}, dim {dim})"
+                f"x: expected the same dtype, dim and sizes outside dim on every rank, got {given[0][2]} on rank 0 and "
+                f"{sizes} on rank {r} (here {x.dtype}, dim {dim})"
             )
-    return dim, [record[4 + dim] for record in records]
+    return places[0], [sizes[p] for p, (_, _, sizes) in zip(places, given)]
 
 
 class _Unshard(torch.autograd.Function):
@@ -168,7 +159,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pg: Group, lengths: list[int], dim: int) -> Tensor:
         ctx.pg, ctx.dim = pg, dim
-        rank = group_rank(pg)
+        rank = members(pg)[1]
         ctx.start, ctx.length = sum(lengths[:rank]), lengths[rank]
         front = x.movedim(dim, 0)
         rest, longest = front.shape[1:], max(lengths)
