@@ -267,8 +267,7 @@ def step_flops(step: Step) -> dict[str, float]:
     for layer in _all(HLAAttention, model):
         op, K, V = _operator(layer), layer.head_dim, layer.value_dim
         c = layer.chunk_size or (CHANNEL_CHUNK if op.products else CHUNK)
-        for size in (op.columns(p.c, K, V) for p in op.passes):
-            passes += layer.num_heads * (2 * c * (K + size) + 4 * K * size)
+        passes += layer.num_heads * _head_flops(op, K, V, c)
         if layer.levels is not None:  # half of the tokens read at each level above a chunk
             above = math.log2(max(1.0, step.seq_len / step.shards / c))
             passes += layer.num_heads * K * op.columns(op.passes[-1].c, K, V) * (above - 2)
@@ -276,8 +275,7 @@ def step_flops(step: Step) -> dict[str, float]:
     for softmax in _all(SoftmaxAttention, model):
         if isinstance(softmax, MemoryAttention):
             op, K, V = NAMED[softmax.op], softmax.head_dim * (2 if softmax.q_map else 1), softmax.head_dim + 1
-            for size in (op.columns(p.c, K, V) for p in op.passes):
-                passes += softmax.num_heads * (2 * CHUNK * (K + size) + 4 * K * size)
+            passes += softmax.num_heads * _head_flops(op, K, V, CHUNK)
             if softmax.window is None:
                 continue
         window = min(softmax.window or step.seq_len, step.seq_len)
@@ -291,6 +289,11 @@ def step_flops(step: Step) -> dict[str, float]:
         **({"softmax": tokens * attention * 3} if attention else {}),
         "computed again": tokens * again * (2 * matrices + passes + attention),
     }
+
+
+def _head_flops(op: Operator, K: int, V: int, chunk: int) -> int:
+    """Of every pass, per token of a head: scores inside a chunk, and states."""
+    return sum(2 * chunk * (K + size) + 4 * K * size for size in (op.columns(p.c, K, V) for p in op.passes))
 
 
 class _Live(TorchDispatchMode):
