@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an install
 from tyro.conf import arg
 
 from hla_dist.checkpoints.export import export, load_trained
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import expect
 from hla_dist.processes.program import Program
 
 
@@ -25,8 +25,7 @@ class ExportConfig:
     to: Annotated[str, arg(metavar="FILE")]  # the file to write, ending in .safetensors
 
     def __post_init__(self) -> None:
-        if not self.to.endswith(".safetensors"):
-            raise UserError(f"--to: expected a name ending in .safetensors, got {self.to}")
+        expect(self.to.endswith(".safetensors"), "--to", "a name ending in .safetensors", self.to)
 
 
 def main() -> int:

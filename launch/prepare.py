@@ -17,7 +17,7 @@ from tyro.conf import arg
 from hla_dist.data.sources import LeftOut, read_documents, total_size
 from hla_dist.data.text import JOINED, Codec
 from hla_dist.data.token_file import about_path, write_tokens
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import expect
 from hla_dist.processes.options import Checked, Count, Natural, Paths
 from hla_dist.processes.program import Program
 
@@ -38,8 +38,7 @@ class PrepareConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.out.endswith(".bin"):
-            raise UserError(f"--out: expected a file with the suffix .bin, got {self.out}")
+        expect(self.out.endswith(".bin"), "--out", "a file with the suffix .bin", self.out)
 
 
 def main() -> int:

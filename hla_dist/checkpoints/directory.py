@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hla_dist.checkpoints import tensors as stored_tensors
 from hla_dist.checkpoints.manifest import MANIFEST, describe_file, problem, sync_directory, write_manifest
 from hla_dist.parallel.collectives import all_gather_objects, members
-from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.failure import UserError, expect, together
 from hla_dist.processes.whole_file import write_json
 
 _NAME = re.compile(r"step-(\d{8,})$")
@@ -141,8 +141,7 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     """
     # the first rank's answer: a directory may look different from another machine
     names, itself = all_gather_objects(together(group, partial(_candidates, path)), group)[0]
-    if not names:
-        raise UserError(f"checkpoint: expected a directory with {MANIFEST} in or under {path}, got none")
+    expect(names, "checkpoint", f"a directory with {MANIFEST} in or under {path}", "none")
     _, rank, ranks = members(group)
     problems: list[str] = []
     for candidate in map(Path, names):

@@ -6,7 +6,7 @@ from pathlib import Path
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.data.text import BYTES
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, expect
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist"  # in the file's metadata: JSON of the model's configuration, and how its text becomes tokens
@@ -54,8 +54,7 @@ def export(trained: Trained, path: Path) -> None:
 
 def _load_file(path: Path) -> Trained:
     tensors, about = read_tensors(path, KEY, "checkpoint")
-    if "model" not in about:
-        raise UserError(f"checkpoint: expected a file that launch/export.py wrote, got {path} without its {KEY} entry")
+    expect("model" in about, "checkpoint", "a file that launch/export.py wrote", f"{path} without its {KEY} entry")
     model = LanguageModel(ModelConfig.from_dict(about["model"]))
     try:
         model.load_state_dict(tensors)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from hla_dist.nn import SequenceParallelHLA
 from hla_dist.nn.head_norm import current_name
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, expect
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # one entry per parameter, however they are grouped
 
@@ -193,8 +193,7 @@ def _compare(directory: Path, prefix: str, wanted: dict[str, Any], stored: dict[
         raise UserError(f"checkpoint: expected the {kind}s of this model in {directory}, got also {plain}")
     for name, tensor in wanted.items():
         shape, dtype = stored[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise UserError(
-                f"checkpoint: expected {name.removeprefix(prefix)} with shape {tuple(tensor.shape)} and {tensor.dtype} "
-                f"in {directory}, got {shape} and {dtype}; give the model options it was trained with"
-            )
+        own = (tuple(tensor.shape), tensor.dtype)
+        given = f"{shape} and {dtype}; give the model options it was trained with"
+        named = f"{name.removeprefix(prefix)} with shape {own[0]} and {own[1]} in {directory}"
+        expect(own == (shape, dtype), "checkpoint", named, given)

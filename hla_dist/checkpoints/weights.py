@@ -14,7 +14,7 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.head_norm import current_name
 from hla_dist.parallel.collectives import all_gather_objects
 from hla_dist.processes import tensor_file
-from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.failure import UserError, expect, together
 
 _SUFFIX = ".safetensors"
 _TRANSFORMERS = "model.network."  # before the names in a folder that transformers has saved
@@ -61,13 +61,9 @@ def put_weights(weights: Weights, model: LanguageModel) -> None:
     if model.lm_head is None:
         tensors.pop("lm_head.weight", None)  # transformers may write the tied matrix twice
     for name, parameter in wanted.items():
-        if name not in tensors:
-            raise UserError(f"--init-from: expected parameter {name} in {weights.path}, got none of that name")
-        if tensors[name].shape != parameter.shape:
-            raise UserError(
-                f"--init-from: expected {name} with shape {tuple(parameter.shape)} in {weights.path}, got "
-                f"{tuple(tensors[name].shape)}"
-            )
+        expect(name in tensors, "--init-from", f"parameter {name} in {weights.path}", "none of that name")
+        shape, wanted_shape = tuple(tensors[name].shape), tuple(parameter.shape)
+        expect(shape == wanted_shape, "--init-from", f"{name} with shape {wanted_shape} in {weights.path}", shape)
     for name in sorted(tensors.keys() - wanted.keys()):
         raise UserError(f"--init-from: expected the parameters of this model in {weights.path}, got also {name}")
     model.load_state_dict(tensors)

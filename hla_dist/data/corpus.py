@@ -14,7 +14,7 @@ from hla_dist.data.sources import LeftOut, read_documents, standard_library
 from hla_dist.data.text import BYTES, JOINED, Codec
 from hla_dist.data.token_file import about_path, open_tokens, tokenizer_name, tokenizer_of
 from hla_dist.data.windows import SMALLEST_SHARE, Mixture, Windows
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 
 TOKEN_SUFFIXES = {".bin", ".npy"}
 HELD_OUT_OF_EACH = 1 << 24  # tokens of each text of a mixture that are held in memory
@@ -99,15 +99,12 @@ def load_corpus(paths: Sequence[str] = (), *, weights: Sequence[float] = (), **o
     resolved = CorpusOptions(**options)
     memmap = len(paths) == 1 and Path(paths[0]).suffix in TOKEN_SUFFIXES
     corpus = _from_memmap(Path(paths[0]), resolved) if memmap else _from_text(paths, resolved)
-    if resolved.vocab_size and corpus.vocab_size > resolved.vocab_size:
-        raise UserError(f"--vocab-size: expected at least the data's {corpus.vocab_size}, got {resolved.vocab_size}")
+    fits = not resolved.vocab_size or corpus.vocab_size <= resolved.vocab_size
+    expect(fits, "--vocab-size", f"at least the data's {corpus.vocab_size}", resolved.vocab_size)
     needed = resolved.seq_len + 1
     for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
-        if len(part) < needed:
-            raise UserError(
-                f"--data: expected at least {needed} {name} tokens (one sequence of --seq-len {resolved.seq_len} and "
-                f"its last label), got {len(part)} from {corpus.description}"
-            )
+        one = f"at least {needed} {name} tokens (one sequence of --seq-len {resolved.seq_len} and its last label)"
+        expect(len(part) >= needed, "--data", one, f"{len(part)} from {corpus.description}")
     return corpus
 
 
@@ -123,8 +120,7 @@ def _from_text(paths: Sequence[str], options: CorpusOptions) -> Corpus:
             sources.add(document)
             bytes_read += len(document.text) + codec.is_bytes  # the separator is predicted too
     where = ", ".join(paths) if paths else f"the standard library of Python in {standard_library()}"
-    if not encoded:
-        raise UserError(f"--data: expected text, got none but empty or binary file(s) in {where}")
+    expect(encoded, "--data", "text", f"none but empty or binary file(s) in {where}")
     if len(encoded) >= DOCUMENTS_FOR_SPLIT:
         marked = [(_is_held_out(name, options.held_out), tokens) for name, tokens in encoded]
         parts = [_joined([tokens for chosen, tokens in marked if chosen is part]) for part in (False, True)]
@@ -149,15 +145,12 @@ def _from_text(paths: Sequence[str], options: CorpusOptions) -> Corpus:
 def _from_memmap(path: Path, options: CorpusOptions) -> Corpus:
     vocab_size, token_dtype, tokenizer = options.vocab_size, options.token_dtype, options.tokenizer
     about = open_tokens(path, options.verify) if about_path(path).exists() else None
-    if not vocab_size and about is None:
-        raise UserError(f"--vocab-size: expected the vocabulary of the tokens in {path}, got none")
+    expect(vocab_size or about is not None, "--vocab-size", f"the vocabulary of the tokens in {path}", "none")
     if token_dtype is None and about is None and path.suffix == ".bin":
         raise UserError(f"--token-dtype: expected the type of the tokens in {path}, which has no description, got none")
-    if options.end_token is not None and (about is None or about.end_token != options.end_token):
-        raise UserError(
-            f"--end-token: expected text, or a memmap that was prepared with it, got {path}: "
-            f"{'not prepared' if about is None else about.end_token or 'prepared without'}"
-        )
+    ended = options.end_token is None or (about is not None and about.end_token == options.end_token)
+    end = "not prepared" if about is None else about.end_token or "prepared without"
+    expect(ended, "--end-token", "text, or a memmap that was prepared with it", f"{path}: {end}")
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -165,13 +158,11 @@ def _from_memmap(path: Path, options: CorpusOptions) -> Corpus:
             tokens = np.memmap(path, dtype=np.dtype(about.dtype if about else token_dtype), mode="r")
     except (OSError, ValueError, TypeError) as exc:
         raise UserError(f"--data: cannot read tokens from {path}: {exc}") from exc
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(f"--data: expected one row of integers in {path}, got {tokens.dtype} {tokens.shape}")
-    if about is None and vocab_size > np.iinfo(tokens.dtype).max + 1:
-        raise UserError(
-            f"--vocab-size: expected at most the {np.iinfo(tokens.dtype).max + 1:,} numbers of the {tokens.dtype} in "
-            f"{path}, got {vocab_size}: a wider --token-dtype, or a smaller vocabulary"
-        )
+    row = tokens.ndim == 1 and tokens.dtype.kind in "iu"
+    expect(row, "--data", f"one row of integers in {path}", f"{tokens.dtype} {tokens.shape}")
+    numbers, wider = np.iinfo(tokens.dtype).max + 1, "a wider --token-dtype, or a smaller vocabulary"
+    most = f"at most the {numbers:,} numbers of the {tokens.dtype} in {path}"
+    expect(about is not None or vocab_size <= numbers, "--vocab-size", most, f"{vocab_size}: {wider}")
     described = f"{len(tokens):,} tokens of {path}"
     known, documents = ("", None) if about is None else (about.sha256, about.documents)
     fingerprint = of_memmap(path, tokens, documents, known, options.whole)
@@ -193,23 +184,18 @@ def _from_memmap(path: Path, options: CorpusOptions) -> Corpus:
 
 def _mixed(paths: list[str], weights: Sequence[float], options: dict[str, Any]) -> Corpus:
     """Each path as a corpus, joined; held out is a tail of each, of at most ``HELD_OUT_OF_EACH`` tokens."""
-    if len(weights) != len(paths):
-        raise UserError(f"--data-weights: expected one per --data path, {len(paths)}, got {len(weights)}")
+    expect(len(weights) == len(paths), "--data-weights", f"one per --data path, {len(paths)}", len(weights))
     total = sum(weights)
-    if not all(0 < weight < float("inf") for weight in weights) or min(weights) < total * SMALLEST_SHARE:
-        raise UserError(
-            f"--data-weights: expected positive numbers, none below {SMALLEST_SHARE:.1%} of their sum, got "
-            f"{' '.join(f'{weight:g}' for weight in weights)}"
-        )
+    positive = all(0 < weight < float("inf") for weight in weights) and min(weights) >= total * SMALLEST_SHARE
+    given = " ".join(f"{weight:g}" for weight in weights)
+    expect(positive, "--data-weights", f"positive numbers, none below {SMALLEST_SHARE:.1%} of their sum", given)
     corpora = [load_corpus([path], **options) for path in paths]
     first = corpora[0]
     for path, corpus in zip(paths, corpora, strict=True):
-        if (corpus.tokenizer, corpus.vocab_size) != (first.tokenizer, first.vocab_size):
-            raise UserError(
-                f"--data-weights: expected texts of one tokenizer, got {paths[0]} ({first.vocab_size:,} tokens, "
-                f"{first.tokenizer[:16] or 'not known'}) and {path} ({corpus.vocab_size:,}, "
-                f"{corpus.tokenizer[:16] or 'not known'})"
-            )
+        kinds = [c.tokenizer[:16] or "not known" for c in (first, corpus)]
+        both = f"{paths[0]} ({first.vocab_size:,} tokens, {kinds[0]}) and {path} ({corpus.vocab_size:,}, {kinds[1]})"
+        same = (corpus.tokenizer, corpus.vocab_size) == (first.tokenizer, first.vocab_size)
+        expect(same, "--data-weights", "texts of one tokenizer", both)
     tails = [corpus.held_out[:HELD_OUT_OF_EACH] for corpus in corpora]
     documents = None
     if all(corpus.held_out_documents is not None for corpus in corpora):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hla_dist.data.compressed import SUFFIXES, open_uncompressed
-from hla_dist.processes.failure import UserError, describe, optional_package
+from hla_dist.processes.failure import UserError, describe, expect, optional_package
 
 # Left out of the standard library: other people's packages and tests, which some systems install and others do not.
 NOT_STANDARD = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "idlelib", "lib2to3"}
@@ -64,11 +64,9 @@ def list_files(paths: Sequence[str], left_out: LeftOut | None = None) -> list[tu
         return sorted((p.relative_to(root).as_posix(), p) for p in sources)
     files: list[tuple[str, Path]] = []
     for given in (Path(path) for path in paths if not path.startswith(HUB)):
-        if not given.exists():
-            raise UserError(f"--data: expected a file or a folder, got {given}, which does not exist")
+        expect(given.exists(), "--data", "a file or a folder", f"{given}, which does not exist")
         inside = _files_of(given, left_out or LeftOut()) if given.is_dir() else [(given.name, given)]
-        if not inside:
-            raise UserError(f"--data: expected text in {given}, got a folder without files")
+        expect(inside, "--data", f"text in {given}", "a folder without files")
         files += inside
     return files
 
@@ -166,8 +164,7 @@ def _from_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
                 raise UserError(
                     f"--data: expected a JSON object in {where}, got: {' '.join(str(exc).split())}"
                 ) from exc
-            if not isinstance(row, dict):
-                raise UserError(f"--data: expected a JSON object in {where}, got {type(row).__name__}")
+            expect(isinstance(row, dict), "--data", f"a JSON object in {where}", type(row).__name__)
             if text := _text_of(row, text_field, where):
                 yield Document(f"{name}:{number}", name, text, len(line))
 
@@ -175,8 +172,7 @@ def _from_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
 def _from_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
     pyarrow = optional_package("pyarrow", "--data", path)
     parquet = optional_package("pyarrow.parquet", "--data", path)
-    if path.suffix in SUFFIXES:
-        raise UserError(f"--data: expected Parquet as it is, got {path}: Parquet compresses its own columns")
+    expect(path.suffix not in SUFFIXES, "--data", "Parquet as it is", f"{path}: Parquet compresses its own columns")
     try:
         with parquet.ParquetFile(path) as file:
             _check_field(file.schema_arrow.names, text_field, str(path))
@@ -219,14 +215,12 @@ def _open_dataset(datasets: Any, name: str, split: str) -> Any:
     rows = datasets.load_from_disk(name)
     if not isinstance(rows, dict):
         return rows
-    if split not in rows:
-        raise UserError(f"--data: expected a split of {name}, one of {', '.join(rows)}, got {split!r}")
+    expect(split in rows, "--data", f"a split of {name}, one of {', '.join(rows)}", repr(split))
     return rows[split]
 
 
 def _check_field(fields: Iterable[str], text_field: str, where: str) -> None:
-    if text_field not in fields:
-        raise UserError(f"--text-field: expected one of {', '.join(fields)} (the fields of {where}), got {text_field}")
+    expect(text_field in fields, "--text-field", f"one of {', '.join(fields)} (the fields of {where})", text_field)
 
 
 def _text_of(row: dict[str, Any], text_field: str, where: str) -> bytes:

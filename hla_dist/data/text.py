@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hla_dist.processes.failure import UserError, optional_package
+from hla_dist.processes.failure import UserError, expect, optional_package
 
 BYTES = "bytes"
 SEPARATOR = 0  # the NUL byte after each file of byte-level text: it occurs in no text file
@@ -30,8 +30,7 @@ class Codec:
             if self.tokenizer is None:
                 raise UserError(f"--end-token: expected a --tokenizer that it belongs to, got {end_token!r} with bytes")
             self.end = self.tokenizer.token_to_id(end_token)
-            if self.end is None:
-                raise UserError(f"--end-token: expected a token of {tokenizer_file}, got {end_token!r}")
+            expect(self.end is not None, "--end-token", f"a token of {tokenizer_file}", repr(end_token))
 
     @property
     def is_bytes(self) -> bool:
@@ -48,8 +47,7 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt."""
-        if not self.known:
-            raise UserError("--prompt: expected the --tokenizer of the tokens (or --sample 0), got a memmap without")
+        expect(self.known, "--prompt", "the --tokenizer of the tokens (or --sample 0)", "a memmap without")
         return list(text.encode()) if self.tokenizer is None else list(self.tokenizer.encode(text).ids)
 
     def encode_turn(self, text: str) -> list[int]:
@@ -77,8 +75,7 @@ class Codec:
 def load_tokenizer(path: str) -> Any:
     """The tokenizer in a JSON file of the package ``tokenizers``."""
     tokenizers = optional_package("tokenizers", "--tokenizer")
-    if not Path(path).is_file():
-        raise UserError(f"--tokenizer: expected a JSON file, got {path}, which is none")
+    expect(Path(path).is_file(), "--tokenizer", "a JSON file", f"{path}, which is none")
     try:
         return tokenizers.Tokenizer.from_file(path)
     except Exception as exc:  # the package raises plain Exception

@@ -20,7 +20,7 @@ import numpy as np
 
 from hla_dist.data.sources import Document
 from hla_dist.data.text import BYTES, Codec
-from hla_dist.processes.failure import UserError, describe, reporting
+from hla_dist.processes.failure import UserError, describe, expect, reporting
 from hla_dist.processes.whole_file import sha256, whole_file
 
 VERSION = 1
@@ -78,8 +78,7 @@ def write_tokens(
                     progress(document.size, len(tokens))
                     if max_tokens and total >= max_tokens:
                         break
-            if not total:
-                raise UserError("--data: expected text, got none but empty or binary file(s)")
+            expect(total, "--data", "text", "none but empty or binary file(s)")
             kind = tokenizer_name(tokenizer)
             about = About(
                 dtype.name, codec.vocab_size, kind, total, text_bytes, np.array(starts), digest.hexdigest(), end_token
@@ -160,8 +159,7 @@ def open_tokens(path: Path, verify: bool = True) -> About:
         raise UserError(f"--data: expected what launch/prepare.py writes in {beside}, got: {describe(exc)}") from exc
     with reporting(f"--data: cannot read {path}"):
         size = path.stat().st_size
-        if size != about.tokens * item:
-            raise UserError(f"--data: expected {about.tokens * item} bytes in {path} (see {beside}), got {size}")
+        expect(size == about.tokens * item, "--data", f"{about.tokens * item} bytes in {path} (see {beside})", size)
         if verify and (digest := sha256(path)) != about.sha256:
             raise UserError(
                 f"--data: expected SHA-256 {about.sha256[:16]}.. of {path} (see {beside}), got {digest[:16]}.."
@@ -183,6 +181,5 @@ def tokenizer_name(tokenizer: str) -> str:
     """ "bytes", or the SHA-256 of the tokenizer's file."""
     if tokenizer == BYTES:
         return BYTES
-    if not Path(tokenizer).is_file():
-        raise UserError(f"--tokenizer: expected a JSON file, got {tokenizer}, which is none")
+    expect(Path(tokenizer).is_file(), "--tokenizer", "a JSON file", f"{tokenizer}, which is none")
     return sha256(Path(tokenizer))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hla_dist.data.packing import cuts_between
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import expect
 
 MIXED = 1024  # samples in which a mixture has its shares
 SMALLEST_SHARE = 2 / MIXED  # so that rounding leaves no text with less than no sample
@@ -133,9 +133,7 @@ def held_out_windows(tokens: np.ndarray, seq_len: int, wanted_tokens: int) -> li
 def cut(tokens: np.ndarray, start: int, seq_len: int, vocab_size: int) -> Tensor:
     """int64 [seq_len + 1] from ``start``; raises UserError for a token outside the vocabulary."""
     window = torch.from_numpy(np.asarray(tokens[start : start + seq_len + 1]).astype(np.int64))
-    if int(window.max()) >= vocab_size or int(window.min()) < 0:
-        raise UserError(
-            f"--vocab-size: expected tokens in 0..{vocab_size - 1}, got {int(window.min())}..{int(window.max())} "
-            f"between tokens {start} and {start + seq_len}"
-        )
+    low, high = int(window.min()), int(window.max())
+    given = f"{low}..{high} between tokens {start} and {start + seq_len}"
+    expect(0 <= low <= high < vocab_size, "--vocab-size", f"tokens in 0..{vocab_size - 1}", given)
     return window

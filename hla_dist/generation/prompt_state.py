@@ -9,7 +9,7 @@ import torch
 from hla_dist import states
 from hla_dist.generation.generate import Reading
 from hla_dist.models import LanguageModel
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_state"  # in the file's metadata: JSON of the fields below
@@ -46,14 +46,10 @@ def load_state(path: Path, model: LanguageModel) -> Reading:
     that mean something else.
     """
     tensors, about = read_tensors(path, KEY, "--state")
-    if not _FIELDS <= about.keys():
-        raise UserError(f"--state: expected a file that --save-state wrote, got {path} without its {KEY} entry")
+    expect(_FIELDS <= about.keys(), "--state", "a file that --save-state wrote", f"{path} without its {KEY} entry")
     own = fingerprint(model)
-    if about["model"] != own:
-        raise UserError(
-            f"--state: expected a state of this model ({own[:12]}), got {path}, which is of another "
-            f"({about['model'][:12]})"
-        )
+    other = f"{path}, which is of another ({about['model'][:12]})"
+    expect(about["model"] == own, "--state", f"a state of this model ({own[:12]})", other)
     device = model.embedding.weight.device
     state = []
     try:

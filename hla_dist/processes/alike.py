@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import torch.distributed as dist
 
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import expect
 from hla_dist.processes.options import Local, flag
 
 SHOWN = 8  # options that are named
@@ -66,5 +66,4 @@ def check_options(store: dist.Store, rank: int, world_size: int, options: Mappin
     store.set(f"read/{rank}", "")
     if rank == 0:  # the store may end with this process: not before all have read it
         store.wait([f"read/{other}" for other in range(world_size)])
-    if different:
-        raise UserError(f"options: expected the same on every rank, got {different}")
+    expect(not different, "options", "the same on every rank", different)

@@ -23,6 +23,12 @@ class UserError(Exception):
     """A mistake the user can mend; its text is one line with what was expected and what came."""
 
 
+def expect(condition: object, name: str, expected: str, actual: object) -> None:
+    """Raise ``UserError("name: expected ..., got ...")`` unless ``condition``."""
+    if not condition:
+        raise UserError(f"{name}: expected {expected}, got {actual}")
+
+
 class Disagreement(UserError):
     """Another rank's :class:`UserError`, raised here so that all ranks stop alike."""
 

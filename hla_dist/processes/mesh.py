@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hla_dist.parallel.collectives import Group, group_rank, group_size, resolve_group
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -74,11 +74,9 @@ def factorise(
     ``sp`` is the degree of cp: 0 means all ranks that the data axes leave. ``dp_shard`` 0 means whole parameters on
     every rank, any other number FSDP2. ``dp_replicate`` 0 means what the others leave. They divide what ``ep`` leaves.
     """
-    if ep < 1 or world_size % ep:
-        raise UserError(f"--ep: expected a divisor of the world size {world_size}, got {ep}")
+    expect(ep >= 1 and not world_size % ep, "--ep", f"a divisor of the world size {world_size}", ep)
     world_size //= ep
-    if tp != 1:
-        raise UserError(f"--tp: expected 1 (there is no tensor parallelism; its axis keeps its place), got {tp}")
+    expect(tp == 1, "--tp", "1 (there is no tensor parallelism; its axis keeps its place)", tp)
     shard = dp_shard or 1
     cp, replicate = sp, dp_replicate
     if not cp:
@@ -87,8 +85,7 @@ def factorise(
     elif not replicate:
         replicate = world_size // (cp * shard)
     if min(sp, dp_shard, dp_replicate) < 0 or replicate * shard * cp != world_size:
-        if not dp_shard and not dp_replicate:
-            raise UserError(f"--sp: expected a divisor of the world size {world_size} (or 0 for all ranks), got {sp}")
+        expect(dp_shard or dp_replicate, "--sp", f"a divisor of the world size {world_size} (or 0 for all ranks)", sp)
         raise UserError(
             f"--dp-replicate, --dp-shard, --sp: expected a product of {world_size}, the world size (0: what the others "
             f"leave), got {dp_replicate}, {dp_shard}, {sp}"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hla_dist.processes import mpirun
 from hla_dist.processes.alike import check_options, comparable
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, expect
 from hla_dist.processes.memory import keep_freed_memory
 from hla_dist.processes.options import parse_options
 from hla_dist.processes.recorder import write_flight_record
@@ -60,11 +60,9 @@ class Program:
         if device.type != "cuda":
             return device
         gpus, ranks = torch.cuda.device_count(), self.ranks.local_size
-        if gpus < max(ranks, (device.index or 0) + 1):
-            raise UserError(
-                f"--device: expected a GPU for each of {ranks} rank(s) here (or --device cpu), got {name} and {gpus} "
-                f"GPU(s)"
-            )
+        enough = gpus >= max(ranks, (device.index or 0) + 1)
+        each = f"a GPU for each of {ranks} rank(s) here (or --device cpu)"
+        expect(enough, "--device", each, f"{name} and {gpus} GPU(s)")
         device = torch.device("cuda", self.ranks.local_rank) if device.index is None or ranks > 1 else device
         torch.cuda.set_device(device)
         return device

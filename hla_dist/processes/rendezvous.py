@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 
 
 class NotMet(UserError):
@@ -37,16 +37,14 @@ def rank_info(environ: Mapping[str, str]) -> RankInfo:
     """This process by torchrun's variables, the only one where there are none. Raises UserError for a wrong one."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     info = RankInfo(*(number(environ, name, default) for name, default in names.items()))
-    if info.rank >= info.world_size:
-        raise UserError(f"RANK: expected less than WORLD_SIZE {info.world_size}, got {info.rank}")
+    expect(info.rank < info.world_size, "RANK", f"less than WORLD_SIZE {info.world_size}", info.rank)
     return info
 
 
 def number(environ: Mapping[str, str], name: str, default: int) -> int:
     """A variable that counts something; UserError if it is not a number."""
     text = environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"environment variable {name}: expected a number, got {text!r}")
+    expect(text.isascii() and text.isdigit(), f"environment variable {name}", "a number", repr(text))
     return int(text)
 
 

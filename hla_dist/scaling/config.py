@@ -5,7 +5,7 @@ from typing import Annotated
 
 from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 from hla_dist.processes.options import (
     Checked,
     Count,
@@ -89,8 +89,7 @@ class Case:
 def plan(config: ScalingConfig, world_size: int) -> list[Case]:
     """Every case once, short ones first; UserError for what ``world_size`` ranks cannot run."""
     ranks = sorted(set(config.ranks)) or sorted({1 << i for i in range(world_size.bit_length())} | {world_size})
-    if ranks[-1] > world_size:
-        raise UserError(f"--ranks: expected at most the {world_size} that torchrun started, got {ranks[-1]}")
+    expect(ranks[-1] <= world_size, "--ranks", f"at most the {world_size} that torchrun started", ranks[-1])
     lengths = sorted(set(config.lengths)) or [-(-config.seq_len // part) for part in (8, 4, 2, 1)]
     points: dict[tuple[int, int], list[str]] = {}
     for series in config.series:
@@ -101,8 +100,7 @@ def plan(config: ScalingConfig, world_size: int) -> list[Case]:
         for point in wanted:
             points.setdefault(point, []).append(series)
     for n, tokens in points:
-        if tokens < n:
-            raise UserError(f"--seq-len: expected at least a token a rank, got {tokens} for {n} rank(s)")
+        expect(tokens >= n, "--seq-len", "at least a token a rank", f"{tokens} for {n} rank(s)")
     order = sorted(points, key=lambda point: (point[1], point[0]))
     return [
         Case(what, n, tokens, tuple(dict.fromkeys(points[n, tokens]))) for what in config.what for n, tokens in order

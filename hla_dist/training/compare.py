@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hla_dist.processes.failure import UserError, describe, reporting
+from hla_dist.processes.failure import UserError, describe, expect, reporting
 from hla_dist.training.metrics import pyplot, read_metrics, save_figure
 
 PANELS = ("loss", "held_out", "grad_norm", "tokens_per_s_device", "peak_memory_bytes", "exposed_comm_s")
@@ -43,8 +43,7 @@ def load_runs(paths: list[Path]) -> list[Recorded]:
     runs = []
     for path, name in zip(paths, names, strict=True):
         file = path / "metrics.jsonl" if path.is_dir() else path
-        if not file.is_file():
-            raise UserError(f"runs: expected a run's --out directory or its metrics.jsonl, got {path}")
+        expect(file.is_file(), "runs", "a run's --out directory or its metrics.jsonl", path)
         try:
             lines = read_metrics(file)
         except (OSError, UnicodeDecodeError) as exc:

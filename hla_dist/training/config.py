@@ -12,7 +12,7 @@ from hla_dist.data.packing import PACKINGS
 from hla_dist.models.config import SIZES, ModelConfig
 from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 from hla_dist.processes.options import (
     Amount,
     Checked,
@@ -186,51 +186,35 @@ class TrainConfig:
         data, optimisation, ranks, output = self.data, self.optimisation, self.ranks, self.output
         if optimisation.max_minutes is None:
             optimisation.max_minutes = DEMO_MINUTES if optimisation.steps == DEMO_STEPS else 0.0
-        if not optimisation.max_minutes >= 0:
-            raise UserError(f"--max-minutes: expected at least 0, got {optimisation.max_minutes}")
-        if not 0 < data.held_out < 1:
-            raise UserError(f"--held-out: expected a share between 0 and 1, got {data.held_out}")
-        if data.packing == "documents" and optimisation.batch_size > 1:
-            raise UserError(
-                f"--batch-size: expected 1 with --packing documents (a sequence holds many documents; --accumulate "
-                f"takes more of them), got {optimisation.batch_size}"
-            )
-        if ranks.bf16_wire and output.parity:
-            raise UserError(
-                "--bf16-wire: expected --no-parity beside it (the ranks differ by its rounding), got --parity"
-            )
-        if optimisation.offload_parameters and not ranks.dp_shard:
-            raise UserError("--offload-parameters: expected --dp-shard beside it (FSDP2 offloads its shards), got none")
-        if ranks.ep > 1 and (not self.model.experts or self.model.experts % ranks.ep):
-            raise UserError(f"--ep: expected a divisor of --experts, {self.model.experts}, got {ranks.ep}")
-        if ranks.ep > 1 and ranks.dp_shard:
-            raise UserError(
-                f"--ep: expected no --dp-shard beside it (FSDP2 shards experts with all else), got {ranks.dp_shard}"
-            )
+        expect(optimisation.max_minutes >= 0, "--max-minutes", "at least 0", optimisation.max_minutes)
+        expect(0 < data.held_out < 1, "--held-out", "a share between 0 and 1", data.held_out)
+        packed, at_once = data.packing == "documents", optimisation.batch_size
+        one = "1 with --packing documents (a sequence holds many documents; --accumulate takes more of them)"
+        expect(not packed or at_once == 1, "--batch-size", one, at_once)
+        rounded = "--no-parity beside it (the ranks differ by its rounding)"
+        expect(not (ranks.bf16_wire and output.parity), "--bf16-wire", rounded, "--parity")
+        sharded = "--dp-shard beside it (FSDP2 offloads its shards)"
+        expect(ranks.dp_shard or not optimisation.offload_parameters, "--offload-parameters", sharded, "none")
+        experts, ep = self.model.experts, ranks.ep
+        expect(ep == 1 or (experts and not experts % ep), "--ep", f"a divisor of --experts, {experts}", ep)
+        alone = "no --dp-shard beside it (FSDP2 shards experts with all else)"
+        expect(ep == 1 or not ranks.dp_shard, "--ep", alone, ranks.dp_shard)
         if ranks.device == "cpu":
             self.refuse_offload_on_cpu()
-        if output.save_every and output.out is None:
-            raise UserError(
-                f"--save-every: expected --out to save checkpoints in, got {output.save_every} and no --out"
-            )
-        if output.resume in ("", "auto") and output.out is None:
-            raise UserError("--resume: expected a directory, or --out to find the newest checkpoint in, got neither")
-        if output.init_from is not None and output.resume not in (None, "auto"):
-            raise UserError(
-                f"--init-from: expected no --resume beside it, which goes on with parameters of its own, got both "
-                f"{output.init_from} and {output.resume or output.out}"
-            )
-        if output.wandb is not None and output.out is None:
-            raise UserError("--wandb: expected --out too, which holds what is logged, got none")
+        written, resume, init_from = output.out is not None, output.resume, output.init_from
+        nowhere = f"{output.save_every} and no --out"
+        expect(written or not output.save_every, "--save-every", "--out to save checkpoints in", nowhere)
+        found = "a directory, or --out to find the newest checkpoint in"
+        expect(written or resume not in ("", "auto"), "--resume", found, "neither")
+        own, both = "no --resume beside it, which goes on with parameters of its own", f"{resume or output.out}"
+        expect(init_from is None or resume in (None, "auto"), "--init-from", own, f"both {init_from} and {both}")
+        expect(written or output.wandb is None, "--wandb", "--out too, which holds what is logged", "none")
 
     def refuse_offload_on_cpu(self) -> None:
         """UserError if something is to be offloaded: without GPUs there is nowhere to."""
         for name in ("offload_activations", "offload_parameters"):
-            if getattr(self.optimisation, name):
-                raise UserError(
-                    f"{flag(name)}: expected a GPU whose memory to spare, got the device cpu, whose memory is the "
-                    f"host's"
-                )
+            cpu = "the device cpu, whose memory is the host's"
+            expect(not getattr(self.optimisation, name), flag(name), "a GPU whose memory to spare", cpu)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model these options describe; UserError if there is none such."""
@@ -264,8 +248,7 @@ class TrainConfig:
         for group in fields(cls):
             kind = type(getattr(cls(), group.name))
             groups[group.name] = kind(**{f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest})
-        if rest:
-            raise UserError(f"options: expected those of launch/train.py, got also {', '.join(rest)}")
+        expect(not rest, "options", "those of launch/train.py", f"also {', '.join(rest)}")
         return cls(**groups)
 
 

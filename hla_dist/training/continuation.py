@@ -7,7 +7,7 @@ from typing import Any
 
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.parallel.collectives import all_gather_objects
-from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.failure import UserError, expect, together
 from hla_dist.processes.lock import NAME as LOCK
 from hla_dist.processes.whole_file import PARTIAL
 from hla_dist.training.config import RUN_FILES, TrainConfig
@@ -87,11 +87,8 @@ def check_out(out: Path) -> str:
     names = sorted(path.name for path in out.glob("*") if path.name not in (LOCK, FLIGHT))
     names = [name for name in names if not name.startswith(PARTIAL)]  # a kill's
     taken = [name for name in names if name in {file.rstrip("/") for file in RUN_FILES}]
-    if taken:
-        raise UserError(
-            f"--out: expected a new directory, or that of an earlier run, got {out} with {', '.join(taken)} of "
-            f"something else"
-        )
+    other = f"{out} with {', '.join(taken)} of something else"
+    expect(not taken, "--out", "a new directory, or that of an earlier run", other)
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 

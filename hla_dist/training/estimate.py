@@ -34,7 +34,7 @@ from hla_dist.parallel.agreement import HEADER_BYTES
 from hla_dist.parallel.shard import default_lengths
 from hla_dist.parallel.topology import set_ranks_per_node
 from hla_dist.parallel.wire import WireLayout
-from hla_dist.processes.failure import UserError
+from hla_dist.processes.failure import UserError, expect
 from hla_dist.processes.options import flag
 from hla_dist.softmax.attend import BLOCK_QUERIES, MASK_NUMBERS
 from hla_dist.softmax.key_spans import KeySpans
@@ -70,8 +70,7 @@ def planned(config: TrainConfig, world_size: int) -> Step:
     for name, wanted in (("exchange", ("auto", "all_gather")), ("bf16_wire", (False,)),
                          ("offload_activations", (False,)), ("offload_parameters", (False,)),
                          ("ep", (1,))):  # fmt: skip
-        if options[name] not in wanted:
-            raise UserError(f"--dry-run: expected {flag(name)} {wanted[-1]}, got {options[name]}")
+        expect(options[name] in wanted, "--dry-run", f"{flag(name)} {wanted[-1]}", options[name])
     model = config.model_config(config.data.vocab_size or Codec(config.data.tokenizer).vocab_size)
     step, ranks = config.optimisation, config.ranks
     shards = ranks.sp or max(1, world_size // (max(1, ranks.dp_shard) * max(1, ranks.dp_replicate)))

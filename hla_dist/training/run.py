@@ -24,7 +24,7 @@ from hla_dist.generation.generate import generate
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.parallel.collectives import group_size
 from hla_dist.parallel.shard import default_lengths
-from hla_dist.processes.failure import UserError, reporting, together
+from hla_dist.processes.failure import UserError, expect, reporting, together
 from hla_dist.processes.lock import DirectoryLock, followed
 from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
@@ -122,18 +122,13 @@ class Run:
         return self.config.data.packing == "documents"
 
     def _check_data(self) -> None:
-        if self.packed and not self.corpus.has_documents:
-            raise UserError(
-                f"--packing documents: expected text, or a memmap with the JSON that launch/prepare.py writes, got "
-                f"{self.corpus.description} without"
-            )
+        readable, given = "text, or a memmap with the JSON that launch/prepare.py writes", self.corpus.description
+        expect(not self.packed or self.corpus.has_documents, "--packing documents", readable, f"{given} without")
         if self.config.output.sample:  # not at the end of the run
-            tokens, size = self.corpus.codec.encode(self.config.output.prompt), self.model_config.vocab_size
-            if not tokens or max(tokens) >= size:
-                raise UserError(
-                    f"--prompt: expected at least one token to continue, all of the vocabulary of {size}, got "
-                    f"{self.config.output.prompt!r}: {tokens}"
-                )
+            prompt, size = self.config.output.prompt, self.model_config.vocab_size
+            tokens = self.corpus.codec.encode(prompt)
+            some = f"at least one token to continue, all of the vocabulary of {size}"
+            expect(tokens and max(tokens) < size, "--prompt", some, f"{prompt!r}: {tokens}")
 
     def _init_from(self, path: Path, model: LanguageModel) -> None:
         """Begin with the parameters in ``path``; what its model says of itself and this one's differs in is a line."""
@@ -183,11 +178,8 @@ class Run:
             return
         if not (changed := changes(before, self.corpus.fingerprint)):
             return
-        if not self.config.data.allow_changed_data:
-            raise UserError(
-                f"--data: expected what {name} was trained on (or --allow-changed-data), got other data: {changed} "
-                f"({self.corpus.description})"
-            )
+        same, other = f"what {name} was trained on (or --allow-changed-data)", f"other data: {changed}"
+        expect(self.config.data.allow_changed_data, "--data", same, f"{other} ({self.corpus.description})")
         self.warn(f"going on from {name} with other data: {changed}", all_ranks=False)
 
     def _find_position(self, state: dict[str, Any]) -> None:
@@ -206,8 +198,7 @@ class Run:
                 self._open_directory(self.out)
 
     def _open_directory(self, out: Path) -> None:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out: expected a directory, got the file {out}")
+        expect(not out.exists() or out.is_dir(), "--out", "a directory", f"the file {out}")
         own = self.start.in_place
         if not own and run_in(out) is not None:
             aside = move_aside(out) if self.lock is None else self.lock.move(lambda: move_aside(out))
