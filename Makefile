@@ -22,7 +22,7 @@ help:
 	@echo "make test-all   every test"
 	@echo "make evidence   which operator learns what: a subset; evidence-all: the grid, resumed where it stopped"
 	@echo "make convert    SmolLM2 (89 MiB, downloaded once) with windows and memories in place of softmax: what it loses"
-	@echo "make convert-all   the same model without windows, and its generation after long contexts: hours"
+	@echo "make convert-all   the same model without windows, and its generation after long contexts"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in out/site"
 	@echo "make install    only set up .venv"

@@ -1,6 +1,6 @@
 """SmolLM2 made into layers without a window, and its generation at long contexts: python benchmarks/conversion_all.py.
 
-    make convert-all      half an hour of two cores
+    make convert-all      a quarter of an hour of two cores
     python benchmarks/conversion_all.py --rows 40 --held-out 20 --seq-len 512 --transfer-steps 40 --distill-steps 30
 
 First the recipe radlads with layers of first order, of second order, and of second order with the key term: figures, no
@@ -106,10 +106,10 @@ def main() -> int:
         __doc__ or "", "two rows and two contexts",
         dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1, contexts=[64, 128]),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
-        rows=(16, "rows to learn from"), held_out=(4, "rows to measure on, of each text"),
-        seq_len=(256, "tokens of a row"), transfer_steps=(20, "steps per layer"),
-        distill_steps=(10, "steps of the whole model"), contexts=([1024, 4096, 16384, 65536], "tokens before new ones"),
-        read_seconds=(120.0, "time for reading, over all contexts"), threads=(2, "CPU threads"),
+        rows=(8, "rows to learn from"), held_out=(2, "rows to measure on, of each text"),
+        seq_len=(256, "tokens of a row"), transfer_steps=(10, "steps per layer"),
+        distill_steps=(5, "steps of the whole model"), contexts=([1024, 4096, 16384, 65536], "tokens before new ones"),
+        read_seconds=(60.0, "time for reading, over all contexts"), threads=(2, "CPU threads"),
     )  # fmt: skip
     from hla_dist.huggingface import load_softmax
 
