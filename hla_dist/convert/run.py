@@ -104,11 +104,11 @@ class Conversion:
         wanted = together(self.group, self._wanted)
         teacher, self.codec = together(self.group, self._load)
         self.texts = together(self.group, self._rows)
-        together(self.group, lambda: write_json(self.out / OPTIONS, wanted) if self.rank == 0 else None)
         options = dict(self.recipe.swap)
         if asked.window:
             options["memory"] = {**options["memory"], "window": asked.window}
         student = together(self.group, lambda: swap(teacher, **options).to(self.device))
+        together(self.group, lambda: self._begin(student, wanted))
         self._measure("teacher", teacher)
         self._measure("swapped in, untrained", student)
         errors = self._transfer(student, teacher)
@@ -130,6 +130,19 @@ class Conversion:
             raise UserError(f"--out: expected a new directory, or the options of the conversion in {file}, got others: "
                             f"{', '.join(names)}")  # fmt: skip
         return wanted
+
+    def _begin(self, student: LanguageModel, wanted: dict[str, dict[str, Any]]) -> None:
+        """Take the directory, once nothing more can be wrong with what was asked for."""
+        layers = self.out / "layers"
+        missing = [n for n in converted(student) if not (layers / f"layer_{n:03d}.safetensors").is_file()]
+        self.kept = 0 if self.recipe.transfer is None else len(converted(student)) - len(missing)
+        if self.config.asked.stage == "distill" and self.recipe.transfer is not None and missing:
+            raise UserError(f"--stage: expected layers {missing} to be in {layers} for distill, run transfer first")
+        if self.rank == 0:
+            try:
+                write_json(self.out / OPTIONS, wanted)
+            except OSError as exc:
+                raise UserError(f"--out: expected a directory to write into, got {self.out}: {exc.strerror}") from exc
 
     def _load(self) -> tuple[LanguageModel, PretrainedCodec]:
         path = Path(self.config.asked.source)
@@ -171,10 +184,6 @@ class Conversion:
         if options is None:
             return []
         layers = self.out / "layers"
-        missing = [n for n in converted(student) if not (layers / f"layer_{n:03d}.safetensors").is_file()]
-        self.kept = len(converted(student)) - len(missing)
-        if self.config.asked.stage == "distill" and missing:
-            raise UserError(f"--stage: expected layers {missing} to be in {layers} for distill, run transfer first")
         amounts = self.config.amounts
         with self._bar("transfer", len(converted(student)), "layer") as bar:
             errors = transfer(

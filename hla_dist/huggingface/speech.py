@@ -24,7 +24,7 @@ class PretrainedCodec(Codec):
             self._whole = AutoTokenizer.from_pretrained(**where, local_files_only=True)
             self.tokenizer = self._whole.backend_tokenizer
         except Exception as exc:  # transformers and tokenizers raise many kinds
-            raise UserError(f"--checkpoint: expected a tokenizer in {path}, got none: {describe(exc)}") from exc
+            raise UserError(f"{path}: expected a tokenizer, got none: {describe(exc)}") from exc
         ends = {self._whole.eos_token_id}
         if path.is_dir():
             kind = GenerationConfig if (path / "generation_config.json").is_file() else AutoConfig

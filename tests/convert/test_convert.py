@@ -358,7 +358,9 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--recipe", "radlads"], "--window: expected none, since radlads has no window, got 8"),
             (["--recipe", "tptt", "--stage", "transfer"], "--stage: expected all or distill"),
             (["--from", str(tmp_path)], "config.json"),
+            (["--out", str(folder / "config.json")], "--out: expected a directory to write into, got .*: "),
         )
     ):
         with pytest.raises(UserError, match=message):
             convert(folder, tmp_path / str(number), *words)
+        assert not (tmp_path / str(number)).exists()  # which takes other options then

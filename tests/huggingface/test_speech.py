@@ -42,7 +42,7 @@ def test_a_pretrained_folder_speaks_as_in_transformers(
 
     reference.save_pretrained(tmp_path)
     code, _, error = said()
-    assert code == 1 and error.startswith("generate.py: error: --checkpoint: expected a tokenizer in ")
+    assert code == 1 and error.startswith("generate.py: error: ") and ": expected a tokenizer, got none: " in error
     assert len(error.splitlines()) == 1
     tokenizer.save_pretrained(tmp_path)
     assert said("--tokens", "12", "--prompt", prompts[0]) == (
