@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import simpy
 
+from hla_dist.functional.validate import require
+
 
 class Send(NamedTuple):
     """A message to rank ``to``."""
@@ -62,16 +64,13 @@ class Network:
     lanes: int | None = None  # messages under way at a time, in all; None: as many as the ways allow
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.node < 1 or self.ranks % self.node:
-            raise ValueError(
-                f"ranks, node: expected a multiple of node, got {self.ranks} ranks in nodes of {self.node}"
-            )
-        if self.nics is not None and not 1 <= self.nics <= self.node:
-            raise ValueError(f"nics: expected 1 to {self.node}, the ranks of a node, got {self.nics}")
-        if self.lanes is not None and self.lanes < 1:
-            raise ValueError(f"lanes: expected at least 1, got {self.lanes}")
-        if min(*self.inside, *self.across) < 0:
-            raise ValueError(f"inside, across: expected nothing negative, got {self.inside}, {self.across}")
+        whole, given = min(self.ranks, self.node) >= 1, f"{self.ranks} ranks in nodes of {self.node}"
+        require(whole and not self.ranks % self.node, "ranks, node", "a multiple of node", given)
+        nics = self.node if self.nics is None else self.nics
+        require(1 <= nics <= self.node, "nics", f"1 to {self.node}, the ranks of a node", nics)
+        require(self.lanes is None or self.lanes >= 1, "lanes", "at least 1", self.lanes)
+        rates = min(*self.inside, *self.across)
+        require(rates >= 0, "inside, across", "nothing negative", f"{self.inside}, {self.across}")
 
     def crosses(self, source: int, target: int) -> bool:
         """Whether a message leaves its node."""

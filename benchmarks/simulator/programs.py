@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.simulator.network import Busy, Network, Program, Receive, Send, Trace, run
+from hla_dist.functional.validate import require
 from hla_dist.operators import OPERATORS
 from hla_dist.operators.cascade import Fields
 from hla_dist.parallel import scan
@@ -74,8 +75,7 @@ def program(exchange: str, position: int, way: scan.Direction, network: Network,
 
     combine: seconds to combine two summaries of all heads. Raises ValueError for an unknown exchange.
     """
-    if exchange not in EXCHANGES[1:]:
-        raise ValueError(f"exchange: expected one of {EXCHANGES[1:]}, got {exchange!r}")
+    require(exchange in EXCHANGES[1:], "exchange", f"one of {EXCHANGES[1:]}", repr(exchange))
     if exchange == "all_gather":
         return [*_around_ring(position, network.ranks, network.ranks, way), Busy(position * combine)]
     line = _Recorder(position, network.ranks, list(_gather_headers(position, network.ranks)))

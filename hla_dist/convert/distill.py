@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hla_dist.convert.swap import converted, mixer_of, require_change
+from hla_dist.functional.validate import require
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention, SequenceParallelHLA
 from hla_dist.parallel.collectives import all_reduce_sum, resolve_group
@@ -80,15 +81,11 @@ def distill(
     """
     if rows.dim() != 2 or rows.is_floating_point() or len(rows) < batch or rows.shape[1] < 2:
         raise ValueError(f"rows: expected integers [N, T], at least {batch} rows, got {rows.dtype} {list(rows.shape)}")
-    if not (kl >= 0 and tokens >= 0 and kl + tokens > 0):
-        raise ValueError(f"kl, tokens: expected weights >= 0, not both 0, got {kl} and {tokens}")
-    if kl and teacher is None:
-        raise ValueError(f"teacher: expected a model with kl={kl}, got None")
-    if thaw is not None and lora:
-        raise ValueError(f"thaw: expected None with lora={lora}, which freezes what is shared to the end, got {thaw}")
+    require(kl >= 0 and tokens >= 0 and kl + tokens > 0, "kl, tokens", "weights >= 0, not both 0", f"{kl} and {tokens}")
+    require(not kl or teacher is not None, "teacher", f"a model with kl={kl}", "None")
+    require(thaw is None or not lora, "thaw", f"None with lora={lora}, which freezes what is shared to the end", thaw)
     layers = [mixer_of(student, index) for index in converted(student)]
-    if not layers:
-        raise ValueError(f"distill: expected a converted model, got the pattern {student.config.pattern!r}")
+    require(layers, "distill", "a converted model", f"the pattern {student.config.pattern!r}")
     torch.manual_seed(seed)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     wanted = {name: p.requires_grad for name, p in student.named_parameters()}

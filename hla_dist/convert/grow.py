@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from hla_dist.functional.validate import require
 from hla_dist.models import LanguageModel
 from hla_dist.models.config import ModelConfig
 
@@ -53,12 +54,10 @@ def _config(config: ModelConfig, head_dim: int) -> tuple[ModelConfig, int]:
     """The larger model's configuration, and the channels that there were."""
     size = config.head_dim or config.hidden_size // config.num_heads
     others = sorted({"softmax", "memory"} & set(config.mixers))
-    if others:
-        raise ValueError(f"grow: expected linear layers throughout, got {', '.join(others)}")
+    require(not others, "grow", "linear layers throughout", ", ".join(others))
     if config.attention.get("grown"):
         raise ValueError(f"grow: expected a model that has not grown, got one by {config.attention['grown']} channels")
-    if head_dim <= size:
-        raise ValueError(f"head_dim: expected above the model's {size}, got {head_dim}")
+    require(head_dim > size, "head_dim", f"above the model's {size}", head_dim)
     by_norm = size ** (0.5 if config.attention.get("qk_norm", "l2") == "l2" else -0.5)
     scale = config.attention.get("scale")
     pinned = {

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hla_dist.functional.validate import require
 from hla_dist.models import LanguageModel, ModelConfig
 
 _NOT_SHARED = ("window", "exchange")  # options of SoftmaxAttention that mean something else for MemoryAttention
@@ -37,11 +38,9 @@ def swap(
         ValueError: An option is wrong, no layer changes, or a parameter has no place in the new layers.
     """
     config = _config(model.config, pattern, memory, attention)
-    if keep not in ("all", "shared"):
-        raise ValueError(f"keep: expected 'all' or 'shared', got {keep!r}")
+    require(keep in ("all", "shared"), "keep", "'all' or 'shared'", repr(keep))
     changed = [n for n, (old, new) in enumerate(zip(model.config.mixers, config.mixers)) if old != new]
-    if not changed:
-        raise ValueError(f"swap: expected a pattern that changes a layer of {model.config.pattern!r}, got {pattern!r}")
+    require(changed, "swap", f"a pattern that changes a layer of {model.config.pattern!r}", repr(pattern))
     student = LanguageModel(config)
     given = model.state_dict()
     places = student.state_dict()

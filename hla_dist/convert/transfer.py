@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hla_dist.convert.swap import converted, mixer_of, require_change
+from hla_dist.functional.validate import require
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
 from hla_dist.operators.precision import sum_dtype
@@ -77,8 +78,7 @@ def transfer(
     Raises:
         ValueError: An argument is wrong, or a layer has nothing to train.
     """
-    if train not in TRAINED:
-        raise ValueError(f"train: expected one of {', '.join(TRAINED)}, got {train!r}")
+    require(train in TRAINED, "train", f"one of {', '.join(TRAINED)}", repr(train))
     if loss not in LOSSES or (loss == "weights" and train != "features"):
         raise ValueError(f"loss: expected 'output', or 'weights' with train='features', got {loss!r}")
     if rows.dim() != 2 or rows.is_floating_point() or len(rows) < 2:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hla_dist.functional.validate import require
 from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
 
@@ -71,8 +72,7 @@ def usage(student: LanguageModel, rows: Tensor) -> Usage:
         for index, block in enumerate(student.blocks)
         if isinstance(block.attention, MemoryAttention) and block.attention.window is not None
     }
-    if not layers:
-        raise ValueError(f"usage: expected memory layers with a window, got the pattern {student.config.pattern!r}")
+    require(layers, "usage", "memory layers with a window", f"the pattern {student.config.pattern!r}")
     measured: dict[str | None, float] = {}
     shares: dict[int, list[Tensor]] = {index: [] for index in layers}
     try:

@@ -62,7 +62,7 @@ class validation(AbstractContextManager["validation"]):
         _check_cuda_contents, _check_cpu_contents = self.previous
 
 
-def require(condition: bool, argument: str, expected: str, actual: object) -> None:
+def require(condition: object, argument: str, expected: str, actual: object) -> None:
     """Raise ``ValueError("argument: expected ..., got ...")`` unless ``condition``."""
     if not condition:
         refuse(argument, expected, actual)

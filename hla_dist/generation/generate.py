@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hla_dist import SequenceParallelHLA, shard
+from hla_dist.functional.validate import require
 from hla_dist.models import LanguageModel
 from hla_dist.nn.softmax_attention import stacked
 from hla_dist.parallel.collectives import members
@@ -47,12 +48,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        require(0 <= self.temperature < math.inf, "temperature", "a number of at least 0", self.temperature)
+        require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
+        require(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1", self.top_p)
 
 
 GREEDY, USUAL = Sampling(temperature=0.0), Sampling()
@@ -69,14 +67,12 @@ def read(
     No logits are computed. Communication: a piece's summaries, one exchange per layer. Raises ValueError if there is
     neither a token nor a text before, for tokens that are not in the vocabulary, and for ``piece`` below 1.
     """
-    if piece < 1:
-        raise ValueError(f"piece: expected at least 1 token, got {piece}")
+    require(piece >= 1, "piece", "at least 1 token", piece)
     group = model.group if isinstance(model, SequenceParallelHLA) else None
     alone = model.module if isinstance(model, SequenceParallelHLA) else model
     assert isinstance(alone, LanguageModel)
     text = [*([] if before is None else [before.last]), *tokens]
-    if not text:
-        raise ValueError("prompt: expected at least one token, got none")
+    require(text, "prompt", "at least one token", "none")
     size = alone.config.vocab_size
     if not 0 <= min(text) <= max(text) < size:
         raise ValueError(f"prompt: expected tokens of the model's vocabulary of {size}, got {min(text)} to {max(text)}")

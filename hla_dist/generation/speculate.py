@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hla_dist.functional.validate import require
 from hla_dist.generation.generate import Reading
 from hla_dist.models import LanguageModel
 from hla_dist.nn.softmax_attention import stacked
@@ -30,10 +31,8 @@ def speculate(
     vocabulary. Raises ValueError for another vocabulary and a block below 1.
     """
     sizes = [one.config.vocab_size for one in (model, draft)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"draft: expected a model of the same vocabulary of {sizes[0]}, got {sizes[1]}")
-    if block < 1:
-        raise ValueError(f"block: expected at least 1 token, got {block}")
+    require(sizes[0] == sizes[1], "draft", f"a model of the same vocabulary of {sizes[0]}", sizes[1])
+    require(block >= 1, "block", "at least 1 token", block)
     device = model.embedding.weight.device
     position = torch.tensor([[reading.position] for reading in readings], device=device)
     last = torch.tensor([[reading.last] for reading in readings], device=device)

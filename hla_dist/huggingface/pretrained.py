@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hla_dist.functional.validate import require
 from hla_dist.huggingface.gguf_file import GGUFFile
 from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.processes.failure import describe
@@ -123,8 +124,8 @@ def model_config(config: PreTrainedConfig, where: str) -> ModelConfig:
         if getattr(config, name, None):
             raise ValueError(f"{where}: expected no {name} for {config.model_type}, got {getattr(config, name)!r}")
     for name, wanted in FIXED.items():
-        if getattr(config, name, wanted) != wanted:
-            raise ValueError(f"{where}: expected {name} = {wanted!r}, got {getattr(config, name)!r}")
+        given = getattr(config, name, wanted)
+        require(given == wanted, where, f"{name} = {wanted!r}", repr(given))
     sizes: dict[str, Any] = {size: getattr(config, name, None) for name, size in SIZES.items()}
     sizes["head_dim"] = sizes["head_dim"] or config.hidden_size // config.num_attention_heads
     return ModelConfig(**sizes, pattern="softmax", softmax=_softmax_options(config, sizes["head_dim"], where))
@@ -163,8 +164,7 @@ def _rotary_options(config: PreTrainedConfig, head_dim: int, where: str) -> dict
     """Base, and what a scaling makes of frequencies and scores, by transformers' own function."""
     rope = dict(config.rope_parameters)
     kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"{where}: expected rope_type one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    require(kind in ROPE_TYPES, where, f"rope_type one of {', '.join(ROPE_TYPES)}", repr(kind))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: expected partial_rotary_factor = 1, got {rope['partial_rotary_factor']}")
     theta = float(rope["rope_theta"])
@@ -187,8 +187,7 @@ def fill(model: LanguageModel, tensors: Iterable[tuple[str, Tensor]], where: str
         if name == OUTPUT and model.lm_head is None:
             output = tensor
             continue
-        if name not in places:
-            raise ValueError(f"{where}: expected the tensors of {model.config.num_layers} layers, got also {name}")
+        require(name in places, where, f"the tensors of {model.config.num_layers} layers", f"also {name}")
         place = places[name]
         if tensor.shape != place.shape or not tensor.is_floating_point():
             raise ValueError(
@@ -229,8 +228,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 def family_config(kind: Any, values: Callable[[], dict[str, Any]], where: str) -> PreTrainedConfig:
     """transformers' configuration with its defaults, older spellings read; ValueError for a family not in the table."""
-    if kind not in FAMILIES:
-        raise ValueError(f"{where}: expected model_type one of {', '.join(FAMILIES)}, got {kind!r}")
+    require(kind in FAMILIES, where, f"model_type one of {', '.join(FAMILIES)}", repr(kind))
     given = values()
     try:
         return AutoConfig.for_model(kind, **given)

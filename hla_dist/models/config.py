@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from hla_dist.functional.validate import require
 from hla_dist.operators import NAMED
 
 
@@ -62,26 +63,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig: expected {name} >= 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, "ModelConfig", f"{name} >= 1", getattr(self, name))
         read_pattern(self.pattern)
-        if self.mlp_size < 0:
-            raise ValueError(f"ModelConfig: expected mlp_size >= 0, got {self.mlp_size}")
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"ModelConfig: expected hidden_size divisible by num_heads (or an explicit head_dim), got "
-                f"{self.hidden_size} and {self.num_heads}"
-            )
-        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
-            raise ValueError(
-                f"ModelConfig: expected num_kv_heads dividing num_heads, got {self.num_kv_heads} and {self.num_heads}"
-            )
-        if min(self.experts, self.active) < 0 or self.active > self.experts:
-            raise ValueError(
-                f"ModelConfig: expected 0 <= active <= experts, got active={self.active} and experts={self.experts}"
-            )
-        if not self.balance >= 0:
-            raise ValueError(f"ModelConfig: expected balance >= 0, got {self.balance}")
+        require(self.mlp_size >= 0, "ModelConfig", "mlp_size >= 0", self.mlp_size)
+        width, heads, experts = self.hidden_size, self.num_heads, f"active={self.active} and experts={self.experts}"
+        sized = self.head_dim is not None or not width % heads
+        either = "hidden_size divisible by num_heads (or an explicit head_dim)"
+        require(sized, "ModelConfig", either, f"{width} and {heads}")
+        kv_heads = heads if self.num_kv_heads is None else self.num_kv_heads
+        grouped = kv_heads >= 1 and not heads % kv_heads
+        require(grouped, "ModelConfig", "num_kv_heads dividing num_heads", f"{kv_heads} and {heads}")
+        require(0 <= self.active <= self.experts, "ModelConfig", "0 <= active <= experts", experts)
+        require(self.balance >= 0, "ModelConfig", "balance >= 0", self.balance)
 
     @property
     def mixers(self) -> list[str]:
@@ -137,8 +130,7 @@ class ModelConfig:
     @classmethod
     def named(cls, name: str, **changes: Any) -> ModelConfig:
         """Return a named size with some fields changed; raise ValueError listing the names otherwise."""
-        if name not in SIZES:
-            raise ValueError(f"model size: expected one of {', '.join(SIZES)}, got {name!r}")
+        require(name in SIZES, "model size", f"one of {', '.join(SIZES)}", repr(name))
         return cls(**{**SIZES[name], **changes})
 
 
