@@ -90,24 +90,7 @@ class Options(SegmentOptions, total=False):
     shard_lengths: list[int] | None
 
 
-DEFAULTS: dict[str, Any] = dict(
-    log_decay=None,
-    decay_form="masked",
-    scale=1.0,
-    ridge=0.0,
-    gain=1.0,
-    skip=0.0,
-    normalize=False,
-    mask="causal",
-    backend="auto",
-    chunk_size=None,
-    eps=1e-6,
-    initial_state=None,
-    output_final_state=False,
-    group=None,
-    exchange="auto",
-    wire_dtype=None,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    shard_lengths=None,
-)
+DEFAULTS: dict[str, Any] = dict.fromkeys(Options.__annotations__)  # None, unless said below
+DEFAULTS |= {"decay_form": "masked", "mask": "causal", "exchange": "auto", "backend": "auto"}
+DEFAULTS |= {"scale": 1.0, "ridge": 0.0, "gain": 1.0, "skip": 0.0, "eps": 1e-6}
+DEFAULTS |= {"normalize": False, "output_final_state": False}
