@@ -73,17 +73,9 @@ def predicting(folder: Path, shapes: tuple[Shape, ...]) -> list[subprocess.Popen
             if model == "walks" and operator not in OPERATORS:
                 continue
             name = f"{operator}{'_walks' * (model == 'walks')}_{'_'.join(map(str, shape))}{'_gated' * bool(gated)}"
-            into = folder.resolve() / f"{name}.json"
-            command = [
-                sys.executable,
-                "-m",
-                f"benchmarks.gpu.model.{model}",
-                "--operator",
-                operator,
-                "--into",
-                str(into),
-            ]
-            calls.append(shlex.join([*command, "--shape", ",".join(map(str, shape)), *gated]))
+            command = [sys.executable, "-m", f"benchmarks.gpu.model.{model}", "--operator", operator]
+            command += ["--into", str(folder.resolve() / f"{name}.json"), "--shape", ",".join(map(str, shape)), *gated]
+            calls.append(shlex.join(command))
         started.append(subprocess.Popen(["nice", "sh", "-c", "; ".join(calls)], cwd=Path(__file__).parents[2]))
     return started
 

@@ -186,17 +186,8 @@ def nothing_yet(smoke: bool) -> dict[str, Any]:
     about["GPU"] = "none: interpreted, nothing here is a measurement" if smoke else "not known"
     lists: dict[str, Any] = {name: [] for name in ("done", "barred", "left_out", "crashed", "unchecked", "checks")}
     lists |= {"rows": [], "lengths": [], "decoding": {}, "memory": {}, "schedules": {}, "about": about}
-    lists |= {"watched": [], "fit": {}, "predicted": {}}
-    seed = time.time_ns() % 2**31
-    return lists | {
-        "step": "",
-        "contender": "",
-        "since": 0.0,
-        "seed": seed,
-        "rate": (NAN, NAN),
-        "one_head": NAN,
-        "compiled": "as called",
-    }
+    lists |= {"watched": [], "fit": {}, "predicted": {}, "rate": (NAN, NAN), "one_head": NAN, "compiled": "as called"}
+    return lists | {"step": "", "contender": "", "since": 0.0, "seed": time.time_ns() % 2**31}
 
 
 def work(smoke: bool, progress: Path, start: float) -> int:

@@ -6,7 +6,6 @@ Autotuned kernels are compiled at the configurations fla-core 0.6.0 lists for Ho
 the best prediction counts. Bytes are each launch's unique ones: states of every chunk are written and read.
 """
 
-import argparse
 import itertools
 import sys
 import types
@@ -29,14 +28,9 @@ def import_fla(site: str) -> tuple[Any, Any]:
     c.is_available = lambda: True
     c.device_count = lambda: 1
     c.current_device = lambda: 0
-    c.get_device_properties = lambda *a, **k: types.SimpleNamespace(
-        name="NVIDIA H200",
-        major=9,
-        minor=0,
-        multi_processor_count=132,
-        total_memory=1 << 37,
-        shared_memory_per_block_optin=232448,
-    )
+    sizes = {"multi_processor_count": 132, "total_memory": 1 << 37, "shared_memory_per_block_optin": 232448}
+    h200 = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, **sizes)
+    c.get_device_properties = lambda *a, **k: h200
     import fla.ops.common.chunk_h as h
     import fla.ops.common.chunk_o as o
 
@@ -115,20 +109,16 @@ def best(which: str, *rest: Any, verbose: bool = True) -> model.Prediction:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = model.options()
     parser.add_argument("--site", required=True)
-    parser.add_argument("--shape", default="8,4096,16,128")
-    parser.add_argument("--gated", action="store_true")
-    parser.add_argument("--backward", action="store_true")
     parser.add_argument("--quiet", action="store_true")
     o = parser.parse_args()
-    shape = tuple(map(int, o.shape.split(",")))
     h, co = import_fla(o.site)
     print(model.HEAD, model.RULE, sep="\n")
     steps = [("fwd_h", BF), ("fwd_o", BF)]
     if o.backward:
         steps = [("fwd_h", FP), ("bwd_dh", FP), ("bwd_dqkwg", FP), ("bwd_dv", FP)]
-    kept = [best(name, h, co, shape, o.gated, dtype, verbose=not o.quiet) for name, dtype in steps]
+    kept = [best(name, h, co, o.shape, o.gated, dtype, verbose=not o.quiet) for name, dtype in steps]
     total = 2 * sum(p.ms for p in kept)
     print("; ".join(f"{p.name} {p.ms:.3f}" for p in kept))
     print(f"two calls: {total:.3f} ms, of which bytes alone {2 * sum(p.hbm_ms for p in kept):.3f}")

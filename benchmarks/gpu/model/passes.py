@@ -3,10 +3,8 @@
 python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,14 +130,8 @@ def report(launched: list[model.Launch]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="8,4096,16,128")
-    parser.add_argument("--gated", action="store_true")
-    parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--operator", default="hla2", choices=CASCADES)
-    parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
-    o = parser.parse_args()
-    shape = tuple(map(int, o.shape.split(",")))
+    o = model.options(CASCADES).parse_args()
+    shape = o.shape
     if o.into:
         both = [predicted_ms(o.operator, shape, o.gated, way) for way in (False, True)]
         o.into.write_text(json.dumps({"forward": both[0], "forward + backward": both[1]}))

@@ -9,14 +9,30 @@ before and after; waves of programs on the fullest multiprocessor give the rest.
 memory bound the launch from below.
 """
 
+import argparse
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import triton
 
 from benchmarks.gpu.model import sass, sm
 from hla_kernels import aot
+
+
+def options(operators: Collection[str] = ()) -> argparse.ArgumentParser:
+    """What the programs of this folder ask for; with ``operators`` which one, and a file for the result."""
+    parser = argparse.ArgumentParser()
+    sizes = {"type": lambda text: tuple(map(int, text.split(","))), "default": (8, 4096, 16, 128)}
+    parser.add_argument("--shape", metavar="B,T,H,K", **sizes)
+    parser.add_argument("--gated", action="store_true")
+    parser.add_argument("--backward", action="store_true")
+    if operators:
+        parser.add_argument("--operator", default="hla2", choices=operators)
+        parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
+    return parser
 
 
 @dataclass

@@ -99,24 +99,13 @@ def parse(cubin: bytes) -> list[Instruction]:
             continue
         high = int(_HIGH.match(lines[i + 1])[1], 16)
         control = high >> 41
-        write, read = (control >> 5) & 7, (control >> 8) & 7
-        body = match[3]
+        stall, wait = control & 15, (control >> 11) & 63
+        write, read = (None if slot == 7 else slot for slot in ((control >> 5) & 7, (control >> 8) & 7))
+        address, predicate, body = int(match[1], 16), match[2] or "", match[3]
         name = body.split()[0]
         target = int(_TARGET.search(body)[1], 16) if name.startswith("BRA") else None
-        instructions.append(
-            Instruction(
-                int(match[1], 16),
-                match[2] or "",
-                body,
-                control & 15,
-                None if write == 7 else write,
-                None if read == 7 else read,
-                (control >> 11) & 63,
-                name,
-                pipe_of(name),
-                target,
-            )
-        )
+        parts = (address, predicate, body, stall, write, read, wait, name, pipe_of(name), target)
+        instructions.append(Instruction(*parts))
     return instructions
 
 

@@ -6,9 +6,7 @@ A role is the loop of the loader, or of a pass. Mbarrier instructions are told a
 One program a multiprocessor; what is not a walk goes the way of ``passes.py``.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -112,19 +110,12 @@ def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backwar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="8,4096,16,128")
-    parser.add_argument("--gated", action="store_true")
-    parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--operator", default="hla2", choices=walks.OPERATORS)
-    parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
-    o = parser.parse_args()
-    shape = tuple(map(int, o.shape.split(",")))
+    o = predict.options(walks.OPERATORS).parse_args()
     if o.into:
-        forward, backward = (report(shape, o.operator, o.gated, way) for way in (False, True))
+        forward, backward = (report(o.shape, o.operator, o.gated, way) for way in (False, True))
         o.into.write_text(json.dumps({"forward": forward, "forward + backward": forward + backward}))
         return
-    print(f"predicted: {report(shape, o.operator, o.gated, o.backward):.3f} ms")
+    print(f"predicted: {report(o.shape, o.operator, o.gated, o.backward):.3f} ms")
 
 
 if __name__ == "__main__":
