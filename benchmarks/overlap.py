@@ -148,15 +148,10 @@ def main() -> int:
         rows.append([*case, f"{exposed:.2f}", f"{whole_step:.1f}", f"{exposed / whole_step:.1%}"])
     picture = (args.out if args.quick else report.ROOT / "docs" / "figures") / "overlap.png"
     draw(results[0][1], picture)
-    targets = [
-        report.Target(
-            f"{exchange}: exposed time of halves over whole",
-            medians[f"{exchange}, halves"][0] / medians[f"{exchange}, whole"][0],
-            1.0,
-            False,
-        )
-        for exchange in EXCHANGES
-    ]
+    targets = []
+    for exchange in EXCHANGES:
+        halves, whole = (medians[f"{exchange}, {way}"][0] for way in ("halves", "whole"))
+        targets.append(report.Target(f"{exchange}: exposed time of halves over whole", halves / whole, 1.0, False))
     parts = [
         "## What was measured",
         f"HLAAttention(hidden {64 * args.heads}, {args.heads} heads, hla2, decay per token), forward+backward, B = 1, "

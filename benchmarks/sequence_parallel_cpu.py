@@ -216,12 +216,14 @@ def main() -> int:
         cells = [f"{seconds[side]:.2f} ({median(sides[side], 'system'):.2f})" for side in SIDES]
         cells += [f"{ratio:.3f}" for ratio in ratios.values()]
         rows.append([name, *cells, *(f"{median(sides[side], 'wall'):.2f}" for side in SIDES)])
-    for name, by_tensor in differences.items():
+    for name, errors in differences.items():
         bound = ROUNDED if VARIANTS[name][2] else SAME
-        targets.append(report.Target(f"{name}: largest relative difference", max(by_tensor.values()), bound, False))
+        targets.append(report.Target(f"{name}: largest relative difference", max(errors.values()), bound, False))
     header = ["variant", "CPU s, one process (system)", "ranks in turns", "ranks in a crowd"]
     header += ["turns / one", "crowd / one", "wall s, one", "turns", "crowd"]
     tensors = names_of("token")
+    by_tensor = [[n, *(f"{d[t]:.1e}" if t in d else "" for t in tensors)] for n, d in differences.items()]
+    counts = [f"{way} {x}" for way in ("forward", "backward") for x in ("bytes", "collectives", "messages")]
     parts = [
         "## What was measured",
         f"hla2 forward+backward of {args.tokens} tokens, B = 1, H = {args.heads}, K = V = {K}, float32, one thread per "
@@ -232,18 +234,9 @@ def main() -> int:
         "system time of whole processes, between barriers, summed over the ranks.",
         report.table(header, rows),
         "## Differences, 2-norm, relative to one process",
-        report.table(
-            ["variant", *tensors],
-            [[n, *(f"{d[t]:.1e}" if t in d else "" for t in tensors)] for n, d in differences.items()],
-        ),
+        report.table(["variant", *tensors], by_tensor),
         "## On the wire, the rank that sends most, per call",
-        report.table(
-            [
-                "variant",
-                *(f"{way} {x}" for way in ("forward", "backward") for x in ("bytes", "collectives", "messages")),
-            ],
-            [[n, *(str(x) for x in values)] for n, values in sent.items()],
-        ),
+        report.table(["variant", *counts], [[n, *map(str, values)] for n, values in sent.items()]),
     ]
     data = {"samples": samples, "differences": differences, "sent": sent}
     return report.finish(args, "Sequence parallelism on the CPU", targets, parts, data)

@@ -168,16 +168,8 @@ def main() -> int:
     plot(rows, max(differences), image)
     order = list(CONTENDERS)
     rows.sort(key=lambda row: (row["ranks"], row["tokens"], order.index(row["name"])))
-    header = [
-        "ranks",
-        "tokens",
-        "contender",
-        "seconds",
-        "CPU s, all",
-        "MiB per rank",
-        "bytes sent per rank",
-        "messages per rank",
-    ]
+    header = ["ranks", "tokens", "contender", "seconds", "CPU s, all", "MiB per rank"]
+    header += ["bytes sent per rank", "messages per rank"]
     runs = [f"`{x['command']}` at {x['commit']}, load average {x['load_average_at_start']}" for x in earlier]
     body = [
         "## What was measured",
