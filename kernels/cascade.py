@@ -296,15 +296,8 @@ class Problem:
         segments, tokens = cut
         key_dim, value_dim = b.shape[3], c.shape[3]
         tile = self.tile(key_dim, value_dim)
-        stand_in = sequence(b, self.H)
-        sequences = {
-            "a": stand_in if a is None else sequence(a, self.H),
-            "b": stand_in,
-            "c": sequence(c, self.H),
-            "out": stand_in if out is None else sequence(out, self.H),
-            "add": stand_in if add is None else sequence(add[0], self.H),
-            "pair": stand_in if pair is None else sequence(pair[0], self.H),
-        }
+        given = {"a": a, "b": b, "c": c, "out": out, "add": add and add[0], "pair": pair and pair[0]}
+        sequences = {name: sequence(b if x is None else x, self.H) for name, x in given.items()}  # b stands in
         state = matrices(carry.value, swapped)
         launch(
             first_order_kernel,

@@ -57,18 +57,9 @@ def forward_pass(
     product = out
     if keyed and products is not None:
         product = products[p.out] = torch.empty_like(out)
-    problem.run(
-        a,
-        b,
-        c,
-        product,
-        carry,
-        False,
-        cut,
-        alpha=problem.times_scale(p.a, p.b, p.c),
-        into_state=problem.times_scale(p.b, p.c),
-        add=(a, ridge) if ridge else None,
-    )
+    alpha, into_state = problem.times_scale(p.a, p.b, p.c), problem.times_scale(p.b, p.c)
+    add = (a, ridge) if ridge else None
+    problem.run(a, b, c, product, carry, False, cut, alpha=alpha, into_state=into_state, add=add)
     if keyed:
         key_term.apply(problem, p, product, out)
     return carry
@@ -199,19 +190,8 @@ class Backward:
             pair = (problem.sequences[name], weight, terms)
             if self.cut[0] == 1 and name == p.a:
                 carry.known = False  # the tail wants the state as this walk rounds it
-        problem.run(
-            x[a],
-            x[b],
-            x[c],
-            self.gradients[name],
-            carry,
-            swapped,
-            self.cut,
-            alpha=alpha,
-            into_state=scale,
-            add=add,
-            pair=pair,
-        )
+        out = self.gradients[name]
+        problem.run(x[a], x[b], x[c], out, carry, swapped, self.cut, alpha=alpha, into_state=scale, add=add, pair=pair)
 
     def key_term(self, p: Pass, product: Tensor | None = None) -> None:
         """Once the gradient of a pass's result is known: from here on its gain is inside; ``product``: see key_term.py.

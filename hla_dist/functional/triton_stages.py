@@ -70,19 +70,8 @@ def problem_of(segment: Segment, ones: bool = True) -> Problem:
     settings = segment.settings
     passes = tuple(Pass(p.out, p.a, p.b, p.c, p.ridge, p.keyed) for p in segment.operator.passes)
     gain, skip = (x if x is None else x.contiguous() for x in (segment.gain, segment.skip))
-    return Problem(
-        passes,
-        q,
-        k,
-        v,
-        log_decay,
-        settings.scale,
-        settings.ridge,
-        target_of(q.device),
-        operator=segment.operator.name,
-        gain=gain,
-        skip=skip,
-    )
+    name, target = segment.operator.name, target_of(q.device)
+    return Problem(passes, q, k, v, log_decay, settings.scale, settings.ridge, target, None, name, gain, skip)
 
 
 @on_its_device
