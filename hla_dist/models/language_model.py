@@ -94,14 +94,10 @@ class Block(nn.Module):
     def _mix(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Any]:
         state, cu_seqlens, positions, return_state, attention_mask = arguments
         tokens = CHUNK_TOKENS if self.checkpointing == "sublayer" else 0
+        normed = map_tokens(self.attention_norm, x, modules=[self.attention_norm], tokens=tokens)
+        returned = {"output_final_state": bool(return_state), "pending": return_state == "pending"}
         mixed, state = self.attention(
-            map_tokens(self.attention_norm, x, modules=[self.attention_norm], tokens=tokens),
-            state,
-            cu_seqlens,
-            positions=positions,
-            attention_mask=attention_mask,
-            output_final_state=bool(return_state),
-            pending=return_state == "pending",
+            normed, state, cu_seqlens, positions=positions, attention_mask=attention_mask, **returned
         )
         return x + mixed, state
 
