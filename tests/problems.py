@@ -195,10 +195,18 @@ def _draw_gates(p: Problem, generator: torch.Generator) -> Tensor | None:
 Values = dict[str, Tensor]  # "out", the fields of the final state, and "d..." of every input
 
 
-def run(p: Problem, t: Tensors, function: Callable[..., Any], dtype: torch.dtype | None = None, **more: Any) -> Values:
+def run(
+    p: Problem,
+    t: Tensors,
+    function: Callable[..., Any],
+    dtype: torch.dtype | None = None,
+    backward: bool = True,
+    **more: Any,
+) -> Values:
     """Forward and backward of ``function(q, k, v, **options)``; outputs, state and every gradient by name.
 
     ``dtype`` converts every tensor first, as an oracle wants them. The loss weighs the output and the final state.
+    ``backward`` False: outputs and state alone.
     """
 
     def leaf(x: Tensor) -> Tensor:
@@ -218,11 +226,13 @@ def run(p: Problem, t: Tensors, function: Callable[..., Any], dtype: torch.dtype
         options["initial_state"] = initial
         leaves |= {f"dinitial {name}": x for name, x in zip(p.state_names, initial, strict=True)}
     out, state = function(q, k, v, **options)
+    values = {"out": out.detach()} | {n: x.detach() for n, x in zip(p.state_names, state or (), strict=False)}
+    if not backward:
+        return values
     loss = (out * t.weight_out.to(out.dtype)).sum(dtype=torch.float32 if out.dtype.itemsize < 4 else None)
     for x, weight in zip(state or (), t.weight_state, strict=True):
         loss = loss + (x * weight.to(x.dtype)).sum()
     loss.backward()
-    values = {"out": out.detach()} | {n: x.detach() for n, x in zip(p.state_names, state or (), strict=False)}
     for name, x in leaves.items():
         if x.grad is None and dtype is not None:  # an oracle that met no token has used nothing
             x.grad = torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""Every entry of the tile tables and every walk, executed as each Triton compiles it. Slow: hours of two cores.
+"""Every entry of the tile tables and every walk, executed as each Triton compiles it. Slow: hours, which may be split.
 
 Both Tritons are installed beside the environment, by pip into a folder, and run in processes of their own.
 """
@@ -22,17 +22,20 @@ TRITONS = {"3.6.0": [memory.FENCE_AFTER_COPIES], "3.7.1": []}  # and the rules t
 @pytest.mark.slow
 @pytest.mark.parametrize(("cases", "arch"), [("entries", "sm_90"), ("entries", "sm_80"), ("walks", "sm_90")])
 @pytest.mark.parametrize("version", TRITONS)
-def test_every_entry(version: str, cases: str, arch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.getbasetemp() / f"triton-{version}"
-    if not folder.exists():
+def test_every_entry(version: str, cases: str, arch: str) -> None:
+    """Cases that ended well before, on the same sources, are not run again: ``out/executed`` has them and the log."""
+    folder = ROOT / "out" / "executed" / f"triton-{version}"
+    if not (folder / "triton").exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
         subprocess.run([*install, f"triton=={version}"], check=True, timeout=600)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "tests.ptx.check", "--arch", arch, "--cases", cases]
+    command = [sys.executable, "-m", "tests.ptx.check", "--arch", arch, "--cases", cases, "--out", str(folder)]
     if TRITONS[version]:
         command += ["--suspend", *TRITONS[version]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    print(done.stdout)
-    assert f"Triton {version}" in done.stdout, done.stderr[-4000:]
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    log = folder / f"{cases}-{arch}.log"
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    text = log.read_text()
+    assert f"Triton {version}" in text, text[-4000:]
+    assert done.returncode == 0, text[-4000:]
