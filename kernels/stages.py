@@ -292,7 +292,7 @@ def gate_gradient(
             BE=tiles.power_of_two(min(elements, 1024)),
             ADD=i > 0,
         )
-    slots = torch.cat(terms)
+    slots = terms[0] if len(terms) == 1 else torch.cat(terms)
     dlog = torch.empty(problem.B, problem.H, problem.T, dtype=torch.float32, device=device)
     launch(
         gate_gradient_kernel,

@@ -17,10 +17,12 @@ How the passes of a walk meet (``link``, two tiles in shared memory, the first p
     makes b, makes c    the first pass's out is the second's b or c                 u in o = LA(q, u, v)
     adds                the second pass's out is added to the first's, in its place, and the sum is stored
     apart               both are stored, neither reads the other's
-    alone               there is one pass, and one warpgroup
+    alone               there is one pass: beyond 64 columns each warpgroup has a half of them, and forms the scores
 
 Gates come as ``gate_rows`` of walks.py, four rows a chunk. Without them nothing is weighed. A pass's out may be paired
-with a sequence, which gives a term of the gates' gradient per token (first_order.py says how it is rounded). Tails are
+with a sequence, which gives a term of the gates' gradient per token (first_order.py says how it is rounded), where a
+warpgroup has 64 columns: more leave no registers for it. There, too, the products of the state go ahead of the scores'
+masks and beside the storing of outputs. Tails are
 TMA's: zeros come in beyond T and the columns there are, nothing goes out. Sums are float32 in a fixed order.
 """
 
@@ -121,52 +123,88 @@ def sums_of_threads(x):
 
 
 @gluon.jit
-def half_of_out(
-    p,
-    a_t,
+def state_term(p, a_t, SUM: gl.constexpr, PAIR: gl.constexpr):
+    """Begin P^T a^T of 64 rows of P^T. Returns it and its factors, which are to stay until it has been waited for.
+
+    A factor is the state as rounded to bf16, and for the pair's sake what rounding lost, too.
+    """
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
+    factor = gl.convert_layout((rounded(p) if PAIR else p).to(gl.bfloat16), LEFT)
+    y = warpgroup_mma(factor, a_t, gl.zeros([64, C], gl.float32, SUM), is_async=True)
+    lost = factor
+    if PAIR:
+        lost = gl.convert_layout((p - rounded(p)).to(gl.bfloat16), LEFT)
+        y = warpgroup_mma(lost, a_t, y, is_async=True)
+    return y, factor, lost
+
+
+@gluon.jit
+def add_scores(
+    begun,
     c_t,
     x,
     gate,
     pair_t,
+    alpha,
+    SUM: gl.constexpr,
+    REVERSE: gl.constexpr,
+    GATED: gl.constexpr,
+    PAIR: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """Weigh what ``state_term`` began and begin to add c^T X. Returns the sum, its factor, the pair, terms so far.
+
+    The terms so far: what the pair loses where it is rounded with its gates. ``EARLY``: there are registers to load
+    before the products have ended.
+    """
+    y, factor, lost = begun
+    pair = 0.0
+    terms = 0.0
+    if GATED:
+        ROW: gl.constexpr = 2 if REVERSE else 1  # decay between the chunk's edge and each token
+        if EARLY:
+            weight = gate_row(gate, ROW, SUM)
+        if PAIR:
+            pair = pair_t.load(SUM).to(gl.float32)
+        y, factor, lost = warpgroup_mma_wait(0, deps=(y, factor, lost))
+        if not EARLY:
+            weight = gate_row(gate, ROW, SUM)
+        if PAIR:
+            weighed_pair = pair * weight
+            terms = sums_of_threads((rounded(weighed_pair) - weighed_pair) * y) * alpha
+        y *= weight
+    return warpgroup_mma(c_t, x, y, is_async=True), factor, pair, terms
+
+
+@gluon.jit
+def store_out(
+    sums,
     add_t,
     link_t,
     out_t,
     alpha,
     beta,
     SUM: gl.constexpr,
-    REVERSE: gl.constexpr,
-    GATED: gl.constexpr,
     PAIR: gl.constexpr,
     ADD: gl.constexpr,
     ADDS: gl.constexpr,
+    PENDING: gl.constexpr,
 ):
-    """64 rows of out^T from 64 rows of P^T, stored. Returns each thread's sums over rows of pair times out.
+    """Store 64 rows of out^T. Returns each thread's sums over rows of pair times out.
 
-    The factor of the state's term is the state as rounded to bf16, and for the pair's sake what rounding lost, too:
-    formed only when the first has been read, since there are no registers for both.
+    ``PENDING``: products under way beside it, begun later.
     """
-    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
-    factor = gl.convert_layout((rounded(p) if PAIR else p).to(gl.bfloat16), LEFT)
-    y = warpgroup_mma(factor, a_t, gl.zeros([64, C], gl.float32, SUM), is_async=True)
-    terms = 0.0
-    if GATED:
-        if PAIR:
-            y, factor = warpgroup_mma_wait(0, deps=(y, factor))
-            factor = gl.convert_layout((p - rounded(p)).to(gl.bfloat16), LEFT)
-            y = warpgroup_mma(factor, a_t, y, is_async=True)
-        y, factor = warpgroup_mma_wait(0, deps=(y, factor))
-        weight = gate_row(gate, 2 if REVERSE else 1, SUM)  # decay between the chunk's edge and each token
-        if PAIR:
-            pair = pair_t.load(SUM).to(gl.float32) * weight
-            terms = sums_of_threads((rounded(pair) - pair) * y) * alpha
-        y *= weight
-    y = warpgroup_mma(c_t, x, y, is_async=True)
-    y, factor = warpgroup_mma_wait(0, deps=(y, factor))
+    y, factor, pair, terms = sums
+    if ADD and PENDING > 0:
+        add = add_t.load(SUM).to(gl.float32)
+    y, factor = warpgroup_mma_wait(PENDING, deps=(y, factor))
     y *= alpha
     if PAIR:
-        terms += sums_of_threads(pair_t.load(SUM).to(gl.float32) * y)
+        terms += sums_of_threads(pair * y)
     if ADD:
-        y += add_t.load(SUM).to(gl.float32) * beta
+        if PENDING == 0:
+            add = add_t.load(SUM).to(gl.float32)
+        y += add * beta
     if ADDS:
         y += link_t.load(SUM).to(gl.float32)
     out_t.store(y.to(gl.bfloat16))
@@ -198,11 +236,13 @@ def pass_part(
     TAKES: gl.constexpr,
     ADDS: gl.constexpr,
     STORES: gl.constexpr,
+    HALF: gl.constexpr,
 ):
     """One pass: ``MAKES`` its out for the other, ``TAKES`` the other's as "b" or "c", ``ADDS`` the other's to its own.
 
     ``STREAMS``: its a, b, c; what is added to its out, and what is paired with it, or -1. ``SIZES``: rows and columns
-    of the state there are, whether it enters, leaves, and is a transpose in memory.
+    of the state there are, whether it enters, leaves, and is a transpose in memory. ``HALF``: columns of out that are
+    this warpgroup's, the first 64 or the second; -1: all.
     """
     ROWS: gl.constexpr = SIZES[0]
     COLUMNS: gl.constexpr = SIZES[1]
@@ -211,6 +251,8 @@ def pass_part(
     SWAPPED: gl.constexpr = SIZES[4]
     ADD: gl.constexpr = STREAMS[3] >= 0
     PAIR: gl.constexpr = STREAMS[4] >= 0
+    BOTH: gl.constexpr = D == 128 and HALF < 0
+    FIRST: gl.constexpr = 64 if HALF == 1 else 0
     SUM: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     STATE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUM, k_width=2)
@@ -222,11 +264,14 @@ def pass_part(
     o_b = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, STATE)), 0)
     at = o_c * ROWS + o_b if SWAPPED else o_b * COLUMNS + o_c  # of P^T [c, b]
     half = 64 * ROWS if SWAPPED else 64
+    if HALF == 1:
+        state_in += half
+        state_out += half
     p0 = gl.zeros([64, D], gl.float32, STATE)
     p1 = gl.zeros([64, D], gl.float32, STATE)
     if ENTERS:
-        p0 += gl.load(state_in + at, mask=(o_b < ROWS) & (o_c < COLUMNS), other=0.0) / into_state
-        if D == 128:
+        p0 += gl.load(state_in + at, mask=(o_b < ROWS) & (o_c + FIRST < COLUMNS), other=0.0) / into_state
+        if BOTH:
             p1 += gl.load(state_in + half + at, mask=(o_b < ROWS) & (o_c + 64 < COLUMNS), other=0.0) / into_state
     for j in range(chunks):
         slot = j % SLOTS
@@ -241,8 +286,12 @@ def pass_part(
             b = link.index(side)
         a_t = tiles.index(STREAMS[0] * SLOTS + slot).permute((1, 0))
         gate = gate_tiles.index(slot)
-        y = warpgroup_mma(b, a_t, gl.zeros([C, C], gl.float32, SUM), is_async=True)
-        y = warpgroup_mma_wait(0, deps=(y,))
+        scores = warpgroup_mma(b, a_t, gl.zeros([C, C], gl.float32, SUM), is_async=True)
+        if BOTH:  # no registers to begin anything else
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+        else:
+            begun = state_term(p0, a_t, SUM, PAIR)
+            scores = warpgroup_mma_wait(2 if PAIR else 1, deps=(scores,))
         out = out_s
         if MAKES or ADDS:
             out = link.index(side)
@@ -250,7 +299,7 @@ def pass_part(
             tma.store_wait(LINKS - 1 if MAKES else 0)  # what was stored from this place has left it
         if ADDS:
             mbarrier.arrive(link_free.index((j + LINKS - 1) % LINKS), count=1, pred=j > 0)
-        keep_scores(x, y, gate, SUM, REVERSE, GATED)
+        keep_scores(x, scores, gate, SUM, REVERSE, GATED)
         if MAKES:
             mbarrier.wait(link_free.index(side), phase ^ 1)
         if ADDS or TAKES == "c":
@@ -262,42 +311,55 @@ def pass_part(
         link_t = link.index(side).permute((1, 0))
         add_t = tiles.index((STREAMS[3] if ADD else 0) * SLOTS + slot).permute((1, 0))
         pair_t = tiles.index((STREAMS[4] if PAIR else 0) * SLOTS + slot).permute((1, 0))
-        terms = half_of_out(
-            p0, a_t, c_t.slice(0, 64, 0), x, gate, pair_t.slice(0, 64, 0), add_t.slice(0, 64, 0),
-            link_t.slice(0, 64, 0), out_t.slice(0, 64, 0), alpha, beta, SUM, REVERSE, GATED, PAIR, ADD, ADDS,
-        )  # fmt: skip
-        if D == 128:
-            terms += half_of_out(
-                p1, a_t, c_t.slice(64, 64, 0), x, gate, pair_t.slice(64, 64, 0), add_t.slice(64, 64, 0),
-                link_t.slice(64, 64, 0), out_t.slice(64, 64, 0), alpha, beta, SUM, REVERSE, GATED, PAIR, ADD, ADDS,
+        c0 = c_t.slice(FIRST, 64, 0)
+        pair0 = pair_t.slice(FIRST, 64, 0)
+        add0 = add_t.slice(FIRST, 64, 0)
+        if BOTH:
+            c1 = c_t.slice(64, 64, 0)
+            sums = add_scores(
+                state_term(p0, a_t, SUM, False), c0, x, gate, pair0, alpha, SUM, REVERSE, GATED, False, False
+            )
+            store_out(sums, add0, link_t.slice(0, 64, 0), out_t.slice(0, 64, 0), alpha, beta, SUM, False, ADD, ADDS, 0)
+            sums = add_scores(
+                state_term(p1, a_t, SUM, False), c1, x, gate, pair0, alpha, SUM, REVERSE, GATED, False, False
+            )
+            store_out(
+                sums, add_t.slice(64, 64, 0), link_t.slice(64, 64, 0), out_t.slice(64, 64, 0), alpha, beta, SUM,
+                False, ADD, ADDS, 0,
             )  # fmt: skip
-        if PAIR:
-            terms = gl.sum(terms, 1)  # [4, 64]
-            WARPS: gl.constexpr = terms.type.layout
-            o_w = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(1, WARPS)), 1)
-            o_t = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, WARPS)), 0)
-            row = (o_w * rows + i_bh).to(gl.int64) * T
-            gl.store(terms_out + row + i_c * C + o_t, terms * weight, mask=o_t < T - i_c * C)
-        left0 = c_t.slice(0, 64, 0)
-        left1 = left0
-        if D == 128:
-            left1 = c_t.slice(64, 64, 0)
-        if GATED:
-            left0 = weighed(left0, gate, REVERSE, LEFT)
-            p0 *= gate_column(gate, 3, STATE)
-            if D == 128:
-                left1 = weighed(left1, gate, REVERSE, LEFT)
+            left0 = c0
+            left1 = c1
+            if GATED:
+                left0 = weighed(c0, gate, REVERSE, LEFT)
+                p0 *= gate_column(gate, 3, STATE)
+                left1 = weighed(c1, gate, REVERSE, LEFT)
                 p1 *= gate_column(gate, 3, STATE)
-        p0 = warpgroup_mma(left0, b, p0, is_async=True)
-        if D == 128:
+            p0 = warpgroup_mma(left0, b, p0, is_async=True)
             p1 = warpgroup_mma(left1, b, p1, is_async=True)
+        else:
+            sums = add_scores(begun, c0, x, gate, pair0, alpha, SUM, REVERSE, GATED, PAIR, True)
+            left0 = c0
+            left1 = c0
+            if GATED:
+                left0 = weighed(c0, gate, REVERSE, LEFT)
+                p0 *= gate_column(gate, 3, STATE)
+            p0 = warpgroup_mma(left0, b, p0, is_async=True)
+            link0 = link_t.slice(0, 64, 0) if ADDS else pair0
+            terms = store_out(sums, add0, link0, out_t.slice(0, 64, 0), alpha, beta, SUM, PAIR, ADD, ADDS, 1)
+            if PAIR:
+                terms = gl.sum(terms, 1)  # [4, 64]
+                WARPS: gl.constexpr = terms.type.layout
+                o_w = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(1, WARPS)), 1)
+                o_t = gl.expand_dims(gl.arange(0, C, gl.SliceLayout(0, WARPS)), 0)
+                row = (o_w * rows + i_bh).to(gl.int64) * T
+                gl.store(terms_out + row + i_c * C + o_t, terms * weight, mask=o_t < T - i_c * C)
         fence_async_shared()
         barrier()
         if MAKES:
             mbarrier.arrive(link_ready.index(side), count=1)
         if STORES:
-            tile = out._reinterpret(gl.bfloat16, [1, 1, C, D], BOX)
-            tma.async_copy_shared_to_global(out_rows, [i_b, i_h, i_c * C, 0], tile)
+            tile = out._reinterpret(gl.bfloat16, [1, 1, C, D if HALF < 0 else 64], BOX)
+            tma.async_copy_shared_to_global(out_rows, [i_b, i_h, i_c * C, FIRST], tile)
         if GATED:
             p0, p1, left0, left1 = warpgroup_mma_wait(0, deps=(p0, p1, left0, left1))
         else:
@@ -308,8 +370,8 @@ def pass_part(
     if STORES:
         tma.store_wait(0)
     if LEAVES:
-        gl.store(state_out + at, p0 * into_state, mask=(o_b < ROWS) & (o_c < COLUMNS))
-        if D == 128:
+        gl.store(state_out + at, p0 * into_state, mask=(o_b < ROWS) & (o_c + FIRST < COLUMNS))
+        if BOTH:
             gl.store(state_out + half + at, p1 * into_state, mask=(o_b < ROWS) & (o_c + 64 < COLUMNS))
 
 
@@ -344,6 +406,9 @@ def walk_kernel(
     ADDS: gl.constexpr = LINK == "adds"
     TAKES: gl.constexpr = "b" if LINK == "makes b" else ("c" if LINK == "makes c" else "")
     LINKED: gl.constexpr = ADDS or TAKES != ""
+    HALVES: gl.constexpr = LINK == "alone" and D == 128
+    ONE: gl.constexpr = LINK == "alone" and not HALVES  # warpgroup
+    OUT1: gl.constexpr = 1 if LINK == "apart" or HALVES else 0
     N: gl.constexpr = len(REPEATS)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     GATE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
@@ -359,20 +424,20 @@ def walk_kernel(
     x0 = gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE)
     x1 = x0
     link = tiles
-    if LINK != "alone":
+    if not ONE:
         x1 = gl.allocate_shared_memory(gl.bfloat16, [C, C], TILE)
     if LINKED:
         link = gl.allocate_shared_memory(gl.bfloat16, [LINKS, C, D], TILE)
     out_s = link
     if not ADDS:
-        out_s = gl.allocate_shared_memory(gl.bfloat16, [2 if LINK == "apart" else 1, C, D], TILE)
+        out_s = gl.allocate_shared_memory(gl.bfloat16, [1 + OUT1, C, 64 if HALVES else D], TILE)
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     link_ready = ready
     link_free = free
     for i in gl.static_range(SLOTS):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=1 if LINK == "alone" else 2)
+        mbarrier.init(free.index(i), count=1 if ONE else 2)
     if LINKED:
         link_ready = gl.allocate_shared_memory(gl.int64, [LINKS, 1], mbarrier.MBarrierLayout())
         link_free = gl.allocate_shared_memory(gl.int64, [LINKS, 1], mbarrier.MBarrierLayout())
@@ -393,17 +458,16 @@ def walk_kernel(
     end1 = leaving[1] + number * (S1[0] * S1[1])
     MAKES0: gl.constexpr = TAKES != ""
     STORES0: gl.constexpr = SAVE or TAKES == ""
-    OUT1: gl.constexpr = 1 if LINK == "apart" else 0
     n0 = (alpha, beta, into_states[0], weights[0])
     n1 = (alpha, beta, into_states[1], weights[1])
-    if LINK == "alone":
+    if ONE:
         gl.warp_specialize(
             [
                 (
                     pass_part,
                     (
                         in0, end0, terms[0], tiles, gate_tiles, x0, out_s.index(0), outs[0], link, barriers, place, n0,
-                        P0, S0, SLOTS, LINKS, REVERSE, GATED, D, False, "", False, True,
+                        P0, S0, SLOTS, LINKS, REVERSE, GATED, D, False, "", False, True, -1,
                     ),
                 ),
                 (
@@ -421,7 +485,7 @@ def walk_kernel(
                     pass_part,
                     (
                         in0, end0, terms[0], tiles, gate_tiles, x0, out_s.index(0), outs[0], link, barriers, place, n0,
-                        P0, S0, SLOTS, LINKS, REVERSE, GATED, D, MAKES0, "", ADDS, STORES0,
+                        P0, S0, SLOTS, LINKS, REVERSE, GATED, D, MAKES0, "", ADDS, STORES0, 0 if HALVES else -1,
                     ),
                 ),
                 (
@@ -429,6 +493,7 @@ def walk_kernel(
                     (
                         in1, end1, terms[1], tiles, gate_tiles, x1, out_s.index(OUT1), outs[1], link, barriers, place,
                         n1, P1, S1, SLOTS, LINKS, REVERSE, GATED, D, ADDS, TAKES, False, not ADDS,
+                        1 if HALVES else -1,
                     ),
                 ),
                 (

@@ -13,6 +13,9 @@
     dk                   rLA(r, do, q)            rLA(v, dr, q)            adds             r do q v dr, dk
     dq                   LA(do, r, k)             LA(dr, v, k)             adds             do r k dr v, dq
 
+Where terms of the gates' gradient come out, beyond 64 columns, du, dv, dk and dq take a walk for each of their passes:
+both warpgroups then share one state, and have the registers for it (``_Call._run_each``).
+
 linear attention has a walk of one pass for each of o, dq, dk and dv. hla3 makes r beforehand, then walks as hla2 does
 with r for v; what r adds to dk and dq comes in a walk more each, on top of what is there. With a key term u and o are
 walks of their own, between which key_term.py makes u of the first one's result; so is its gradient, before dk and dq.
@@ -48,6 +51,7 @@ OPERATORS = ("hla2", "ahla", "linear_attention", "hla3")
 BY_DEFAULT = False  # whether "auto" takes walks where they run: once the GPU suite has found them right and faster
 WIDEST = 128  # columns of q, k and v
 SHORTEST = 1024  # tokens of the shortest segment: what states cost stays below what it walks
+SO_FAR = "sum so far"  # of dk or dq, by that name among the sequences
 SLOTS = {2: 3, 3: 3, 4: 2, 5: 2, 6: 2}  # chunks on their way, by streams: what shared memory holds
 
 
@@ -75,7 +79,7 @@ class Walk(NamedTuple):
     link: str
     reverse: bool = False
     pairs: str = ". ."
-    add: str = ""  # what is added: times the ridge, or dk and dq so far; to the second pass where the first adds that
+    add: str = ""  # what is added: times the ridge, or the sum so far; to the second pass where the first adds that
 
     def streams(self, paired: bool) -> list[str]:
         """What is loaded: every name but that of what the first pass makes, each once."""
@@ -85,6 +89,11 @@ class Walk(NamedTuple):
         names += [self.add] if self.add else []
         names += [pair[1:] for pair in self.pairs.split() if paired and pair != "."]
         return list(dict.fromkeys(names))
+
+    @property
+    def paired(self) -> bool:
+        """Whether terms of the gates' gradient come out of it, where they are wanted."""
+        return self.pairs != ". ."
 
 
 WALKS = {
@@ -145,7 +154,9 @@ class _Call:
             self.walks["dk"] = self.walks["dk"]._replace(add="dk")  # on top of the key term's own gradient
         self.gate_rows = _gate_rows(problem) if problem.gated else None
         self.ridge = problem.ridge * problem.scale if problem.passes[0].ridge and not problem.keyed else 0.0
-        self.terms: list[Tensor] = []
+        self.room: Tensor | None = None  # of which ``slots`` are taken
+        self.slots = 0
+        self.waiting: tuple[str, Tensor | None, _State] | None = None  # a pass still to be run, where to, and its state
 
     def width(self, name: str) -> int:
         """Columns of a sequence."""
@@ -166,12 +177,40 @@ class _Call:
 
     def run(self, name: str, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
         """Launch one walk. ``outs``: where its passes' results go."""
-        walk, problem = self.walks[name], self.problem
+        walk = self.walks[name]
+        wide = max(self.width(x) for x in walk.streams(self.gate)) > 64
+        if wide and self.gate and walk.paired and walk.link != "alone":
+            self._run_each(walk, outs, states)
+        else:
+            self._run(walk, outs, states)
+
+    def _run_each(self, walk: Walk, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
+        """A walk for every pass that is paired; of the others, that of du's walk waits to share one with that of dk's.
+
+        The second pass goes first: what is added to it is its own a, and needs no tile more.
+        """
+        pairs, adds = walk.pairs.split(), [walk.add, ""]
+        if walk.link == "adds":
+            outs, adds = (outs[0], outs[0]), [SO_FAR, walk.add]
+            self.sequences[SO_FAR] = outs[0]
+        if pairs[1] == "." and walk == self.walks["apart"] and not self.walks["dk"].add:  # else it has a tile too many
+            self.waiting = (walk.passes[1], outs[1], states[1])
+        elif pairs[1] == "." and self.waiting:
+            (other, out, state), self.waiting = self.waiting, None
+            self._run(Walk((walk.passes[1], other), "apart", walk.reverse), (outs[1], out), (states[1], state))
+        else:
+            self._run(Walk((walk.passes[1],), "alone", walk.reverse, pairs[1], adds[1]), outs[1:], states[1:])
+        self._run(Walk((walk.passes[0],), "alone", walk.reverse, pairs[0], adds[0]), outs[:1], states[:1])
+
+    def _run(self, walk: Walk, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
+        """One launch."""
+        problem = self.problem
         names = walk.streams(self.gate)
         inputs = [_tma_ready(self.sequences[x]) for x in names]
         columns = 64 if max(x.shape[3] for x in inputs) <= 64 else WIDEST
+        halves = walk.link == "alone" and columns == WIDEST  # of the columns: one for each warpgroup
         adder = 1 if walk.link == "adds" else 0
-        beta = 1.0 if walk.add in ("dk", "dq") else self.ridge
+        beta = 1.0 if walk.add in ("dk", "dq", SO_FAR) else self.ridge
         passes, sizes, entering, leaving, terms, weights = [], [], [], [], [], []
         for i, (one, pair, state) in enumerate(zip(walk.passes, walk.pairs.split(), states)):
             a, b, c = one.split()
@@ -182,7 +221,7 @@ class _Call:
             sizes.append((self.width(b), self.width(c), *flags))
             entering.append(problem.q if state.entering is None else state.entering)
             leaving.append(problem.q if state.leaving is None else state.leaving)
-            terms.append(self._terms() if paired else problem.q)
+            terms += self._terms(1 + halves) if paired else [problem.q]
             weights.append(-1.0 if pair[0] == "-" else 1.0)
         into_states = [float(problem.times_scale(*one.split()[1:])) for one in walk.passes]
         streams = tuple(_rows(x, columns) for x in inputs)
@@ -190,7 +229,7 @@ class _Call:
             walk_kernel,
             self.cut[0] * problem.rows,
             streams=streams,
-            outs=_two([streams[0] if x is None else _rows(x, columns) for x in outs]),
+            outs=_two([streams[0] if x is None else _rows(x, 64 if halves else columns) for x in outs]),
             gate_rows=streams[0] if self.gate_rows is None else _gate_tiles(self.gate_rows),
             states=_two(entering),
             leaving=_two(leaving),
@@ -215,11 +254,19 @@ class _Call:
             D=columns,
         )
 
-    def _terms(self) -> Tensor:
-        """Room for terms of the gates' gradient: of every token one from each of four warps."""
-        problem = self.problem
-        self.terms.append(torch.empty(4, problem.rows, problem.T, dtype=torch.float32, device=problem.q.device))
-        return self.terms[-1]
+    def _terms(self, warpgroups: int) -> list[Tensor]:
+        """Room for terms of the gates' gradient: of every token one from each of a warpgroup's four warps."""
+        if self.room is None:  # for all of the call: they are summed where they lie
+            pairs = sum(pair != "." for walk in self.walks.values() for pair in walk.pairs.split())
+            shape = (8 * pairs, self.problem.rows, self.problem.T)
+            self.room = torch.empty(shape, dtype=torch.float32, device=self.problem.q.device)
+        begin, self.slots = self.slots, self.slots + 4 * warpgroups
+        return list(self.room[begin : self.slots].split(4))
+
+    @property
+    def terms(self) -> list[Tensor]:
+        """Those there are, ``[slots, B H, T]``, if any."""
+        return [] if self.room is None else [self.room[: self.slots]]
 
     def run_linked(
         self,
@@ -378,16 +425,16 @@ def _gradients(
 ) -> Gradients:
     """Summed over the query heads of every K/V head; that of the gates from its terms."""
     problem = call.problem
-    leaving = [edge(problem, carry) for carry in reverse]
+    leaving, terms = [edge(problem, carry) for carry in reverse], call.terms
     if column:
         column.add({name: call.sequences[f"d{name}"] for name in "qk"})
         leaving = column.beside(leaving, column.reverse)
-        call.terms += column.backward.terms
+        terms += column.backward.terms
         for name in column.results:
             forward, reverse = [*forward, column.forward[name]], [*reverse, column.reverse[name]]
     pairs = ((call.sequences[f"d{name}"], problem.sequences[name]) for name in "qkv")
     dq, dk, dv = (own_heads(gradient, like, None).contiguous() for gradient, like in pairs)
-    dlog = gate_gradient(problem, call.terms, forward, reverse, call.cut) if call.gate else None
+    dlog = gate_gradient(problem, terms, forward, reverse, call.cut) if call.gate else None
     return Gradients(dq, dk, dv, dlog, leaving, *key)
 
 

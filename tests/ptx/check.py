@@ -230,7 +230,7 @@ def variants(case: Case) -> set[tuple[str, str]]:
 
 
 def needed(some: Iterable[Case]) -> list[Case]:
-    """Of these cases, in their order, as few as launch every variant: a case whose variants others launch is left out."""
+    """Of these cases, in their order, as few as launch every variant: one whose variants others launch is left out."""
     launched = {case: {(case.arch, *variant) for variant in variants(case)} for case in some}
     count = Counter(variant for each in launched.values() for variant in each)
     for case, each in list(launched.items()):

@@ -24,10 +24,10 @@ def test_walks(case: check.Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("walk", ["makes b", "apart", "adds"])
-def test_faults_taken_out_of_a_walk_are_reported(walk: str) -> None:
+@pytest.mark.parametrize(("walk", "columns"), [("makes b", 64), ("apart", 64), ("adds", 64), ("alone", 128)])
+def test_faults_taken_out_of_a_walk_are_reported(walk: str, columns: int) -> None:
     """The first and the last place of each kind, in hla2 with gates: more chunks than slots, the last not whole."""
-    q, k, v = (torch.randn(1, 258, 1, 64).mul(0.1).bfloat16().requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 258, 1, columns).mul(0.1).bfloat16().requires_grad_() for _ in range(3))
     gates = torch.rand(1, 258, 1).mul(-0.1).requires_grad_()
     with triton_backend("sm_90", exact=False) as emulator:
         hla_dist.hla2(q, k, v, log_decay=gates, backend="gluon")[0].square().sum().backward()

@@ -22,7 +22,7 @@ MAKES = ("ready", "link_free", "link_ready", "free")
 TAKES = ("ready", "link_ready", "link_free", "free")
 ADDS = ("ready", "link_free", "link_ready", "free")
 # of the consumers' loops, in the order in which they stand in the code: the second warpgroup's first
-PLANS = {"alone": (ALONE,), "apart": (ALONE, ALONE), "makes b": (TAKES, MAKES), "makes c": (TAKES, MAKES)}
+PLANS = {"alone": (ALONE, ALONE), "apart": (ALONE, ALONE), "makes b": (TAKES, MAKES), "makes c": (TAKES, MAKES)}
 PLANS["adds"] = (MAKES, ADDS)
 
 
@@ -54,7 +54,8 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     compiled = predict.compile_launch(walks.walk_kernel, a, options)
     code = sass.parse(compiled.asm["cubin"])
     bodies = _loops(code)
-    left = list(PLANS[a["LINK"]])
+    consumers = 1 if a["LINK"] == "alone" and a["D"] == 64 else 2
+    left = list(PLANS[a["LINK"]][:consumers])
     copies = 0
     for body in bodies:
         loads = any(x.name.startswith("UTMALDG") for x in body)
@@ -65,7 +66,6 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
             x.channel = channel
         copies += sum(x.name.startswith("UTMALDG") for x in body)
     ahead = a["LINKS"] - (a["LINK"] == "adds")  # it frees a place a step later than it says so here
-    consumers = 1 if a["LINK"] == "alone" else 2
     channels = {"ready": (1, 0, copies), "free": (consumers, a["SLOTS"], 0)}
     channels |= {"link_ready": (1, 0, 0), "link_free": (1, ahead, 0)}
     roles = [(body, 1 if any(x.name.startswith("UTMALDG") for x in body) else 4) for body in bodies]
