@@ -21,13 +21,13 @@ from torch import Tensor
 
 from hla_dist.operators.cascade import Fields, Pass
 from hla_dist.operators.gates import flush, lower
-from hla_dist.operators.segment import Segment, Span, Tile
+from hla_dist.operators.segment import RowTile, Segment, Span
 
 
-class Block:
+class ForwardBlock:
     """Forward quantities of one block, from the states that enter it."""
 
-    def __init__(self, segment: Segment, tile: Tile, span: Span, carry: Fields):
+    def __init__(self, segment: Segment, tile: RowTile, span: Span, carry: Fields):
         self.operator, self.ridge = segment.operator, segment.settings.ridge
         self.carry = carry
         self.gain, self.skip = segment.heads_rows(tile, segment.gain), segment.heads_rows(tile, segment.skip)
@@ -137,14 +137,14 @@ def _left(p: Pass) -> str:
     return "before" if p.strict else "start"
 
 
-class ReverseBlock(Block):
+class ReverseBlock(ForwardBlock):
     """Gradients of one block, given the output's; reverse carries enter from the right.
 
     ``gradients`` holds dout of the last pass, and after ``run`` whatever names it was asked for; only the products
     these need are formed.
     """
 
-    def __init__(self, segment: Segment, tile: Tile, span: Span, carry: Fields, reverse_carry: Fields, dout: Tensor):
+    def __init__(self, segment: Segment, tile: RowTile, span: Span, carry: Fields, reverse_carry: Fields, dout: Tensor):
         super().__init__(segment, tile, span, carry)
         self.gradients = {self.operator.passes[-1].out: dout}
         self.reverse_carry = reverse_carry

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hla_dist.operators.cascade import Fields, Operator, Pass
 from hla_dist.operators.gates import CUT, flush, lower
-from hla_dist.operators.segment import Segment, Span, Tile
+from hla_dist.operators.segment import RowTile, Segment, Span
 from hla_dist.operators.stages import Scanned, Summarized, ratio
 from hla_dist.operators.stages_backward import Gradients, Saved, numerators
 from hla_dist.states import LinearState
@@ -62,7 +62,7 @@ CHANNELS = Operator(
 class _Block:
     """A block's sequences and what its gates make of them, each when it is first read."""
 
-    def __init__(self, segment: Segment, tile: Tile, span: Span):
+    def __init__(self, segment: Segment, tile: RowTile, span: Span):
         assert segment.log_decay is not None
         self.n, self.c = span.n, segment.chunk
         self.q, self.k, self.v = (self._chunks(segment.sequence(name, tile, span)) for name in "qkv")

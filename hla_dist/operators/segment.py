@@ -25,7 +25,7 @@ BLOCK_TOKENS = 1024
 TILE_TOKENS = 4096  # tokens (or rows of states) a block has in all: 1 MiB per sequence at K = 64, which stays in cache
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """Batch elements ``b0:b1`` and K/V heads ``g0:g1`` walked together."""
 
     b0: int
@@ -81,7 +81,7 @@ class Segment:
         self._longest = CHANNEL_CHUNK if per_channel else CHUNK
         longest = settings.chunk_size or self._longest
         self._block_tokens = max(1, BLOCK_TOKENS // longest) * longest
-        self._shared_gates: dict[tuple[Tile, int], BlockGates] = {}
+        self._shared_gates: dict[tuple[RowTile, int], BlockGates] = {}
 
     @property
     def chunk(self) -> int:
@@ -103,16 +103,16 @@ class Segment:
         return [Span(i, t0, t1, -(-(t1 - t0) // self.chunk)) for i, (t0, t1) in enumerate(zip(starts, ends))]
 
     @property
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self) -> Iterator[RowTile]:
         """Groups of rows; several batch elements together only when all their heads fit."""
         rows = max(1, TILE_TOKENS // max(min(self._block_tokens, self.T), self.K))
         kv = max(1, rows // self.heads_per_kv)
         batches = max(1, kv // self.G)
         for b0 in range(0, self.B, batches):
             for g0 in range(0, self.G, kv):
-                yield Tile(b0, min(b0 + batches, self.B), g0, min(g0 + kv, self.G))
+                yield RowTile(b0, min(b0 + batches, self.B), g0, min(g0 + kv, self.G))
 
-    def heads(self, tile: Tile) -> slice:
+    def heads(self, tile: RowTile) -> slice:
         """Query heads of a tile."""
         return slice(tile.g0 * self.heads_per_kv, tile.g1 * self.heads_per_kv)
 
@@ -127,32 +127,32 @@ class Segment:
         width = self.operator.columns(name, self.K, self.V)
         return torch.empty(self.B, self.T, self.H, width, dtype=self.dtype, device=self.device)
 
-    def zero_rows(self, tile: Tile, name: str) -> Tensor:
+    def zero_rows(self, tile: RowTile, name: str) -> Tensor:
         """A tile's zero state."""
         rows = (tile.b1 - tile.b0) * (tile.g1 - tile.g0) * self.heads_per_kv
         return torch.zeros(rows, *self.operator.shape(name, self.K, self.V), dtype=self.dtype, device=self.device)
 
-    def rows(self, tile: Tile, field: Tensor) -> Tensor:
+    def rows(self, tile: RowTile, field: Tensor) -> Tensor:
         """A tile's part of a state (or of a number per head, ``[B, H]``)."""
         return field[tile.b0 : tile.b1, self.heads(tile)].flatten(0, 1)
 
-    def heads_rows(self, tile: Tile, numbers: Tensor | None) -> Tensor | None:
+    def heads_rows(self, tile: RowTile, numbers: Tensor | None) -> Tensor | None:
         """A tile's part ``[N, 1, 1]`` of a number per head ``[H]``, or None."""
         if numbers is None:
             return None
         return numbers.to(self.dtype)[self.heads(tile)].repeat(tile.b1 - tile.b0)[:, None, None]
 
-    def add_rows(self, tile: Tile, field: Tensor, value: Tensor) -> None:
+    def add_rows(self, tile: RowTile, field: Tensor, value: Tensor) -> None:
         """Add a tile's numbers ``[N]`` to ``[B, H]``."""
         part = field[tile.b0 : tile.b1, self.heads(tile)]
         part += value.view(part.shape)
 
-    def put_rows(self, tile: Tile, field: Tensor, value: Tensor) -> None:
+    def put_rows(self, tile: RowTile, field: Tensor, value: Tensor) -> None:
         """Write a tile's part of a state."""
         part = field[tile.b0 : tile.b1, self.heads(tile)]
         part.copy_(value.view(part.shape))
 
-    def load(self, x: Tensor, tile: Tile, span: Span) -> Tensor:
+    def load(self, x: Tensor, tile: RowTile, span: Span) -> Tensor:
         """A block of ``x [B, T, heads, D]``, zero past the end; K/V heads are repeated for their query heads."""
         shared = x.shape[2] != self.H
         heads = slice(tile.g0, tile.g1) if shared else self.heads(tile)
@@ -165,14 +165,14 @@ class Segment:
         block[..., t:, :] = 0
         return block.flatten(0, 2)
 
-    def sequence(self, name: str, tile: Tile, span: Span) -> Tensor:
+    def sequence(self, name: str, tile: RowTile, span: Span) -> Tensor:
         """A block of q (scaled), k or v (with its column of ones if normalised)."""
         x = self.load(getattr(self, name), tile, span)
         if name == "q" and self.settings.scale != 1.0:
             x.mul_(self.settings.scale)
         return F.pad(x, (0, 1), value=1.0) if name == "v" and self.settings.normalize else x
 
-    def store(self, x: Tensor, tile: Tile, span: Span, value: Tensor) -> None:
+    def store(self, x: Tensor, tile: RowTile, span: Span, value: Tensor) -> None:
         """Write a block of ``x [B, T, heads, D]``; query heads of one K/V head are summed."""
         value = value.unflatten(0, (tile.b1 - tile.b0, -1))[:, :, : span.t1 - span.t0]
         heads = self.heads(tile)
@@ -182,7 +182,7 @@ class Segment:
         # token first on both sides: measured twice as fast as head first
         x[tile.b0 : tile.b1, span.t0 : span.t1, heads] = value.transpose(1, 2)
 
-    def store_gate(self, x: Tensor, tile: Tile, span: Span, value: Tensor) -> None:
+    def store_gate(self, x: Tensor, tile: RowTile, span: Span, value: Tensor) -> None:
         """Write gradients of log gates ``[N, L]`` into ``[B, T, H]``, or add them up in ``[B, H]`` for fixed gates."""
         value = value[..., : span.t1 - span.t0]
         if x.dim() == 2:
@@ -191,7 +191,7 @@ class Segment:
             value = value.unflatten(0, (tile.b1 - tile.b0, -1))
             x[tile.b0 : tile.b1, span.t0 : span.t1, self.heads(tile)] = value.transpose(1, 2)
 
-    def gates(self, tile: Tile, span: Span) -> BlockGates:
+    def gates(self, tile: RowTile, span: Span) -> BlockGates:
         """The block's gates; tokens past the end have gate 1. Full blocks of a tile share gates that are fixed."""
         full = span.t1 - span.t0 == span.n * self.chunk
         if self.log_decay is None or (self.log_decay.dim() == 1 and full):
@@ -202,7 +202,7 @@ class Segment:
         logs = self._logs(tile, span.t0, span.t1, span.n * self.chunk)
         return BlockGates(logs, span.n, self.chunk, self.dtype, self.device)
 
-    def _logs(self, tile: Tile, t0: int, t1: int, length: int) -> Tensor:
+    def _logs(self, tile: RowTile, t0: int, t1: int, length: int) -> Tensor:
         """Log gates of tokens ``t0:t1`` ``[N, chunks, c]``, filled up with zeros to ``length``."""
         assert self.log_decay is not None
         if self.log_decay.dim() == 1:

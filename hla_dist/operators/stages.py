@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hla_dist.operators.blocks import Block
+from hla_dist.operators.blocks import ForwardBlock
 from hla_dist.operators.gates import flush
 from hla_dist.operators.segment import Segment
 from hla_dist.operators.step import step
@@ -55,7 +55,7 @@ def summarize(segment: Segment) -> Summarized:
         moments = {m.name: segment.zero_rows(tile, m.name) for m in op.moments}
         past = torch.ones_like(segment.rows(tile, rho))[:, None]  # the product of the gates so far
         for span in segment.spans:
-            block = Block(segment, tile, span, state)
+            block = ForwardBlock(segment, tile, span, state)
             gates = block.gates
             for p in op.first_level:
                 segment.put_rows(tile, starts[p.state][span.number], state[p.state])
@@ -107,7 +107,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
         for span in segment.spans:
             for name in op.states:
                 segment.put_rows(tile, checkpoints[name][span.number], state[name])
-            block = Block(segment, tile, span, state)
+            block = ForwardBlock(segment, tile, span, state)
             for p in corrected:
                 local = segment.load(results[p.out], tile, span)
                 block.correct(p, local, entering[p.state], past)

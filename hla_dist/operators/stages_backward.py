@@ -12,7 +12,7 @@ from torch import Tensor
 from hla_dist.operators.blocks import ReverseBlock
 from hla_dist.operators.cascade import Fields
 from hla_dist.operators.gates import CUT
-from hla_dist.operators.segment import Segment, Span, Tile
+from hla_dist.operators.segment import RowTile, Segment, Span
 
 
 class Saved(NamedTuple):
@@ -87,13 +87,13 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     return Gradients(dq, dk, dv, dlog, dgain, dskip, list(dcarry.values()))
 
 
-def _block(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span, reverse: Fields) -> ReverseBlock:
+def _block(segment: Segment, saved: Saved, dout: Tensor, tile: RowTile, span: Span, reverse: Fields) -> ReverseBlock:
     """A block with the reverse carry entering from its right."""
     carry = {name: segment.rows(tile, c[span.number]) for name, c in zip(segment.operator.states, saved.checkpoints)}
     return ReverseBlock(segment, tile, span, carry, reverse, numerators(segment, saved, dout, tile, span))
 
 
-def numerators(segment: Segment, saved: Saved, dout: Tensor, tile: Tile, span: Span) -> Tensor:
+def numerators(segment: Segment, saved: Saved, dout: Tensor, tile: RowTile, span: Span) -> Tensor:
     """A block of the gradients of what the cascade itself gives, before any ratio."""
     gradient = segment.load(dout, tile, span)
     if segment.settings.normalize:
