@@ -37,10 +37,10 @@ from hla_dist.processes.program import Program  # noqa: E402
 from hla_dist.processes.rendezvous import number  # noqa: E402
 from hla_dist.processes.stop import StopSignal  # noqa: E402
 from hla_dist.training.config import ABOUT, TrainConfig  # noqa: E402
-from hla_dist.training.continuation import FLIGHT, Launch  # noqa: E402
+from hla_dist.training.continuation import FLIGHT, JobInfo  # noqa: E402
 from hla_dist.training.estimate import estimate, planned  # noqa: E402
 from hla_dist.training.faults import Faults  # noqa: E402
-from hla_dist.training.run import Run  # noqa: E402
+from hla_dist.training.run import TrainingRun  # noqa: E402
 
 
 def main() -> int:
@@ -59,19 +59,19 @@ def train(program: Program) -> int:
             print("\n".join(estimate(planned(config, world_size)).lines()))
         return 0
     device = program.device(ranks.device)
-    launch = read_launch(program.ranks.rank)
+    job = read_job(program.ranks.rank)
     out = Path(config.output.out) if config.output.out else None
     program.flight = out / FLIGHT if out else None
     program.share_cores(ranks.threads)
-    job = program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
+    name = program.connect(device, ranks.timeout, on_host=config.optimisation.offload_parameters)
     degrees = together(dist.group.WORLD, lambda: check_ranks(config, world_size, device))
     stop = StopSignal()
     mesh = build_mesh(degrees, device, ranks.save_timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":  # else each life of a job has a store of its own
-        launch = replace(launch, name=launch.name or job)
-    owner = Owner.this_process(job, ranks.timeout, under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
-    with holding(out, mesh.world, owner, config.output.break_lock, launch.restarts_left, program.warn) as lock:
-        run = Run(config, mesh, stop, STARTED, launch, lock)
+        job = replace(job, name=job.name or name)
+    owner = Owner.this_process(name, ranks.timeout, under_launcher="TORCHELASTIC_RUN_ID" in os.environ)
+    with holding(out, mesh.world, owner, config.output.break_lock, job.restarts_left, program.warn) as lock:
+        run = TrainingRun(config, mesh, stop, STARTED, job, lock)
         stop.begin_steps()  # until here the data were read, and there was nothing to save
         return run.train()
 
@@ -84,13 +84,13 @@ def check_ranks(config: TrainConfig, world_size: int, device: torch.device) -> D
     return factorise(world_size, ranks.sp, ranks.dp_shard, ranks.dp_replicate, ranks.tp, ranks.ep)
 
 
-def read_launch(rank: int) -> Launch:
+def read_job(rank: int) -> JobInfo:
     """Which job this is and how often it was restarted, by torchrun's variables; HLA_FAULTS are faults for tests."""
     restart = number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # without --standalone or --rdzv-id it is "none" for all
     left = number(os.environ, "TORCHELASTIC_MAX_RESTARTS", 0) > restart
     faults = Faults(os.environ.get("HLA_FAULTS", ""), rank, restart)
-    return Launch("" if name == "none" else name, restart, left, faults)
+    return JobInfo("" if name == "none" else name, restart, left, faults)
 
 
 if __name__ == "__main__":

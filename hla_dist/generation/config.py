@@ -11,7 +11,7 @@ from hla_dist.processes.options import Checked, Count, File, Local, Natural, Sec
 
 
 @dataclass
-class Model(Checked):
+class ModelSource(Checked):
     """Which model, and where it runs."""
 
     # a checkpoint, the --out of a run, a .safetensors file of launch/export.py, or a pretrained softmax model: a folder
@@ -66,6 +66,6 @@ class NewText(Checked):
 class GenerateConfig:
     """What to continue, and how."""
 
-    model: Model
+    model: ModelSource
     prompt: Prompt = field(default_factory=Prompt)
     new_text: NewText = field(default_factory=NewText)

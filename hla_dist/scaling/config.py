@@ -77,7 +77,7 @@ class ScalingConfig(Checked):
 
 
 @dataclass(frozen=True)
-class Case:
+class PlannedCase:
     """One row: ``what`` over ``ranks`` ranks and ``tokens`` tokens, a point of every one of ``series``."""
 
     what: str
@@ -86,7 +86,7 @@ class Case:
     series: tuple[str, ...]
 
 
-def plan(config: ScalingConfig, world_size: int) -> list[Case]:
+def plan(config: ScalingConfig, world_size: int) -> list[PlannedCase]:
     """Every case once, short ones first; UserError for what ``world_size`` ranks cannot run."""
     ranks = sorted(set(config.ranks)) or sorted({1 << i for i in range(world_size.bit_length())} | {world_size})
     expect(ranks[-1] <= world_size, "--ranks", f"at most the {world_size} that torchrun started", ranks[-1])
@@ -103,5 +103,7 @@ def plan(config: ScalingConfig, world_size: int) -> list[Case]:
         expect(tokens >= n, "--seq-len", "at least a token a rank", f"{tokens} for {n} rank(s)")
     order = sorted(points, key=lambda point: (point[1], point[0]))
     return [
-        Case(what, n, tokens, tuple(dict.fromkeys(points[n, tokens]))) for what in config.what for n, tokens in order
+        PlannedCase(what, n, tokens, tuple(dict.fromkeys(points[n, tokens])))
+        for what in config.what
+        for n, tokens in order
     ]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hla_dist.parallel.collectives import all_gather_objects, resolve_group
-from hla_dist.scaling.config import Case, ScalingConfig
+from hla_dist.scaling.config import PlannedCase, ScalingConfig
 from hla_dist.scaling.measure import row
 from hla_dist.scaling.model import ModelCase
 from hla_dist.scaling.operator import OperatorCase
@@ -18,7 +18,7 @@ KINDS: dict[str, Any] = {"operator": OperatorCase, "model": ModelCase}
 WARM_UP_TOKENS = 2048  # a rank
 
 
-def run_cases(config: ScalingConfig, cases: list[Case], device: torch.device) -> list[dict[str, Any]]:
+def run_cases(config: ScalingConfig, cases: list[PlannedCase], device: torch.device) -> list[dict[str, Any]]:
     """The rows of ``cases``, on every rank of the world; ranks outside a case's group wait for the others."""
     rank = dist.get_rank()
     groups = {n: dist.new_group(list(range(n))) for n in sorted({case.ranks for case in cases})}
@@ -31,7 +31,7 @@ def run_cases(config: ScalingConfig, cases: list[Case], device: torch.device) ->
     return rows
 
 
-def measured(config: ScalingConfig, case: Case, group: Any, device: torch.device) -> dict[str, Any]:
+def measured(config: ScalingConfig, case: PlannedCase, group: Any, device: torch.device) -> dict[str, Any]:
     """One row; a short call first, so that libraries are loaded and the ranks have agreed on what they send."""
     pg, kind = resolve_group(group), KINDS[case.what]
     warm = kind(config, pg, min(case.tokens, WARM_UP_TOKENS * case.ranks), device)

@@ -66,7 +66,7 @@ class Data(Checked):
 
 
 @dataclass
-class Model(Checked):
+class ModelShape(Checked):
     """A named size, and what is changed of it."""
 
     size: Annotated[str, one_of(*SIZES)] = "tiny"  # named size, which the options below change
@@ -120,7 +120,7 @@ class Optimisation(Checked):
 
 
 @dataclass
-class Ranks(Checked):
+class RankOptions(Checked):
     """Who computes what, on which device, and how long ranks wait for each other."""
 
     sp: Natural = 0  # ranks a sequence is sharded over, the cp axis of the mesh; 0: all that the data axes leave
@@ -177,9 +177,9 @@ class TrainConfig:
     """Everything that decides a run. The defaults are the demonstration: minutes on two CPU cores."""
 
     data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
+    model: ModelShape = field(default_factory=ModelShape)
     optimisation: Optimisation = field(default_factory=Optimisation)
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: RankOptions = field(default_factory=RankOptions)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:

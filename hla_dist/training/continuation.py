@@ -18,7 +18,7 @@ SHOWN = 5  # files that are named
 
 
 @dataclass(frozen=True)
-class Launch:
+class JobInfo:
     """How the program was started, from the environment that launch/train.py reads."""
 
     name: str = ""  # the same in all lives of a job; empty: not known
@@ -37,18 +37,18 @@ class Start:
     data: dict[str, Any] | None = None  # of an earlier life of this launch that has saved nothing: its fingerprint
 
 
-def decide(config: TrainConfig, launch: Launch, world: Any) -> Start:
+def decide(config: TrainConfig, job: JobInfo, world: Any) -> Start:
     """What the first rank of ``world`` finds, for all. Two small gathers of objects."""
     # of several machines' agents each counts its own restarts, and one that was started again begins at 0
-    launch = replace(launch, restart=max(all_gather_objects(launch.restart, world)))
-    start = together(world, lambda: _look(config, launch))
+    job = replace(job, restart=max(all_gather_objects(job.restart, world)))
+    start = together(world, lambda: _look(config, job))
     return all_gather_objects(start, world)[0]
 
 
-def _look(config: TrainConfig, launch: Launch) -> Start:
+def _look(config: TrainConfig, job: JobInfo) -> Start:
     resume = config.output.resume
     out = None if config.output.out is None else Path(config.output.out)
-    if out is not None and (before := _earlier_life(out, config, launch)) is not None:
+    if out is not None and (before := _earlier_life(out, config, job)) is not None:
         if checkpoints.find(out / "checkpoints"):
             return Start(out, in_place=True, by_itself=True)
         source = Path(resume) if resume and resume != "auto" else None
@@ -92,13 +92,13 @@ def check_out(out: Path) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _earlier_life(out: Path, config: TrainConfig, launch: Launch) -> dict[str, Any] | None:
+def _earlier_life(out: Path, config: TrainConfig, job: JobInfo) -> dict[str, Any] | None:
     """What an earlier life of this launch wrote on opening ``out``; another run's results are nothing to go on from."""
-    if not launch.restart and not launch.name:
+    if not job.restart and not job.name:
         return None
     before = run_in(out)
     try:
-        same = before is not None and before["launch"] == launch.name
+        same = before is not None and before["launch"] == job.name
         return before if same and before and TrainConfig.from_dict(before["run"]) == config else None
     except (ValueError, KeyError, TypeError, UserError):
         return None

@@ -30,7 +30,7 @@ from hla_dist.processes.mesh import MeshPlace
 from hla_dist.processes.stop import StopSignal
 from hla_dist.processes.whole_file import write_json
 from hla_dist.training.config import RUN_FILES, TrainConfig
-from hla_dist.training.continuation import Launch, check_out, decide, run_in
+from hla_dist.training.continuation import JobInfo, check_out, decide, run_in
 from hla_dist.training.determinism import be_deterministic, check_equal_parameters, random_state, set_random_state
 from hla_dist.training.fully_sharded import distributed, whole_state
 from hla_dist.training.loop import Trainer
@@ -40,7 +40,7 @@ from hla_dist.training.optim import build_adamw, lr_factor
 from hla_dist.training.parity import Parity, check_parity
 
 
-class Run:
+class TrainingRun:
     """State of one run on one rank. Rank 0 writes and prints; all ranks compute."""
 
     def __init__(
@@ -49,12 +49,12 @@ class Run:
         mesh: MeshPlace,
         stop: StopSignal,
         started: float,
-        launch: Launch | None = None,
+        job: JobInfo | None = None,
         lock: DirectoryLock | None = None,
     ) -> None:
         data, optimisation, ranks, output = config.data, config.optimisation, config.ranks, config.output
         self.config = config
-        self.launch = launch or Launch()
+        self.job = job or JobInfo()
         self.lock = lock  # of --out, on the first rank
         self.mesh = mesh
         self.stop = stop
@@ -72,7 +72,7 @@ class Run:
             be_deterministic()
         torch.manual_seed(optimisation.seed)  # the same on every rank: parameters start equal
         model = together(mesh.world, lambda: LanguageModel(self.model_config))
-        self.start = decide(config, self.launch, mesh.world)
+        self.start = decide(config, self.job, mesh.world)
         if output.init_from is not None and self.start.source is None:
             self._init_from(Path(output.init_from), model)
         model = model.to(mesh.device)
@@ -103,7 +103,7 @@ class Run:
             # without a group for it there is no second thread
             self.saver = Saver(
                 self.out / "checkpoints", output.keep, mesh.saving or mesh.world,
-                output.async_save and mesh.saving is not None, self.launch.faults.saving,
+                output.async_save and mesh.saving is not None, self.job.faults.saving,
             )  # fmt: skip
         self._resume()
         together(mesh.world, self._open_output)
@@ -168,8 +168,8 @@ class Run:
                 set_random_state(random)
 
         together(world, load, patient=True)
-        if self.launch.restart:
-            self.say(f"restart {self.launch.restart}: going on from {saved.path}")
+        if self.job.restart:
+            self.say(f"restart {self.job.restart}: going on from {saved.path}")
 
     def _compare_data(self, before: dict[str, Any] | None, name: str) -> None:
         """UserError, or with --allow-changed-data a line, unless ``before``, the data of ``name``, are these."""
@@ -219,7 +219,7 @@ class Run:
             "device": self.mesh.device.type,
             "data": self.corpus.description,
             "torch": torch.__version__,
-            "launch": self.launch.name,
+            "launch": self.job.name,
         }
         write_json(out / "config.json", resolved | {"fingerprint": self.corpus.fingerprint})
         self.log = MetricsLog(out, self.step if own else None, self.config.output.wandb, resolved)
@@ -287,7 +287,7 @@ class Run:
         bad_steps = 0
         while True:
             self.meter.start(self.trainer.data_seconds)
-            self.launch.faults.before(self.step + 1, self.model.module)
+            self.job.faults.before(self.step + 1, self.model.module)
             # only all ranks together can find out why
             failed = (self.saver is not None and self.saver.failed) or (self.lock is not None and self.lock.lost)
             agreed = self.trainer.compute_gradients(bool(self.stop) or failed, self._clock())

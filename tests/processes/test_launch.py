@@ -94,7 +94,7 @@ def test_a_launch_has_a_name_only_if_it_was_given_one(monkeypatch: pytest.Monkey
     names = []
     for run_id in ("none", "mine"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-        names.append(train.read_launch(0).name)
+        names.append(train.read_job(0).name)
     assert names == ["", "mine"]
 
 

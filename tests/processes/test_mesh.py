@@ -23,7 +23,7 @@ from hla_dist.training.fully_sharded import distributed, local, twin_in, whole
 from hla_dist.training.loop import Trainer
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
-from hla_dist.training.run import Run
+from hla_dist.training.run import TrainingRun
 from tests.harness import assert_close, run_ranks, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
@@ -119,7 +119,7 @@ def test_a_factorisation_of_eight_equals_one_process(cases: list[Case]) -> None:
 
 
 def run_on(degrees: Degrees, config: TrainConfig, stop_after: int | None = None) -> int:
-    return Run(config, build_mesh(degrees, torch.device("cpu")), NoSignal(stop_after), time.monotonic()).train()
+    return TrainingRun(config, build_mesh(degrees, torch.device("cpu")), NoSignal(stop_after), time.monotonic()).train()
 
 
 def run_four(whole_run: TrainConfig, stopped: TrainConfig, resumed: TrainConfig, begun: TrainConfig) -> list[int]:

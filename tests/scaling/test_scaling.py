@@ -19,7 +19,7 @@ from hla_dist.parallel.collectives import counter, group_rank, resolve_group
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.options import parse_options
 from hla_dist.reference import serial
-from hla_dist.scaling.config import ABOUT, Case, ScalingConfig, plan
+from hla_dist.scaling.config import ABOUT, PlannedCase, ScalingConfig, plan
 from hla_dist.scaling.measure import Clock, measure, row
 from hla_dist.scaling.memory import PeakMemory
 from hla_dist.scaling.model import ModelCase
@@ -130,7 +130,7 @@ def test_the_plan_has_every_point_once() -> None:
     assert [(case.ranks, case.tokens) for case in cases] == [
         (6, 128), (1, 170), (2, 341), (4, 682), (1, 1024), (2, 1024), (4, 1024), (6, 1024)
     ]  # fmt: skip
-    assert cases[-1] == Case("operator", 6, 1024, ("strong", "weak", "length"))
+    assert cases[-1] == PlannedCase("operator", 6, 1024, ("strong", "weak", "length"))
     for options, message in (
         (dict(ranks=[9]), "--ranks: expected at most the 8 that torchrun started, got 9"),
         (dict(seq_len=4), "--seq-len: expected at least a token a rank, got 4 for 8 rank(s)"),

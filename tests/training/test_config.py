@@ -9,7 +9,7 @@ import pytest
 
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.options import flag
-from hla_dist.training.config import RUN_FILES, Model, TrainConfig, parse
+from hla_dist.training.config import RUN_FILES, ModelShape, TrainConfig, parse
 from hla_dist.training.estimate import Step, step_flops
 
 
@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
 
 def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
     with pytest.raises(UserError, match="expected hidden_size divisible by num_heads"):
-        TrainConfig(model=Model(hidden_size=30, heads=4)).model_config(256)
+        TrainConfig(model=ModelShape(hidden_size=30, heads=4)).model_config(256)
 
 
 def test_untied_embeddings_are_an_option_and_cost_no_arithmetic() -> None:

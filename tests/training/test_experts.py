@@ -29,7 +29,7 @@ from hla_dist.training.estimate import Step, estimate, planned, step_flops, wire
 from hla_dist.training.fully_sharded import distributed, whole
 from hla_dist.training.loop import Trainer
 from hla_dist.training.optim import build_adamw
-from hla_dist.training.run import Run
+from hla_dist.training.run import TrainingRun
 from tests.checkpoints.test_reshard import final
 from tests.harness import RankPool, assert_close, raises_value_error, run_ranks, shifted
 from tests.tolerances import ANOTHER_WORLD, FLOAT32, FLOAT64, LOW_PRECISION_FACTOR
@@ -201,7 +201,7 @@ def test_parameters_flops_and_memory_are_estimated() -> None:
 
 
 def run(pg: dist.ProcessGroup, config: Any) -> int:
-    return Run(config, mesh_of(pg), NoSignal(None), time.monotonic()).train()
+    return TrainingRun(config, mesh_of(pg), NoSignal(None), time.monotonic()).train()
 
 
 def test_a_run_trains_keeps_parity_and_is_exported(pool: RankPool, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_experts_on_other_ranks_give_the_steps_of_one_process() -> None:
 
 
 def two_runs(*runs: tuple[Degrees, TrainConfig]) -> list[int]:
-    return [Run(config, build_mesh(degrees, torch.device("cpu")), NoSignal(None), time.monotonic()).train()
+    return [TrainingRun(config, build_mesh(degrees, torch.device("cpu")), NoSignal(None), time.monotonic()).train()
             for degrees, config in runs]  # fmt: skip
 
 

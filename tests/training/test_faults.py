@@ -20,11 +20,11 @@ from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.rendezvous import fresh_store
 from hla_dist.training.config import TrainConfig
-from hla_dist.training.continuation import Launch, decide
+from hla_dist.training.continuation import JobInfo, decide
 from hla_dist.training.determinism import bit_hash
 from hla_dist.training.faults import Faults, parse_fault
 from hla_dist.training.metrics import read_metrics
-from hla_dist.training.run import Run
+from hla_dist.training.run import TrainingRun
 from tests.harness import RankPool, shifted
 from tests.training.corpora import small_config, write_text
 from tests.training.test_program import SECONDS, SMALL, command, environment, errors
@@ -131,9 +131,9 @@ def test_kills_at_random_moments(pool: RankPool, text: str, tmp_path: Path) -> N
 def run_with_faults(pg: dist.ProcessGroup, config: TrainConfig, faults: str) -> tuple[int | str, list[str]]:
     """The exit code or the error, and this rank's warnings."""
     said: list[str] = []
-    launch = Launch(faults=Faults(faults, dist.get_rank(pg)))
+    job = JobInfo(faults=Faults(faults, dist.get_rank(pg)))
     try:
-        run = Run(config, mesh_of(pg), NoSignal(), time.monotonic(), launch)
+        run = TrainingRun(config, mesh_of(pg), NoSignal(), time.monotonic(), job)
         run.warn = lambda text, all_ranks=True: said.append(text)
         return run.train(), said
     except UserError as exc:
@@ -238,10 +238,10 @@ def test_a_restarted_job_never_reads_the_keys_of_its_last_life() -> None:
         fresh_store(store, 1, 2, 0.2)
 
 
-def went_on(pg: dist.ProcessGroup, config: TrainConfig, launch: Launch) -> tuple[int, str]:
+def went_on(pg: dist.ProcessGroup, config: TrainConfig, job: JobInfo) -> tuple[int, str]:
     """The step a run would start after, and where from; -1 and what it is refused with."""
     try:
-        run = Run(config, mesh_of(pg), NoSignal(), time.monotonic(), launch)
+        run = TrainingRun(config, mesh_of(pg), NoSignal(), time.monotonic(), job)
     except UserError as exc:
         return -1, str(exc)
     return run.step, str(run.start.source)
@@ -251,27 +251,27 @@ def test_only_a_launch_that_was_here_before_goes_on_by_itself(pool: RankPool, te
     out = tmp_path / "out"
     config = small_config(Path(text), out=str(out), parity=False, sample=0, steps=2, async_save=False)
     assert pool.run_group(1, run_config, config) == [0]  # somebody's earlier run, of the same options even
-    assert pool.run_group(1, went_on, config, Launch("job", 1)) == [(0, "None")]
+    assert pool.run_group(1, went_on, config, JobInfo("job", 1)) == [(0, "None")]
     assert (tmp_path / "out.1" / "checkpoints" / "step-00000002").is_dir() and not (out / "checkpoints").exists()
     (tmp_path / "out.1" / "checkpoints").rename(out / "checkpoints")  # as if this launch had written them
-    assert pool.run_group(1, went_on, config, Launch("job", 2)) == [(2, str(out))]
-    assert pool.run_group(1, went_on, config, Launch("another", 1)) == [(0, "None")]
+    assert pool.run_group(1, went_on, config, JobInfo("job", 2)) == [(2, str(out))]
+    assert pool.run_group(1, went_on, config, JobInfo("another", 1)) == [(0, "None")]
     # nothing was saved yet, and the data have changed since
     text_of_its_own = write_text(tmp_path / "text.txt", 4000)
     config = small_config(text_of_its_own, out=str(tmp_path / "begun"))
-    assert pool.run_group(1, went_on, config, Launch("job")) == [(0, "None")]
-    assert pool.run_group(1, went_on, config, Launch("job", 1)) == [(0, "None")]
+    assert pool.run_group(1, went_on, config, JobInfo("job")) == [(0, "None")]
+    assert pool.run_group(1, went_on, config, JobInfo("job", 1)) == [(0, "None")]
     write_text(text_of_its_own, 3000)
-    ((step, error),) = pool.run_group(1, went_on, config, Launch("job", 2))
+    ((step, error),) = pool.run_group(1, went_on, config, JobInfo("job", 2))
     assert step == -1 and error.startswith("--data: expected what the earlier life of this run was trained on")
     fresh = small_config(Path(text), out=str(tmp_path / "new"), resume="auto")
-    assert pool.run_group(1, went_on, fresh, Launch()) == [(0, "None")]
+    assert pool.run_group(1, went_on, fresh, JobInfo()) == [(0, "None")]
     with pytest.raises(UserError, match="--resume: expected a directory, or --out to find the newest checkpoint in"):
         small_config(Path(text), resume="auto")
 
 
 def goes_on_in_place(pg: dist.ProcessGroup, config: TrainConfig, restarts: list[int]) -> bool:
-    return decide(config, Launch(restart=restarts[dist.get_rank(pg)]), pg).in_place
+    return decide(config, JobInfo(restart=restarts[dist.get_rank(pg)]), pg).in_place
 
 
 def test_a_start_is_a_restart_if_any_rank_was_restarted(pool: RankPool, text: str, tmp_path: Path) -> None:

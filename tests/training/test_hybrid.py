@@ -15,7 +15,7 @@ from hla_dist import HLAAttention, KVState, SequenceParallelHLA, SoftmaxAttentio
 from hla_dist.checkpoints import directory as checkpoint
 from hla_dist.generation.generate import GREEDY, follow, generate, read
 from hla_dist.models import LanguageModel, ModelConfig
-from hla_dist.training.run import Run
+from hla_dist.training.run import TrainingRun
 from tests.harness import RankPool, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
@@ -110,7 +110,7 @@ def test_texts_of_unequal_length_are_one_batch(pattern: str) -> None:
 
 
 def run(pg: dist.ProcessGroup, config: Any) -> int:
-    return Run(config, mesh_of(pg), NoSignal(None), time.monotonic()).train()
+    return TrainingRun(config, mesh_of(pg), NoSignal(None), time.monotonic()).train()
 
 
 @pytest.mark.slow

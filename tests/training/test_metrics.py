@@ -26,7 +26,7 @@ from hla_dist.training import meter
 from hla_dist.training.compare import distinct, smoothed
 from hla_dist.training.config import Output, TrainConfig
 from hla_dist.training.metrics import MetricsLog, perplexity, read_metrics
-from hla_dist.training.run import Run
+from hla_dist.training.run import TrainingRun
 from tests.harness import run_ranks
 from tests.training.corpora import small_config, write_text
 from tests.training.test_steps import NoSignal
@@ -38,7 +38,7 @@ COST = {"step_s", "tokens_per_s", "tokens_per_s_device", "tflops_per_s_device", 
 
 def train(config: TrainConfig, ranks: int) -> None:
     mesh = build_mesh(factorise(ranks), torch.device("cpu"))
-    Run(config, mesh, NoSignal(), 0.0).train()
+    TrainingRun(config, mesh, NoSignal(), 0.0).train()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_run_that_fails_keeps_what_it_has_written(tmp_path: Path, monkeypatch:
         raise UserError("no")
 
     with pytest.raises(UserError, match="^no$"):
-        Run.train(types.SimpleNamespace(_train=fails, log=log))  # type: ignore[arg-type]
+        TrainingRun.train(types.SimpleNamespace(_train=fails, log=log))  # type: ignore[arg-type]
     assert codes == [1]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("loss")] == [2.0]

@@ -37,7 +37,7 @@ from hla_dist.training.loop import Trainer
 from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from hla_dist.training.parity import check_parity
-from hla_dist.training.run import Run
+from hla_dist.training.run import TrainingRun
 from tests.harness import RankPool, assert_close, run_ranks, shifted
 from tests.tolerances import FLOAT64
 from tests.training.corpora import small_config, write_text
@@ -190,7 +190,7 @@ def test_parity_holds_and_can_fail(pool: RankPool) -> None:
 
 def run_config(pg: dist.ProcessGroup, config: TrainConfig, stop_after: int | None = None) -> int | str:
     try:
-        return Run(config, mesh_of(pg), NoSignal(stop_after), time.monotonic()).train()
+        return TrainingRun(config, mesh_of(pg), NoSignal(stop_after), time.monotonic()).train()
     except UserError as exc:
         return str(exc)
 
@@ -256,7 +256,7 @@ def test_stages_of_growing_length(pool: RankPool, tmp_path: Path) -> None:
     path = checkpoint.find(out / "checkpoints")[-1]
     older = {key: value for key, value in state.items() if key != "tokens"}
     run = types.SimpleNamespace(config=config, trainer=types.SimpleNamespace())
-    Run._find_position(run, older)  # type: ignore[arg-type]
+    TrainingRun._find_position(run, older)  # type: ignore[arg-type]
     assert (run.trainer.samples, run.trainer.tokens) == (4, 768) and path.name == "step-00000007"
 
 
@@ -319,7 +319,7 @@ def test_a_run_begins_with_the_parameters_of_another(pool: RankPool, tmp_path: P
 
 def stopped_on_one(pg: dist.ProcessGroup, config: TrainConfig, after: int) -> int:
     stop = NoSignal(after if dist.get_rank(pg) == 1 else None)
-    return Run(config, mesh_of(pg), stop, time.monotonic()).train()
+    return TrainingRun(config, mesh_of(pg), stop, time.monotonic()).train()
 
 
 def test_a_signal_in_an_evaluation_saves_and_ends_every_rank(pool: RankPool, tmp_path: Path) -> None:
@@ -527,13 +527,13 @@ def test_ranks_that_read_other_data_end_alike(pool: RankPool, tmp_path: Path) ->
 def resume_and_listen(pg: dist.ProcessGroup, config: TrainConfig) -> tuple[int | str, list[str]]:
     """The step a run resumes after or its error, and its warnings."""
     said: list[str] = []
-    warn, Run.warn = Run.warn, lambda self, text, all_ranks=True: said.append(text)  # type: ignore[method-assign]
+    warn, TrainingRun.warn = TrainingRun.warn, lambda self, text, all_ranks=True: said.append(text)  # type: ignore[method-assign]
     try:
-        return Run(config, mesh_of(pg), NoSignal(), time.monotonic()).step, said
+        return TrainingRun(config, mesh_of(pg), NoSignal(), time.monotonic()).step, said
     except UserError as exc:
         return str(exc), said
     finally:
-        Run.warn = warn  # type: ignore[method-assign]
+        TrainingRun.warn = warn  # type: ignore[method-assign]
 
 
 def test_data_that_changed_before_a_resume_are_refused_by_name(pool: RankPool, tmp_path: Path) -> None:
@@ -557,5 +557,5 @@ def test_data_that_changed_before_a_resume_are_refused_by_name(pool: RankPool, t
     run = SimpleNamespace(warn=lambda text, all_ranks: warned.append(text))
     warned: list[str] = []
     saved = checkpoint.open_checkpoint(tmp_path / "older")
-    Run._compare_data(run, saved.state.get("data"), str(saved.path))  # type: ignore[arg-type]
+    TrainingRun._compare_data(run, saved.state.get("data"), str(saved.path))  # type: ignore[arg-type]
     assert warned[0].endswith("does not know its data: nobody can say whether they have changed")
