@@ -17,7 +17,7 @@ def test_a_prediction_is_bound_by_its_slowest_part() -> None:
     assert launch.steps == 64 and launch.grid == 256 and found.spills == 0 and found.resident == 2
     assert 0 < found.tensor_ms < found.sm_ms and 0 < found.hbm_ms and found.ms >= max(found.sm_ms, found.hbm_ms)
     assert max(found.step_bounds.values()) <= found.cycles_a_step * 1.01
-    slower = replace(chip, machine=replace(chip.machine, global_rate=chip.machine.global_rate / 4))
+    slower = replace(chip, rates=replace(chip.rates, global_rate=chip.rates.global_rate / 4))
     assert predict.predict(launch, slower).sm_ms > 1.5 * found.sm_ms
     assert predict.predict(launch, replace(chip, hbm=chip.hbm / 100)).limiter == "HBM"
 
@@ -29,10 +29,10 @@ def test_a_rate_is_found_again() -> None:
 
     found = []
     for rate in (28.0, 14.0):
-        chip = replace(predict.H200, machine=replace(predict.H200.machine, global_rate=rate))
+        chip = replace(predict.H200, rates=replace(predict.H200.rates, global_rate=rate))
         measured = fit.predicted_steps(2, chip)
         found.append(fit.fitted_rate(measured, predict.H200))
-        fitted = replace(predict.H200, machine=replace(predict.H200.machine, global_rate=found[-1]))
+        fitted = replace(predict.H200, rates=replace(predict.H200.rates, global_rate=found[-1]))
         # steps are scheduled whole: from 27 to 30 bytes per cycle they go up and down by 1.5 %
         assert fit.predicted_steps(2, fitted) == pytest.approx(measured, rel=0.02)
     assert found[0] > 1.7 * found[1]

@@ -1,8 +1,8 @@
 """The model's rates fitted on a card, a step of the GPU suite: measured, by the model, and what would agree.
 
     copy         bytes per second of a copy of 1 GB               -> Chip.hbm
-    L2           bytes a cycle and multiprocessor, 16 MB copied -> Machine.global_rate
-    product      cycles of one 64 x 64 x 128 product in a chain -> Machine.gmma_overhead
+    L2           bytes a cycle and multiprocessor, 16 MB copied -> Rates.global_rate
+    product      cycles of one 64 x 64 x 128 product in a chain -> Rates.gmma_overhead
     first_order  cycles of a step at K = 128, by one and by two programs a multiprocessor
 
 The clock is the nominal one: what is fitted are ratios.
@@ -60,7 +60,7 @@ def fitted_rate(measured: float, chip: predict.Chip) -> float:
     low, high = 8.0, 128.0
     for _ in range(HALVINGS):
         rate = (low * high) ** 0.5
-        slower = predicted_steps(2, replace(chip, machine=replace(chip.machine, global_rate=rate))) > measured
+        slower = predicted_steps(2, replace(chip, rates=replace(chip.rates, global_rate=rate))) > measured
         low, high = (rate, high) if slower else (low, rate)
     return (low * high) ** 0.5
 
@@ -85,13 +85,13 @@ def fit(d: Device, bandwidth: float, chip: predict.Chip = predict.H200) -> dict[
     }
     cycles = {name: 1e-3 * ms * chip.clock for name, ms in d.interleaved(calls, 9, "the model's rates").items()}
     steps = {n: cycles[f"first_order, {word} program{'s' * (n > 1)}"] / STEPS for n, word in ((1, "one"), (2, "two"))}
-    machine = chip.machine
+    rates = chip.rates
     beyond = 2 * source.numel() / cycles["L2"] / chip.processors
     return {
         "copy, TB/s": (bandwidth / 1e12, chip.hbm / 1e12),
-        "L2, bytes a cycle and multiprocessor": (beyond, machine.global_rate),
-        "cycles of a product 64 x 64 x 128": (cycles["product"] / (1 << 16), 64 / 2 * 128 / 16 + machine.gmma_latency),
+        "L2, bytes a cycle and multiprocessor": (beyond, rates.global_rate),
+        "cycles of a product 64 x 64 x 128": (cycles["product"] / (1 << 16), 64 / 2 * 128 / 16 + rates.gmma_latency),
         "first_order, cycles a step, one program": (steps[1], predicted_steps(1, chip)),
         "first_order, cycles a step, two programs": (steps[2], predicted_steps(2, chip)),
-        "global_rate that two programs ask for": (fitted_rate(steps[2], chip), machine.global_rate),
+        "global_rate that two programs ask for": (fitted_rate(steps[2], chip), rates.global_rate),
     }

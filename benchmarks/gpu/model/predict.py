@@ -47,7 +47,7 @@ class Chip:
     shared: int = 233472  # 228 KiB, of which each program takes 1 KiB more than it asked for
     threads: int = 2048
     gap: float = 1.5e-6  # between launches that follow one another
-    machine: sm.Machine = field(default_factory=sm.Machine)
+    rates: sm.Rates = field(default_factory=sm.Rates)
 
 
 H200 = Chip()
@@ -122,7 +122,7 @@ def predict(launch: Launch, chip: Chip = H200) -> Prediction:
 
     def run(steps: int, n: int, programs: int | None = None) -> sm.Result:
         more = {loops[0][1]: steps} if loops and launch.steps else ({loops[0][1]: launch.inner} if loops else {})
-        return sm.simulate(code, trips | more, warps, n, programs or n, chip.machine)
+        return sm.simulate(code, trips | more, warps, n, programs or n, chip.rates)
 
     if launch.steps > 3 and loops:
         first, last = loops[0]

@@ -22,7 +22,7 @@ from benchmarks.gpu.model.sass import Instruction, bytes_of, gmma_shape
 
 
 @dataclass
-class Machine:
+class Rates:
     """Rates of one multiprocessor, in cycles; leads from public microbenchmarks, to be fitted on the hardware."""
 
     smem_rate: float = 128.0  # bytes a cycle
@@ -131,8 +131,8 @@ def repeat(body: list[Instruction], times: int) -> Iterator[Instruction]:
 class Multiprocessor:
     """Programs in flight; ``run`` lets them finish."""
 
-    def __init__(self, machine: Machine):
-        self.m = machine
+    def __init__(self, rates: Rates):
+        self.m = rates
         self.issue = [0.0] * 4
         self.pipes: dict[tuple[str, int], float] = {}
         self.shared = self.beyond = self.last = 0.0
@@ -149,7 +149,7 @@ class Multiprocessor:
         self.tile_bytes = self.store_bytes = 0  # of one TMA load, and of one TMA store
         self.asked = [False] * 4
         rated = ("alu", "imad", "fma", "half", "xu", "uniform", "lsu", "hmma")
-        self.cost = {pipe: getattr(machine, pipe) for pipe in rated} | {"const": 2, "branch": 2, "sync": 1, "tensor": 1}
+        self.cost = {pipe: getattr(rates, pipe) for pipe in rated} | {"const": 2, "branch": 2, "sync": 1, "tensor": 1}
 
     def add(self, program: int, role: int, traces: list[Iterator[Instruction]], when: float, first: int = 0) -> None:
         """Warps of one role of a program; warp ``first`` of the program sits at scheduler ``first % 4``."""
@@ -363,10 +363,10 @@ class Multiprocessor:
 
 
 def simulate(
-    code: list[Instruction], trips: dict[int, int], warps: int, resident: int, programs: int, machine: Machine
+    code: list[Instruction], trips: dict[int, int], warps: int, resident: int, programs: int, rates: Rates
 ) -> Result:
     """``programs`` programs, ``resident`` at a time, on one multiprocessor."""
-    sm = Multiprocessor(machine)
+    sm = Multiprocessor(rates)
     started = 0
 
     def start(when: float) -> None:
@@ -388,13 +388,13 @@ def simulate_roles(
     channels: dict[str, tuple[int, int, int]],
     steps: int,
     resident: int,
-    machine: Machine,
+    rates: Rates,
     tile_bytes: int,
     store_bytes: int,
 ) -> Result:
     """Specialised warps: each role is a loop's body and its warps; channels by shared-memory offset as
     ``(arrivals, lead, copies)``, see ``Channel``. Bytes are those of one TMA load and one TMA store instruction."""
-    sm = Multiprocessor(machine)
+    sm = Multiprocessor(rates)
     sm.tile_bytes, sm.store_bytes = tile_bytes, store_bytes
     for p in range(resident):
         for key, (arrivals, lead, copies) in channels.items():

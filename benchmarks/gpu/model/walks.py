@@ -26,7 +26,7 @@ PLANS = {"alone": (ALONE, ALONE), "apart": (ALONE, ALONE), "makes b": (TAKES, MA
 PLANS["adds"] = (MAKES, ADDS)
 
 
-class Walked(NamedTuple):
+class WalkPrediction(NamedTuple):
     """One walk: milliseconds, cycles a chunk, bounds and waits a chunk, registers, local accesses in loops."""
 
     name: str
@@ -50,7 +50,7 @@ def _loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
     return [code[a : b + 1] for a, b in sorted(spans)]
 
 
-def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.Chip) -> Walked:
+def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.Chip) -> WalkPrediction:
     compiled = predict.compile_launch(walks.walk_kernel, a, options)
     code = sass.parse(compiled.asm["cubin"])
     bodies = _loops(code)
@@ -69,7 +69,7 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     channels = {"ready": (1, 0, copies), "free": (consumers, a["SLOTS"], 0)}
     channels |= {"link_ready": (1, 0, 0), "link_free": (1, ahead, 0)}
     roles = [(body, 1 if any(x.name.startswith("UTMALDG") for x in body) else 4) for body in bodies]
-    few, many = (sm.simulate_roles(roles, channels, n, 1, chip.machine, LOADED, STORED) for n in (6, 18))
+    few, many = (sm.simulate_roles(roles, channels, n, 1, chip.rates, LOADED, STORED) for n in (6, 18))
     cycles = (many.cycles - few.cycles) / 12
     busy = {k: (many.busy[k] - few.busy[k]) / 12 for k in many.busy}
     bounds = predict.bounds_of(busy, (many.issued - few.issued) / 12)
@@ -82,7 +82,7 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     local = sum(x.name.startswith(("LDL", "STL")) for body in bodies for x in body)
     total = max(ms, hbm) + 1e3 * chip.gap
     name = f"{a['LINK']}, {len(heads)} streams{', paired' * any(p[4] >= 0 for p in a['PASSES'])}"
-    return Walked(name, total, cycles, bounds, waits, compiled.metadata.shared, local, hbm)
+    return WalkPrediction(name, total, cycles, bounds, waits, compiled.metadata.shared, local, hbm)
 
 
 def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool) -> float:
