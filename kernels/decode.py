@@ -8,7 +8,7 @@
 
 S is symmetric, so its rows give u one block of BR rows at a time, and the last state's same rows follow at once. r
 needs all rows of P first: ahla and hla3 walk P, then the rest. Elementwise float32, no matrix units; the bound is
-bandwidth: states are 4 K (K + V) bytes a head for hla2, and as much again when written.
+bandwidth: states are 4 K (K + V) bytes per head for hla2, and as much again when written.
 
 Shapes: q [B, 1, H, K], k [B, 1, heads, K], v [B, 1, heads, V], states [B H, rows, columns]. Grid: one program for each
 batch element and head. Reference: hla_dist/operators/stages.py with T = 1.

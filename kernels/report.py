@@ -292,7 +292,7 @@ def broken_rules(row: Row) -> Iterator[str]:
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| arch | dtype | kernel | variant | K | V | tile | registers | spills, bytes | local reads, writes a step "
+        "| arch | dtype | kernel | variant | K | V | tile | registers | spills, bytes | local reads, writes per step "
         "| shared, KiB | matrix |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]

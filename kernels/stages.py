@@ -24,7 +24,7 @@ from hla_kernels.sequences import gates, last_axis_contiguous
 
 
 class Gradients(NamedTuple):
-    """Gradients in the inputs' dtypes, ``log_decay [B, T, H]`` float32 (None without gates), ``carry`` one a pass.
+    """Gradients in the inputs' dtypes, ``log_decay [B, T, H]`` float32 (None without gates), ``carry`` one per pass.
 
     ``gain`` and ``skip`` ``[H]`` float32, None where not given.
     """

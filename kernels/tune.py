@@ -32,7 +32,7 @@ DIFFERENCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 def candidates(rows: int, slice_columns: int = 256) -> list[Tile]:
     """Tiles worth trying for a state of so many rows, with the committed entry's slices."""
     shapes = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3), (slice_columns,))
-    # at least 32 and at most 256 floats of the state a thread
+    # at least 32 and at most 256 floats of the state per thread
     return [Tile(*s) for s in shapes if s[1] <= rows and 32 <= rows * s[1] / (32 * s[2]) <= 256]
 
 

@@ -19,7 +19,7 @@ How the passes of a walk meet (``link``, two tiles in shared memory, the first p
     apart               both are stored, neither reads the other's
     alone               there is one pass: beyond 64 columns each warpgroup has a half of them, and forms the scores
 
-Gates come as ``gate_rows`` of walks.py, four rows a chunk. Without them nothing is weighed. A pass's out may be paired
+Gates come as ``gate_rows`` of walks.py, four per chunk. Without them nothing is weighed. A pass's out may be paired
 with a sequence, which gives a term of the gates' gradient per token (first_order.py says how it is rounded), where a
 warpgroup has 64 columns: more leave no registers for it. There, too, the products of the state go ahead of the scores'
 masks and beside the storing of outputs. Tails are

@@ -439,7 +439,7 @@ def _gradients(
 
 
 def _segments(problem: Problem, gate: bool) -> tuple[int, int]:
-    """``(segments, tokens of a segment)``: one program a multiprocessor, no segment shorter than ``SHORTEST``."""
+    """``(segments, tokens of a segment)``: one program per multiprocessor, no segment shorter than ``SHORTEST``."""
     wanted = max(1, problem.target.processors // problem.rows)
     tokens = problem.segment_tokens or max(SHORTEST, -(-problem.T // wanted))
     tokens = min(tokens, RESTART[problem.dtype]) if gate else tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents of similar length, a row each: ``documents [R]``, ``length`` slots a row."""
+    """Documents of similar length, one per row: ``documents [R]``, ``length`` slots per row."""
 
     documents: Tensor
     length: int

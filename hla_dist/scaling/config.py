@@ -100,7 +100,7 @@ def plan(config: ScalingConfig, world_size: int) -> list[PlannedCase]:
         for point in wanted:
             points.setdefault(point, []).append(series)
     for n, tokens in points:
-        expect(tokens >= n, "--seq-len", "at least a token a rank", f"{tokens} for {n} rank(s)")
+        expect(tokens >= n, "--seq-len", "at least one token per rank", f"{tokens} for {n} rank(s)")
     order = sorted(points, key=lambda point: (point[1], point[0]))
     return [
         PlannedCase(what, n, tokens, tuple(dict.fromkeys(points[n, tokens])))

@@ -133,7 +133,7 @@ def test_the_plan_has_every_point_once() -> None:
     assert cases[-1] == PlannedCase("operator", 6, 1024, ("strong", "weak", "length"))
     for options, message in (
         (dict(ranks=[9]), "--ranks: expected at most the 8 that torchrun started, got 9"),
-        (dict(seq_len=4), "--seq-len: expected at least a token a rank, got 4 for 8 rank(s)"),
+        (dict(seq_len=4), "--seq-len: expected at least one token per rank, got 4 for 8 rank(s)"),
     ):
         with pytest.raises(UserError) as caught:
             plan(ScalingConfig(**{"series": ["strong"], **options}), 8)

@@ -1,9 +1,9 @@
 """The model's rates fitted on a card, a step of the GPU suite: measured, by the model, and what would agree.
 
     copy         bytes per second of a copy of 1 GB               -> Chip.hbm
-    L2           bytes a cycle and multiprocessor, 16 MB copied -> Rates.global_rate
+    L2           bytes per cycle and multiprocessor, 16 MB copied -> Rates.global_rate
     product      cycles of one 64 x 64 x 128 product in a chain -> Rates.gmma_overhead
-    first_order  cycles of a step at K = 128, by one and by two programs a multiprocessor
+    first_order  cycles of a step at K = 128, by one and by two programs per multiprocessor
 
 The clock is the nominal one: what is fitted are ratios.
 """
@@ -56,7 +56,7 @@ def predicted_steps(programs: int, chip: predict.Chip) -> float:
 
 
 def fitted_rate(measured: float, chip: predict.Chip) -> float:
-    """The bytes a cycle from beyond L1 with which the model's two programs take ``measured`` cycles a step."""
+    """The bytes per cycle from beyond L1 with which the model's two programs take ``measured`` cycles a step."""
     low, high = 8.0, 128.0
     for _ in range(HALVINGS):
         rate = (low * high) ** 0.5
@@ -89,9 +89,9 @@ def fit(d: Device, bandwidth: float, chip: predict.Chip = predict.H200) -> dict[
     beyond = 2 * source.numel() / cycles["L2"] / chip.processors
     return {
         "copy, TB/s": (bandwidth / 1e12, chip.hbm / 1e12),
-        "L2, bytes a cycle and multiprocessor": (beyond, rates.global_rate),
+        "L2, bytes per cycle and multiprocessor": (beyond, rates.global_rate),
         "cycles of a product 64 x 64 x 128": (cycles["product"] / (1 << 16), 64 / 2 * 128 / 16 + rates.gmma_latency),
-        "first_order, cycles a step, one program": (steps[1], predicted_steps(1, chip)),
-        "first_order, cycles a step, two programs": (steps[2], predicted_steps(2, chip)),
+        "first_order, cycles per step, one program": (steps[1], predicted_steps(1, chip)),
+        "first_order, cycles per step, two programs": (steps[2], predicted_steps(2, chip)),
         "global_rate that two programs ask for": (fitted_rate(steps[2], chip), rates.global_rate),
     }

@@ -1,10 +1,10 @@
-"""From a compiled launch to a predicted time: resident programs, cycles a step, waves, bytes.
+"""From a compiled launch to a predicted time: resident programs, cycles per step, waves, bytes.
 
     compile_launch(kernel, arguments, options)   cubin for sm_90, without a GPU
     Launch(...)                                  what runs: grid, steps of the loop, bytes
     predict(launch, chip)                        milliseconds, the limiter, and what each bound alone would take
 
-A step is one trip of the kernel's longest loop. Two simulations of different length give cycles a step and what comes
+A step is one trip of the kernel's longest loop. Two simulations of different length give cycles per step and what comes
 before and after; waves of programs on the fullest multiprocessor give the rest. Unique bytes over the copy rate of the
 memory bound the launch from below.
 """

@@ -1,7 +1,7 @@
 """One multiprocessor of a Hopper GPU, simulated instruction by instruction: how long its resident programs take.
 
-What is modelled: in-order issue, one instruction a cycle for each of four schedulers; the stalls and scoreboards that
-the assembler wrote into the code; pipes with their rates; shared memory as one server of 128 bytes a cycle that serves
+What is modelled: in-order issue, one instruction per cycle for each of four schedulers; the stalls and scoreboards that
+the assembler wrote into the code; pipes with their rates; shared memory as one server of 128 bytes per cycle for
 loads, stores, asynchronous copies and the operands of matrix instructions; matrix instructions in order a scheduler,
 N / 2 cycles each for 64 x N x 16; barriers; groups of asynchronous copies; a latency and a rate for what lies beyond;
 for specialised warps the channels (arrays of mbarriers) by which they wait for one another.
@@ -25,8 +25,8 @@ from benchmarks.gpu.model.sass import Instruction, bytes_of, gmma_shape
 class Rates:
     """Rates of one multiprocessor, in cycles; leads from public microbenchmarks, to be fitted on the hardware."""
 
-    smem_rate: float = 128.0  # bytes a cycle
-    global_rate: float = 28.0  # bytes a cycle and multiprocessor beyond L1 (L2: about 6.5 TB/s over 132)
+    smem_rate: float = 128.0  # bytes per cycle
+    global_rate: float = 28.0  # bytes per cycle and multiprocessor beyond L1 (L2: about 6.5 TB/s over 132)
     global_latency: int = 750
     smem_latency: int = 30
     alu: int = 2  # cycles a warp instruction occupies its pipe

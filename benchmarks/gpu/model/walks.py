@@ -3,7 +3,7 @@
 python -m benchmarks.gpu.model.walks [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
 
 A role is the loop of the loader, or of a pass. Mbarrier instructions are told apart by their order in it (``PLANS``).
-One program a multiprocessor; what is not a walk goes the way of ``passes.py``.
+One program per multiprocessor; what is not a walk goes the way of ``passes.py``.
 """
 
 import json
@@ -27,7 +27,7 @@ PLANS["adds"] = (MAKES, ADDS)
 
 
 class WalkPrediction(NamedTuple):
-    """One walk: milliseconds, cycles a chunk, bounds and waits a chunk, registers, local accesses in loops."""
+    """One walk: milliseconds, cycles, bounds and waits per chunk, registers, local accesses in loops."""
 
     name: str
     ms: float
@@ -93,7 +93,7 @@ def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backwar
         launches = passes.captured(
             lambda: walks.scan_backward(problem, carry, do, carry, gated) if backward else walks.scan(problem, carry)
         )
-    print("| launch | ms | cycles a chunk | tensor | shared | issue | shared KiB | local accesses in loops | HBM ms |")
+    print("| launch | ms | cycles per chunk | tensor | shared | issue | shared KiB | local accesses, loops | HBM ms |")
     print("|---" * 9 + "|")
     for kernel, grid, arguments, options in launches:
         if kernel is walks.walk_kernel:
