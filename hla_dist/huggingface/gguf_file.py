@@ -74,7 +74,7 @@ class GGUFFile:
             raise ValueError(f"{self.path}: expected metadata that is known here, got {self.family}.{word}")
         values = {name: self._words[word] for word, name in FIELDS.items() if word in self._words}
         for needed in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-            require(needed in values, self.path, f"metadata that says {needed}", "none")
+            require(needed in values, str(self.path), f"metadata that says {needed}", "none")
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         embedding = self._tensors.get("token_embd.weight")
         values["vocab_size"] = 1 if embedding is None else int(embedding.shape[-1])
