@@ -38,6 +38,9 @@ RESTART = {torch.float32: 512, torch.float16: 8192, torch.bfloat16: 8192}
 SHORTEST = 256  # tokens of the shortest segment: its state's traffic stays below its sequences'
 
 
+Cut = tuple[int, int]  # how a sequence is cut: segments, and tokens of each
+
+
 class Pass(NamedTuple):
     """``out = LA(a, b, c) (+ ridge a)``; keyed, with a gain or a skip: ``gain LA(a, b, c) + ridge a + skip c``."""
 
@@ -107,7 +110,7 @@ class Problem:
         """The tile of a pass whose state has so many rows and columns."""
         return tiles.first_order(self.dtype, key_dim, value_dim, self.gated, self.target)
 
-    def segments(self, longest: int | None = None) -> tuple[int, int]:
+    def segments(self, longest: int | None = None) -> Cut:
         """``(segments, tokens of a segment)``: enough to fill the device, none shorter than ``SHORTEST``."""
         tokens = self.segment_tokens
         if tokens is None:
@@ -164,9 +167,7 @@ class Problem:
             self._rho[tokens] = rho
         return self._rho[tokens]
 
-    def carry(
-        self, left: Tensor, right: Tensor, initial: Tensor | None, cut: tuple[int, int], reverse: bool
-    ) -> SegmentStates:
+    def carry(self, left: Tensor, right: Tensor, initial: Tensor | None, cut: Cut, reverse: bool) -> SegmentStates:
         """Room for the carries ``sum left right^T`` of every segment, the one that enters set, the others not known."""
         segments, _ = cut
         shape = (segments + 1, self.rows, left.shape[3], right.shape[3])
@@ -177,7 +178,7 @@ class Problem:
         return SegmentStates(value, reverse)
 
     def found(
-        self, left: Tensor, right: Tensor, scale: float, initial: Tensor | None, cut: tuple[int, int], reverse: bool
+        self, left: Tensor, right: Tensor, scale: float, initial: Tensor | None, cut: Cut, reverse: bool
     ) -> SegmentStates:
         """The carries of every segment: states in parallel, then the scan. Of one segment: what enters alone."""
         carry = self.carry(left, right, initial, cut, reverse)
@@ -191,7 +192,7 @@ class Problem:
         b: Tensor,
         c: Tensor,
         scale: float,
-        cut: tuple[int, int],
+        cut: Cut,
         decayed: bool = True,
         initial: Tensor | None = None,
     ) -> None:
@@ -202,9 +203,7 @@ class Problem:
         self._launch(None, left, right, None, carry, swapped, cut, emit=False, into_state=scale, decayed=decayed)
         self.scan_states(carry, initial, cut, decayed)
 
-    def scan_states(
-        self, carry: SegmentStates, initial: Tensor | None, cut: tuple[int, int], decayed: bool = True
-    ) -> None:
+    def scan_states(self, carry: SegmentStates, initial: Tensor | None, cut: Cut, decayed: bool = True) -> None:
         """Turn every segment's own state into what enters it."""
         segments, tokens = cut
         elements = carry.value.shape[2] * carry.value.shape[3]
@@ -233,7 +232,7 @@ class Problem:
         out: Tensor,
         carry: SegmentStates,
         swapped: bool,
-        cut: tuple[int, int],
+        cut: Cut,
         *,
         alpha: float,
         into_state: float,
@@ -250,14 +249,7 @@ class Problem:
         carry.known = True
 
     def correct(
-        self,
-        a: Tensor,
-        local: Tensor,
-        out: Tensor,
-        initial: Tensor,
-        alpha: float,
-        into_state: float,
-        cut: tuple[int, int],
+        self, a: Tensor, local: Tensor, out: Tensor, initial: Tensor, alpha: float, into_state: float, cut: Cut
     ) -> None:
         """``out = local + alpha Gamma(t, start) a P``: what a carry adds to a pass that began from nothing."""
         segments, tokens = cut
@@ -271,7 +263,7 @@ class Problem:
         self._launch(a, a, local, out, carry, False, cut, True, into_state, alpha, (local, 1.0), inner=False)
 
     def add_carry(
-        self, a: Tensor, out: Tensor, carry: SegmentStates, alpha: float, into_state: float, cut: tuple[int, int]
+        self, a: Tensor, out: Tensor, carry: SegmentStates, alpha: float, into_state: float, cut: Cut
     ) -> None:
         """``out += alpha Gamma a P`` in place, P what enters each segment, from the right where it is a reverse one."""
         self._launch(a, a, out, out, carry, False, cut, True, into_state, alpha, (out, 1.0), inner=False)
@@ -284,7 +276,7 @@ class Problem:
         out: Tensor | None,
         carry: SegmentStates,
         swapped: bool,
-        cut: tuple[int, int],
+        cut: Cut,
         emit: bool = True,
         into_state: float = 1.0,
         alpha: float = 1.0,

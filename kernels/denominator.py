@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from hla_kernels import stages
-from hla_kernels.cascade import Pass, Problem, SegmentStates
+from hla_kernels.cascade import Cut, Pass, Problem, SegmentStates
 
 
 class Denominator:
     """One call's column: its states as found so far, by the results of their passes."""
 
-    def __init__(self, problem: Problem, cut: tuple[int, int], gate: bool = False):
+    def __init__(self, problem: Problem, cut: Cut, gate: bool = False):
         """``problem``: as the walks see it; ``cut``: their segments; ``gate``: terms of the gates' gradient too."""
         ones = problem.v.new_ones(problem.B, problem.T, problem.v.shape[2], 1)
         self.problem, self.cut, self.gate = replace(problem, v=ones, sequences={}), cut, gate

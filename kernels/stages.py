@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hla_kernels import fused, key_term, tiles
-from hla_kernels.cascade import RESTART, Pass, Problem, SegmentStates
+from hla_kernels.cascade import RESTART, Cut, Pass, Problem, SegmentStates
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import launch
 from hla_kernels.segments import gate_gradient_kernel, inner_products_kernel
@@ -39,12 +39,7 @@ class Gradients(NamedTuple):
 
 
 def forward_pass(
-    problem: Problem,
-    p: Pass,
-    initial: Tensor | None,
-    cut: tuple[int, int],
-    out: Tensor,
-    products: dict[str, Tensor] | None = None,
+    problem: Problem, p: Pass, initial: Tensor | None, cut: Cut, out: Tensor, products: dict[str, Tensor] | None = None
 ) -> SegmentStates:
     """``out = LA(a, b, c) + ridge a`` or with a key term, and the carries of every segment.
 
@@ -66,7 +61,7 @@ def forward_pass(
 
 
 def _inner_forward(
-    problem: Problem, carry: list[Tensor | None], cut: tuple[int, int], products: dict[str, Tensor] | None = None
+    problem: Problem, carry: list[Tensor | None], cut: Cut, products: dict[str, Tensor] | None = None
 ) -> list[SegmentStates]:
     """Every pass but the last; results go to ``problem.sequences``, ``products`` as in ``forward_pass``."""
     carries = []
@@ -136,9 +131,7 @@ def finish(
 class Backward:
     """Gradients as they come in: buffers by name, terms of the gates' gradient by launch."""
 
-    def __init__(
-        self, problem: Problem, dout: Tensor, cut: tuple[int, int], gate: bool, into: dict[str, Tensor] | None = None
-    ):
+    def __init__(self, problem: Problem, dout: Tensor, cut: Cut, gate: bool, into: dict[str, Tensor] | None = None):
         self.problem, self.cut, self.gate, self.into = problem, cut, gate, into or {}
         self.gradients = {"o": dout}
         self.results: dict[str, Tensor] = {}  # gradients of results with a key term, as they were without its gain
@@ -154,18 +147,9 @@ class Backward:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     def add(
-        self,
-        name: str,
-        a: str,
-        b: str,
-        c: str,
-        carry: SegmentStates,
-        swapped: bool,
-        scale: float,
-        p: Pass,
-        weight: float | None,
+        self, name: str, a: str, b: str, c: str, carry: SegmentStates, swapped: bool, p: Pass, weight: float | None
     ) -> None:
-        """``dname += LA or rLA (a, b, c)``; ``weight``: of the gates' terms it has, if any. ``scale``: that of b c.
+        """``dname += LA or rLA (a, b, c)``; ``weight``: of the gates' terms it has, if any.
 
         ``swapped``: the carry at hand is the transpose of the one needed.
         """
@@ -190,7 +174,7 @@ class Backward:
             pair = (problem.sequences[name], weight, terms)
             if self.cut[0] == 1 and name == p.a:
                 carry.known = False  # the tail wants the state as this walk rounds it
-        out = self.gradients[name]
+        out, scale = self.gradients[name], problem.times_scale(b, c)
         problem.run(x[a], x[b], x[c], out, carry, swapped, self.cut, alpha=alpha, into_state=scale, add=add, pair=pair)
 
     def key_term(self, p: Pass, product: Tensor | None = None) -> None:
@@ -215,14 +199,13 @@ class Backward:
 
     def add_all(self, p: Pass, forward: SegmentStates, reverse: SegmentStates, wanted: set[str]) -> None:
         """What pass ``p`` adds to the gradients of ``wanted`` among its a, b and c."""
-        into_p, into_r = self.problem.times_scale(p.b, p.c), self.problem.times_scale(p.a)
         dout = f"d{p.out}"
         if p.a in wanted:
-            self.add(p.a, dout, p.c, p.b, forward, True, into_p, p, 1.0)
+            self.add(p.a, dout, p.c, p.b, forward, True, p, 1.0)
         if p.b in wanted:
-            self.add(p.b, p.c, dout, p.a, reverse, True, into_r, p, -1.0)
+            self.add(p.b, p.c, dout, p.a, reverse, True, p, -1.0)
         if p.c in wanted:
-            self.add(p.c, p.b, p.a, dout, reverse, False, into_r, p, None)  # c . dc is b . db: counted there
+            self.add(p.c, p.b, p.a, dout, reverse, False, p, None)  # c . dc is b . db: counted there
 
 
 def scan_backward(
@@ -269,11 +252,7 @@ def own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
 
 
 def gate_gradient(
-    problem: Problem,
-    terms: list[Tensor],
-    forward: list[SegmentStates],
-    reverse: list[SegmentStates],
-    cut: tuple[int, int],
+    problem: Problem, terms: list[Tensor], forward: list[SegmentStates], reverse: list[SegmentStates], cut: Cut
 ) -> Tensor:
     """``dlog_decay [B, T, H]`` from its terms, ``[slots, B H, T]`` each, and from the states at segments' ends."""
     segments, tokens = cut
@@ -337,16 +316,14 @@ def summarize(
 
 
 def _state_only(
-    problem: Problem, left: str, right: str, cut: tuple[int, int], reverse: bool = False, decayed: bool = True
+    problem: Problem, left: str, right: str, cut: Cut, reverse: bool = False, decayed: bool = True
 ) -> Tensor:
     """``sum w left right^T`` of the whole segment from nothing, ``[B, H, rows, columns]``."""
     x, y = problem.sequences[left], problem.sequences[right]
     return _product(problem, x, y, problem.times_scale(left, right), cut, reverse, decayed)
 
 
-def _product(
-    problem: Problem, x: Tensor, y: Tensor, scale: float, cut: tuple[int, int], reverse: bool, decayed: bool
-) -> Tensor:
+def _product(problem: Problem, x: Tensor, y: Tensor, scale: float, cut: Cut, reverse: bool, decayed: bool) -> Tensor:
     carry = problem.carry(x, y, None, cut, reverse)
     problem.find_alone(carry, x, y, scale, cut, decayed)
     return edge(problem, carry)
