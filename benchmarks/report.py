@@ -109,13 +109,7 @@ def _strict(x: Any) -> Any:
 
 
 def write(
-    theme: str,
-    out: Path,
-    title: str,
-    about: dict[str, Any],
-    targets: list[Target],
-    body: list[str],
-    data: dict[str, Any],
+    theme: str, out: Path, title: str, about: dict[str, Any], targets: list[Target], body: list[str], data: Any
 ) -> Path:
     """Write ``<theme>.md`` and ``.json`` under ``out`` and return the path of the .md.
 

@@ -182,7 +182,7 @@ class SoftmaxAttention(AttentionLayer):
         given, state = state, latest(state)
         _, rank, ranks = members(group)
         try:
-            cu = self._check(x, state, cu_seqlens, positions, attention_mask, rank, ranks)
+            cu = self._check(x, state, cu_seqlens, positions, attention_mask, group)
             if pending and (problem := cannot_go_back(group, cu_seqlens)):
                 raise ValueError(problem)
         except ValueError as error:
@@ -309,20 +309,14 @@ class SoftmaxAttention(AttentionLayer):
         )
 
     def _check(
-        self,
-        x: Tensor,
-        state: Any,
-        cu_seqlens: Any,
-        positions: Tensor | None,
-        attention_mask: Tensor | None,
-        rank: int,
-        ranks: int,
+        self, x: Tensor, state: Any, cu_seqlens: Any, positions: Tensor | None, mask: Tensor | None, group: Any
     ) -> Tensor | None:
         """Raise ValueError for wrong arguments; return ``cu_seqlens`` on the host if there are any."""
+        _, rank, ranks = members(group)
         good = x.dim() == 3 and x.shape[-1] == self.hidden_size and x.is_floating_point()
         require(good, "x", f"a floating-point tensor [B, T, {self.hidden_size}]", f"{x.dtype} {list(x.shape)}")
-        if attention_mask is not None:
-            present(attention_mask, x.shape[:2])
+        if mask is not None:
+            present(mask, x.shape[:2])
         if positions is not None and positions.shape not in (x.shape[1:2], x.shape[:2]):
             raise ValueError(f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}")
         cu = None
@@ -331,7 +325,7 @@ class SoftmaxAttention(AttentionLayer):
             options = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": None, "shard_lengths": lengths}
             cu = check_documents(options, x, rank, ranks).cu
         if state is not None:
-            together = cu is None and ranks > 1 and attention_mask is None
+            together = cu is None and ranks > 1 and mask is None
             self._check_state(x, state, len(x) if cu is None else len(cu) - 1, together)
         return cu
 

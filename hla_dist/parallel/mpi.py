@@ -51,12 +51,7 @@ class Work:
     """Requests under way, and the memory they read and write."""
 
     def __init__(
-        self,
-        group: MPIGroup,
-        what: str,
-        requests: list[Any],
-        memory: object,
-        arrived: Callable[[], object] | None = None,
+        self, group: MPIGroup, what: str, requests: list, memory: object, arrived: Callable[[], object] | None = None
     ):
         self._group, self._what, self._requests, self._memory, self._arrived = group, what, requests, memory, arrived
         group.under_way.add(self)  # MPI writes into the memory whether or not anybody still waits
