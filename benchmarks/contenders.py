@@ -19,9 +19,13 @@ K = 64  # head size of queries, keys and values
 COMPOSITION_CHUNK = 128  # the fastest of 32, 64, 128 and 256 for it, forward and forward+backward
 
 
-def hla2(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
-    """This library."""
-    return hla_dist.hla2(q, k, v, log_decay=log_decay)[0]
+def library(operator: str) -> Callable[..., Tensor]:
+    """This library's operator of that name."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
+        return getattr(hla_dist, operator)(q, k, v, log_decay=log_decay)[0]
+
+    return call
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,9 +72,9 @@ class Contender:
         return [x.detach().requires_grad_() for x in leaves], dout
 
 
-HLA2 = Contender("hla2", hla2, heads_first=False)
-HLA2_HEAD = Contender("hla2, gate per head", hla2, "head", heads_first=False)
-HLA2_TOKEN = Contender("hla2, gate per token", hla2, "token", heads_first=False)
+HLA2 = Contender("hla2", library("hla2"), heads_first=False)
+HLA2_HEAD = Contender("hla2, gate per head", library("hla2"), "head", heads_first=False)
+HLA2_TOKEN = Contender("hla2, gate per token", library("hla2"), "token", heads_first=False)
 SOFTMAX = Contender("softmax (SDPA)", softmax, quadratic=True)
 QUADRATIC = Contender("quadratic form", quadratic, quadratic=True, squares=(2, 4))
 COMPOSITION = Contender("composition", composition)

@@ -16,26 +16,15 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from torch import Tensor
 from tqdm import tqdm
 
-import hla_dist
 from benchmarks import report
-from benchmarks.contenders import MODES, Contender, K, Source, seconds
+from benchmarks.contenders import MODES, Contender, K, Source, library, seconds
 from benchmarks.program import KEEP_MEMORY, begin
 from hla_dist.operators import NAMED
 
 BOUNDS = {"linear_attention": 1.0, "ahla": 1.1, "hla3": 1.7}  # time over hla2's
 GATES = {"no gate": "", "gate per token": "token"}
-
-
-def contender(name: str, gates: str) -> Contender:
-    """An operator of the library, as the other benchmarks take it."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
-        return getattr(hla_dist, name)(q, k, v, log_decay=log_decay)[0]
-
-    return Contender(name, call, gates, heads_first=False)
 
 
 def main() -> int:
@@ -56,7 +45,7 @@ def main() -> int:
     for i in tqdm(range(args.rounds + 1), desc="time", leave=False):
         for case in cases:
             variant, mode, name = case
-            operator = contender(name, GATES[variant])
+            operator = Contender(name, library(name), GATES[variant], heads_first=False)
             elapsed = seconds(MODES[mode], operator, *operator.inputs(source, args.tokens))
             if i > 0:  # the first round warms up
                 samples[case].append(elapsed)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 import hla_dist
 from benchmarks.peers import wire
-from benchmarks.peers.head_all_to_all import hla2_by_heads, ulysses
+from benchmarks.peers.head_all_to_all import hla2_by_heads, softmax, ulysses
 from benchmarks.peers.lasp import lasp1, lasp2
 from benchmarks.peers.ring_attention import ring_attention
 from benchmarks.ranks import common_start
@@ -57,10 +56,7 @@ CONTENDERS = {
 
 def alone(family: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same function in one process."""
-    if family == "softmax":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    return getattr(hla_dist, family)(q, k, v)[0]
+    return softmax(q, k, v) if family == "softmax" else getattr(hla_dist, family)(q, k, v)[0]
 
 
 def _draw(tokens: int, heads: int, dim: int, seed: int, dtype: torch.dtype) -> list[Tensor]:

@@ -47,14 +47,15 @@ def _by_heads(operator: Any, q: Tensor, k: Tensor, v: Tensor, group: Any) -> Ten
     return _Exchange.apply(out, group, False)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax attention of one process, scale ``K ** -0.5``."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def ulysses(q: Tensor, k: Tensor, v: Tensor, group: Any) -> Tensor:
     """Causal softmax attention, scale ``K ** -0.5``. Raises ValueError unless the ranks divide the heads."""
-    return _by_heads(_softmax, q, k, v, group)
+    return _by_heads(softmax, q, k, v, group)
 
 
 def hla2_by_heads(q: Tensor, k: Tensor, v: Tensor, group: Any) -> Tensor:
