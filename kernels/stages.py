@@ -95,11 +95,7 @@ def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = 
 
 
 def finish(
-    problem: Problem,
-    carry: list[Tensor],
-    kept: list[Tensor],
-    out_dtype: torch.dtype | None = None,
-    schedule: str | None = None,
+    problem: Problem, carry: list[Tensor], kept: list[Tensor], out_dtype: torch.dtype | None = None, schedule: str = ""
 ) -> tuple[Tensor, list[Tensor]]:
     """``scan`` from a carry that came late: what ``summarize`` kept is corrected, or formed again, as the table says.
 

@@ -24,11 +24,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        resume_step: int | None = None,
-        wandb_project: str | None = None,
-        config: dict[str, Any] | None = None,
+        self, directory: Path, resume_step: int | None = None, wandb_project: str | None = None, config: Any = None
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: a second of imports that one rank needs
 
