@@ -94,9 +94,9 @@ def _shifted(x: Levelled, tokens: Tensor) -> Tensor:
     block = tokens >> depth
     start = (tokens - (block << depth))[:, None]
     slot = torch.arange(2 << depth, device=tokens.device) - start  # [B, slots]
-    there = (slot >= 0) & (slot < count)
+    filled = (slot >= 0) & (slot < count)
     moved = [_taken(y, slot.clamp(0, count - 1)) for y in x]
-    moved = [y.masked_fill(~there.view(len(there), 1, -1, *[1] * (y.dim() - 3)), 0) for y in moved]
+    moved = [y.masked_fill(~filled.view(len(filled), 1, -1, *[1] * (y.dim() - 3)), 0) for y in moved]
     levels = torch.arange(depth + 1, device=tokens.device).expand(len(tokens), -1)
     levels = torch.cat([levels, (bit_length(block ^ (block + 1)) + depth)[:, None]], 1).clamp(max=top)
     a, b, c, weights, logs = moved
@@ -141,8 +141,8 @@ def advanced(x: Levelled, count: Tensor, buckets: Tensor, tokens: Tensor) -> Ten
     b = x.b * to_end(x.logs)[..., None]
     if length == 1:
         joined = (b.mT @ x.c)[:, :, None]  # [B, H, 1, K, V]
-        here = (bit_length(end ^ tokens).clamp(max=top)[:, None] == levels) & (count > 0)[:, None]
-        return buckets + joined * here.to(joined.dtype)[:, None, :, None, None]
+        enters = (bit_length(end ^ tokens).clamp(max=top)[:, None] == levels) & (count > 0)[:, None]
+        return buckets + joined * enters.to(joined.dtype)[:, None, :, None, None]
     parts = []
     for level in range(1, top + 1):
         size = 1 << (level - 1)  # tokens of a bucket, in one run; of the last, any number
@@ -150,9 +150,9 @@ def advanced(x: Levelled, count: Tensor, buckets: Tensor, tokens: Tensor) -> Ten
             place = torch.arange(length, device=tokens.device).expand(len(tokens), -1)
         else:
             place = (((end >> (level - 1)) - 1) * size - tokens)[:, None] + torch.arange(size, device=tokens.device)
-        there = bit_length(end[:, None] ^ (tokens[:, None] + place).clamp(min=0)).clamp(max=top) == level
-        there &= (place >= 0) & (place < count[:, None])
+        enters = bit_length(end[:, None] ^ (tokens[:, None] + place).clamp(min=0)).clamp(max=top) == level
+        enters &= (place >= 0) & (place < count[:, None])
         place = place.clamp(0, length - 1)
-        kept = _taken(b, place) * there[:, None, :, None].to(b.dtype)
+        kept = _taken(b, place) * enters[:, None, :, None].to(b.dtype)
         parts.append(kept.mT @ _taken(x.c, place))
     return buckets + torch.stack(parts, 2)

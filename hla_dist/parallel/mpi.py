@@ -1,4 +1,4 @@
-"""An mpi4py communicator as a group: the primitives of ``collectives.py`` over MPI, none of which waits for ever.
+"""An mpi4py communicator as a group: the primitives of ``collectives.py`` over MPI, none of which waits forever.
 
 Payloads travel as they lie in memory, by the buffer protocol; ``all_gather_objects`` alone pickles, for first calls and
 errors. Every operation is non-blocking, and waiting is Test and a short sleep in turn: MPI's own Wait has no timeout,

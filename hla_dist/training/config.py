@@ -189,8 +189,8 @@ class TrainConfig:
         expect(optimisation.max_minutes >= 0, "--max-minutes", "at least 0", optimisation.max_minutes)
         expect(0 < data.held_out < 1, "--held-out", "a share between 0 and 1", data.held_out)
         packed, at_once = data.packing == "documents", optimisation.batch_size
-        one = "1 with --packing documents (a sequence holds many documents; --accumulate takes more of them)"
-        expect(not packed or at_once == 1, "--batch-size", one, at_once)
+        single = "1 with --packing documents (a sequence holds many documents; --accumulate takes more of them)"
+        expect(not packed or at_once == 1, "--batch-size", single, at_once)
         rounded = "--no-parity beside it (the ranks differ by its rounding)"
         expect(not (ranks.bf16_wire and output.parity), "--bf16-wire", rounded, "--parity")
         sharded = "--dp-shard beside it (FSDP2 offloads its shards)"
@@ -204,20 +204,20 @@ class TrainConfig:
         written, resume, init_from = output.out is not None, output.resume, output.init_from
         nowhere = f"{output.save_every} and no --out"
         expect(written or not output.save_every, "--save-every", "--out to save checkpoints in", nowhere)
-        found = "a directory, or --out to find the newest checkpoint in"
-        expect(written or resume not in ("", "auto"), "--resume", found, "neither")
-        own, both = "no --resume beside it, which goes on with parameters of its own", f"{resume or output.out}"
-        expect(init_from is None or resume in (None, "auto"), "--init-from", own, f"both {init_from} and {both}")
+        known = "a directory, or --out to find the newest checkpoint in"
+        expect(written or resume not in ("", "auto"), "--resume", known, "neither")
+        fresh, both = "no --resume beside it, which goes on with parameters of its own", f"{resume or output.out}"
+        expect(init_from is None or resume in (None, "auto"), "--init-from", fresh, f"both {init_from} and {both}")
         expect(written or output.wandb is None, "--wandb", "--out too, which holds what is logged", "none")
 
     def refuse_offload_on_cpu(self) -> None:
         """UserError if something is to be offloaded: without GPUs there is nowhere to."""
         for name in ("offload_activations", "offload_parameters"):
             cpu = "the device cpu, whose memory is the host's"
-            expect(not getattr(self.optimisation, name), flag(name), "a GPU whose memory to spare", cpu)
+            expect(not getattr(self.optimisation, name), flag(name), "a GPU, whose memory it saves", cpu)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model these options describe; UserError if there is none such."""
+        """The model these options describe; UserError if they describe none."""
         model = self.model
         changes: dict[str, Any] = {"hidden_size": model.hidden_size, "num_layers": model.layers,
                                    "num_heads": model.heads, "num_kv_heads": model.kv_heads,

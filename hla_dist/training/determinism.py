@@ -14,7 +14,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def be_deterministic() -> None:
-    """Only operations whose result does not depend on timing; torch raises RuntimeError naming one that has none such.
+    """Only operations whose result does not depend on timing; torch raises RuntimeError naming one without.
 
     On GPUs cuBLAS also needs the environment variable CUBLAS_WORKSPACE_CONFIG before its first use; launch/train.py
     sets it.

@@ -5,7 +5,7 @@ K-th life of the job, 0 the first, which is the default); several are separated 
 
     kill             SIGKILL to itself before the step          kill-backward    in the middle of its backward
     kill-writing     while step N's checkpoint is written       kill-finishing   all written, not yet renamed
-    term             SIGTERM to itself before the step          hang             sleeps before the step, for ever
+    term             SIGTERM to itself before the step          hang             sleeps before the step, forever
     nan-output       NaN in the output of layer ``at``          nan-gradient     NaN in the gradient of parameter ``at``
     flip             changes a bit of the first number of parameter ``at`` before the step: the mantissa's first, since
                      the step's rounding may take the last one back

@@ -47,7 +47,7 @@ def test_gradients_keep_their_bits_and_parameters_their_place(monkeypatch: pytes
 
 
 def test_without_another_memory_it_is_refused() -> None:
-    with pytest.raises(UserError, match="--offload-activations: expected a GPU whose memory to spare, got the device"):
+    with pytest.raises(UserError, match="--offload-activations: expected a GPU, whose memory it saves, got the device"):
         parse(["--offload-activations", "--device", "cpu"])
     with pytest.raises(UserError, match="--offload-parameters: expected a GPU"):
         parse(["--offload-parameters", "--dp-shard", "2", "--device", "cpu"])
