@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
-from tests.ptx import memory  # not before Triton is known to be there
+from tests.ptx import check, memory  # not before Triton is known to be there
 
 ROOT = Path(__file__).parents[2]
 TRITONS = {"3.6.0": [memory.FENCE_AFTER_COPIES], "3.7.1": []}  # and the rules that its code does not keep
@@ -39,3 +40,28 @@ def test_every_entry(version: str, cases: str, arch: str) -> None:
     text = log.read_text()
     assert f"Triton {version}" in text, text[-4000:]
     assert done.returncode == 0, text[-4000:]
+
+
+CASE = check.Case("sm_90", "linear_attention", "fp32", 64, 64, False, T=18, backward=False)
+
+
+def test_of_cases_that_launch_the_same_one_is_run() -> None:
+    longer, narrow = replace(CASE, T=40), replace(CASE, dtype="bf16")
+    assert check.needed([CASE, longer, narrow]) == [longer, narrow]
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ended well is not run again, unless something else would be compiled or asked for; what failed is."""
+    ran: list[str] = []
+
+    def checked(case: check.Case) -> check.Result:
+        ran.append(case.operator)
+        return check.Result(check.Worst("out", 1e-3, 2e-3 if case.operator == "ahla" else 1e-4), None, (), 1.0)
+
+    monkeypatch.setattr(check, "check", checked)
+    cases = [replace(CASE, operator=name) for name in ("ahla", "hla2")]
+    for suspended, expected in ((set(), ["ahla", "hla2"]), (set(), ["hla2"]), ({"a rule"}, ["ahla", "hla2"])):
+        monkeypatch.setattr(memory, "suspended", suspended)
+        (failed,) = check.failures(cases, tmp_path)
+        assert ran == expected and failed.startswith("FAIL sm_90 hla2")
+        ran.clear()
