@@ -178,11 +178,15 @@ class _Call:
     def run(self, name: str, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
         """Launch one walk. ``outs``: where its passes' results go."""
         walk = self.walks[name]
-        wide = max(self.width(x) for x in walk.streams(self.gate)) > 64
-        if wide and self.gate and walk.paired and walk.link != "alone":
+        if self._splits(walk):
             self._run_each(walk, outs, states)
         else:
             self._run(walk, outs, states)
+
+    def _splits(self, walk: Walk) -> bool:
+        """Whether its passes are walked one by one."""
+        wide = max(self.width(x) for x in walk.streams(self.gate)) > 64
+        return wide and self.gate and walk.paired and walk.link != "alone"
 
     def _run_each(self, walk: Walk, outs: tuple[Tensor | None, ...], states: tuple[_State, ...]) -> None:
         """A walk for every pass that is paired; of the others, that of du's walk waits to share one with that of dk's.
@@ -193,7 +197,8 @@ class _Call:
         if walk.link == "adds":
             outs, adds = (outs[0], outs[0]), [SO_FAR, walk.add]
             self.sequences[SO_FAR] = outs[0]
-        if pairs[1] == "." and walk == self.walks["apart"] and not self.walks["dk"].add:  # else it has a tile too many
+        dk = self.walks["dk"]
+        if pairs[1] == "." and walk == self.walks["apart"] and self._splits(dk) and not dk.add:  # room for its tiles
             self.waiting = (walk.passes[1], outs[1], states[1])
         elif pairs[1] == "." and self.waiting:
             (other, out, state), self.waiting = self.waiting, None
@@ -425,6 +430,7 @@ def _gradients(
 ) -> Gradients:
     """Summed over the query heads of every K/V head; that of the gates from its terms."""
     problem = call.problem
+    assert call.waiting is None, "a pass was not run"
     leaving, terms = [edge(problem, carry) for carry in reverse], call.terms
     if column:
         column.add({name: call.sequences[f"d{name}"] for name in "qk"})
