@@ -284,13 +284,12 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         stream, weight = ctx.saved_tensors
         sums = _sums(stream, weight)
-        chance = torch.sigmoid(sums)
-        dsums = dy * (chance * (1 + sums * (1 - chance)))
-        taps, tokens = weight.to(sums.dtype).unbind(1), sums.shape[1]
-        dstream = torch.zeros_like(stream, dtype=sums.dtype)
+        dsums = torch.ops.aten.silu_backward(dy.to(sums.dtype), sums)
+        taps, tokens = weight.to(dsums.dtype).unbind(1), dsums.shape[1]
+        dstream = torch.zeros_like(stream, dtype=dsums.dtype)
         dweight = []
         for tap, factor in enumerate(taps):
-            dstream[:, tap : tap + tokens] += dsums * factor
+            dstream[:, tap : tap + tokens].addcmul_(dsums, factor)
             dweight.append((dsums * stream[:, tap : tap + tokens]).sum((0, 1)))
         return dstream.to(stream.dtype), torch.stack(dweight, 1).to(weight.dtype)
 
@@ -302,5 +301,5 @@ def _sums(stream: Tensor, weight: Tensor) -> Tensor:
     tokens = stream.shape[1] - len(taps) + 1
     sums = stream[:, :tokens] * taps[0]
     for tap, factor in enumerate(taps[1:], 1):
-        sums = sums + stream[:, tap : tap + tokens] * factor
+        sums = torch.addcmul(sums, stream[:, tap : tap + tokens], factor)
     return sums
