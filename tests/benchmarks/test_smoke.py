@@ -29,6 +29,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.param("overlap", 1, marks=pytest.mark.slow),
         pytest.param("stability", 1, marks=pytest.mark.slow),
         pytest.param("speculative", 0, marks=pytest.mark.slow),
+        pytest.param("evidence/demonstration", 0, marks=pytest.mark.slow),
     ],
 )
 def test_quick_run_writes_its_report(script: str, images: int, tmp_path: Path) -> None:
