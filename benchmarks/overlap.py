@@ -32,6 +32,7 @@ from benchmarks import report
 from benchmarks.program import begin, pyplot, save_figure
 from benchmarks.ranks import Ranks
 from hla_dist.functional import attention as functional
+from hla_dist.models.config import NEITHER
 from hla_dist.parallel import topology
 from hla_dist.parallel.collectives import counter
 
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[Case, list[tuple[float, floa
     topology.set_ranks_per_node(dist.group.WORLD, 1)
     layers = {}
     for exchange in EXCHANGES:
-        layers[exchange] = hla_dist.HLAAttention(64 * args.heads, args.heads)
+        layers[exchange] = hla_dist.HLAAttention(64 * args.heads, args.heads, **NEITHER)
         hla_dist.SequenceParallelHLA(layers[exchange], dist.group.WORLD, exchange=exchange, reduce_gradients=False)
     x = torch.randn(1, args.tokens, 64 * args.heads, requires_grad=True)
     samples: dict[Case, list[tuple[float, float]]] = {case: [] for case in CASES}

@@ -33,6 +33,7 @@ from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Run
 from benchmarks.program import begin, pyplot, save_figure
 from hla_dist.models import LanguageModel
+from hla_dist.models.config import NEITHER
 from hla_dist.nn import HLAAttention
 from hla_dist.training.optim import lr_factor
 
@@ -86,7 +87,8 @@ def norms(lengths: list[int], heads: int, size: int) -> Records:
         for kind, dtype in DTYPES.items():
             torch.manual_seed(0)
             width = heads * size
-            layer = HLAAttention(width, heads, op=name, decay=GATES[gates], output_gate=None, **NORMS[norm]).to(dtype)
+            layer = HLAAttention(width, heads, op=name, decay=GATES[gates], output_gate=None, **NEITHER, **NORMS[norm])
+            layer = layer.to(dtype)
             watched, state, constant, start = Watched(layer), None, torch.randn(width), 0
             for index, length in enumerate(lengths):
                 for stop in range(start, length, 16 * TRAINED):

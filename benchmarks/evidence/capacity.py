@@ -21,6 +21,7 @@ from benchmarks.evidence.mixers import parameters
 from benchmarks.evidence.steps import median_ms, shortest, take_step
 from benchmarks.evidence.training import CHECKS, CHOOSING, REPORTED, SOLVED
 from hla_dist import HLAAttention, SoftmaxAttention
+from hla_dist.models.config import NEITHER
 
 SYMBOLS = 64  # keys, and values
 VALUE_SIZE = 32
@@ -66,7 +67,7 @@ class Capacity:
     def model(self) -> nn.Module:
         """Return the head as the seed initialises it."""
         torch.manual_seed(self.seed)
-        size, options = 2 * SYMBOLS, {"decay": None} | LAYERS[self.mixer]
+        size, options = 2 * SYMBOLS, {**NEITHER, "decay": None} | LAYERS[self.mixer]
         if self.mixer == "softmax":
             return SoftmaxAttention(size, 1, head_dim=self.head_dim, rope_theta=None)
         sizes = {"head_dim": self.head_dim, "value_dim": VALUE_SIZE}

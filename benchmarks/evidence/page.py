@@ -29,6 +29,7 @@ from benchmarks.evidence.regression import Setting, drawn_optimum
 from benchmarks.evidence.tables import Line, chosen, row_name
 from hla_dist import HLAAttention
 from hla_dist.models import ModelConfig
+from hla_dist.models.config import NEITHER
 from hla_dist.training.estimate import Step, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -127,7 +128,7 @@ def costs() -> str:
     times, rows = _times_over_first_order(), []
     for name, (op, attention) in OPERATORS.items():
         with torch.no_grad():
-            state = HLAAttention(64, 1, op=op, **attention)(torch.zeros(1, 1, 64))[1]
+            state = HLAAttention(64, 1, op=op, **NEITHER | attention)(torch.zeros(1, 1, 64))[1]
         size = sum(x.nbytes for x in state if x.is_floating_point())
         flops = step_flops(Step(ModelConfig(**sizes, op=op, attention=attention), TOKENS))["operators"]
         took = [f"{times[mode, op]:.1f}" if name != "linear_attention, 20 levels" else "" for mode in MODES]

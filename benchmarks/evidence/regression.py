@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.evidence.steps import shortest, take_step
 from hla_dist import HLAAttention, SoftmaxAttention
+from hla_dist.models.config import NEITHER
 
 CHOOSING, REPORTED = 1, 2  # seeds of validation prompts: the first choose the step size
 PROMPTS = 1 << 17
@@ -136,7 +137,7 @@ class Regression:
     def model(self) -> nn.Module:
         """Return one head of attention, its operator bare: no norms, no output gate, no positions."""
         torch.manual_seed(self.seed)
-        size, options = self.setting.features + 1, LAYERS[self.mixer]
+        size, options = self.setting.features + 1, NEITHER | LAYERS[self.mixer]
         if self.mixer == "softmax":
             return SoftmaxAttention(size, 1, qk_norm=None, rope_theta=None)
         memory = float(self.setting.examples)

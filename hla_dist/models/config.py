@@ -9,6 +9,9 @@ from typing import Any
 from hla_dist.functional.validate import require
 from hla_dist.operators import NAMED
 
+# what a configuration's layers have where it does not name them, as those that were saved before they were default
+NEITHER: dict[str, Any] = {"conv": None, "key_term": False}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -25,7 +28,9 @@ class ModelConfig:
             block has as many parameters as a two-matrix block four times as wide.
         op: The operator of every layer, unless ``pattern`` says otherwise.
         norm_eps: Epsilon of every norm.
-        attention: Further options of ``hla_dist.HLAAttention``.
+        attention: Further options of ``hla_dist.HLAAttention``. ``conv`` and ``key_term`` have to be
+            among them: without, they are None and False, as in configurations older than the two. The
+            named sizes have both.
         pattern: Makes a hybrid: names of operators, ``softmax`` or ``memory``, separated by commas,
             each perhaps with a count, from the first layer on and over again: ``"hla2*3,softmax*1"``.
             Empty: ``op`` throughout.
@@ -110,6 +115,7 @@ class ModelConfig:
             "op": self.mixers, "pattern": "", "mlp_size": self.resolved_mlp_size,
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.hidden_size // self.num_heads,
+            "attention": NEITHER | self.attention,
             "softmax": self.softmax if "softmax" in self.mixers else {},
             "memory": self.memory if "memory" in self.mixers else {},
             "active": self.resolved_active, "balance": self.balance if self.experts else 0.0,
@@ -150,18 +156,23 @@ def read_pattern(pattern: str) -> list[str]:
     return period
 
 
+BACKED: dict[str, Any] = {"conv": 4, "key_term": None}  # HLAAttention's own defaults, by docs/which-operator.md
+
 # A block has 13 hidden_size^2 parameters. tiny and small are counted with a vocabulary of bytes, the others with one
 # of 32 K tokens.
 SIZES: dict[str, dict[str, Any]] = {
     # 0.5 M: the demonstration, minutes on two CPU cores. What it can learn in a few hundred steps is mostly local: a
     # shorter memory and positive queries and keys each gave it 0.1 bits per byte.
     "tiny": dict(
-        hidden_size=128, num_layers=2, num_heads=4, attention={"decay_range": (0.5, 512.0), "feature_map": "relu"}
+        hidden_size=128,
+        num_layers=2,
+        num_heads=4,
+        attention=BACKED | {"decay_range": (0.5, 512.0), "feature_map": "relu"},
     ),
-    "small": dict(hidden_size=256, num_layers=6, num_heads=4),  # 5 M
-    "50m": dict(hidden_size=512, num_layers=10, num_heads=8),
-    "125m": dict(hidden_size=768, num_layers=12, num_heads=12),
-    "350m": dict(hidden_size=1024, num_layers=24, num_heads=16),
-    "760m": dict(hidden_size=1536, num_layers=24, num_heads=12),
-    "1.3b": dict(hidden_size=2048, num_layers=24, num_heads=16),
+    "small": dict(hidden_size=256, num_layers=6, num_heads=4, attention=BACKED),  # 5 M
+    "50m": dict(hidden_size=512, num_layers=10, num_heads=8, attention=BACKED),
+    "125m": dict(hidden_size=768, num_layers=12, num_heads=12, attention=BACKED),
+    "350m": dict(hidden_size=1024, num_layers=24, num_heads=16, attention=BACKED),
+    "760m": dict(hidden_size=1536, num_layers=24, num_heads=12, attention=BACKED),
+    "1.3b": dict(hidden_size=2048, num_layers=24, num_heads=16, attention=BACKED),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hla_dist import checkpoint_context
-from hla_dist.models.config import ModelConfig
+from hla_dist.models.config import NEITHER, ModelConfig
 from hla_dist.models.experts import MixtureOfExperts, balance_loss
 from hla_dist.models.loss import summed_cross_entropy
 from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
@@ -56,7 +56,7 @@ class Block(nn.Module):
             kind, own = (SoftmaxAttention, config.softmax) if mixer == "softmax" else (MemoryAttention, config.memory)
             self.attention = kind(config.hidden_size, config.num_heads, **sizes, **{**common, **own})
         else:
-            options = {**common, **config.attention}
+            options = {**common, **NEITHER, **config.attention}
             self.attention = HLAAttention(config.hidden_size, config.num_heads, op=mixer, **sizes, **options)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         widths, scale = (config.hidden_size, config.resolved_mlp_size), residual_scale(config)

@@ -118,12 +118,14 @@ class HLAAttention(AttentionLayer):
             tell where that is; without them one all-gather of one integer per call asks. A call with
             ``state`` needs positions.
         conv: Width, 2 to 8, of a ``ShortConvolution`` with SiLU that queries, keys and values pass
-            before ``feature_map``; None: none. Its last inputs are part of the state
-            (``ConvHLA2State``, for example). Its weight decays like a matrix.
+            before ``feature_map``. None: none, as ``mask="full"`` and ``grown`` want it. Its last
+            inputs are part of the state (``ConvHLA2State``, for example). Its weight decays like a
+            matrix.
         conv_backend: As for ``ShortConvolution``.
         key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
             is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
-            which then begin as linear_attention and ahla.
+            which then begin as linear_attention and ahla. None: where the operator, ``mask`` and
+            ``decay_form`` have one. False: the paper's operator.
         levels: L, at least 2: the last pass has weights per token, head and level of distance
             (log-linear attention), softplus of a projection of x that begins near 1; with 1 it is the
             operator itself. Level l >= 1 is the left half of the block of 2^l tokens in whose right
@@ -185,9 +187,9 @@ class HLAAttention(AttentionLayer):
         output_gate: str | None = "silu",
         residual_scale: float = 1.0,
         rope_theta: float | None = None,
-        conv: int | None = None,
+        conv: int | None = 4,
         conv_backend: str = "auto",
-        key_term: bool = False,
+        key_term: bool | None = None,
         levels: int | None = None,
         grown: int = 0,
         mask: str = "causal",
@@ -222,12 +224,15 @@ class HLAAttention(AttentionLayer):
         rotary = rope_theta is None or (rope_theta > 0 and self.head_dim % 2 == 0)
         require(rotary, "rope_theta", "> 0 and an even head_dim", f"{rope_theta} and {self.head_dim}")
         _one_of("conv_backend", conv_backend, BACKENDS)
+        alike = "None with mask='full', which sees the whole sequence alike"
+        require(mask != "full" or decay is None, "decay", alike, repr(decay))
         if conv is not None:
             check_width("conv", conv)
             require(mask != "full", "conv", "None with mask='full', which has no order", conv)
-        if key_term and not (NAMED[op].keyed and mask == "causal" and decay_form == "masked"):
+        keyed = NAMED[op].keyed and mask == "causal" and decay_form == "masked"
+        if key_term and not keyed:
             raise ValueError(
-                f"key_term: expected False for {op} with mask={mask!r} and decay_form={decay_form!r} "
+                f"key_term: expected None or False for {op} with mask={mask!r} and decay_form={decay_form!r} "
                 f"(only hla2 and hla3, causal and masked, have a key term), got {key_term!r}"
             )
         if levels is not None:
@@ -242,8 +247,6 @@ class HLAAttention(AttentionLayer):
                 require(value is None, name, f"one that leaves channels apart with grown={grown}", repr(value))
         fits = 0 <= grown < self.head_dim and (rope_theta is None or grown % 2 == 0)
         require(fits, "grown", f"from 0 to below head_dim={self.head_dim}, with rope_theta an even number", grown)
-        alike = "None with mask='full', which sees the whole sequence alike"
-        require(mask != "full" or decay is None, "decay", alike, repr(decay))
 
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
         self.groups = [self.head_dim - grown, grown] if grown else [self.head_dim]
@@ -263,7 +266,8 @@ class HLAAttention(AttentionLayer):
         gates = self.decay_heads * (self.head_dim if decay == "channel" else 1)
         self.decay_bias = None if decay is None else nn.Parameter(torch.empty(gates, **factory))
         self.gain_bias, self.skip_bias = (
-            nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
+            nn.Parameter(torch.empty(num_heads, **factory)) if key_term or (key_term is None and keyed) else None
+            for _ in ("gain", "skip")
         )
         self.level_bias = None if levels is None else nn.Parameter(torch.empty(num_heads * levels, **factory))
         self.q_grown = nn.Parameter(torch.empty(num_heads * grown, **factory)) if grown else None

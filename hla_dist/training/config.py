@@ -79,9 +79,10 @@ class ModelShape(Checked):
     heads: Natural = 0  # query heads; 0: the named size's
     kv_heads: Natural = 0  # key/value heads; 0: as many as query heads
     head_dim: Natural = 0  # dimension of a head; 0: width / heads
-    conv: Natural = 0  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
-    # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second
-    key_term: bool = False
+    conv: Natural = 4  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
+    # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second; none: where there are
+    # such layers
+    key_term: bool | None = None
     # levels of the operators' last pass, which weighs near and far apart (log-linear attention), at least 2; 0: none
     levels: Natural = 0
     tie_embeddings: bool = True  # the output layer is the embedding; off: a matrix of its own
@@ -225,11 +226,9 @@ class TrainConfig:
                                    "active": model.active}  # fmt: skip
         changes = {name: value for name, value in changes.items() if value}
         changes |= {kind: {"window": model.window} for kind in ("softmax", "memory") if model.window}
-        attention = {"conv": model.conv} if model.conv else {}
-        attention |= {"key_term": True} if model.key_term else {}
+        attention = {"conv": model.conv or None, "key_term": model.key_term}
         attention |= {"levels": model.levels} if model.levels else {}
-        if attention:
-            changes["attention"] = SIZES[model.size].get("attention", {}) | attention
+        changes["attention"] = SIZES[model.size]["attention"] | attention
         changes |= {"tie_word_embeddings": model.tie_embeddings, "balance": model.balance}
         try:
             return ModelConfig.named(model.size, vocab_size=vocab_size, op=model.op, pattern=model.pattern, **changes)
@@ -243,7 +242,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The inverse of :meth:`to_dict`; what ``values`` lack has its default. UserError for unknown names."""
-        rest = dict(values)
+        rest = {"conv": 0, "key_term": False, **values}  # what they were before there were such options
         groups = {}
         for group in fields(cls):
             kind = type(getattr(cls(), group.name))

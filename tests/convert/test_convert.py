@@ -276,7 +276,7 @@ def test_what_cannot_grow_is_refused() -> None:
             grow(model, size)
     for grown, options in ((3, {"rope_theta": 1e4}), (8, {})):
         with raises_value_error("grown", "from 0 to below head_dim=8", f"got {grown}"):
-            HLAAttention(32, 4, grown=grown, **options)
+            HLAAttention(32, 4, grown=grown, conv=None, **options)
 
 
 @pytest.fixture(scope="module")

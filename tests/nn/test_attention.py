@@ -26,19 +26,20 @@ VARIANTS = {
     "gates per channel": dict(op="linear_attention", decay="channel", num_kv_heads=2, decay_heads=2),
     "no decay": dict(decay=None),
     "rms norm, sigmoid gate": dict(qk_norm="rms", output_gate="sigmoid"),
-    "bare": dict(qk_norm=None, output_gate=None, output_norm=False, decay=None),
-    "positive features, ratio": dict(feature_map="relu_squared", normalize=True),
+    "bare": dict(qk_norm=None, output_gate=None, output_norm=False, decay=None, conv=None, key_term=False),
+    "the paper's second order": dict(conv=None, key_term=False),
+    # a ratio does not depend on skip while gain is 0: its gradient would be round-off
+    "positive features, ratio": dict(feature_map="relu_squared", normalize=True, key_term=False),
     "linear transformer": dict(
         op="linear_attention", decay=None, qk_norm=None, feature_map="elu+1", normalize=True, scale=1.0
     ),
-    "softmax features": dict(feature_map="softmax", normalize=True),
+    "softmax features": dict(feature_map="softmax", normalize=True, key_term=False),
     "features of another size": dict(feature_map=lambda x: torch.cat([x, -x], -1)),
     "ridge": dict(ridge=0.5),
-    "rotary": dict(rope_theta=1e4),
+    "rotary": dict(num_kv_heads=2, value_dim=6, rope_theta=1e4),
     "prefix": dict(mask="prefix"),
     "the paper's decay": dict(decay_form="paper"),
-    "convolution": dict(conv=4, num_kv_heads=2, value_dim=6, rope_theta=1e4),
-    "key term": dict(op="hla3", key_term=True, num_kv_heads=2),
+    "third order": dict(op="hla3", num_kv_heads=2),
     "levels": dict(levels=4, num_kv_heads=2, rope_theta=1e4),
 }
 
@@ -126,7 +127,7 @@ def test_feature_maps_are_maps_before_the_operator():
 
 def test_first_order_layer_is_the_linear_transformer():
     """o_t = sum_i (phi(q_t) . phi(k_i)) v_i / sum_i phi(q_t) . phi(k_i), phi = elu + 1."""
-    layer = _layer(**VARIANTS["linear transformer"], output_gate=None, output_norm=False, eps=0.0)
+    layer = _layer(**VARIANTS["linear transformer"], conv=None, output_gate=None, output_norm=False, eps=0.0)
     x = _tokens(9)
     q, k, v = (f(x).view(2, 9, 4, 8).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = (torch.where(t > 0, t + 1, t.exp()) for t in (q, k))
@@ -140,7 +141,7 @@ KEY_TERM = {"gain_bias", "skip_bias"}  # names that optimisers do not decay
 
 def test_the_key_term_starts_as_first_order_and_reaches_hla2():
     """Two vectors of H numbers, which no optimiser decays; the other parameters are those without it."""
-    layer, plain, first = _layer(key_term=True), _layer(), _layer(op="linear_attention")
+    layer, plain, first = _layer(), _layer(key_term=False), _layer(op="linear_attention")
     x = _tokens(9)
     assert {n for n, _ in layer.named_parameters()} - {n for n, _ in plain.named_parameters()} == KEY_TERM
     assert layer.gain.shape == layer.skip.shape == (4,)
@@ -215,7 +216,7 @@ def test_reset_of_every_submodule_in_any_order_is_the_same_distribution():
 @pytest.mark.parametrize("options", [{}, dict(op="linear_attention"), dict(qk_norm="rms"), dict(qk_norm=None)])
 def test_first_outputs_are_of_order_one(size, options):
     torch.manual_seed(shifted(0))
-    layer = HLAAttention(256, 2, head_dim=size, output_norm=False, output_gate=None, decay=None, **options)
+    layer = HLAAttention(256, 2, head_dim=size, conv=None, output_norm=False, output_gate=None, decay=None, **options)
     layer.o_proj = torch.nn.Identity()
     with torch.no_grad():
         first = layer(torch.randn(200, 1, 256))[0]
@@ -346,7 +347,7 @@ def test_bad_options_are_named(options, parts):
 
 
 def test_bad_inputs_are_named():
-    layer = _layer()
+    layer = _layer(conv=None)
     with raises_value_error("x", "[B, T, 32]", "[2, 5, 31]"):
         layer(_tokens(5)[..., :31])
     with raises_value_error("x", "[B, T, 32]", "[5, 32]"):
@@ -356,9 +357,9 @@ def test_bad_inputs_are_named():
     with raises_value_error("feature_map", "head_dim=8", "got 16"):
         _layer(qk_norm="rms", feature_map=lambda x: torch.cat([x, x], -1))(_tokens(5))
     with torch.no_grad(), raises_value_error("state", "the convolution's inputs", "got Tensor"):
-        _layer(conv=4)(_tokens(5), torch.ones(2))
+        _layer()(_tokens(5), torch.ones(2))
     with torch.no_grad(), raises_value_error("initial_state", "a HLA2State", "got ConvHLA2State"):
-        layer(_tokens(5), _layer(conv=4)(_tokens(5))[1])
+        layer(_tokens(5), _layer()(_tokens(5))[1])
     rotary = _layer(rope_theta=1e4)
     with torch.no_grad(), raises_value_error("positions", "state"):
         rotary(_tokens(1), rotary(_tokens(5))[1])

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from hla_dist.models import ModelConfig
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.options import flag
 from hla_dist.training.config import RUN_FILES, ModelShape, TrainConfig, parse
@@ -47,6 +48,11 @@ def test_options_are_flat_in_json_and_read_again() -> None:
     assert (flat["seq_len"], flat["steps"], flat["data"]) == (64, 9, [])
     del flat["max_skips"]  # an older run's file, which does not know every option
     assert TrainConfig.from_dict(flat) == config
+    del flat["conv"], flat["key_term"]  # an older one still: its layers had neither
+    older = TrainConfig.from_dict(flat)
+    assert (older.model.conv, older.model.key_term) == (0, False)
+    assert older.model_config(256).differences(ModelConfig.named("tiny", attention={
+        "decay_range": (0.5, 512.0), "feature_map": "relu"})) == []  # fmt: skip
     with pytest.raises(UserError, match="expected those of launch/train.py, got also colour"):
         TrainConfig.from_dict(flat | {"colour": 1})
 

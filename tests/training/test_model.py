@@ -51,6 +51,13 @@ def test_what_makes_another_network_is_told_by_field() -> None:
     assert replace(config, pattern="hla2,softmax").differences(config) == ["op"]
     other = replace(config, norm_eps=1e-5, attention={"decay_range": (0.5, 64.0)})
     assert other.differences(config) == ["norm_eps", "attention"]
+    # one that was saved before a convolution and a key term were default has neither
+    named = replace(config, attention=config.attention | {"conv": None, "key_term": False})
+    assert named.differences(config) == []
+    assert LanguageModel(config).state_dict().keys() == LanguageModel(named).state_dict().keys()
+    assert {"conv.weight", "gain_bias"} <= {
+        n.split("attention.")[1] for n in LanguageModel(ModelConfig.named("tiny")).state_dict() if "attention." in n
+    }
 
 
 @pytest.mark.parametrize("name", SIZES)
