@@ -1,6 +1,7 @@
 """What the benchmarks have in common: their command lines, and matplotlib without a screen."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,6 @@ def begin(about: str, quick: str, small: dict[str, Any], **flags: tuple[Any, ...
         report.keep_memory(args.keep_memory)
     if "threads" in flags:
         torch.set_num_threads(args.threads)
-    script = Path(str(sys.modules["__main__"].__file__)).resolve().relative_to(report.ROOT)
+    script = Path(os.path.relpath(sys.argv[0], report.ROOT))  # no path of the machine
     args.theme, args.about = script.stem, report.context(str(script), torch.get_num_threads())
     return args

@@ -103,8 +103,8 @@ def unshard(x: Tensor, group: Any, lengths: Sequence[int] | None = None, dim: in
     loss that every rank computes alike is therefore counted P times; divide it by P.
 
     Communication: forward one all-gather of shards padded to the longest; backward one all-reduce of
-    the whole gradient. Without ``lengths`` a gather of small objects, dtypes and shapes, comes first, which
-    the host reads. By it every rank raises the same ValueError if dtypes or shapes differ. With
+    the whole gradient. Without ``lengths`` a gather of small objects, dtypes and shapes, comes first,
+    which the host reads. By it every rank raises the same ValueError if dtypes or shapes differ. With
     ``lengths`` only this rank's length is checked; the other dimensions must agree.
 
     Args:
