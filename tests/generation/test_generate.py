@@ -221,7 +221,10 @@ def test_mistakes_are_one_line(
 def test_tokens_come_while_others_are_still_to_come(checkpoint: str) -> None:
     command = [sys.executable, str(ROOT / "launch" / "generate.py"), "--checkpoint", checkpoint]
     endless = [*command, "--tokens", str(10**9), "--prompt", "Wait", "--threads", "1"]
-    process = subprocess.Popen(endless, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a shell starts what runs in its background, the tests perhaps, with this signal ignored
+    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(endless, env=environment(), preexec_fn=heeded, **pipes)
     assert process.stdout is not None
     try:
         assert process.stdout.read(40).startswith(b"Wait")
