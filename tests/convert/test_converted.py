@@ -128,6 +128,7 @@ def on_ranks(pg: dist.ProcessGroup) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), {name: p.grad for name, p in model.module.named_parameters()}
 
 
+@pytest.mark.slow  # every rank imports transformers
 def test_over_ranks_it_is_what_it_is_on_one(pool: RankPool) -> None:
     model, text = converted(), rows(2)
     loss = token_loss(model(text[:, :-1]), text[:, 1:])
