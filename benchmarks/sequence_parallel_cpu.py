@@ -1,6 +1,6 @@
 """CPU seconds of hla2 on 8 ranks, summed, against one process for the same tokens.
 
-    python benchmarks/sequence_parallel_cpu.py            about six minutes; report in benchmarks/results/
+    python benchmarks/sequence_parallel_cpu.py            about fifteen minutes; report in benchmarks/results/
     python benchmarks/sequence_parallel_cpu.py --quick    a smoke run of seconds; report in out/benchmarks/
     python benchmarks/sequence_parallel_cpu.py --check    exit code 1 if a target is missed
 
