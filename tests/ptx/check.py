@@ -140,7 +140,7 @@ def check(case: Case) -> Result:
             return Result(None, None, kernels, time.perf_counter() - start, f"{type(fault).__name__}: {fault}")
     seconds = time.perf_counter() - start
     kernels = tuple(sorted({launch.name for launch in emulator.launches}))
-    return Result(*judged(problem, tensors, got), kernels, seconds)
+    return Result(*judged(problem, tensors, got, backward=case.backward), kernels, seconds)
 
 
 def _run(case: Case, tensors: Tensors) -> Values:
@@ -150,13 +150,13 @@ def _run(case: Case, tensors: Tensors) -> Values:
 
 
 def judged(
-    problem: Problem, tensors: Tensors, got: Values, drawn: Callable[[Problem], Tensors] = draw
+    problem: Problem, tensors: Tensors, got: Values, drawn: Callable[[Problem], Tensors] = draw, backward: bool = True
 ) -> tuple[Worst, Worst | None]:
-    """The worst of output and states, and the worst gradient, None where there is none."""
+    """The worst of output and states, and the worst gradient, None without ``backward``."""
     want = oracle(problem, tensors, quadratic)
     allowed = allowed_errors(problem, tensors, want, drawn)
     worst: dict[bool, Worst] = {}
-    for name in got:
+    for name in want if backward else (name for name in want if not name.startswith("d")):
         found = _error(name, got[name], want, allowed[name])
         before = worst.get(name.startswith("d"))
         if before is None or not found.error / found.allowed <= before.error / before.allowed:
