@@ -71,14 +71,15 @@ class ModelConfig:
             require(getattr(self, name) >= 1, "ModelConfig", f"{name} >= 1", getattr(self, name))
         read_pattern(self.pattern)
         require(self.mlp_size >= 0, "ModelConfig", "mlp_size >= 0", self.mlp_size)
-        width, heads, experts = self.hidden_size, self.num_heads, f"active={self.active} and experts={self.experts}"
+        width, heads = self.hidden_size, self.num_heads
         sized = self.head_dim is not None or not width % heads
         either = "hidden_size divisible by num_heads (or an explicit head_dim)"
         require(sized, "ModelConfig", either, f"{width} and {heads}")
         kv_heads = heads if self.num_kv_heads is None else self.num_kv_heads
         grouped = kv_heads >= 1 and not heads % kv_heads
         require(grouped, "ModelConfig", "num_kv_heads dividing num_heads", f"{kv_heads} and {heads}")
-        require(0 <= self.active <= self.experts, "ModelConfig", "0 <= active <= experts", experts)
+        mixture = f"active={self.active} and experts={self.experts}"
+        require(0 <= self.active <= self.experts, "ModelConfig", "0 <= active <= experts", mixture)
         require(self.balance >= 0, "ModelConfig", "balance >= 0", self.balance)
 
     @property

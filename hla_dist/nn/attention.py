@@ -235,6 +235,7 @@ class HLAAttention(AttentionLayer):
                 f"key_term: expected None or False for {op} with mask={mask!r} and decay_form={decay_form!r} "
                 f"(only hla2 and hla3, causal and masked, have a key term), got {key_term!r}"
             )
+        key_term = keyed if key_term is None else key_term
         if levels is not None:
             require(type(levels) is int and levels >= 2, "levels", "a whole number >= 2, or None", repr(levels))
             require(decay != "channel", "decay", "a gate per head with levels", repr(decay))
@@ -266,8 +267,7 @@ class HLAAttention(AttentionLayer):
         gates = self.decay_heads * (self.head_dim if decay == "channel" else 1)
         self.decay_bias = None if decay is None else nn.Parameter(torch.empty(gates, **factory))
         self.gain_bias, self.skip_bias = (
-            nn.Parameter(torch.empty(num_heads, **factory)) if key_term or (key_term is None and keyed) else None
-            for _ in ("gain", "skip")
+            nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
         )
         self.level_bias = None if levels is None else nn.Parameter(torch.empty(num_heads * levels, **factory))
         self.q_grown = nn.Parameter(torch.empty(num_heads * grown, **factory)) if grown else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from tyro.conf import DisallowNone, arg
 
 from hla_dist.data.packing import PACKINGS
-from hla_dist.models.config import SIZES, ModelConfig
+from hla_dist.models.config import BACKED, SIZES, ModelConfig
 from hla_dist.operators import NAMED
 from hla_dist.parallel.topology import EXCHANGES
 from hla_dist.processes.failure import UserError, expect
@@ -79,10 +79,10 @@ class ModelShape(Checked):
     heads: Natural = 0  # query heads; 0: the named size's
     kv_heads: Natural = 0  # key/value heads; 0: as many as query heads
     head_dim: Natural = 0  # dimension of a head; 0: width / heads
-    conv: Natural = 4  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
+    conv: Natural = BACKED["conv"]  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
     # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second; none: where there are
     # such layers
-    key_term: bool | None = None
+    key_term: bool | None = BACKED["key_term"]
     # levels of the operators' last pass, which weighs near and far apart (log-linear attention), at least 2; 0: none
     levels: Natural = 0
     tie_embeddings: bool = True  # the output layer is the embedding; off: a matrix of its own
