@@ -116,14 +116,14 @@ class Convolved(nn.Module):
         return self.convolution(self.projection(x))[0]
 
 
-def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, mlp: int) -> LanguageModel:
-    attention = dict(mixer.attention)
-    if mixer.key_size > 1:
-        attention["value_dim"] = head_dim
+def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, value_dim: int, mlp: int) -> LanguageModel:
+    attention, keys = dict(mixer.attention), mixer.key_size * head_dim
+    if keys != value_dim:
+        attention["value_dim"] = value_dim
     model = LanguageModel(
         ModelConfig(
-            vocab_size=vocabulary, hidden_size=hidden, num_layers=mixer.layers, num_heads=hidden // head_dim,
-            head_dim=mixer.key_size * head_dim, mlp_size=mlp, pattern=mixer.op, attention=attention,
+            vocab_size=vocabulary, hidden_size=hidden, num_layers=mixer.layers, num_heads=hidden // value_dim,
+            head_dim=keys, mlp_size=mlp, pattern=mixer.op, attention=attention,
             softmax=mixer.softmax,
         )
     )  # fmt: skip
@@ -145,16 +145,20 @@ def parameters(model: nn.Module) -> int:
 
 
 @cache
-def _count(mixer: str, vocabulary: int, hidden: int, head_dim: int, mlp: int) -> int:
+def _count(mixer: str, vocabulary: int, hidden: int, head_dim: int, value_dim: int, mlp: int) -> int:
     with torch.device("meta"):
-        return parameters(_model(MIXERS[mixer], vocabulary, hidden, head_dim, mlp))
+        return parameters(_model(MIXERS[mixer], vocabulary, hidden, head_dim, value_dim, mlp))
 
 
-def build(mixer: str, vocabulary: int, hidden: int, head_dim: int) -> LanguageModel:
-    """Return a model with ``mixer``, its MLPs as wide as the parameters of two layers of softmax at 3 D allow."""
-    unit = MIXERS[mixer].layers * 3 * hidden
-    spare = _count("softmax", vocabulary, hidden, head_dim, 3 * hidden) - _count(mixer, vocabulary, hidden, head_dim, 1)
-    return _model(MIXERS[mixer], vocabulary, hidden, head_dim, max(1, 1 + round(spare / unit)))
+def build(mixer: str, vocabulary: int, hidden: int, head_dim: int, value_dim: int | None = None) -> LanguageModel:
+    """Return a model with ``mixer``, its MLPs as wide as the parameters of two layers of softmax at 3 D allow.
+
+    Values are as wide as keys unless ``value_dim`` says otherwise; heads are as many as fill ``hidden`` with values.
+    """
+    values, unit = value_dim or head_dim, MIXERS[mixer].layers * 3 * hidden
+    spare = _count("softmax", vocabulary, hidden, values, values, 3 * hidden)
+    spare -= _count(mixer, vocabulary, hidden, head_dim, values, 1)
+    return _model(MIXERS[mixer], vocabulary, hidden, head_dim, values, max(1, 1 + round(spare / unit)))
 
 
 @torch.no_grad()

@@ -44,10 +44,11 @@ def _grid(
     hidden: int = 32,
     sizes: Sequence[int] = (16,),
     batch: int = 32,
+    value_dim: int | None = None,
 ) -> list[Run]:
     """Every mixer at every size and step size with every seed; one seed of all comes before the next."""
     return [
-        Run(task, mixer, step_size, seed, steps, batch, hidden, head_dim)
+        Run(task, mixer, step_size, seed, steps, batch, hidden, head_dim, value_dim)
         for seed in SEEDS
         for head_dim in sizes
         for mixer in mixers
@@ -87,10 +88,17 @@ def _capacity() -> list[Capacity]:
 
 
 def _pairs() -> list[Run]:
-    """16 pairs in whole models, at three state sizes: second order with half the keys has the state of first order."""
-    task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32, "fewest": 1})
-    runs = _grid(task, 4000, [f"{KEYED}, conv"], hidden=64, sizes=(4, 8, 16), batch=64)
-    runs += _grid(task, 4000, CORE, hidden=64, sizes=(8, 16, 32), batch=64)
+    """16 pairs in whole models: first order at three sizes, second order within the same bytes, then the others."""
+    task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32}, first=4)
+    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), "hla2, conv": (10, 6, 3),
+             "linear_attention, gated, conv": (16, 8, 4), "softmax, conv": (16,), "ahla, conv": (8,),
+             "hla3, conv": (7,), "linear_attention": (16,), "linear_attention, gated": (16,), KEYED: (10,),
+             "softmax": (16,)}  # fmt: skip
+    runs = [
+        run
+        for mixer, several in sizes.items()
+        for run in _grid(task, 500, [mixer], hidden=64, sizes=several, value_dim=16)
+    ]
     return sorted(runs, key=lambda run: run.seed)
 
 

@@ -35,15 +35,12 @@ def recall(
     vocabulary: int,
     pairs: int,
     queries: int,
-    fewest: int | None = None,
 ) -> Examples:
     """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again.
 
     Token 0 fills the gaps, keys are the lower half of the others, values the upper. Keys of a sequence differ. Queries,
     each a key drawn anew, stand at random places after the pairs, or at all of them; a query's target is its key's
-    value. More queries than pairs are more gradients per step, which is what a small machine needs. With ``fewest``
-    each sequence shows a number of pairs drawn from it to ``pairs``, then gaps: as in those papers a model learns from
-    few pairs what it must do with many.
+    value. More queries than pairs are more gradients per step, which is what a small machine needs.
     """
     half, rest = vocabulary // 2, length - 2 * pairs
     if pairs > half - 1 or not 0 < queries <= rest:
@@ -54,10 +51,6 @@ def recall(
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     places = 2 * pairs + _permutations(generator, batch, rest)[:, :queries]
     which = torch.randint(pairs, (batch, queries), generator=generator)
-    if fewest is not None:
-        shown = torch.randint(fewest, pairs + 1, (batch, 1), generator=generator)
-        tokens[:, : 2 * pairs][torch.arange(2 * pairs) >= 2 * shown] = 0
-        which = which % shown
     tokens.scatter_(1, places, keys.gather(1, which))
     targets.scatter_(1, places, values.gather(1, which))
     return tokens, targets, targets > 0
@@ -168,17 +161,36 @@ MAKERS: dict[str, tuple[Callable[..., Examples], Callable[[dict[str, Any], int],
 
 @dataclass(frozen=True)
 class Task:
-    """A maker with its sizes, and lengths beyond ``length`` that a model is measured at without being trained there."""
+    """A maker with its sizes.
+
+    Attributes:
+        beyond: Longer sequences, which a model is measured with and not trained with.
+        first: Recall is trained with so many pairs first, then with twice as many, up to all; 0: with all from the
+            start. As in those papers, a model learns from few pairs what it must do with many.
+    """
 
     maker: str
     length: int
     options: dict[str, int] = field(hash=False, default_factory=dict)
     beyond: tuple[int, ...] = ()
+    first: int = 0
 
     @property
     def name(self) -> str:
         sizes = [f"{name} {value}" for name, value in sorted(self.options.items())]
-        return ", ".join([self.maker, f"length {self.length}", *sizes])
+        return ", ".join(
+            [self.maker, f"length {self.length}", *sizes, *([f"first {self.first}"] if self.first else [])]
+        )
+
+    @property
+    def stages(self) -> list[Task]:
+        """The tasks of training in their order, this one last: fewer pairs have fewer queries and shorter sequences."""
+        tasks, parts = [self], 2
+        while self.first and self.options["pairs"] >= self.first * parts:
+            fewer = {name: self.options[name] // parts for name in ("pairs", "queries")}
+            tasks.insert(0, Task(self.maker, self.length // parts, self.options | fewer))
+            parts *= 2
+        return tasks
 
     @property
     def vocabulary(self) -> int:
@@ -203,6 +215,4 @@ class Task:
         options: dict[str, Any] = dict(self.options)
         if self.maker == "text":
             options["held_out"] = validation
-        if validation:
-            options.pop("fewest", None)  # asked for all pairs
         return MAKERS[self.maker][0](generator, batch, self.length, **options)

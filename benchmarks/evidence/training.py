@@ -19,6 +19,7 @@ from hla_dist.nn import HLAAttention
 
 SOLVED = 0.998  # a run ends where it is this accurate
 CHECKS = 20  # how often a run looks
+MASTERED = 0.9  # of a stage's answers, averaged over some ten steps: then the next stage begins
 # validation seeds: the first choose the step size and end a run, the others are reported
 CHOOSING, REPORTED = range(4), range(4, 12)
 VALIDATION_BATCH = 64
@@ -36,11 +37,13 @@ class Run:
     batch: int = 64
     hidden: int = 64
     head_dim: int = 16
+    value_dim: int | None = None  # None: as head_dim
 
     @property
     def group(self) -> str:
         """Name what runs of one table have in common."""
-        return f"{self.task.name}, width {self.hidden}, {self.steps} steps of {self.batch}"
+        values = f", values of {self.value_dim}" if self.value_dim else ""
+        return f"{self.task.name}, width {self.hidden}{values}, {self.steps} steps of {self.batch}"
 
     @property
     def key(self) -> str:
@@ -50,7 +53,7 @@ class Run:
     def model(self) -> LanguageModel:
         """Return the model as the seed initialises it."""
         torch.manual_seed(self.seed)
-        return build(self.mixer, self.task.vocabulary, self.hidden, self.head_dim)
+        return build(self.mixer, self.task.vocabulary, self.hidden, self.head_dim, self.value_dim)
 
 
 def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
@@ -59,10 +62,13 @@ def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
     return F.linear(model.norm(features[scored]), model.embedding.weight)
 
 
-def _step(model: LanguageModel, run: Run, optimizer: torch.optim.Optimizer, index: int) -> None:
+def _step(model: LanguageModel, run: Run, task: Task, optimizer: torch.optim.Optimizer, index: int) -> float:
+    """Take a step with as many tokens as the run's own sequences have; return how many of its answers were right."""
     # the training seeds of two run seeds are a million apart: more than any run has steps
-    tokens, targets, scored = run.task.examples(1_000_000 * run.seed + index, run.batch)
-    take_step(F.cross_entropy(answers(model, tokens, scored), targets[scored]), model, optimizer)
+    tokens, targets, scored = task.examples(1_000_000 * run.seed + index, run.batch * run.task.length // task.length)
+    logits = answers(model, tokens, scored)
+    take_step(F.cross_entropy(logits, targets[scored]), model, optimizer)
+    return float((logits.argmax(-1) == targets[scored]).float().mean())
 
 
 @torch.no_grad()
@@ -97,14 +103,14 @@ def predicted_seconds(run: Run) -> float:
     run = replace(run, batch=run.batch // share)
     model = run.model()
     optimizer = _optimizer(model, run)
-    return shortest(lambda index: _step(model, run, optimizer, index), 2) * share * run.steps
+    return shortest(lambda index: _step(model, run, run.task, optimizer, index), 2) * share * run.steps
 
 
 def train(run: Run) -> dict[str, Any]:
     """Return the line of results: AdamW without weight decay, a tenth of the steps to warm up, then a cosine to zero.
 
-    Gradients are cut to norm 1. A run ends early where the choosing seeds say that it is solved. ``curve`` holds their
-    accuracy at every check.
+    Gradients are cut to norm 1. Where a task has stages, the next begins when one is mastered. A run ends early where
+    the choosing seeds say that it is solved. ``curve`` holds their accuracy at every check.
     """
     model = run.model()
     optimizer = _optimizer(model, run)
@@ -116,9 +122,12 @@ def train(run: Run) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     run.task.examples(0, 1)  # a corpus is read before the clock starts
     start, curve, chosen, done = time.process_time(), [], (0.0, math.nan), 0
+    stages, right = run.task.stages, 0.0
     checks = {-(-run.steps * n // CHECKS) for n in range(1, CHECKS + 1)}
     while done < run.steps and chosen[0] < SOLVED:
-        _step(model, run, optimizer, done)
+        right += 0.1 * (_step(model, run, stages[0], optimizer, done) - right)
+        if right > MASTERED and len(stages) > 1:
+            stages, right = stages[1:], 0.0
         schedule.step()
         done += 1
         if done in checks:

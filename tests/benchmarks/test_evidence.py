@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.evidence import capacity
+from benchmarks.evidence import capacity, training
 from benchmarks.evidence.capacity import SYMBOLS, Capacity
 from benchmarks.evidence.mixers import MIXERS, build, parameters
 from benchmarks.evidence.regression import Regression, Setting, descend
 from benchmarks.evidence.tasks import Task
-from benchmarks.evidence.training import Run
+from benchmarks.evidence.training import Run, train
 from tests.harness import shifted
 
 TASKS = [
@@ -80,14 +81,29 @@ def test_a_model_is_asked_for_values_of_pairs_that_it_was_shown() -> None:
         assert same.sum() == 1 and shown[row, same][0, SYMBOLS:].argmax() == targets[row, place]
 
 
-def test_fewer_pairs_are_shown_in_training_alone() -> None:
-    task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 8, "fewest": 2})
-    tokens, targets, scored = task.examples(0, 64)
-    shown = (tokens[:, :32:2] > 0).sum(1)
-    assert 2 <= shown.min() < shown.max() <= 16
-    for row, position in scored.nonzero().tolist():
-        assert answers(task, tokens[row].tolist(), position) == targets[row, position]
-    assert (task.examples(0, 4, validation=True)[0][:, :32] > 0).all()
+def test_training_begins_with_few_pairs_and_doubles_them_when_they_are_mastered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = Task("recall", 48, {"vocabulary": 64, "pairs": 12, "queries": 24}, first=3)
+    few, more, all_pairs = task.stages
+    assert few == Task("recall", 12, {"vocabulary": 64, "pairs": 3, "queries": 6})
+    assert more == Task("recall", 24, {"vocabulary": 64, "pairs": 6, "queries": 12}) and all_pairs is task
+    assert replace(task, first=0).stages == [replace(task, first=0)]
+
+    shapes = []
+
+    def step(*given: Any) -> float:
+        _, run, task, optimizer, _ = given
+        optimizer.step()
+        shapes.append((task.options["pairs"], run.batch * run.task.length // task.length))
+        return 1.0 if len(shapes) > 5 else 0.0
+
+    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(training, "evaluate", lambda *_: (0.0, 1.0))
+    line = train(Run(task, "softmax", 1e-2, 0, 60, batch=2, hidden=32))
+    mastered = math.ceil(math.log(0.1) / math.log(0.9))  # steps until the average of ones has passed 0.9
+    assert shapes == [(3, 8)] * (5 + mastered) + [(6, 4)] * mastered + [(12, 2)] * (60 - 5 - 2 * mastered)
+    assert line["steps_done"] == 60
 
 
 def test_seeds_repeat_and_validation_is_apart() -> None:
@@ -115,6 +131,7 @@ def test_mixers_have_equal_parameters() -> None:
         for mixer in [*list(MIXERS)[::3], "softmax, conv", "hla2, key term from (0, 1), conv"]:
             half_a_unit = 3 * 32 * MIXERS[mixer].layers / 2  # of the MLPs' width
             assert abs(parameters(build(mixer, 64, 32, 16)) - softmax) <= half_a_unit, mixer
+            assert abs(parameters(build(mixer, 64, 32, 6, value_dim=16)) - softmax) <= half_a_unit, mixer
 
 
 @pytest.mark.parametrize(
