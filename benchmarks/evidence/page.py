@@ -5,7 +5,7 @@
 A comment ``<!-- lines: GROUP; ROWS; COLUMN; COLUMN; ... -->`` in the page stands before each table. GROUP begins the
 name of one group of runs. ROWS is "mixers", or "changed" for the mixer of the ablations and them. The second column
 orders the rows. ``<!-- costs -->`` stands before the table of what an operator costs: counted, but for the times, of
-benchmarks/family_cpu.py.
+benchmarks/family_cpu.py. ``<!-- minutes -->`` stands before how long `make evidence` takes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 import torch
 
 from benchmarks import report
-from benchmarks.evidence.plan import KEYED
+from benchmarks.evidence.plan import KEYED, subset
 from benchmarks.evidence.regression import Setting, drawn_optimum
+from benchmarks.evidence.run import needed
 from benchmarks.evidence.tables import Line, chosen, row_name
 from hla_dist import HLAAttention
 from hla_dist.models import ModelConfig
@@ -35,6 +36,7 @@ from hla_dist.training.estimate import Step, step_flops
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, LINES = ROOT / "docs/which-operator.md", ROOT / "benchmarks/results/evidence.jsonl"
 TIMES, MODES, TOKENS = ROOT / "benchmarks/results/family_cpu.json", ("forward", "forward+backward"), 4096
+MINUTES = re.compile(r"(<!-- minutes -->\n\n).*\n")
 COSTS = re.compile(r"(<!-- costs -->\n\n)(?:\|.*\n)*")
 TABLE = re.compile(r"(<!-- lines: ([^;]+); (mixers|changed); ([^>]+) -->\n\n)(?:\|.*\n)*")
 
@@ -139,8 +141,27 @@ def costs() -> str:
     return report.table(header, rows)
 
 
+def minutes(lines: list[Line]) -> tuple[int, float]:
+    """Return how many runs `make evidence` has, and the minutes of two cores that their like took.
+
+    A run's like are the lines of its row; a row without one is taken to cost as much as the dearest line of its group.
+    """
+    seconds: dict[tuple[str, ...], list[float]] = {}
+    for line in lines:
+        for like in ((line["group"], row_name(line)), (line["group"],)):
+            seconds.setdefault(like, []).append(line["cpu_seconds"])
+    runs, total = needed(subset(), {}), 0.0
+    for run in runs:
+        row = seconds.get((run.group, row_name(vars(run))))
+        total += statistics.mean(row) if row else max(seconds[run.group,])
+    return len(runs), total / 120
+
+
 def renewed(page: str, lines: list[Line]) -> str:
-    """Return ``page`` with every table that a comment announces made anew."""
+    """Return ``page`` with all that a comment announces made anew."""
+    count, took = minutes(lines)
+    sentence = f"Its {count} runs, from an empty folder, take about {took:.0f} minutes of two CPU cores."
+    page = MINUTES.sub(lambda m: m[1] + sentence + "\n", page)
     page = COSTS.sub(lambda m: m[1] + costs() + "\n", page)
     return TABLE.sub(lambda m: m[1] + table(m[2], m[3], m[4].split("; "), lines) + "\n", page)
 

@@ -21,6 +21,8 @@ CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
 # where the key term starts, and what the library's small embedding does
 START = ["hla2, key term from (1, 0), conv", "softmax; embedding 0.02"]
 SIZED = ["linear_attention, gated, conv", f"{KEYED}, conv"]
+# 16 pairs in whole models: does second order hold as many in the state that first order needs?
+DECISIVE = ["softmax, conv", "linear_attention, conv", f"{KEYED}, conv"]
 # what decides whether a model of text should have a convolution, gates or a key term
 WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "hla2, conv", f"{KEYED}, conv",
            "softmax, conv", "linear_attention, conv", KEYED, "softmax"]  # fmt: skip
@@ -103,9 +105,16 @@ def _pairs() -> list[Run]:
 
 
 def subset() -> list[Run | Regression | Capacity]:
-    """Return the runs of ``make evidence``."""
-    small = [*_grid(SMALLEST, 600, CORE + START), *_grid(SMALLEST, 600, SIZED, sizes=(8,))]
-    return [*small, *_regression(), *_capacity()]
+    """Return the runs of ``make evidence``: what decides defaults within half an hour of two CPU cores."""
+    return [
+        *_grid(SMALLEST, 600, CORE + START),
+        *_grid(SMALLEST, 600, SIZED, sizes=(8,)),
+        # three state sizes with one seed, the largest with three
+        *(run for run in _pairs() if run.mixer in DECISIVE and run.step_size == STEP_SIZES[0]
+          and (run.seed == 0 or run.head_dim in (16, 10))),
+        *(run for run in _regression() if run.setting == STEADY or run.seed == 0),
+        *_capacity(),
+    ]  # fmt: skip
 
 
 def everything() -> list[Run | Regression | Capacity]:
@@ -113,12 +122,13 @@ def everything() -> list[Run | Regression | Capacity]:
     recall = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": p}) for n in (256, 1024) for p in (16, 64)]
     runs = [
         *subset(),
+        *_regression(),
         *_grid(Task("text", 128), 400, WRITING, batch=16),
         *_grid(SMALLEST, 600, SIZED, sizes=(4,)),
         *_grid(SMALLEST, 600, [BOTH, *ABLATIONS]),
         *_small(),
         *_pairs(),
-        *_grid(Task("text", 512), 2000, WRITING, hidden=64),
+        *_grid(Task("text", 512), 400, WRITING, batch=4),
         *_grid(SMALLEST, 600, [name for name in MIXERS if name not in ASKED]),
         *(run for task in recall for run in _grid(task, 8000, CORE, FINER, hidden=64, sizes=(8, 16, 32), batch=64)),
     ]
