@@ -99,7 +99,7 @@ def _pairs() -> list[Run]:
     runs = [
         run
         for mixer, several in sizes.items()
-        for run in _grid(task, 500, [mixer], hidden=64, sizes=several, value_dim=16)
+        for run in _grid(task, 500, [mixer], (*STEP_SIZES, 2e-2), hidden=64, sizes=several, value_dim=16)
     ]
     return sorted(runs, key=lambda run: run.seed)
 
