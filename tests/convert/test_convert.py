@@ -315,10 +315,13 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     from hla_dist.processes.failure import UserError
 
     out = tmp_path / "out"
-    convert(folder, out, "--stage", "transfer")
+    convert(folder, out, "--stage", "transfer", "--transfer-batch", "1", "--transfer-lr", "0.02")
     assert "after distill" not in json.loads((out / "summary.json").read_text())["perplexity"]
     stored = (out / "layers" / "layer_000.safetensors").stat().st_mtime_ns
-    convert(folder, out)  # goes on: the layers are there
+    with pytest.raises(UserError, match="got others: transfer_batch, transfer_lr"):
+        convert(folder, out)
+    same = ["--transfer-batch", "1", "--transfer-lr", "0.02", "--checkpoint-activations"]
+    convert(folder, out, *same)  # goes on: the layers are there
     assert (out / "layers" / "layer_000.safetensors").stat().st_mtime_ns == stored
     figures = json.loads((out / "summary.json").read_text())
     assert list(figures["perplexity"]) == ["teacher", "swapped in, untrained", "after transfer", "after distill"]
@@ -326,7 +329,11 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     assert "without memory" in summary and "lolcats" in summary
     assert "2 of 2 layers were transferred by an earlier run" in summary
     with pytest.raises(UserError, match="--out: expected a new directory, or the options .* got others: window"):
-        convert(folder, out, "--window", "9")
+        convert(folder, out, *same, "--window", "9")
+    # a row of a step and its rate are other layers; what backward computes again is no other model
+    convert(folder, tmp_path / "other")
+    other = json.loads((tmp_path / "other" / "summary.json").read_text())
+    assert all(one != two for one, two in zip(figures["transfer"], other["transfer"], strict=True))
     # the folder generates as the library does
     model, codec = load_speaker(out / "model")
     assert model.config.mixers == ["memory"] * 2
@@ -350,8 +357,17 @@ def test_the_program_on_ranks_gives_what_one_process_does(pool: RankPool, folder
 def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
     from hla_dist.processes.failure import UserError
 
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    (converted / "config.json").write_text('{"model_type": "hla"}')
     for number, (words, message) in enumerate(
         (
+            (["--window", "64"], r"--window: expected below the 64 tokens of a row \(--seq-len\), got 64"),
+            (
+                ["--other", str(tmp_path / "none.txt")],
+                "--other: expected a file or a folder, got .*none.txt, which does",
+            ),
+            (["--from", str(converted)], "expected model_type one of llama, .* got 'hla'"),
             (["--stage", "distill"], r"--stage: expected layers \[0, 1\] .* run transfer first"),
             (["--rows", "60"], "--data: expected 63 rows of 64 tokens, got 31 rows"),
             (["--recipe", "radlads!"], "invalid choice"),
