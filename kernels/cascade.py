@@ -8,6 +8,9 @@ gradients):
     backward   da = LA(dout, c, b)      db = rLA(c, dout, a)      dc = rLA(b, a, dout)
     gates      x  = sum over passes of a . da - b . db
 
+The denominator of a normalized cascade is the same cascade of a column of ones in v's place: passes more, a column wide
+(``with_denominator``). They share the sequences that v has no part in.
+
 A sequence in several places gets its gradient from several launches, each adding to what is there. With several
 segments a pass is three launches: the segments' states in parallel, a scan over them, outputs in parallel from what
 enters each. No moments are needed for that: every pass knows its carries before it begins.
@@ -38,6 +41,8 @@ RESTART = {torch.float32: 512, torch.float16: 8192, torch.bfloat16: 8192}
 SHORTEST = 256  # tokens of the shortest segment: its state's traffic stays below its sequences'
 
 
+ONES = " of ones"  # ends the names of what a denominator is made of: "v of ones" is the column, "r of ones" its r
+
 Cut = tuple[int, int]  # how a sequence is cut: segments, and tokens of each
 
 
@@ -50,6 +55,23 @@ class Pass(NamedTuple):
     c: str
     ridge: bool = False
     keyed: bool = False
+
+    @property
+    def of_ones(self) -> bool:
+        """Whether it is part of a denominator."""
+        return self.out.endswith(ONES)
+
+
+def with_denominator(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """The passes, each that v has a part in followed by the same one of a column of ones in v's place."""
+    found: list[Pass] = []
+    of_v = {"v"}
+    for p in passes:
+        found.append(p)
+        if p.c in of_v:
+            of_v.add(p.out)
+            found.append(p._replace(out=p.out + ONES, c=p.c + ONES))
+    return tuple(found)
 
 
 # the operators by their passes, for what runs without hla_dist
@@ -98,8 +120,12 @@ class Problem:
         if self.scale == 0.0:  # a state cannot be divided by it
             self.q, self.scale = torch.zeros_like(self.q), 1.0
         self.sequences |= {"q": self.q, "k": self.k, "v": self.v}
-        self.chunk = max(self._tile(a, c).BT for a in "kv" for c in "kv")
-        self.value_tiles = max(-(-self.sequences[c].shape[3] // self._tile(a, c).BV) for a in "kv" for c in "kv")
+        names = ["k", "v"]
+        if self.normalized:
+            names.append("v" + ONES)
+            self.sequences["v" + ONES] = self.v.new_ones(*self.v.shape[:3], 1)
+        self.chunk = max(self._tile(a, c).BT for a in names for c in names)
+        self.value_tiles = max(-(-self.sequences[c].shape[3] // self._tile(a, c).BV) for a in names for c in names)
         self._rho: dict[int, Tensor] = {}
 
     def _tile(self, a: str, c: str) -> tiles.Tile:
@@ -136,6 +162,47 @@ class Problem:
     def keyed(self) -> bool:
         """Whether some pass has a key term."""
         return any(map(self.has_key_term, self.passes))
+
+    @property
+    def normalized(self) -> bool:
+        """Whether passes of its denominator stand beside the others."""
+        return any(p.of_ones for p in self.passes)
+
+    @property
+    def denominator(self) -> Tensor:
+        """``[B, T, H]`` float32, once the passes have run."""
+        return self.sequences[self.passes[-1].out][..., 0]
+
+    @property
+    def inner_passes(self) -> tuple[Pass, ...]:
+        """Those whose results other passes read."""
+        return self.passes[: -1 - self.normalized]
+
+    @property
+    def output_passes(self) -> tuple[Pass, ...]:
+        """That of the output, and that of the denominator if there is one."""
+        return self.passes[-1 - self.normalized :]
+
+    def apart(self, states: list[Tensor]) -> list[Tensor]:
+        """One state per pass; given is what others see, V + 1 columns where there is a denominator."""
+        found: list[Tensor] = []
+        whole = iter(states)
+        for p in self.passes:
+            if p.of_ones:
+                found[-1:] = [found[-1][..., :-1], found[-1][..., -1:]]
+            else:
+                found.append(next(whole))
+        return found
+
+    def together(self, states: list[Tensor]) -> list[Tensor]:
+        """The inverse of ``apart``."""
+        found: list[Tensor] = []
+        for p, state in zip(self.passes, states):
+            if p.of_ones:
+                found[-1] = torch.cat([found[-1], state], -1)
+            else:
+                found.append(state)
+        return found
 
     @property
     def gated(self) -> bool:

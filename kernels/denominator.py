@@ -4,7 +4,8 @@
 
 The walks know nothing of it. It shares q, k and the inner sequences that v has no part in (u). Every other pass, from
 the one that reads v on, has a state of one column, ``f = sum u_i`` for hla2, and runs by the kernel of passes
-(first_order.py) after the walk that makes what it reads. Its gradients are added to the walks', in place.
+(first_order.py) after the walk that makes what it reads. Its gradients are added to the walks', in place. Where there
+are no walks these passes stand among the others (``cascade.with_denominator``).
 
 Shapes: the column [B, T, heads, 1], its states [B, H, rows, 1], where the walks' are [B, H, rows, V]; the public ones
 are both side by side. The denominator is float32.

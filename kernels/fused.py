@@ -162,8 +162,9 @@ def fused_forward_kernel(
 
 
 def runs(problem: Problem) -> bool:
-    """Whether one walk is the better schedule: a cascade without key term, one segment, and states that fit."""
-    return problem.segments()[0] == 1 and not problem.keyed and _tile(problem) is not None
+    """Whether one walk is the better schedule: a cascade without further terms, one segment, and states that fit."""
+    plain = not problem.keyed and not problem.normalized
+    return plain and problem.segments()[0] == 1 and _tile(problem) is not None
 
 
 def _tile(problem: Problem) -> tiles.Tile | None:

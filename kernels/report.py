@@ -2,12 +2,12 @@
 
 Every entry of the tile table is compiled in its most demanding variants, forward and reverse, exactly as the host
 functions launch it; where spills are forbidden, in every variant of hla2's passes over one segment with grouped heads
-too, whose states leave and whose gradients are float32. The walks of hla2, ahla and linear_attention over one segment,
-of which hla3's are made. The other kernels once an architecture. Printed as a table and written as JSON. Exit status 1
-if a kernel breaks a rule:
+too, whose states leave and whose gradients are float32; at 128 columns in bf16 a denominator's passes as well. The
+walks of hla2, ahla and linear_attention over one segment, of which hla3's are made. The other kernels once an
+architecture. Printed as a table and written as JSON. Exit status 1 if a kernel breaks a rule:
 
     shared memory over the architecture's limit
-    no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma
+    no matrix instruction in a kernel made of matrix products; on sm_90 no wgmma, which takes 64 rows at a time
     a copy into a buffer that a matrix instruction under way may still read (tiles.py says where Triton did that)
     on sm_90 or sm_100 at K, V <= 128 a main loop with more instructions that touch local memory than ``LOCAL``,
     ``LOCAL_SEEN`` or ``LOCAL_WALKS`` say, of its two thousand; elsewhere more bytes spilled than ``SPILLS`` allows
@@ -32,7 +32,7 @@ import torch
 import triton
 
 from hla_kernels import aot, device, fused, stages, tiles, walks
-from hla_kernels.cascade import CASCADES, Problem
+from hla_kernels.cascade import CASCADES, Problem, with_denominator
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
 from hla_kernels.sequences import Sequence
@@ -143,6 +143,9 @@ def _call_passes(case: Case) -> None:
     kept = [torch.zeros_like(problem.inner(case.K)), carry[0]]
     stages.finish(replace(problem, sequences={}), carry, kept)
     if case.K == case.V == 128 and case.dtype == "bfloat16":
+        column = replace(problem, passes=with_denominator(CASCADES["linear_attention"]), sequences={})
+        whole = [torch.zeros(1, heads, case.K, case.V + 1)]
+        stages.scan_backward(column, whole, dout, whole, case.gated, torch.zeros(1, tokens, heads))
         for name in READS:
             fields = [torch.zeros(1, heads, case.K, case.K if f == "S" else case.V) for f in READS[name].states]
             gate = None if log_decay is None else log_decay[:, :1]
@@ -271,7 +274,9 @@ def broken_rules(row: Row) -> Iterator[str]:
         if not any(row.matrix.values()):
             yield f"{label}: no matrix instructions"
         formed = "inner" in row.variant or row.kernel != "first_order"  # not a correction alone, of few tokens
-        if row.arch == "sm_90" and (formed or row.tile.startswith("64x")) and not row.matrix["wgmma.mma_async"]:
+        fits = formed or row.tile.startswith("64x")
+        few = row.kernel == "first_order" and row.K < 64 and "emit" not in row.variant  # rows of a state alone
+        if row.arch == "sm_90" and fits and not few and not row.matrix["wgmma.mma_async"]:
             yield f"{label}: no wgmma"
     if row.early:
         yield f"{label}: {row.early} copies begin into what a matrix instruction may still read"

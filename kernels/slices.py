@@ -39,7 +39,7 @@ def _part(x: Tensor, axis: int, number: int, parts: int) -> Tensor:
 
 def slicing(problem: Problem, gate: bool) -> Slicing:
     """Along the batch if it divides, else along K/V heads; more parts with gates, whose segments are short."""
-    if problem.B * problem.T * problem.H * problem.K >= SLICED and len(problem.passes) > 1:
+    if problem.B * problem.T * problem.H * problem.K >= SLICED and problem.inner_passes:
         for parts in (4, 2) if gate else (2,):
             if problem.B % parts == 0:
                 return Slicing(parts)
@@ -49,12 +49,17 @@ def slicing(problem: Problem, gate: bool) -> Slicing:
 
 
 def sliced_backward(
-    problem: Problem, carry: list[Tensor], dout: Tensor, reverse_carry: list[Tensor], gate: bool
+    problem: Problem,
+    carry: list[Tensor],
+    dout: Tensor,
+    reverse_carry: list[Tensor],
+    gate: bool,
+    ddenominator: Tensor | None = None,
 ) -> Gradients:
     """``stages.scan_backward``, in slices where the problem is large."""
     cut = slicing(problem, gate)
     if cut.parts == 1:
-        return scan_backward(problem, carry, dout, reverse_carry, gate)
+        return scan_backward(problem, carry, dout, reverse_carry, gate, ddenominator)
     inputs = {"q": problem.q, "k": problem.k, "v": problem.v}
     whole = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items()}
     given = {"gain": problem.gain, "skip": problem.skip}
@@ -66,7 +71,8 @@ def sliced_backward(
         one = replace(problem, **views, **term, log_decay=log_decay, sequences={})
         entering, leaving = ([cut.of_state(x, i) for x in fields] for fields in (carry, reverse_carry))
         into = {name: cut.of(x, i) for name, x in whole.items()}
-        found.append(scan_backward(one, entering, cut.of(dout, i), leaving, gate, into))
+        dden = None if ddenominator is None else cut.of(ddenominator, i)
+        found.append(scan_backward(one, entering, cut.of(dout, i), leaving, gate, dden, into))
     dlog = [g.log_decay for g in found if g.log_decay is not None]
     dcarry = [torch.cat(fields, cut.state_axis) for fields in zip(*(g.carry for g in found))]
     key = [[x for x in of if x is not None] for of in zip(*((g.gain, g.skip) for g in found))]

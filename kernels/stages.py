@@ -5,6 +5,7 @@
     summarize            rho, states from nothing, moments
     summarize_backward   reverse states from nothing
 
+States are as others see them: of a normalized cascade, whose denominator has passes of its own, with V + 1 columns.
 Launches are in a fixed order with fixed shapes, nothing is read on the host: all of it can be captured in a CUDA graph.
 Memory beside inputs and results: inner sequences and their gradients (hla2: u and du), and carries at segment
 boundaries. ``slices.py`` has them for a part of the batch or of the heads at a time.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hla_kernels import fused, key_term, tiles
-from hla_kernels.cascade import RESTART, Cut, Pass, Problem, SegmentStates
+from hla_kernels.cascade import ONES, RESTART, Cut, Pass, Problem, SegmentStates
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import launch
 from hla_kernels.segments import gate_gradient_kernel, inner_products_kernel
@@ -63,13 +64,27 @@ def forward_pass(
 def _inner_forward(
     problem: Problem, carry: list[Tensor | None], cut: Cut, products: dict[str, Tensor] | None = None
 ) -> list[SegmentStates]:
-    """Every pass but the last; results go to ``problem.sequences``, ``products`` as in ``forward_pass``."""
+    """Every inner pass; results go to ``problem.sequences``, ``products`` as in ``forward_pass``."""
     carries = []
-    for p, initial in zip(problem.passes[:-1], carry):
+    for p, initial in zip(problem.inner_passes, carry):
         out = problem.inner(problem.sequences[p.c].shape[3])
         carries.append(forward_pass(problem, p, initial, cut, out, products))
         problem.sequences[p.out] = out
     return carries
+
+
+def _outputs(
+    problem: Problem, carry: list[Tensor], cut: Cut, out_dtype: torch.dtype | None
+) -> tuple[Tensor, list[SegmentStates]]:
+    """The output and, left in ``problem.sequences``, the denominator; the carries of their passes."""
+    carries = []
+    passes = problem.output_passes
+    for p, initial in zip(passes, carry[-len(passes) :]):
+        shape = (problem.B, problem.T, problem.H, problem.sequences[p.c].shape[3])
+        dtype = torch.float32 if p.of_ones else out_dtype or problem.dtype
+        out = problem.sequences[p.out] = torch.empty(shape, dtype=dtype, device=problem.q.device)
+        carries.append(forward_pass(problem, p, initial, cut, out))
+    return problem.sequences[passes[0].out], carries
 
 
 def edge(problem: Problem, carry: SegmentStates) -> Tensor:
@@ -81,17 +96,24 @@ def edge(problem: Problem, carry: SegmentStates) -> Tensor:
 def scan(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
     """``(out [B, T, H, V], states)`` of the segment that starts from ``carry``; ``out`` in q's dtype unless told."""
     if problem.T == 1 and problem.operator in READS and not problem.keyed:
-        inputs = (problem.q, problem.k, problem.v, problem.log_decay)
-        return decode(problem.operator, *inputs, carry, problem.scale, problem.ridge, problem.target, out_dtype)
+        return _token(problem, carry, out_dtype)
     if fused.runs(problem):
         return fused.scan(problem, carry, out_dtype)
-    cut = problem.segments()
-    carries = _inner_forward(problem, list(carry), cut)
-    last = problem.passes[-1]
-    shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
-    out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
-    carries.append(forward_pass(problem, last, carry[-1], cut, out))
-    return out, [edge(problem, c) for c in carries]
+    cut, entering = problem.segments(), problem.apart(carry)
+    inner = _inner_forward(problem, list(entering), cut)
+    out, last = _outputs(problem, entering, cut, out_dtype)
+    return out, problem.together([edge(problem, c) for c in inner + last])
+
+
+def _token(problem: Problem, carry: list[Tensor], out_dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor]]:
+    """``scan`` of a single token, whose kernel reads a state in one piece: there the column of ones stands in v."""
+    v, options = problem.v, (carry, problem.scale, problem.ridge, problem.target, out_dtype)
+    if problem.normalized:
+        v = torch.cat([v, problem.sequences["v" + ONES]], -1)
+    out, states = decode(problem.operator, problem.q, problem.k, v, problem.log_decay, *options)
+    if problem.normalized:
+        out, problem.sequences["o" + ONES] = out[..., :-1], out[..., -1:].clone()
+    return out, states
 
 
 def finish(
@@ -104,32 +126,44 @@ def finish(
     schedule = schedule or tiles.LATE_CARRY[problem.target.arch]
     if not kept or problem.T == 1 or fused.runs(problem) or schedule == "again":
         return scan(problem, carry, out_dtype)
-    cut = problem.segments()
+    cut, entering = problem.segments(), problem.apart(carry)
     decay = problem.decay(cut[1]).prod(0).view(problem.B, problem.H, 1, 1) if problem.gated else 1.0
     states = []
-    for i, (p, initial) in enumerate(zip(problem.passes[:-1], carry)):
-        local, state = kept[2 * i], kept[2 * i + 1]
+    pairs = iter(zip(kept[::2], kept[1::2]))
+    for p, initial in zip(problem.inner_passes, entering):
+        if p.of_ones:  # one column: to correct it would be a launch too
+            problem.sequences[p.out] = problem.inner(1)
+            states.append(edge(problem, forward_pass(problem, p, initial, cut, problem.sequences[p.out])))
+            continue
+        local, state = next(pairs)
         out = torch.empty_like(local)
         scales = (problem.times_scale(p.a, p.b, p.c), problem.times_scale(p.b, p.c))
-        entering = initial
+        gained = initial
         if problem.has_key_term(p) and problem.gain is not None:
-            entering = initial * problem.gain[:, None, None]
-        problem.correct(problem.sequences[p.a], local, out, entering, *scales, cut)
+            gained = initial * problem.gain[:, None, None]
+        problem.correct(problem.sequences[p.a], local, out, gained, *scales, cut)
         problem.sequences[p.out] = out
         states.append(state + decay * initial)
-    last = problem.passes[-1]
-    shape = (problem.B, problem.T, problem.H, problem.sequences[last.c].shape[3])
-    out = torch.empty(shape, dtype=out_dtype or problem.dtype, device=problem.q.device)
-    states.append(edge(problem, forward_pass(problem, last, carry[-1], cut, out)))
-    return out, states
+    out, last = _outputs(problem, entering, cut, out_dtype)
+    return out, problem.together(states + [edge(problem, c) for c in last])
 
 
 class Backward:
     """Gradients as they come in: buffers by name, terms of the gates' gradient by launch."""
 
-    def __init__(self, problem: Problem, dout: Tensor, cut: Cut, gate: bool, into: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        problem: Problem,
+        dout: Tensor,
+        cut: Cut,
+        gate: bool,
+        into: dict[str, Tensor] | None = None,
+        ddenominator: Tensor | None = None,
+    ):
         self.problem, self.cut, self.gate, self.into = problem, cut, gate, into or {}
-        self.gradients = {"o": dout}
+        self.gradients = {"o": last_axis_contiguous(dout)}
+        if ddenominator is not None:
+            self.gradients["o" + ONES] = ddenominator[..., None]
         self.results: dict[str, Tensor] = {}  # gradients of results with a key term, as they were without its gain
         self.key: tuple[Tensor | None, Tensor | None] = (None, None)
         self.terms: list[Tensor] = []
@@ -210,33 +244,36 @@ def scan_backward(
     dout: Tensor,
     reverse_carry: list[Tensor],
     gate: bool,
+    ddenominator: Tensor | None = None,
     into: dict[str, Tensor] | None = None,
 ) -> Gradients:
     """Every gradient of the segment, whose reverse carry enters from the right; ``gate``: that of log_decay too.
 
-    Gradients of q, k and v are written ``into`` where given.
+    ``ddenominator [B, T, H]``: of a normalized cascade. Gradients of q, k and v are written ``into`` where given.
     """
     into = into or {}
     cut = problem.segments(RESTART[problem.dtype] if gate else None)
     products: dict[str, Tensor] = {}
-    forward = _inner_forward(problem, list(carry), cut, products)
-    last = problem.passes[-1]
-    b, c = problem.sequences[last.b], problem.sequences[last.c]
-    forward.append(problem.found(b, c, problem.times_scale(last.b, last.c), carry[-1], cut, reverse=False))
-    backward = Backward(problem, last_axis_contiguous(dout), cut, gate, into)
-    inner = {p.out for p in problem.passes[:-1]}
+    entering = problem.apart(carry)
+    forward = _inner_forward(problem, list(entering), cut, products)
+    for p, initial in zip(problem.output_passes, entering[len(forward) :]):
+        b, c = problem.sequences[p.b], problem.sequences[p.c]
+        forward.append(problem.found(b, c, problem.times_scale(p.b, p.c), initial, cut, reverse=False))
+    backward = Backward(problem, dout, cut, gate, into, ddenominator)
+    inner = {p.out for p in problem.inner_passes}
     reverse: dict[str, SegmentStates] = {}
-    steps = list(zip(problem.passes, forward, reverse_carry))
-    for p, carry_in, entering in reversed(steps):
+    steps = list(zip(problem.passes, forward, problem.apart(reverse_carry)))
+    for p, carry_in, from_right in reversed(steps):
         backward.key_term(p, products.pop(p.out, None))
-        reverse[p.out] = backward.reverse_states(p, entering)
+        reverse[p.out] = backward.reverse_states(p, from_right)
         backward.add_all(p, carry_in, reverse[p.out], inner)
     for p, carry_in, _ in steps:
         backward.add_all(p, carry_in, reverse[p.out], {"q", "k", "v"})
     carries = [reverse[p.out] for p in problem.passes]
     dlog = gate_gradient(problem, backward.terms, forward, carries, cut) if gate else None
     dq, dk, dv = (own_heads(backward.gradients[name], problem.sequences[name], into.get(name)) for name in "qkv")
-    return Gradients(dq, dk, dv, dlog, [edge(problem, one) for one in carries], *backward.key)
+    leaving = problem.together([edge(problem, one) for one in carries])
+    return Gradients(dq, dk, dv, dlog, leaving, *backward.key)
 
 
 def own_heads(gradient: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
@@ -293,22 +330,26 @@ def summarize(
     """``(rho [B, H], states, moments, kept)`` of the segment from an empty past.
 
     A moment is ``(left, right, from_start)``: ``sum w left right^T`` with w = 1, or Gamma(i, segment start). For
-    ``finish`` is ``kept``: of every inner pass its result ``[B, T, H, D]`` and its state at the end.
+    ``finish`` is ``kept``: of every inner pass its result ``[B, T, H, D]`` and its state at the end, but of a
+    denominator's, which finish forms again.
     """
     cut = problem.segments()
     carries = _inner_forward(problem, [None] * len(problem.passes), cut)
     states = [edge(problem, c) for c in carries]
-    last = problem.passes[-1]
-    states.append(_state_only(problem, last.b, last.c, cut))
+    states += [_state_only(problem, p.b, p.c, cut) for p in problem.output_passes]
     rho = torch.ones(problem.B, problem.H, dtype=torch.float32, device=problem.q.device)
     if problem.gated:
         rho = problem.decay(cut[1]).prod(0).view(problem.B, problem.H)
-    values = [
-        _state_only(problem, left, right, cut, reverse=from_start, decayed=from_start)
-        for left, right, from_start in moments
-    ]
-    kept = [t for p, state in zip(problem.passes, states[:-1]) for t in (problem.sequences[p.out], state.clone())]
-    return rho, states, values, kept
+    values = []
+    for left, right, from_start in moments:
+        sides = [name for name in (right, right + ONES) if name in problem.sequences]
+        columns = [_state_only(problem, left, name, cut, reverse=from_start, decayed=from_start) for name in sides]
+        values.append(torch.cat(columns, -1) if len(columns) > 1 else columns[0])
+    kept = []
+    for p, state in zip(problem.inner_passes, states):
+        if not p.of_ones:
+            kept += [problem.sequences[p.out], state.clone()]
+    return rho, problem.together(states), values, kept
 
 
 def _state_only(
@@ -325,19 +366,21 @@ def _product(problem: Problem, x: Tensor, y: Tensor, scale: float, cut: Cut, rev
     return edge(problem, carry)
 
 
-def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> list[Tensor]:
+def summarize_backward(
+    problem: Problem, carry: list[Tensor], dout: Tensor, ddenominator: Tensor | None = None
+) -> list[Tensor]:
     """Reverse states of the segment with nothing to its right, one ``[B, H, rows, columns]`` a pass."""
-    cut = problem.segments()
-    forward = _inner_forward(problem, list(carry), cut)
-    backward = Backward(problem, last_axis_contiguous(dout), cut, gate=False)
-    inner = {p.out for p in problem.passes[:-1]}
+    cut, entering = problem.segments(), problem.apart(carry)
+    forward = _inner_forward(problem, list(entering), cut)
+    backward = Backward(problem, dout, cut, gate=False, ddenominator=ddenominator)
+    inner = {p.out for p in problem.inner_passes}
     fields: dict[str, Tensor] = {}
-    last = problem.passes[-1]
-    b, c = problem.sequences[last.b], problem.sequences[last.c]
-    if last.a in inner:  # only then is the last pass's own carry read
-        forward.append(problem.found(b, c, problem.times_scale(last.b, last.c), carry[-1], cut, reverse=False))
-    else:
-        forward.append(problem.carry(b, c, carry[-1], cut, reverse=False))
+    for p, initial in zip(problem.output_passes, entering[len(forward) :]):
+        b, c = problem.sequences[p.b], problem.sequences[p.c]
+        if p.a in inner:  # only then is an output's own carry read
+            forward.append(problem.found(b, c, problem.times_scale(p.b, p.c), initial, cut, reverse=False))
+        else:
+            forward.append(problem.carry(b, c, initial, cut, reverse=False))
     for p, carry_in in reversed(list(zip(problem.passes, forward))):
         backward.key_term(p)
         if inner & {p.a, p.b, p.c}:
@@ -348,4 +391,4 @@ def summarize_backward(problem: Problem, carry: list[Tensor], dout: Tensor) -> l
                 continue
         a, gradient = problem.sequences[p.a], backward.gradients[p.out]
         fields[p.out] = _product(problem, a, gradient, problem.times_scale(p.a), cut, reverse=True, decayed=True)
-    return [fields[p.out] for p in problem.passes]
+    return problem.together([fields[p.out] for p in problem.passes])

@@ -176,7 +176,8 @@ def first_order(dtype: torch.dtype, key_dim: int, value_dim: int, decayed: bool,
     columns = power_of_two(value_dim)
     if target.arch == "interpreter":
         return Tile(32, columns, 4, 1)  # a program costs the same whatever its tile: few, large ones
-    rows = next(r for r in ROWS if r >= key_dim)
+    size = value_dim if key_dim == 1 else key_dim  # one row, of a denominator: narrow tiles would be many programs
+    rows = next(r for r in ROWS if r >= size)
     tile = TABLE[target.arch, dtype][rows][decayed]
     return tile._replace(BV=min(tile.BV, columns))
 

@@ -72,26 +72,26 @@ def launches(work: Work | Problem | Walked, target: Target) -> list[Launch]:
     op, (name, dtype, B, T, H, K, gated, late, walked, variant) = OPERATORS[work.operator], work
     options = VARIANTS[variant]
     normalize = "normalize" in options
-    width = K + (normalize and not walked)  # of v: passes have a column of ones in it
+    passes = cascade.CASCADES[name]
+    if normalize and not walked:  # walks have a denominator's passes beside them, not among them
+        passes = cascade.with_denominator(passes)
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    q, k, v, dout = (empty(B, T, H, columns, of=dtype) for columns in (K, K, width, width))
+    q, k, v, dout = (empty(B, T, H, K, of=dtype) for _ in range(4))
+    ddenominator = empty(B, T, H) if normalize else None
     log_decay = empty(B, T, H) if gated else None
     carry = [empty(B, H, K, K if state == "S" else K + normalize) for state in op.states]
     term = {one: empty(H) for one in ("gain", "skip") if one in options}
-    calls = [
-        cascade.Problem(cascade.CASCADES[name], q, k, v, log_decay, 0.5, 0.0, target, operator=name, **term)
-        for _ in range(2)
-    ]
+    calls = [cascade.Problem(passes, q, k, v, log_decay, 0.5, 0.0, target, operator=name, **term) for _ in range(2)]
     with _collected() as collected:
         if walked:
             walks.scan(calls[0], carry, normalize)
-            walks.scan_backward(calls[1], carry, dout, carry, gated, empty(B, T, H) if normalize else None)
+            walks.scan_backward(calls[1], carry, dout, carry, gated, ddenominator)
             return collected
         stages.scan(calls[0], carry, torch.float32 if normalize else None)
-        sliced_backward(calls[1], carry, dout, carry, gated)
+        sliced_backward(calls[1], carry, dout, carry, gated, ddenominator)
         if late:
             kept = stages.summarize(replace(calls[0], sequences={}), tuple(map(tuple, op.moments)))[3]
             stages.finish(replace(calls[0], sequences={}), carry, kept, schedule="correct")

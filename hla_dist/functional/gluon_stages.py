@@ -30,7 +30,7 @@ def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``."""
     if segment.T < 2:
         return triton_stages.scan(segment, carry, kept)
-    problem = triton_stages.problem_of(segment, ones=False)
+    problem = triton_stages.problem_of(segment)
     return triton_stages.scanned(segment, carry, *walks.scan(problem, carry, segment.settings.normalize))
 
 
@@ -39,7 +39,7 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     """Every gradient of the segment whose reverse carry enters from the right."""
     if segment.T < 2:
         return triton_stages.scan_backward(segment, saved, dout, carry)
-    problem = triton_stages.problem_of(segment, ones=False)
+    problem = triton_stages.problem_of(segment)
     dout, ddenominator = triton_stages.quotient_gradients(segment, saved, dout)
     forward, gated = [c[0] for c in saved.checkpoints], segment.log_decay is not None
     gradients = walks.scan_backward(problem, forward, dout, carry, gated, ddenominator)

@@ -72,10 +72,11 @@ def _fake_kept(s: Segment, options: tuple[Any, ...]) -> list[Tensor]:
     if options[-1] == "torch":
         return [t for p in s.operator.first_level for t in (s.empty_inner(p.out), s.empty_state(p.state, s.blocks + 1))]
     kept = []
-    for p in s.operator.passes[:-1]:
-        shape = (s.B, s.T, s.H, s.operator.columns(p.out, s.K, s.V))
+    for p in s.operator.passes[:-1]:  # without a denominator's column, which kernels hold apart
+        rows, width = s.operator.shape(p.state, s.K, s.v.shape[3])
         dtype = torch.bfloat16 if s.q.dtype == torch.bfloat16 else torch.float32
-        kept += [torch.empty(shape, dtype=dtype, device=s.device), s.empty_state(p.state)]
+        kept.append(torch.empty(s.B, s.T, s.H, width, dtype=dtype, device=s.device))
+        kept.append(torch.empty(s.B, s.H, rows, width, dtype=s.dtype, device=s.device))
     return kept
 
 

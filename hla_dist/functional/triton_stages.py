@@ -1,14 +1,15 @@
 """The Triton backend: the stages of ``hla_dist.operators.stages`` with the kernels of ``hla_kernels``.
 
-The kernels know a cascade by its list of passes and nothing else of this library. Here the list is handed over, a
-column of ones is put beside v where the output is normalised, and results are put into the stages' tuples. Imported
-only where a call resolved to this backend: importing ``hla_dist`` needs no Triton.
+The kernels know a cascade by its list of passes and nothing else of this library. Here the list is handed over, with
+the denominator's passes where the output is normalised, and results are put into the stages' tuples. Imported only
+where a call resolved to this backend: importing ``hla_dist`` needs no Triton.
 
 Forward keeps the carry alone: backward forms inner sequences and carries inside the segment again.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hla_dist.operators.segment import Segment
 from hla_dist.operators.stages import Scanned, Summarized
 from hla_dist.operators.stages_backward import Gradients, Saved
 from hla_kernels import stages, tiles
-from hla_kernels.cascade import Pass, Problem
+from hla_kernels.cascade import Pass, Problem, with_denominator
 from hla_kernels.device import check, target_of
 from hla_kernels.sequences import last_axis_contiguous
 from hla_kernels.slices import sliced_backward
@@ -56,14 +57,9 @@ def on_its_device(stage: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def problem_of(segment: Segment, ones: bool = True) -> Problem:
-    """The segment as the kernels see it; gates per query head and token, whatever their shape (strides of 0).
-
-    ``ones``: v has the column of ones that the denominator comes from, if there is one.
-    """
+def problem_of(segment: Segment) -> Problem:
+    """The segment as walks see it; gates per query head and token, whatever their shape (strides of 0)."""
     q, k, v = (last_axis_contiguous(x) for x in (segment.q, segment.k, segment.v))
-    if segment.settings.normalize and ones:
-        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
     log_decay = segment.log_decay
     if log_decay is not None:
         log_decay = log_decay.expand(segment.B, segment.T, segment.H)
@@ -74,22 +70,28 @@ def problem_of(segment: Segment, ones: bool = True) -> Problem:
     return Problem(passes, q, k, v, log_decay, settings.scale, settings.ridge, target, None, name, gain, skip)
 
 
+def passes_of(segment: Segment) -> Problem:
+    """The segment as passes see it, the denominator's passes among them if there is one."""
+    problem = problem_of(segment)
+    if segment.settings.normalize:
+        return replace(problem, passes=with_denominator(problem.passes), sequences={})
+    return problem
+
+
 @on_its_device
 def summarize(segment: Segment) -> Summarized:
     """The segment from an empty past: rho, states and moments."""
     moments = tuple((m.left, m.right, m.from_start) for m in segment.operator.moments)
-    rho, states, values, kept = stages.summarize(problem_of(segment), moments)
+    rho, states, values, kept = stages.summarize(passes_of(segment), moments)
     return Summarized(rho, states + values, kept)
 
 
 @on_its_device
 def scan(segment: Segment, carry: list[Tensor], kept: list[Tensor]) -> Scanned:
     """Outputs and state of the segment that starts from ``carry``; with ``kept``, inner passes are corrected only."""
-    normalize = segment.settings.normalize
-    out, state = stages.finish(problem_of(segment), carry, kept, torch.float32 if normalize else None)
-    if normalize:
-        return scanned(segment, carry, out[..., :-1], out[..., -1].clone(), state)
-    return scanned(segment, carry, out, None, state)
+    problem = passes_of(segment)
+    out, state = stages.finish(problem, carry, kept, torch.float32 if problem.normalized else None)
+    return scanned(segment, carry, out, problem.denominator if problem.normalized else None, state)
 
 
 def scanned(
@@ -112,19 +114,11 @@ def quotient_gradients(segment: Segment, saved: Saved, dout: Tensor) -> tuple[Te
     return wide.to(inner), -(wide * saved.out.float()).sum(-1)
 
 
-def gradient_of_out(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:
-    """The gradient of what the cascade itself gives, the denominator's in the last column."""
-    numerator, denominator = quotient_gradients(segment, saved, dout)
-    if denominator is None:
-        return numerator
-    return torch.cat([numerator, denominator[..., None].to(numerator.dtype)], dim=-1)
-
-
 @on_its_device
 def summarize_backward(segment: Segment, saved: Saved, dout: Tensor) -> list[Tensor]:
     """Reverse fields of the segment with nothing to its right."""
     carry = [c[0] for c in saved.checkpoints]
-    return stages.summarize_backward(problem_of(segment), carry, gradient_of_out(segment, saved, dout))
+    return stages.summarize_backward(passes_of(segment), carry, *quotient_gradients(segment, saved, dout))
 
 
 @on_its_device
@@ -132,15 +126,13 @@ def scan_backward(segment: Segment, saved: Saved, dout: Tensor, carry: list[Tens
     """Every gradient of the segment whose reverse carry enters from the right."""
     gated = segment.log_decay is not None
     forward = [c[0] for c in saved.checkpoints]
-    return gradients_of(
-        segment, sliced_backward(problem_of(segment), forward, gradient_of_out(segment, saved, dout), carry, gate=gated)
-    )
+    dout, ddenominator = quotient_gradients(segment, saved, dout)
+    return gradients_of(segment, sliced_backward(passes_of(segment), forward, dout, carry, gated, ddenominator))
 
 
 def gradients_of(segment: Segment, g: stages.Gradients) -> Gradients:
-    """What a stage ``scan_backward`` returns: without the column of ones, gates' in their own shape."""
+    """What a stage ``scan_backward`` returns: gates' gradient in their own shape."""
     dlog = g.log_decay
     if dlog is not None and segment.log_decay is not None:
         dlog = (dlog.sum((0, 1)) if segment.log_decay.dim() == 1 else dlog).to(segment.log_decay.dtype).contiguous()
-    dv = g.v[..., : segment.v.shape[3]].contiguous()
-    return Gradients(g.q, g.k, dv, dlog, g.gain, g.skip, g.carry)
+    return Gradients(g.q, g.k, g.v.contiguous(), dlog, g.gain, g.skip, g.carry)

@@ -124,6 +124,28 @@ def test_scan_corrects_what_summarize_kept(name, mask, gates, short_segments, mo
         assert all(torch.equal(x, y) for x, y in zip(again, want, strict=True))
 
 
+@pytest.mark.parametrize(("name", "mask"), all_slow_but("hla3"))
+def test_normalized_stages(name, mask, short_segments) -> None:
+    """Each stage, with a denominator's column at the end of states, moments and reverse states, as torch has it."""
+    problem = Problem(name, mask, T=40, H=2, G=1, K=6, V=5, scale=0.7, normalize=True, dtype=torch.float32)
+    t = draw(problem)
+    inputs = (t.q, t.k, t.v, t.log_decay, t.gain, t.skip)
+    cascade_name = "hla2_prefix" if mask == "prefix" else name
+    number, carry = 1 + len(OPERATORS[cascade_name].fields), list(t.initial_state or ())
+    results = []
+    for backend in ("triton", "torch"):
+        options = (cascade_name, 0.7, 0.0, True, 1e-3, 0, backend)
+        summary = stage_ops.summarize(*inputs, *options)
+        out, denominator, *rest = stage_ops.scan(*inputs, carry, summary[number:], *options)
+        saved = (out, denominator, rest[len(carry) :], t.weight_out)
+        reverse = stage_ops.summarize_backward(*inputs, *saved, *options)
+        gradients = stage_ops.scan_backward(*inputs, *saved, reverse, *options)
+        results.append([*summary[:number], out, denominator, *rest[: len(carry)], *reverse, *gradients])
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        if y.numel():
+            assert_close(f"result {i}", x, y, FLOAT32)
+
+
 @pytest.mark.parametrize(
     ("name", "gates", "key_term"),
     [slowly("hla2", "none", "numbers"), ("hla2", "BTH", "H"), slowly("hla3", "BTH", "numbers")],
@@ -145,7 +167,7 @@ def test_the_key_term_in_slices(cut, monkeypatch) -> None:
         check(problem, given, run(problem, given, hla_dist.hla2, backend="triton"))
 
 
-@pytest.mark.parametrize(("name", "normalize"), [("hla2", True), slowly("hla3", False)])
+@pytest.mark.parametrize(("name", "normalize"), [("hla2", True), slowly("ahla", True), slowly("hla3", False)])
 def test_what_the_ops_say_of_their_results(name, normalize) -> None:
     """Shapes, dtypes and layouts without running, as compilers ask for them, and that no input is written."""
     t = draw(Problem(name, T=20, H=2, G=1, K=6, V=5, scale=0.7, normalize=normalize, dtype=torch.float32))

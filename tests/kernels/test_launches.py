@@ -112,12 +112,15 @@ def test_nothing_around_the_stages_reads_a_tensor(name: str, T: int, on_sm_90: N
 
 
 @pytest.mark.parametrize("name", ["linear_attention", "hla2", "ahla", "hla3"])
-def test_walks_hold_the_column_of_ones_apart(name: str, launched: Launches, on_sm_90: None) -> None:
-    """Normalized at V = 128, the widest that walks have: passes with a state of one column stand beside them."""
+def test_the_column_of_ones_is_held_apart(name: str, launched: Launches, on_sm_90: None) -> None:
+    """Normalized at V = 128: passes with a state of one column stand beside walks, and beside the other passes."""
     _everything(name, 200, True, normalize=True, columns=128, stages=gluon_stages)
     passes = [arguments for kernel, arguments, _ in launched if kernel is first_order_kernel]
     assert passes and all(1 in (a["K"], a["V"]) for a in passes)
     assert walk_kernel in {kernel for kernel, _, _ in launched}
+    launched.clear()
+    _everything(name, 200, True, normalize=True, columns=128)
+    assert {arguments[side] for _, arguments, _ in launched for side in "KV" if side in arguments} == {1, 64, 128}
 
 
 def test_without_a_gpu() -> None:

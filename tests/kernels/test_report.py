@@ -105,6 +105,7 @@ def test_what_breaks_a_rule() -> None:
         slow = good._replace(tile=tile, variant=variant, matrix={"wgmma.mma_async": 0, "mma.sync": 8})
         (text,) = report.broken_rules(slow)
         assert "no wgmma" in text
+    assert list(report.broken_rules(slow._replace(K=1, variant="inner+leave"))) == []  # one row is no 64
     (text,) = report.broken_rules(good._replace(narrow=2))
     assert "2 offsets of 32 bits that grow" in text
     none = good._replace(matrix=dict.fromkeys(wgmma, 0))

@@ -207,7 +207,8 @@ def entries(arch: str) -> Iterator[Case]:
             yield Case(arch, operator, "bf16", 128, 128, gated, T=1, state=True)
             yield Case(arch, operator, "bf16", 64, 64, gated, segment=64, normalize=True)
             yield Case(arch, operator, "bf16", 96, 80, gated, segment=64)
-    yield Case(arch, "hla2", "bf16", 128, 128, False, segment=64, normalize=True)
+    for gated in (False, True):
+        yield Case(arch, "hla2", "bf16", 128, 128, gated, segment=64, normalize=True)
     yield Case(arch, "ahla", "bf16", 20, 33, True)
 
 
