@@ -1,6 +1,6 @@
 """The launches of ``hla2`` as this project makes them, forward and backward, put through the model.
 
-python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
+python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward] [--normalize]
 """
 
 import json
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu.model import predict as model
 from hla_kernels import device, slices, stages
-from hla_kernels.cascade import CASCADES, Problem
+from hla_kernels.cascade import CASCADES, Problem, with_denominator
 
 Shape = tuple[int, int, int, int]
 
@@ -33,28 +33,32 @@ def launches_of(call: Callable[[], object], shape: Shape) -> list[model.Launch]:
     return [launch_of(*launch, shape) for launch in captured(call)]
 
 
-def on_meta(shape: Shape, operator: str, gated: bool) -> tuple[Problem, list[Tensor], Tensor]:
+def on_meta(shape: Shape, operator: str, gated: bool, normalize: bool = False) -> tuple[Problem, list[Tensor], Tensor]:
     """A bfloat16 problem of ``shape`` [B, T, H, K], a carry and the outputs' gradient, without memory."""
     B, T, H, K = shape
     passes = CASCADES[operator]
     with torch.device("meta"):
         q, k, v, do = (torch.empty(B, T, H, K, dtype=torch.bfloat16) for _ in range(4))
         log = torch.empty(B, T, H) if gated else None
-        carry = [torch.empty(B, H, K, K) for _ in passes]
+        carry = [torch.empty(B, H, K, K + (normalize and p.c != "k")) for p in passes]
+    passes = with_denominator(passes) if normalize else passes
     return Problem(passes, q, k, v, log, 1.0, 0.0, device.Target("sm_90", 132), operator=operator), carry, do
 
 
-def launches(shape: Shape, gated: bool, backward: bool, operator: str = "hla2") -> list[model.Launch]:
+def launches(
+    shape: Shape, gated: bool, backward: bool, operator: str = "hla2", normalize: bool = False
+) -> list[model.Launch]:
     """Every launch of an operator's forward, or of its backward."""
-    problem, carry, do = on_meta(shape, operator, gated)
+    problem, carry, do = on_meta(shape, operator, gated, normalize)
+    dden = do[..., 0].float() if normalize else None
     if backward:
-        return launches_of(lambda: slices.sliced_backward(problem, carry, do, carry, gated), shape)
+        return launches_of(lambda: slices.sliced_backward(problem, carry, do, carry, gated, dden), shape)
     return launches_of(lambda: stages.scan(problem, carry), shape)
 
 
-def predicted_ms(operator: str, shape: Shape, gated: bool, backward: bool) -> float:
+def predicted_ms(operator: str, shape: Shape, gated: bool, backward: bool, normalize: bool = False) -> float:
     """Predicted milliseconds of a forward, or of a forward and a backward."""
-    launched = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator)]
+    launched = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator, normalize)]
     return sum(p.ms for _, p in predicted(launched))
 
 
@@ -73,9 +77,10 @@ def launch_of(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, 
     steps, unique = 0, 0.0
     if name == "first_order":
         steps = min(a["segment_chunks"], -(-a["T"] // a["BT"]))
-        reads = {id(a[x].p) for x in "abc" if x != "a" or a["EMIT"]} | ({id(a["add"].p)} if a["ADD"] else set())
-        sequences = len(reads) + (2 if a["PAIR"] else 0) * 0.5 + (1 if a["EMIT"] else 0)
-        unique = sequences * a["b"].p.shape[0] * a["T"] * heads * a["K"] * 2
+        reads = {id(a[x].p): a["V" if x == "c" else "K"] for x in "abc" if x != "a" or a["EMIT"]}
+        reads |= {id(a["add"].p): a["V"]} if a["ADD"] else {}
+        columns = sum(reads.values()) + a["V"] * (a["PAIR"] + a["EMIT"])
+        unique = columns * a["b"].p.shape[0] * a["T"] * heads * 2
         flags = [f for f in ("EMIT", "REVERSE", "ADD", "PAIR", "LEAVE", "GATED") if a[f]]
         name = "first_order " + "+".join(flags).lower()
     elif name == "fused_forward":
@@ -130,13 +135,15 @@ def report(launched: list[model.Launch]) -> float:
 
 
 def main() -> None:
-    o = model.options(CASCADES).parse_args()
+    parser = model.options(CASCADES)
+    parser.add_argument("--normalize", action="store_true")
+    o = parser.parse_args()
     shape = o.shape
     if o.into:
-        both = [predicted_ms(o.operator, shape, o.gated, way) for way in (False, True)]
+        both = [predicted_ms(o.operator, shape, o.gated, way, o.normalize) for way in (False, True)]
         o.into.write_text(json.dumps({"forward": both[0], "forward + backward": both[1]}))
         return
-    total = report(launches(shape, o.gated, o.backward, o.operator))
+    total = report(launches(shape, o.gated, o.backward, o.operator, o.normalize))
     B, T, H, K = shape
     work = len(CASCADES[o.operator]) * (2 * 64 * K + 4 * K * K) * B * T * H * (3 if o.backward else 1)
     print(
