@@ -1,6 +1,7 @@
 """The Triton kernels, imported as ``hla_kernels``: torch and Triton only, no autograd, no collectives.
 
     first_order   the kernel every operator is made of: one causal pass, either way, with its carry
+    channels      first order with a gate per channel; its kernels are in channel_passes
     fused         a whole cascade in one walk, where the registers allow it
     walk, walks   two passes at once by specialised warps, and whole cascades by them: Hopper, bf16, backend="gluon"
     decode        a single token: states read once and written once

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hla_kernels import aot, device, fused, stages, tiles, walks
+from hla_kernels import aot, channels, device, fused, stages, tiles, walks
 from hla_kernels.cascade import CASCADES, Problem, with_denominator
 from hla_kernels.decode import READS, decode
 from hla_kernels.device import Target
@@ -150,6 +150,10 @@ def _call_passes(case: Case) -> None:
             fields = [torch.zeros(1, heads, case.K, case.K if f == "S" else case.V) for f in READS[name].states]
             gate = None if log_decay is None else log_decay[:, :1]
             decode(name, q[:, :1], k[:, :1], v[:, :1], gate, fields, 0.5, 0.3, target)
+    if case.gated and case.K == case.V == 128 and case.dtype != "float16":
+        one = channels.Call(q, k, v, torch.zeros(1, tokens, heads, case.K), 0.5, target, segment_tokens=1024)
+        channels.scan(one, carry[1])
+        channels.scan_backward(one, carry[1], dout, carry[1])
     if case.dtype == "bfloat16":
         for (arch, operator, rows), pair in tiles.FUSED.items():
             if (arch, rows) == (case.arch, case.K) == (case.arch, case.V) and pair[case.gated] is not None:
@@ -181,7 +185,7 @@ def _wanted(case: Case, arguments: dict[str, Any]) -> bool:
     """What asks for everything at once, what a state leaves as well where spills are forbidden; states alone; walks."""
     if case.walks:
         return "LINK" in arguments
-    if "EMIT" not in arguments:
+    if not {"EMIT", "ADD"} <= arguments.keys():
         return True
     if not arguments["EMIT"]:
         return case.dtype == "bfloat16"
@@ -270,11 +274,12 @@ def broken_rules(row: Row) -> Iterator[str]:
     label = f"{row.kernel} ({row.variant}) K={row.K} V={row.V} {row.dtype} {row.tile} on {row.arch}"
     if row.shared > aot.SHARED_LIMIT[row.arch]:
         yield f"{label}: {row.shared} bytes of shared memory, the limit is {aot.SHARED_LIMIT[row.arch]}"
-    if row.kernel in ("first_order", "fused_forward", "walk"):
+    per_channel = row.kernel.startswith("channel_")
+    if row.kernel in ("first_order", "fused_forward", "walk") or per_channel:
         if not any(row.matrix.values()):
             yield f"{label}: no matrix instructions"
         formed = "inner" in row.variant or row.kernel != "first_order"  # not a correction alone, of few tokens
-        fits = formed or row.tile.startswith("64x")
+        fits = (formed or row.tile.startswith("64x")) and not per_channel  # whose chunks have 16 rows
         few = row.kernel == "first_order" and row.K < 64 and "emit" not in row.variant  # rows of a state alone
         if row.arch == "sm_90" and fits and not few and not row.matrix["wgmma.mma_async"]:
             yield f"{label}: no wgmma"

@@ -2,6 +2,7 @@
 
     segment_decay    rho_s = product of the gates of segment s                     [segments, B H]
     scan_states      E_0 = initial, E_{s+1} = rho_s E_s + P_s                      [segments + 1, B H, K, V], in place
+                     with gates per channel rho is a number per row                [segments, B H, K]
     inner_products   tail_s = sum over passes of <E_{s+1}, R_{s+1}>                [segments, B H]
 
 Left to right a segment's own state P_s lies in row s before the scan, and what enters it afterwards; the last row is
@@ -55,8 +56,9 @@ def scan_states_kernel(
     REVERSE: tl.constexpr,
     DECAYED: tl.constexpr,
     INITIAL: tl.constexpr,
+    COLUMNS: tl.constexpr = 0,
 ):
-    """Grid: one program for each (BE of a state's E elements, batch element and head)."""
+    """Grid: one program for each (BE of a state's E elements, batch element and head). COLUMNS: one rho per row."""
     tiles: tl.constexpr = (E + BE - 1) // BE
     i_bh = tl.program_id(0) // tiles
     o_e = (tl.program_id(0) % tiles) * BE + tl.arange(0, BE)
@@ -72,7 +74,11 @@ def scan_states_kernel(
         own = tl.load(p, mask=m_e, other=0.0)
         tl.store(p, carry, mask=m_e)
         if DECAYED:
-            carry *= tl.load(rho + (tl.cast(i_s, tl.int64) * row_of_heads + i_bh))
+            p_rho = rho + (tl.cast(i_s, tl.int64) * row_of_heads + i_bh) * (E // COLUMNS if COLUMNS else 1)
+            if COLUMNS:
+                carry *= tl.load(p_rho + o_e // COLUMNS, mask=m_e, other=0.0)
+            else:
+                carry *= tl.load(p_rho)
         carry += own
     tl.store(states + (0 if REVERSE else segments * stride) + here, carry, mask=m_e)
 

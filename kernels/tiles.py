@@ -182,6 +182,20 @@ def first_order(dtype: torch.dtype, key_dim: int, value_dim: int, decayed: bool,
     return tile._replace(BV=min(tile.BV, columns))
 
 
+def channels(dtype: torch.dtype, key_dim: int, value_dim: int, target: Target) -> Tile:
+    """The tile of ``channels.py``: chunks of 16 tokens, BS channels at a time where a chunk is alone.
+
+    Predicted for bf16 at 128 columns (benchmarks/gpu/model): walks take 1.5 ms so, with 8 warps 2.4.
+    """
+    rows, columns = power_of_two(key_dim), power_of_two(value_dim)
+    if target.arch == "interpreter":
+        return Tile(16, columns, 4, 1, rows)
+    if dtype != BF16 and max(rows, columns) > 64:  # their products hold factors in three parts
+        return Tile(16, min(16, columns), 8, 1, 16)
+    wide = max(rows, columns) > 128
+    return Tile(16, min(32 if wide else 64, columns), 8 if wide else 4, 1, min(32, rows))
+
+
 def fused(
     operator: str, dtype: torch.dtype, key_dim: int, value_dim: int, decayed: bool, target: Target
 ) -> Tile | None:

@@ -24,7 +24,7 @@ from hla_dist.reference import quadratic
 from hla_kernels import tiles, walks
 from hla_kernels.device import Target
 from tests.harness import assert_bitwise, relative_error
-from tests.problems import KEYED, Problem, Tensors, allowed_errors, draw, oracle, run
+from tests.problems import CHANNEL_GATES, KEYED, Problem, Tensors, allowed_errors, draw, oracle, run
 from tests.tolerances import FLOAT32, LOW_PRECISION_FACTOR
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,6 +85,8 @@ def cases(target: Target, seed: int) -> Iterator[Problem]:
             for gated in (False, True):
                 yield problem(operator, dtype, 64, 64, gated, key_term="H")
         yield problem(operator, torch.bfloat16, 128, 128, True, T=1, state=True, key_term="H")
+    for dtype, columns in itertools.product(DTYPES, (64, 128)):
+        yield problem("linear_attention", dtype, columns, columns, True, gates="BTHK")
     yield problem("hla2", torch.bfloat16, 96, 80, True)
     yield problem("hla2", torch.bfloat16, 32, 128, False)
     yield problem("ahla", torch.bfloat16, 20, 33, True)
@@ -141,6 +143,8 @@ def _moved(t: Tensors, device: torch.device) -> Tensors:
 
 def _case(p: Problem, target: Target) -> str:
     tile = tiles.first_order(p.dtype, p.K, p.V, p.gates != "none", target)
+    if p.gates in CHANNEL_GATES:
+        tile = tiles.channels(p.dtype, p.K, p.V + p.normalize, target)
     more = " normalised" * p.normalize + " documents" * bool(p.documents) + " key term" * (p.key_term != "none")
     return (
         f"{p.name} {p.mask} {str(p.dtype)[6:]} T {p.T} K {p.K} V {p.V} gates {p.gates}{more}, "

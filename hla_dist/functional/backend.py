@@ -35,7 +35,7 @@ def resolve(
 
 
 def kernel_stages(backend: str) -> Any:
-    """The module with the stages of ``"triton"`` or ``"gluon"``, imported here alone: it needs Triton."""
+    """The module ``{backend}_stages``, imported here alone: it needs Triton."""
     return importlib.import_module(f"hla_dist.functional.{backend}_stages")
 
 

@@ -136,8 +136,7 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any
         backend = "torch"
     else:
         initial = validate.check_state(o["initial_state"], cascade, q, width, documents)
-        slow = "gates per channel" if per_channel else ""
-        backend = resolve_backend(o["backend"], cascade.name, q, v.shape[3], o["normalize"], o["chunk_size"], slow)
+        backend = resolve_backend(o["backend"], cascade.name, q, v.shape[3], o["normalize"], o["chunk_size"])
         if initial and cascade.states[0] == "S":  # S enters symmetric; so does its gradient
             initial = ((initial[0] + initial[0].mT) / 2, *initial[1:])
     gates = o["log_decay"]

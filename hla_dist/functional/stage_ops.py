@@ -44,9 +44,11 @@ def _stage(schema: str) -> Callable[[Callable[..., list[Tensor]]], Any]:
 
 def _backend(options: tuple[Any, ...]) -> tuple[Any, Any]:
     """The backend's modules with its forward and its backward stages."""
+    per_channel = options[0] == channels.CHANNELS.name
     if options[-1] == "torch":
-        return (channels, channels) if options[0] == channels.CHANNELS.name else (stages, stages_backward)
-    return kernel_stages(options[-1]), kernel_stages(options[-1])
+        return (channels, channels) if per_channel else (stages, stages_backward)
+    kernels = kernel_stages("channel" if per_channel else options[-1])
+    return kernels, kernels
 
 
 def _segment(q, k, v, log_decay, gain, skip, operator, scale, ridge, normalize, eps, chunk_size, backend) -> Segment:

@@ -104,6 +104,27 @@ def test_a_cut_is_a_cut_whatever_its_number(name, mask, short_segments) -> None:
         assert x.isfinite().all() and all(torch.equal(x, other) for other in others)
 
 
+PER_CHANNEL = Problem("linear_attention", T=40, H=2, G=1, K=18, V=5, gates="BTGK", scale=0.7, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(gate_values="per_head"),
+        slowly(dict(gates="BTHK", gate_values="hard_cut", T=33, V=35)),
+        slowly(dict(gates="BTHK", gate_values="least", normalize=True, strided=True)),
+        slowly(dict(gate_values="zero", T=0)),
+        slowly(dict(gates="BTHK", T=1)),
+        slowly(dict(gates="BTHK", T=73, documents=(33, 0, 1, 39))),
+    ],
+    ids=str,
+)
+def test_gates_per_channel(more, short_segments, monkeypatch) -> None:
+    """As on a GPU: programs with a part of the state's columns or rows each."""
+    monkeypatch.setattr(tiles, "channels", lambda *args: tiles.Tile(16, 16, 4, 1, 16))
+    compare(replace(PER_CHANNEL, **more))
+
+
 @pytest.mark.parametrize(("name", "mask"), NONE_OF_THEM)
 def test_float16_at_most_twice_the_error_of_plain_torch(name, mask, monkeypatch) -> None:
     """Pass by pass, as on a GPU: only bfloat16 walks a whole cascade at once."""
@@ -111,7 +132,8 @@ def test_float16_at_most_twice_the_error_of_plain_torch(name, mask, monkeypatch)
     problem = Problem(
         name, mask, T=70, H=2, G=1, K=16, V=16, scale=0.05, gates="BTH", state=False, dtype=torch.float16, seed=1
     )
-    for case in (problem, replace(problem, normalize=True, gates="none")):
+    per_channel = [replace(problem, gates="BTHK")] if name == "linear_attention" else []
+    for case in (problem, replace(problem, normalize=True, gates="none"), *per_channel):
         tensors = draw(case)
         want = oracle(case, tensors)
         plain = oracle(case, tensors, quadratic, dtype=torch.float16)

@@ -75,7 +75,7 @@ def _on_a_rank(calls: Calls) -> list[dict[str, torch.Tensor]]:
     return [run_shard(group, p, lengths, backend="triton")[0]["values"] for p, lengths in calls]
 
 
-@pytest.mark.parametrize("kinds", [slowly("all"), "documents and the key term"])
+@pytest.mark.parametrize("kinds", [slowly("all"), "documents and the key term, gates per channel"])
 def test_over_ranks(kinds) -> None:
     """An empty shard; documents that end, begin and fill a shard: carries come late, of whole shards and of pieces."""
     shapes = {"T": 73, "K": 6, "V": 5, "scale": 0.7, "dtype": torch.float32}
@@ -84,9 +84,10 @@ def test_over_ranks(kinds) -> None:
         (Problem("hla2", **shapes), [40, 0, 33]),
         (Problem("hla3", H=1, gates="H", **shapes), [30, 25, 18]),
         (Problem("hla2", H=1, documents=documents, ridge=0.3, key_term="H", **shapes), [30, 25, 18]),
+        (Problem("linear_attention", H=2, G=1, gates="BTHK", **shapes), [30, 0, 43]),
         (Problem("ahla", H=1, documents=documents, gates="none", normalize=True, **shapes), [30, 25, 18]),
     ]
-    calls = calls if kinds == "all" else calls[2:3]
+    calls = calls if kinds == "all" else calls[2:4]
     parts = run_ranks(_on_a_rank, 3, calls)
     for i, (p, lengths) in enumerate(calls):
         check(p, whole_problem(p, 3), assemble(p, lengths, [part[i] for part in parts]))

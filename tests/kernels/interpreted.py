@@ -17,7 +17,7 @@ import torch
 from triton.runtime import interpreter
 
 import hla_dist
-from hla_kernels import cascade, stages
+from hla_kernels import cascade, channels, stages
 from hla_kernels.device import INTERPRETED
 from tests.problems import RIDGED, STREAMING, Problem, check, draw, run
 
@@ -92,3 +92,5 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of one or two chunks."""
     monkeypatch.setattr(cascade, "SHORTEST", 32)
     monkeypatch.setattr(stages, "RESTART", dict.fromkeys(cascade.RESTART, 64))
+    monkeypatch.setattr(channels, "SHORTEST", 32)
+    monkeypatch.setattr(channels, "RESTART", 48)

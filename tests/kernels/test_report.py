@@ -44,7 +44,8 @@ def test_every_entry_compiles_within_its_architecture(tmp_path: Path) -> None:
         for gated, tile in enumerate(pair):
             text = tile and f"{tile.BT}x{columns} w{tile.warps} s{tile.stages}"
             assert tile is None or (arch, columns, text, bool(gated)) in fused
-    assert {row["arch"] for row in rows if row["kernel"] == "decode"} == set(SUPPORTED)
+    for kernel in ("decode", *(f"channel_{name}" for name in ("scores", "inner", "rows", "columns"))):
+        assert {row["arch"] for row in rows if row["kernel"] == kernel} == set(SUPPORTED)
     walks = {(row["variant"].split("+")[0], "gated" in row["variant"]) for row in rows if row["kernel"] == "walk"}
     assert walks == set(itertools.product(("alone", "apart", "adds", "makes b", "makes c"), (False, True)))
     assert all(row["matrix"]["wgmma.mma_async"] for row in rows if row["kernel"] == "walk")

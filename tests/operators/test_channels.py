@@ -109,9 +109,6 @@ def test_what_is_not_there_is_refused_by_name() -> None:
             f"log_decay: expected a number per head for {name}", "linear_attention", "[B, T, H, K]"
         ):
             getattr(hla_dist, name)(q, k, v, log_decay=logs)
-    for backend in ("triton", "gluon"):
-        with raises_value_error("backend: expected 'torch' with gates per channel", f"got '{backend}'"):
-            hla_dist.linear_attention(q, k, v, log_decay=logs, backend=backend)
     with raises_value_error("wire_dtype: expected None with gates per channel"):
         hla_dist.linear_attention(q, k, v, log_decay=logs, wire_dtype=torch.bfloat16)
     with raises_value_error("log_decay: expected shape", "[B, T, H, K] with K = 4", "(1, 5, 2, 3)"):

@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-from hla_dist.functional import triton_stages
-from hla_kernels import cascade, device, tiles, walks
+from hla_dist.functional import channel_stages, triton_stages
+from hla_kernels import cascade, channels, device, tiles, walks
 from tests.ptx import Emulator, emulate
 
 
@@ -45,14 +45,15 @@ def triton_backend(
     target = device.Target(arch, processors if segment is None else 1 << 20)
     with ExitStack() as stack:
         emulator = stack.enter_context(emulate(arch, races, exact, adverse))
-        for module in (device, triton_stages):
+        for module in (device, triton_stages, channel_stages):
             stack.enter_context(patch.object(module, "target_of", lambda where: target))
         for name in ("empty", "empty_like"):
             stack.enter_context(patch.object(torch, name, _poisoning(getattr(torch, name))))
         if segment is not None:
-            for module in (cascade, walks):
+            for module in (cascade, walks, channels):
                 stack.enter_context(patch.object(module, "SHORTEST", segment))
             stack.enter_context(patch("hla_kernels.stages.RESTART", dict.fromkeys(cascade.RESTART, segment)))
+            stack.enter_context(patch.object(channels, "RESTART", segment))
         if not fused:
             stack.enter_context(patch.object(tiles, "fused", lambda *arguments: None))
         yield emulator

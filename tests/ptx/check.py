@@ -65,6 +65,7 @@ class Case:
     grouped: bool = True
     ridge: bool = True
     key_term: bool = False
+    per_channel: bool = False  # gates
     backend: str = "triton"
     gate_values: str = "mild"
     B: int = 1
@@ -82,7 +83,7 @@ class Case:
             G=1 if self.grouped else 2,
             K=self.K,
             V=self.V,
-            gates="BTH" if self.gated else "none",
+            gates="none" if not self.gated else "BTHK" if self.per_channel else "BTH",
             gate_values=self.gate_values,
             scale=0.3 / self.K,
             ridge=0.3 if self.ridge and name in RIDGED else 0.0,
@@ -93,7 +94,10 @@ class Case:
         )
 
     def __str__(self) -> str:
-        more = ["gates" * self.gated, f"segments of {self.segment}" if self.segment else "one segment"]
+        more = [
+            "gates" * self.gated + " per channel" * self.per_channel,
+            f"segments of {self.segment}" if self.segment else "one segment",
+        ]
         more += ["state" * self.state, "normalize" * self.normalize, "grouped" * self.grouped]
         more += [self.gate_values if self.gated and self.gate_values != "mild" else ""]
         more += [f"B={self.B}" * (self.B > 1), "walks" * (self.backend == "gluon")]
@@ -209,6 +213,14 @@ def entries(arch: str) -> Iterator[Case]:
             yield Case(arch, operator, "bf16", 96, 80, gated, segment=64)
     for gated in (False, True):
         yield Case(arch, "hla2", "bf16", 128, 128, gated, segment=64, normalize=True)
+    for dtype in DTYPES:
+        narrow = Case(arch, "linear_attention", dtype, 64, 64, True, T=34, state=True, per_channel=True)
+        yield narrow
+        yield replace(narrow, T=82, segment=32, grouped=False, state=False)
+        yield replace(narrow, K=128, V=128, T=18)
+    yield replace(narrow, dtype="bf16", K=20, V=33, T=40, normalize=True, gate_values="hard_cut")
+    yield replace(narrow, dtype="bf16", K=256, V=256, T=18)
+    yield replace(narrow, dtype="bf16", K=16, V=16, T=530, gate_values="near_one")
     yield Case(arch, "ahla", "bf16", 20, 33, True)
 
 

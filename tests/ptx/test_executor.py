@@ -6,7 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
-from tests.ptx import Fault, edits, emulate, race, small  # not before Triton is known to be there
+from hla_kernels.segments import scan_states_kernel  # not before Triton is known to be there
+from tests.harness import relative_error
+from tests.ptx import Fault, edits, emulate, race, small
+from tests.tolerances import FLOAT32
 
 ARCHS = ("sm_80", "sm_90")
 
@@ -41,6 +44,18 @@ def test_faults_taken_out_of_compiled_code_are_reported(arch: str) -> None:
     if arch == "sm_90":
         wanted |= {"no proxy fence", "wgmma.wait_group later by one", "one swizzle other in a descriptor"}
     assert wanted <= kinds
+
+
+def test_a_division_by_multiplication() -> None:
+    """The row of an element, by 20 columns: the high half of a product of 16 bits, and of one of 32."""
+    states, rho, initial = torch.randn(3, 2, 32, 20), torch.rand(2, 2, 32), torch.randn(2, 32, 20)
+    want = [initial]
+    for segment in range(2):
+        want.append(rho[segment][..., None] * want[-1] + states[segment])
+    options = {"E": 640, "BE": 1024, "REVERSE": False, "DECAYED": True, "INITIAL": True, "COLUMNS": 20}
+    with emulate("sm_90"):
+        scan_states_kernel[(2,)](states, rho, initial, 2, 2, **options)
+    assert relative_error(states, torch.stack(want)) < FLOAT32
 
 
 def test_a_race_that_triton_compiles() -> None:

@@ -27,6 +27,16 @@ def test_the_key_term_as_compiled(case: check.Case) -> None:
     assert {"key_term_kernel", "key_term_backward_kernel"} <= set(result.kernels)
 
 
+PER_CHANNEL = check.Case("sm_90", "linear_attention", "bf16", 32, 20, True, 32, T=50, state=True, per_channel=True)
+
+
+def test_gates_per_channel_as_compiled() -> None:
+    """Two segments, the second of one chunk and the beginning of another."""
+    result = check.check(PER_CHANNEL)
+    assert result.good, check.line(PER_CHANNEL, result)
+    assert {f"channel_{name}_kernel" for name in ("scores", "inner", "rows", "columns")} <= set(result.kernels)
+
+
 def test_the_sample_meets_every_operator_dtype_and_width() -> None:
     for mine in (sample.of("sm_80"), sample.of("sm_90")):
         assert {case.operator for case in mine} == set(check.OPERATORS)

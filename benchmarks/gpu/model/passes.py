@@ -1,6 +1,7 @@
 """The launches of ``hla2`` as this project makes them, forward and backward, put through the model.
 
 python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward] [--normalize]
+"channels" is linear_attention with a gate per channel, whatever the other options say.
 """
 
 import json
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.model import predict as model
-from hla_kernels import device, slices, stages
+from hla_kernels import channels, device, slices, stages
 from hla_kernels.cascade import CASCADES, Problem, with_denominator
+from hla_kernels.sequences import Sequence
 
 Shape = tuple[int, int, int, int]
+PER_CHANNEL = "channels"
 
 
 def captured(call: Callable[[], object]) -> list[tuple[Any, int, dict, dict]]:
@@ -49,6 +52,12 @@ def launches(
     shape: Shape, gated: bool, backward: bool, operator: str = "hla2", normalize: bool = False
 ) -> list[model.Launch]:
     """Every launch of an operator's forward, or of its backward."""
+    if operator == PER_CHANNEL:
+        (problem, (carry,), do), log = on_meta(shape, "linear_attention", False), torch.empty(shape, device="meta")
+        call = channels.Call(problem.q, problem.k, problem.v, log, 1.0, problem.target)
+        if backward:
+            return launches_of(lambda: channels.scan_backward(call, carry, do, carry), shape)
+        return launches_of(lambda: channels.scan(call, carry), shape)
     problem, carry, do = on_meta(shape, operator, gated, normalize)
     dden = do[..., 0].float() if normalize else None
     if backward:
@@ -83,6 +92,11 @@ def launch_of(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, 
         unique = columns * a["b"].p.shape[0] * a["T"] * heads * 2
         flags = [f for f in ("EMIT", "REVERSE", "ADD", "PAIR", "LEAVE", "GATED") if a[f]]
         name = "first_order " + "+".join(flags).lower()
+    elif name.startswith("channel_"):
+        steps = min(a["segment_chunks"], -(-a["T"] // a["BT"])) if "segments" in a else a["K"] // a["BC"]
+        read = {id(x.p): x.p for x in a.values() if isinstance(x, Sequence)}
+        unique = sum(x.numel() * x.element_size() for x in read.values())
+        name += " " + "+".join(f for f in ("EMIT", "REVERSE", "LEAVE") if a.get(f)).lower()
     elif name == "fused_forward":
         steps = -(-a["T"] // a["BT"])
         unique = 4 * shape[0] * shape[1] * shape[2] * shape[3] * 2
@@ -135,7 +149,7 @@ def report(launched: list[model.Launch]) -> float:
 
 
 def main() -> None:
-    parser = model.options(CASCADES)
+    parser = model.options((*CASCADES, PER_CHANNEL))
     parser.add_argument("--normalize", action="store_true")
     o = parser.parse_args()
     shape = o.shape
@@ -145,7 +159,7 @@ def main() -> None:
         return
     total = report(launches(shape, o.gated, o.backward, o.operator, o.normalize))
     B, T, H, K = shape
-    work = len(CASCADES[o.operator]) * (2 * 64 * K + 4 * K * K) * B * T * H * (3 if o.backward else 1)
+    work = len(CASCADES.get(o.operator, (0,))) * (2 * 64 * K + 4 * K * K) * B * T * H * (3 if o.backward else 1)
     print(
         f"predicted: total {total:.3f} ms; counted operations at {work / total / 1e9:.0f} TFLOP/s, "
         f"{100 * work / total / 1e-3 / model.H200.matrix:.0f} % of the measured matrix rate"
