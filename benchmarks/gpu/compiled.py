@@ -93,7 +93,8 @@ def launches(work: Work | Problem | Walked, target: Target) -> list[Launch]:
         stages.scan(calls[0], carry, torch.float32 if normalize else None)
         sliced_backward(calls[1], carry, dout, carry, gated, ddenominator)
         if late:
-            kept = stages.summarize(replace(calls[0], sequences={}), tuple(map(tuple, op.moments)))[3]
+            moments = tuple((m.left, m.right, m.from_start) for m in op.moments)
+            kept = stages.summarize(replace(calls[0], sequences={}), moments)[3]
             stages.finish(replace(calls[0], sequences={}), carry, kept, schedule="correct")
     return collected
 

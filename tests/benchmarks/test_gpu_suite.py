@@ -100,6 +100,8 @@ def test_every_case_can_be_compiled_ahead() -> None:
     kernels = {kernel.fn.__name__ for kernel, *_ in found}
     assert {"first_order_kernel", "fused_forward_kernel", "decode_kernel", "gate_gradient_kernel"} <= kernels
     assert {"key_term_kernel", "key_term_backward_kernel"} <= kernels
+    late = gpu_compile.launches(gpu_compile.Work("hla2", torch.bfloat16, 1, 700, 2, 64, True, late=True), target)
+    assert any(arguments.get("INNER") is False for _, arguments, _ in late)  # what the summary kept is corrected
 
 
 def test_walks_are_checked_and_timed_with_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
