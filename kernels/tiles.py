@@ -10,6 +10,8 @@ K = 128 64 columns fit without gates. With gates on sm_90 some 20 addresses are 
 step; benchmarks/gpu/model predicts 0.28 ms for a pass so, and 1.29 ms with 32 columns of 8 warps, which read none.
 fp16: operands are float32 in shared memory and registers, computed as tf32: 8 warps.
 fp32: tf32x3 holds every operand three times: 16 tokens. Exactness is its purpose, not speed.
+With gates a tile gives a thread at least two columns of an output. Of one, the product in a term of the gates' gradient
+would be fused with the addition of another thread's, and threads that hold one row would differ in its last bit.
 Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b are never whole beside each other.
 gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one stage; twice the registers.
 """
@@ -66,7 +68,7 @@ _FP16_SM100 = {
 _FP32 = {
     64: Pair(Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
     128: Pair(Tile(16, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32)),
-    256: Pair(Tile(16, 16, 8, 1, 32), Tile(16, 16, 8, 1, 32)),
+    256: Pair(Tile(16, 16, 8, 1, 32), Tile(16, 32, 8, 1, 32)),
 }
 TABLE: dict[tuple[str, torch.dtype], dict[int, Pair]] = {
     ("sm_80", BF16): {

@@ -82,6 +82,14 @@ def test_everything_committed_is_what_compiles(tmp_path: Path) -> None:
     assert {key: got for key, got in found.items() if key in kept} == {key: kept[key] for key in found if key in kept}
 
 
+def test_a_thread_has_two_columns_where_terms_of_gates_are_summed() -> None:
+    """Of one, threads that hold the same sum would differ in its last bit (tiles.py)."""
+    for (arch, _), entries in tiles.TABLE.items():
+        for pair in entries.values():
+            tile, lanes = pair.decayed, 64 if arch == "gfx942" else 32
+            assert tile.BT * tile.BV >= 2 * lanes * tile.warps, (arch, tile)
+
+
 def test_what_breaks_a_rule() -> None:
     wgmma = {"wgmma.mma_async": 8, "mma.sync": 0}
     good = GOOD._replace(matrix=wgmma)
