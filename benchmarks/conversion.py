@@ -11,6 +11,7 @@ to the model before. A run that was stopped goes on.
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -62,6 +63,7 @@ def docstrings(file: Path) -> str:
     return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, documented))))
 
 
+@functools.cache  # parses the whole standard library
 def pages() -> list[str]:
     """Pages of the language reference among modules' docstrings, in the order of their names' digests, so that what is
     measured on is not of one letter.
