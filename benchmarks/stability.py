@@ -110,7 +110,7 @@ def learn(run: Run) -> LanguageModel:
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.step_size, weight_decay=0.0)
     for index in range(run.steps):
         optimizer.param_groups[0]["lr"] = run.step_size * lr_factor(index, run.steps // 10, index / run.steps, 0.0)
-        training._step(model, run, optimizer, index)
+        training._step(model, run, run.task, optimizer, index)
     return model
 
 
