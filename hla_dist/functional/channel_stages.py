@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from hla_dist.functional import triton_stages
 from hla_dist.functional.triton_stages import on_its_device, quotient_gradients, scanned
 from hla_dist.operators.segment import Segment
 from hla_dist.operators.stages import Scanned, Summarized
 from hla_dist.operators.stages_backward import Gradients, Saved
 from hla_kernels import channels
-from hla_kernels.device import target_of
 
 
 def _call(segment: Segment) -> channels.Call:
@@ -17,7 +17,8 @@ def _call(segment: Segment) -> channels.Call:
     if segment.settings.normalize:
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=-1)
     assert segment.log_decay is not None
-    return channels.Call(segment.q, segment.k, v, segment.log_decay, segment.settings.scale, target_of(v.device))
+    target = triton_stages.target_of(v.device)
+    return channels.Call(segment.q, segment.k, v, segment.log_decay, segment.settings.scale, target)
 
 
 def _gradient(segment: Segment, saved: Saved, dout: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from hla_dist.functional import channel_stages, triton_stages
+from hla_dist.functional import triton_stages
 from hla_kernels import cascade, channels, device, tiles, walks
 from tests.ptx import Emulator, emulate
 
@@ -45,7 +45,7 @@ def triton_backend(
     target = device.Target(arch, processors if segment is None else 1 << 20)
     with ExitStack() as stack:
         emulator = stack.enter_context(emulate(arch, races, exact, adverse))
-        for module in (device, triton_stages, channel_stages):
+        for module in (device, triton_stages):
             stack.enter_context(patch.object(module, "target_of", lambda where: target))
         for name in ("empty", "empty_like"):
             stack.enter_context(patch.object(torch, name, _poisoning(getattr(torch, name))))
