@@ -10,9 +10,9 @@ K = 128 64 columns fit without gates. With gates on sm_90 some 20 addresses are 
 step; benchmarks/gpu/model predicts 0.28 ms for a pass so, and 1.29 ms with 32 columns of 8 warps, which read none.
 fp16: operands are float32 in shared memory and registers, computed as tf32: 8 warps.
 fp32: tf32x3 holds every operand three times: 16 tokens. Exactness is its purpose, not speed.
+Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b are never whole beside each other.
 With gates a tile gives a thread at least two columns of an output. Of one, the product in a term of the gates' gradient
 would be fused with the addition of another thread's, and threads that hold one row would differ in its last bit.
-Both, where rows are many: scores sum slices of BS = 32 columns, so that a and b are never whole beside each other.
 gfx942: 64 KiB of shared memory, no asynchronous copies worth their room: one stage; twice the registers.
 """
 
