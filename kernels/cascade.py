@@ -93,6 +93,43 @@ class SegmentStates:
     known: bool = False
 
 
+def cut_to_fill(
+    target: Target, T: int, programs: int, chunk: int, tokens: int | None = None, longest: int | None = None
+) -> Cut:
+    """Segments of whole chunks: enough to fill the device with so many programs each, none shorter than ``SHORTEST``.
+
+    tokens: of a segment, where that is not to be chosen.
+    """
+    if tokens is None:
+        wanted = max(1, 2 * target.processors // programs)
+        tokens = max(SHORTEST, -(-T // wanted))
+    tokens = -(-min(tokens, longest or tokens) // chunk) * chunk
+    return max(1, -(-T // tokens)), tokens
+
+
+def scan_states(
+    target: Target, states: Tensor, rho: Tensor | None, initial: Tensor | None, reverse: bool, **options: int
+) -> None:
+    """Turn every segment's own state ``[segments + 1, B H, K, V]`` into what enters it; rho None: without decay."""
+    segments, rows, K, V = states.shape
+    block = 1024 if target is not INTERPRETER else tiles.power_of_two(K * V)
+    launch(
+        scan_states_kernel,
+        triton.cdiv(K * V, block) * rows,
+        states=states,
+        rho=states if rho is None else rho,
+        initial=states if initial is None else initial.contiguous(),
+        segments=segments - 1,
+        row_of_heads=rows,
+        E=K * V,
+        BE=block,
+        REVERSE=reverse,
+        DECAYED=rho is not None,
+        INITIAL=initial is not None,
+        **options,
+    )
+
+
 @dataclass
 class Problem:
     """One call: inputs, how it is cut, and where it runs."""
@@ -137,14 +174,9 @@ class Problem:
         return tiles.first_order(self.dtype, key_dim, value_dim, self.gated, self.target)
 
     def segments(self, longest: int | None = None) -> Cut:
-        """``(segments, tokens of a segment)``: enough to fill the device, none shorter than ``SHORTEST``."""
-        tokens = self.segment_tokens
-        if tokens is None:
-            wanted = max(1, 2 * self.target.processors // (self.rows * self.value_tiles))
-            tokens = max(SHORTEST, -(-self.T // wanted))
-        tokens = min(tokens, longest or tokens)
-        tokens = -(-tokens // self.chunk) * self.chunk
-        return max(1, -(-self.T // tokens)), tokens
+        """``(segments, tokens of a segment)``, at most ``longest``."""
+        programs = self.rows * self.value_tiles
+        return cut_to_fill(self.target, self.T, programs, self.chunk, self.segment_tokens, longest)
 
     def inner(self, width: int) -> Tensor:
         """Empty storage for an inner sequence, ``[B, T, H, width]``."""
@@ -272,23 +304,8 @@ class Problem:
 
     def scan_states(self, carry: SegmentStates, initial: Tensor | None, cut: Cut, decayed: bool = True) -> None:
         """Turn every segment's own state into what enters it."""
-        segments, tokens = cut
-        elements = carry.value.shape[2] * carry.value.shape[3]
-        block = 1024 if self.target is not INTERPRETER else tiles.power_of_two(elements)
-        launch(
-            scan_states_kernel,
-            triton.cdiv(elements, block) * self.rows,
-            states=carry.value,
-            rho=self.decay(tokens) if self.gated and decayed else carry.value,
-            initial=carry.value if initial is None else initial.contiguous(),
-            segments=segments,
-            row_of_heads=self.rows,
-            E=elements,
-            BE=block,
-            REVERSE=carry.reverse,
-            DECAYED=self.gated and decayed,
-            INITIAL=initial is not None,
-        )
+        rho = self.decay(cut[1]) if self.gated and decayed else None
+        scan_states(self.target, carry.value, rho, initial, carry.reverse)
         carry.known = True
 
     def run(

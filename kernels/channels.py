@@ -19,16 +19,16 @@ import triton
 from torch import Tensor
 
 from hla_kernels import tiles
-from hla_kernels.cascade import SHORTEST, Cut
+from hla_kernels.cascade import Cut, cut_to_fill, scan_states
 from hla_kernels.channel_passes import (
     channel_columns_kernel,
     channel_inner_kernel,
     channel_rows_kernel,
     channel_scores_kernel,
 )
-from hla_kernels.device import INTERPRETER, Target, launch
-from hla_kernels.segments import scan_states_kernel
+from hla_kernels.device import Target, launch
 from hla_kernels.sequences import last_axis_contiguous, matrices, sequence
+from hla_kernels.stages import own_heads
 
 RESTART = 512  # tokens after which the gates' gradient starts anew from what the states say
 SLICE = 16  # channels of which a chunk's scores are summed at a time: with 32 a warp would spill
@@ -68,13 +68,9 @@ class Call:
         self.precision = tiles.precision(self.q.dtype, self.target) if low else self.sums
 
     def segments(self, longest: int | None = None) -> Cut:
-        """``(segments, tokens of a segment)``: enough to fill the device, none shorter than ``SHORTEST``."""
-        tokens = self.segment_tokens
-        if tokens is None:
-            wanted = max(1, 2 * self.target.processors // (self.rows * triton.cdiv(self.V, self.tile.BV)))
-            tokens = max(SHORTEST, -(-self.T // wanted))
-        tokens = triton.cdiv(min(tokens, longest or tokens), self.tile.BT) * self.tile.BT
-        return max(1, triton.cdiv(self.T, tokens)), tokens
+        """``(segments, tokens of a segment)``, at most ``longest``."""
+        programs = self.rows * triton.cdiv(self.V, self.tile.BV)
+        return cut_to_fill(self.target, self.T, programs, self.tile.BT, self.segment_tokens, longest)
 
     def entering(self, cut: Cut, carry: Tensor, reverse: bool) -> Tensor:
         """Room for the states at every boundary, ``[segments + 1, B H, K, V]``, the outermost one set."""
@@ -89,23 +85,7 @@ class Call:
         value = torch.empty(cut[0] + 1, self.rows, self.K, self.V, dtype=torch.float32, device=self.q.device)
         decay = torch.empty(cut[0], self.rows, self.K, dtype=torch.float32, device=self.q.device)
         self.by_rows(b, b, c, c, value, cut, (1.0, scale), reverse, decay)
-        elements = self.K * self.V
-        block = 1024 if self.target is not INTERPRETER else tiles.power_of_two(elements)
-        launch(
-            scan_states_kernel,
-            triton.cdiv(elements, block) * self.rows,
-            states=value,
-            rho=decay,
-            initial=carry.contiguous(),
-            segments=cut[0],
-            row_of_heads=self.rows,
-            E=elements,
-            BE=block,
-            REVERSE=reverse,
-            DECAYED=True,
-            INITIAL=True,
-            COLUMNS=self.V,
-        )
+        scan_states(self.target, value, decay, carry, reverse, COLUMNS=self.V)
         return value, decay
 
     def by_rows(
@@ -259,7 +239,8 @@ def scan_backward(call: Call, carry: Tensor, dout: Tensor, reverse_carry: Tensor
     tails = (left[1:] * right[1:]).sum(-1)
     call.by_columns(v, dout, q, dk, right, cut, (scale, 1.0), (dq, dlog, tails))
     given = (dq, q), (dk, k), (dv, v), (dlog, call.log_decay)
-    return Gradients(*(_of_heads(x, like) for x, like in given), _outermost(call, right[0]))
+    own = (own_heads(x, like, None).to(like.dtype) for x, like in given)
+    return Gradients(*own, _outermost(call, right[0]))
 
 
 def _nothing(call: Call) -> Tensor:
@@ -268,11 +249,3 @@ def _nothing(call: Call) -> Tensor:
 
 def _outermost(call: Call, state: Tensor) -> Tensor:
     return state.view(call.B, call.H, call.K, call.V).clone()
-
-
-def _of_heads(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient per query head, summed over those that share a head, in the input's dtype."""
-    B, T, H, D = gradient.shape
-    if H != like.shape[2]:
-        gradient = gradient.view(B, T, like.shape[2], H // like.shape[2], D).sum(3)
-    return gradient.to(like.dtype)

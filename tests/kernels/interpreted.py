@@ -92,5 +92,4 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of one or two chunks."""
     monkeypatch.setattr(cascade, "SHORTEST", 32)
     monkeypatch.setattr(stages, "RESTART", dict.fromkeys(cascade.RESTART, 64))
-    monkeypatch.setattr(channels, "SHORTEST", 32)
     monkeypatch.setattr(channels, "RESTART", 48)

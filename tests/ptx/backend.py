@@ -50,7 +50,7 @@ def triton_backend(
         for name in ("empty", "empty_like"):
             stack.enter_context(patch.object(torch, name, _poisoning(getattr(torch, name))))
         if segment is not None:
-            for module in (cascade, walks, channels):
+            for module in (cascade, walks):
                 stack.enter_context(patch.object(module, "SHORTEST", segment))
             stack.enter_context(patch("hla_kernels.stages.RESTART", dict.fromkeys(cascade.RESTART, segment)))
             stack.enter_context(patch.object(channels, "RESTART", segment))
