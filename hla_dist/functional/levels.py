@@ -74,6 +74,20 @@ def attend_levels(
         return _of_documents(call, weights, state)
 
 
+def operate_levels(
+    op: str, options: Any, levels: int, before: Any, present: Tensor | None, filled: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, log_decay: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """``operate`` of a layer with levels, on whose weights no state depends.
+
+    ``filled`` [B, T] is where there are tokens, not padding.
+    """
+    keep = filled if present is None else filled & present
+    weights = q.new_ones(*q.shape[:3], levels)
+    options = {**options, "log_decay": log_decay, "initial_state": before, "output_final_state": True}
+    return attend_levels(op, q, k, v, weights, keep, **options)[1]
+
+
 def _check(call: Call, weights: Any, present: Tensor | None, initial: Any, options: Mapping[str, Any]) -> None:
     q, plan = call.q, call.plan
     resolve_backend(options.get("backend", "auto"), plan.operator, q, call.v.shape[3], False, None, "levels")

@@ -4,7 +4,7 @@ Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value head
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,19 @@ from torch import Tensor, nn
 
 from hla_dist.functional import attention as functional
 from hla_dist.functional.call import raise_everywhere
-from hla_dist.functional.levels import attend_levels, refuse_options
+from hla_dist.functional.levels import attend_levels, operate_levels, refuse_options
 from hla_dist.functional.options import Options, SegmentOptions
 from hla_dist.functional.pending import Pending, absent, cannot_go_back, latest, operate, with_gates
 from hla_dist.functional.validate import require
 from hla_dist.nn.chunks import map_tokens
-from hla_dist.nn.gradient_reduction import is_dtensor
 from hla_dist.nn.head_norm import HeadNorm
-from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.initialization import decay_biases, normal_linear, sharded_as
 from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.padding import present
-from hla_dist.nn.rotary import apply_rotary, rotary_tables
+from hla_dist.nn.rotary import apply_rotary, global_positions, rotary_tables, since_document
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
 from hla_dist.operators import NAMED
 from hla_dist.operators.precision import sum_dtype
-from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
 from hla_dist.states import convolved
 
 __all__ = ["HLAAttention"]
@@ -361,7 +359,7 @@ class HLAAttention(AttentionLayer):
         rotary: tuple[Tensor, ...] = ()
         if self.rope_theta is not None:
             if positions is None:
-                positions = _since_document(self._positions(x, group), cu_seqlens)
+                positions = since_document(global_positions(x, group, self.shard_lengths), cu_seqlens)
             rotary = (positions.expand(x.shape[:2]),)
         lengths = None if group is None or cu_seqlens is None or self.shard_lengths is None else [*self.shard_lengths]
         mixed: tuple[Tensor, ...] = ()
@@ -418,7 +416,7 @@ class HLAAttention(AttentionLayer):
             everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])
             if self.levels is not None:
-                advance = partial(_operate_with_levels, self.op, own, self.levels)
+                advance = partial(operate_levels, self.op, own, self.levels)
                 operands = (filled, *operands)
             if self.conv is not None:
                 advance = partial(_operate_convolved, advance, self.conv.width - 1)
@@ -534,56 +532,6 @@ class HLAAttention(AttentionLayer):
         if positions.shape != (x.shape[:2] if positions.dim() == 2 else x.shape[1:2]):
             return f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}"
         return ""
-
-    def _positions(self, x: Tensor, group: Any) -> Tensor:
-        """Global positions [T] of this rank's tokens; see ``rope_theta``."""
-        tokens, start = x.shape[1], 0
-        if group is not None:
-            pg = resolve_group(group)
-            lengths = self.shard_lengths
-            if lengths is None:
-                lengths = all_gather_flat(torch.tensor([tokens], device=x.device), pg)[0].tolist()
-            start = sum(lengths[: group_rank(pg)])
-        return torch.arange(start, start + tokens, device=x.device)
-
-
-def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> list[float]:
-    """``b_h`` with ``log_sigmoid(b_h) / temperature = -1 / tau_h``: tau from the first memory to the last, in equal
-    ratios.
-    """
-    shortest, longest = (math.log(tau) for tau in memories)
-    steps = max(count - 1, 1)
-    rates = [temperature * math.exp(-(shortest + (longest - shortest) * h / steps)) for h in range(count)]
-    return [-math.log(math.expm1(rate)) for rate in rates]  # softplus(-b) = rate
-
-
-def sharded_as(parameter: Tensor, values: Tensor) -> Tensor:
-    """``values`` as a DTensor where ``parameter`` is one: made on the meta device and sharded before it has numbers."""
-    if not is_dtensor(parameter):
-        return values
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-
-def _since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
-    """Positions counted from the start of each document; what is wrong with ``cu_seqlens`` the operator says."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.device != positions.device:
-        return positions
-    number = torch.searchsorted(cu_seqlens.contiguous(), positions.to(cu_seqlens.dtype), right=True) - 1
-    return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
-
-
-def _operate_with_levels(
-    op: str, options: Any, levels: int, before: Any, present: Tensor | None, filled: Tensor, q: Tensor, k: Tensor,
-    v: Tensor, log_decay: Tensor | None = None,
-) -> Any:  # fmt: skip
-    """``operate`` of a layer with levels, on whose weights no state depends; ``filled`` as below."""
-    keep = filled if present is None else filled & present
-    weights = q.new_ones(*q.shape[:3], levels)
-    options = {**options, "log_decay": log_decay, "initial_state": before, "output_final_state": True}
-    return attend_levels(op, q, k, v, weights, keep, **options)[1]
 
 
 def _operate_convolved(

@@ -1,14 +1,19 @@
-"""Modules of torch that initialise themselves from a normal distribution of a given deviation.
+"""How parameters begin: matrices from a normal distribution of a given deviation, gates from memories in tokens.
 
-They stay exactly ``nn.Linear`` and ``nn.Embedding``, which quantisation and adapters look for by type; what differs is
-the instance's ``reset_parameters``, so that whoever resets every submodule gets the model's own distribution.
+Modules of torch stay exactly ``nn.Linear`` and ``nn.Embedding``, which quantisation and adapters look for by type;
+what differs is the instance's ``reset_parameters``, so that whoever resets every submodule gets the model's own
+distribution.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from hla_dist.nn.gradient_reduction import is_dtensor
 
 
 def normal_on_reset(module: nn.Module, std: float) -> None:
@@ -33,3 +38,23 @@ def _normal(parameters: dict[str, Any], std: float) -> None:
     nn.init.normal_(parameters["weight"], std=std)
     if parameters.get("bias") is not None:
         nn.init.zeros_(parameters["bias"])
+
+
+def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """``b_h`` with ``log_sigmoid(b_h) / temperature = -1 / tau_h``: tau from the first memory to the last, in equal
+    ratios.
+    """
+    shortest, longest = (math.log(tau) for tau in memories)
+    steps = max(count - 1, 1)
+    rates = [temperature * math.exp(-(shortest + (longest - shortest) * h / steps)) for h in range(count)]
+    return [-math.log(math.expm1(rate)) for rate in rates]  # softplus(-b) = rate
+
+
+def sharded_as(parameter: Tensor, values: Tensor) -> Tensor:
+    """``values`` as a DTensor where ``parameter`` is one: made on the meta device and sharded before it has numbers."""
+    if not is_dtensor(parameter):
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)

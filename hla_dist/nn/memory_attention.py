@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.validate import require
-from hla_dist.nn.attention import FEATURE_MAPS, decay_biases, sharded_as
+from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.chunks import map_tokens
-from hla_dist.nn.initialization import normal_linear
+from hla_dist.nn.initialization import decay_biases, normal_linear, sharded_as
 from hla_dist.nn.softmax_attention import SoftmaxAttention
 from hla_dist.operators import NAMED
 from hla_dist.operators.cascade import Operator

@@ -1,14 +1,15 @@
-"""Rotary positions that stay exact at a million tokens.
+"""Rotary positions that stay exact at a million tokens, and which positions a rank's tokens have.
 
-Letters: B batch, T local tokens, H heads, K head size (even).
+Letters: B batch, T local tokens, D hidden_size, H heads, K head size (even).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rotary", "rotary_tables"]
+from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
 
 
 def rotary_tables(
@@ -40,3 +41,25 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one table for all heads
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def global_positions(x: Tensor, group: Any, lengths: Sequence[int] | None) -> Tensor:
+    """Global positions [T] of this rank's tokens; x [B, T, D].
+
+    Communication over a group whose shards' ``lengths`` are None: one all-gather of one integer.
+    """
+    tokens, start = x.shape[1], 0
+    if group is not None:
+        pg = resolve_group(group)
+        if lengths is None:
+            lengths = all_gather_flat(torch.tensor([tokens], device=x.device), pg)[0].tolist()
+        start = sum(lengths[: group_rank(pg)])
+    return torch.arange(start, start + tokens, device=x.device)
+
+
+def since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
+    """Positions counted from the start of each document; what is wrong with ``cu_seqlens`` the operator says."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.device != positions.device:
+        return positions
+    number = torch.searchsorted(cu_seqlens.contiguous(), positions.to(cu_seqlens.dtype), right=True) - 1
+    return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
