@@ -16,7 +16,7 @@ from hla_dist.functional.attention import attend
 from hla_dist.functional.options import SegmentOptions
 from hla_dist.functional.validate import check_names, require
 from hla_dist.operators import NAMED
-from hla_dist.parallel.collectives import group_size, resolve_group
+from hla_dist.parallel.collectives import members
 
 __all__ = ["Pending"]
 
@@ -162,8 +162,7 @@ def latest(state: Any) -> Any:
     return state.state if isinstance(state, Pending) else state
 
 
-def cannot_go_back(group: Any, cu_seqlens: Any) -> str:
-    """What is wrong with ``pending=True`` in such a call; empty if nothing is."""
-    if group is not None and group_size(resolve_group(group)) > 1:
-        return "pending: expected a call on one device, got a group of several ranks"
-    return "" if cu_seqlens is None else "pending: expected rows of one text each, got cu_seqlens"
+def check_can_go_back(group: Any, cu_seqlens: Any) -> None:
+    """ValueError where ``pending=True`` has no way back: over several ranks, and in packed documents."""
+    require(members(group)[2] == 1, "pending", "a call on one device", "a group of several ranks")
+    require(cu_seqlens is None, "pending", "rows of one text each", "cu_seqlens")

@@ -17,13 +17,12 @@ from hla_dist.functional import attention as functional
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.levels import attend_levels, operate_levels, refuse_options
 from hla_dist.functional.options import Options, SegmentOptions
-from hla_dist.functional.pending import Pending, absent, cannot_go_back, latest, operate, with_gates
+from hla_dist.functional.pending import Pending, absent, check_can_go_back, latest, operate, with_gates
 from hla_dist.functional.validate import require
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import decay_biases, normal_linear, sharded_as
 from hla_dist.nn.layer import AttentionLayer
-from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, global_positions, rotary_tables, since_document
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
 from hla_dist.operators import NAMED
@@ -349,11 +348,12 @@ class HLAAttention(AttentionLayer):
         """
         group = self.group if group is None else group
         given, state = state, latest(state)
-        problem = self._problem(x, state, positions, attention_mask)
-        if pending and not problem:
-            problem = cannot_go_back(group, cu_seqlens)
-        if problem:
-            raise_everywhere(ValueError(problem), x, group, "forward" if self.conv is None else "halo forward")
+        try:
+            filled = self._checked(x, state, positions, attention_mask)
+            if pending:
+                check_can_go_back(group, cu_seqlens)
+        except ValueError as error:
+            raise_everywhere(error, x, group, "forward" if self.conv is None else "halo forward")
         if output_final_state is None or pending:
             output_final_state = pending or state is not None or not torch.is_grad_enabled()
         rotary: tuple[Tensor, ...] = ()
@@ -371,7 +371,7 @@ class HLAAttention(AttentionLayer):
                 *state, before = state
                 state = tuple(state)
             convolution, after = self.conv(
-                inputs, before, cu_seqlens, attention_mask=attention_mask, group=group, shard_lengths=lengths,
+                inputs, before, cu_seqlens, attention_mask=filled, group=group, shard_lengths=lengths,
                 output_final_state=output_final_state,
             )  # fmt: skip
             mixed = (convolution,)
@@ -381,8 +381,8 @@ class HLAAttention(AttentionLayer):
             q, k, v = q.float(), k.float(), v.float()
 
         log_decay = gates[0] if gates else self._log_decay(x)
-        if attention_mask is not None and self.levels is None:
-            q, k, v, log_decay = absent(~present(attention_mask, x.shape[:2]), q, k, v, log_decay)
+        if filled is not None and self.levels is None:
+            q, k, v, log_decay = absent(~filled, q, k, v, log_decay)
 
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         options: Options = {
@@ -399,7 +399,6 @@ class HLAAttention(AttentionLayer):
             options |= {"gain": self.gain, "skip": self.skip}
         ahead: tuple[Tensor, ...] = ()
         if self.levels is not None:
-            filled = None if attention_mask is None else present(attention_mask, x.shape[:2])
             o, state = attend_levels(self.op, q, k, v, self._level_weights(x), filled, **options)
         elif group is None or self.g_proj is None or self.chunk_tokens or torch.compiler.is_compiling():
             o, state = functional.attend(self.op, q, k, v, **options)
@@ -413,8 +412,7 @@ class HLAAttention(AttentionLayer):
             operands = with_gates(q, k, v, log_decay)
             own = {name: value for name, value in options.items() if name in _STATE_OPTIONS}
             advance = partial(operate, self.op, own)
-            everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            filled = everywhere if attention_mask is None else present(attention_mask, x.shape[:2])
+            filled = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if filled is None else filled
             if self.levels is not None:
                 advance = partial(operate_levels, self.op, own, self.levels)
                 operands = (filled, *operands)
@@ -513,25 +511,15 @@ class HLAAttention(AttentionLayer):
         weights = F.softplus(self.level_proj(x).to(wide) + self.level_bias.to(wide))
         return weights.unflatten(-1, (self.num_heads, -1))
 
-    def _problem(self, x: Tensor, state: Any, positions: Tensor | None, attention_mask: Tensor | None) -> str:
-        """What is wrong with forward's arguments; empty if nothing is."""
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
-            return f"x: expected a floating-point tensor [B, T, {self.hidden_size}], got {x.dtype} {list(x.shape)}"
-        try:
-            if attention_mask is not None:
-                present(attention_mask, x.shape[:2])
-        except ValueError as error:
-            return str(error)
-        if self.conv is not None and state is not None and not (isinstance(state, (tuple, list)) and len(state) > 1):
-            return f"state: expected the operator's fields and the convolution's inputs, got {type(state).__name__}"
-        if self.rope_theta is None:
-            return ""
-        if positions is None:
-            return "" if state is None else "positions: expected to be given with rope_theta and a state, got None"
-        # by their number first: comparing [B, T] with [T] asks a compiler whether B is T
-        if positions.shape != (x.shape[:2] if positions.dim() == 2 else x.shape[1:2]):
-            return f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}"
-        return ""
+    def _checked(self, x: Tensor, state: Any, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """Where x has tokens, as of ``_filled``; ValueError for wrong arguments."""
+        filled = self._filled(x, None if self.rope_theta is None else positions, attention_mask)
+        if self.conv is not None and state is not None:
+            both = isinstance(state, (tuple, list)) and len(state) > 1
+            require(both, "state", "the operator's fields and the convolution's inputs", type(state).__name__)
+        counted = self.rope_theta is None or state is None
+        require(counted or positions is not None, "positions", "to be given with rope_theta and a state", "None")
+        return filled
 
 
 def _operate_convolved(

@@ -4,8 +4,11 @@ import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from hla_dist.functional.validate import require
 from hla_dist.nn.head_norm import RenamesOnLoad
+from hla_dist.nn.padding import present
 
 Layer = TypeVar("Layer", bound="AttentionLayer")
 
@@ -38,6 +41,19 @@ class AttentionLayer(RenamesOnLoad):
         self.group: Any = None
         self.shard_lengths: Sequence[int] | None = None
         self.chunk_tokens = 0
+
+    def _filled(self, x: Tensor, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """Where x [B, T, D] has tokens and no padding, bool [B, T]; None without a mask.
+
+        Raises ValueError for a wrong x, for a wrong mask, and for positions that are neither [T] nor [B, T].
+        """
+        if x.dim() != 3 or x.shape[-1] != self.hidden_size or not x.is_floating_point():
+            expected = f"a floating-point tensor [B, T, {self.hidden_size}]"
+            raise ValueError(f"x: expected {expected}, got {x.dtype} {list(x.shape)}")
+        # by their number first: comparing [B, T] with [T] asks a compiler whether B is T
+        if positions is not None and positions.shape != (x.shape[:2] if positions.dim() == 2 else x.shape[1:2]):
+            raise ValueError(f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}")
+        return None if attention_mask is None else present(attention_mask, x.shape[:2])
 
     def reset_parameters(self) -> None:
         """Initialise every parameter anew, after ``to_empty`` on a meta device for example."""

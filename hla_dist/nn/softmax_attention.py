@@ -13,13 +13,12 @@ from torch import Tensor
 
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
-from hla_dist.functional.pending import Pending, cannot_go_back, latest
+from hla_dist.functional.pending import Pending, check_can_go_back, latest
 from hla_dist.functional.validate import check_documents, require
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.layer import AttentionLayer
-from hla_dist.nn.padding import present
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel.collectives import members, resolve_group
 from hla_dist.softmax import attend as softmax
@@ -182,16 +181,16 @@ class SoftmaxAttention(AttentionLayer):
         given, state = state, latest(state)
         _, rank, ranks = members(group)
         try:
-            cu = self._check(x, state, cu_seqlens, positions, attention_mask, group)
-            if pending and (problem := cannot_go_back(group, cu_seqlens)):
-                raise ValueError(problem)
+            filled = self._filled(x, positions, attention_mask)
+            cu = self._check(x, state, cu_seqlens, rank, ranks, filled is not None)
+            if pending:
+                check_can_go_back(group, cu_seqlens)
         except ValueError as error:
             raise_everywhere(error, x, group)
         if output_final_state is None:
             output_final_state = state is not None or (ranks == 1 and not torch.is_grad_enabled())
         operands: list[Tensor] = []
         call = LayerCall(state, cu, positions, output_final_state or pending, group, rank, ranks, operands)
-        filled = None if attention_mask is None else present(attention_mask, x.shape[:2])
         y, after = self._attend(x, call) if filled is None else self._among_padding(x, filled, call)
         if not pending:
             return y, after
@@ -308,24 +307,15 @@ class SoftmaxAttention(AttentionLayer):
             f"exchange={self.exchange}"
         )
 
-    def _check(
-        self, x: Tensor, state: Any, cu_seqlens: Any, positions: Tensor | None, mask: Tensor | None, group: Any
-    ) -> Tensor | None:
-        """Raise ValueError for wrong arguments; return ``cu_seqlens`` on the host if there are any."""
-        _, rank, ranks = members(group)
-        good = x.dim() == 3 and x.shape[-1] == self.hidden_size and x.is_floating_point()
-        require(good, "x", f"a floating-point tensor [B, T, {self.hidden_size}]", f"{x.dtype} {list(x.shape)}")
-        if mask is not None:
-            present(mask, x.shape[:2])
-        if positions is not None and positions.shape not in (x.shape[1:2], x.shape[:2]):
-            raise ValueError(f"positions: expected [T] or [B, T] for x {list(x.shape)}, got {list(positions.shape)}")
+    def _check(self, x: Tensor, state: Any, cu_seqlens: Any, rank: int, ranks: int, masked: bool) -> Tensor | None:
+        """Raise ValueError for wrong arguments; return ``cu_seqlens`` on the host, [N + 1], if there are any."""
         cu = None
         if cu_seqlens is not None:
             lengths = None if self.shard_lengths is None or ranks == 1 else list(self.shard_lengths)
             options = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": None, "shard_lengths": lengths}
             cu = check_documents(options, x, rank, ranks).cu
         if state is not None:
-            together = cu is None and ranks > 1 and mask is None
+            together = cu is None and ranks > 1 and not masked
             self._check_state(x, state, len(x) if cu is None else len(cu) - 1, together)
         return cu
 
