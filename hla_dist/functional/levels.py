@@ -75,17 +75,16 @@ def attend_levels(
 
 
 def operate_levels(
-    op: str, options: Any, levels: int, before: Any, present: Tensor | None, filled: Tensor, q: Tensor, k: Tensor,
-    v: Tensor, log_decay: Tensor | None = None,
+    op: str, options: Any, levels: int, before: Any, present: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    log_decay: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """``operate`` of a layer with levels, on whose weights no state depends.
+    """The state of an operator with levels after those tokens that are ``present`` [B, T].
 
-    ``filled`` [B, T] is where there are tokens, not padding.
+    No state depends on the weights of levels.
     """
-    keep = filled if present is None else filled & present
     weights = q.new_ones(*q.shape[:3], levels)
     options = {**options, "log_decay": log_decay, "initial_state": before, "output_final_state": True}
-    return attend_levels(op, q, k, v, weights, keep, **options)[1]
+    return attend_levels(op, q, k, v, weights, present, **options)[1]
 
 
 def _check(call: Call, weights: Any, present: Tensor | None, initial: Any, options: Mapping[str, Any]) -> None:

@@ -362,16 +362,14 @@ class HLAAttention(AttentionLayer):
                 positions = since_document(global_positions(x, group, self.shard_lengths), cu_seqlens)
             rotary = (positions.expand(x.shape[:2]),)
         lengths = None if group is None or cu_seqlens is None or self.shard_lengths is None else [*self.shard_lengths]
+        inputs: tuple[Tensor, ...] = ()
         mixed: tuple[Tensor, ...] = ()
         if self.conv is not None:
             projections = [self.q_proj, self.k_proj, self.v_proj]
-            inputs = map_tokens(self._projections, x, modules=projections, tokens=self.chunk_tokens)
-            before = None
-            if state is not None:
-                *state, before = state
-                state = tuple(state)
+            inputs = (map_tokens(self._projections, x, modules=projections, tokens=self.chunk_tokens),)
+            state, before = _parts(state)
             convolution, after = self.conv(
-                inputs, before, cu_seqlens, attention_mask=filled, group=group, shard_lengths=lengths,
+                *inputs, before, cu_seqlens, attention_mask=filled, group=group, shard_lengths=lengths,
                 output_final_state=output_final_state,
             )  # fmt: skip
             mixed = (convolution,)
@@ -409,20 +407,25 @@ class HLAAttention(AttentionLayer):
         if self.conv is not None and state is not None:
             state = convolved(type(state))(*state, after)
         if pending:
-            operands = with_gates(q, k, v, log_decay)
             own = {name: value for name, value in options.items() if name in _STATE_OPTIONS}
-            advance = partial(operate, self.op, own)
+            record = given if isinstance(given, Pending) else Pending(partial(self._advance, own), given)
             filled = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if filled is None else filled
-            if self.levels is not None:
-                advance = partial(operate_levels, self.op, own, self.levels)
-                operands = (filled, *operands)
-            if self.conv is not None:
-                advance = partial(_operate_convolved, advance, self.conv.width - 1)
-                operands = (inputs, filled, *operands)
-            record = given if isinstance(given, Pending) else Pending(advance, given)
-            state = record.read(state, *operands)
+            state = record.read(state, filled, *inputs, *with_gates(q, k, v, log_decay))
         result = partial(self._result, activation)
         return map_tokens(result, x, o, *ahead, modules=[self], tokens=self.chunk_tokens), state
+
+    def _advance(self, options: Any, before: Any, present: Tensor | None, filled: Tensor, *operands: Tensor) -> Any:
+        """The state after those tokens that are ``filled`` [B, T] and present; operands [B, T, ...]. No projection."""
+        keep = filled if present is None else filled & present
+        if self.conv is not None:
+            inputs, operands = operands[0], operands[1:]
+            before, heads = _parts(before)
+            last = inputs_behind(heads, inputs, keep, self.conv.width - 1)
+        if self.levels is None:
+            state = operate(self.op, options, before, present, *operands)
+        else:
+            state = operate_levels(self.op, options, self.levels, before, keep, *operands)
+        return state if self.conv is None else convolved(type(state))(*state, last)
 
     def _projections(self, x: Tensor) -> Tensor:
         """Queries, keys and values of all heads, [B, T, (H + G) K + G V]."""
@@ -522,16 +525,9 @@ class HLAAttention(AttentionLayer):
         return filled
 
 
-def _operate_convolved(
-    advance: Callable[..., Any], reach: int, before: Any, present: Tensor | None, inputs: Tensor, filled: Tensor,
-    *operands: Tensor,
-) -> Any:  # fmt: skip
-    """``advance`` of a layer with a convolution; ``filled`` [B, T] is where ``inputs`` are tokens, not padding."""
-    heads = inputs.new_zeros(len(inputs), reach, inputs.shape[2])
-    if before is not None:
-        *before, heads = before
-    state = advance(before and tuple(before), present, *operands)
-    return convolved(type(state))(*state, inputs_behind(heads, inputs, filled if present is None else filled & present))
+def _parts(state: Any) -> tuple[Any, Any]:
+    """The fields of the operator's state, and the convolution's [B, w - 1, C]; None each if there is no state."""
+    return (None, None) if state is None else (tuple(state[:-1]), state[-1])
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -138,13 +138,18 @@ def check_width(name: str, width: Any) -> None:
     require(type(width) is int and width in WIDTHS, name, f"a whole number from {WIDTHS[0]} to {WIDTHS[-1]}", width)
 
 
-def inputs_behind(heads: Tensor, x: Tensor, filled: Tensor) -> Tensor:
-    """Return the last inputs ``[B, w - 1, C]`` behind ``heads``, of as many, and the tokens x ``[B, T, C]``.
+def inputs_behind(state: Tensor | None, x: Tensor, filled: Tensor, reach: int) -> Tensor:
+    """Return the state ``[B, w - 1, C]`` after those tokens of x ``[B, T, C]`` that are ``filled [B, T]``.
 
-    Of those only where ``filled [B, T]`` is True.
+    ``reach`` is w - 1.
     """
     order = torch.argsort(~filled, dim=1, stable=True)
-    return _window(torch.cat([heads.to(x.dtype), _taken(x, order)], 1), filled.sum(1), heads.shape[1])
+    return _window(torch.cat([_heads(state, x, len(x), reach), _taken(x, order)], 1), filled.sum(1), reach)
+
+
+def _heads(state: Tensor | None, x: Tensor, rows: int, reach: int) -> Tensor:
+    """What is before the first token of each of N rows, ``[N, w - 1, C]`` in the dtype of x: the state, or zeros."""
+    return x.new_zeros(rows, reach, x.shape[2]) if state is None else state.to(x.dtype)
 
 
 class _ConvolutionCall(NamedTuple):
@@ -159,16 +164,10 @@ class _ConvolutionCall(NamedTuple):
     group: Any
     final: bool
 
-    @property
-    def heads(self) -> Tensor:
-        """The state, or as many zeros: what is before a sequence's first token."""
-        batch, _, channels = self.x.shape
-        return self.x.new_zeros(batch, self.reach, channels) if self.state is None else self.state.to(self.x.dtype)
-
 
 def _convolved(call: _ConvolutionCall, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Batch rows are segments; tokens of a row are moved together in front of its padding, and back."""
-    x, reach, heads = call.x, call.reach, call.heads
+    x, reach, heads = call.x, call.reach, _heads(call.state, call.x, len(call.x), call.reach)
     counts, order = None, None
     if call.present is not None:
         order = torch.argsort(~call.present, dim=1, stable=True)
@@ -210,8 +209,7 @@ def _of_documents(call: _ConvolutionCall, documents: Documents, weight: Tensor) 
         order = torch.argsort(2 * number + ~call.present[0], stable=True)[None]
         x = _taken(x, order)
         counts = torch.zeros_like(lengths).index_add(0, number, call.present[0].long())
-    heads = x.new_zeros(documents.count, reach, x.shape[2]) if call.state is None else call.state.to(x.dtype)
-    heads = heads[parts.to(device)]
+    heads = _heads(call.state, x, documents.count, reach)[parts.to(device)]
 
     def stream_of(heads: Tensor) -> Tensor:
         return torch.cat([x, heads.reshape(1, reach * size, x.shape[2])], 1)[:, index]
