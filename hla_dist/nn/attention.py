@@ -247,7 +247,7 @@ class HLAAttention(AttentionLayer):
         require(fits, "grown", f"from 0 to below head_dim={self.head_dim}, with rope_theta an even number", grown)
 
         self.feature_map, self.qk_norm, self.scale = feature_map, qk_norm, scale
-        self.groups = [self.head_dim - grown, grown] if grown else [self.head_dim]
+        self.groups = [self.head_dim - grown, grown] if grown else None
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
         self.rope_theta, self.levels = rope_theta, levels
@@ -449,8 +449,9 @@ class HLAAttention(AttentionLayer):
             q, k = phi(q), phi(k)
         q, k = (self._normalized(x, norm).to(v.dtype) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         if self.rope_theta is not None:
-            q, k = self._turned(more[-1], q, k)
-        if self.q_grown is not None:
+            tables = {size: rotary_tables(more[-1], size, self.rope_theta) for size in self.groups or [q.shape[-1]]}
+            q, k = (self._by_group(lambda part: apply_rotary(part, *tables[part.shape[-1]]), x) for x in (q, k))
+        if self.q_grown is not None and self.groups is not None:
             older, newer = q.split(self.groups, -1)
             q = torch.cat([older, newer * self.q_grown.view(self.num_heads, -1).to(q.dtype)], -1)
         gates = None if self.d_proj is None else self._log_decay(x)
@@ -468,27 +469,24 @@ class HLAAttention(AttentionLayer):
             o = o * (self._gate(x) if gate is None else gate)
         return self.o_proj(o)
 
-    def _turned(self, positions: Tensor, *sequences: Tensor) -> list[Tensor]:
-        """Queries and keys after their rotation, each group of channels by itself."""
-        assert self.rope_theta is not None
-        tables = [rotary_tables(positions, size, self.rope_theta) for size in self.groups]
-        return [
-            torch.cat([apply_rotary(part, *table) for part, table in zip(x.split(self.groups, -1), tables)], -1)
-            for x in sequences
-        ]
+    def _by_group(self, change: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``change`` of x [.., K']; with ``grown`` of the older channels and of the new ones, each by themselves."""
+        if self.groups is None:
+            return change(x)
+        return torch.cat([change(part) for part in x.split(self.groups, -1)], -1)
+
+    def _rms_norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), None, self.norm_eps)
 
     def _normalized(self, x: Tensor, norm: HeadNorm | None) -> Tensor:
         """Queries or keys [.., K'] after ``qk_norm``: length 1, or length sqrt(K') times a weight per channel."""
-        size = x.shape[-1]
-        if self.q_grown is not None and self.qk_norm is not None:
-            parts = x.split(self.groups, -1)
-            normed = [F.rms_norm(part, (part.shape[-1],), None, self.norm_eps) for part in parts]
-            if norm is not None:
-                return torch.cat(normed, -1) * norm.weight.to(x.dtype)
-            return torch.cat([part * part.shape[-1] ** -0.5 for part in normed], -1)
+        if self.qk_norm is None:
+            return x
         if norm is None:
-            return x if self.qk_norm is None else F.rms_norm(x, (size,), None, self.norm_eps) * size**-0.5
-        if size != self.head_dim:
+            return self._by_group(lambda part: self._rms_norm(part) * part.shape[-1] ** -0.5, x)
+        if self.groups is not None:
+            return self._by_group(self._rms_norm, x) * norm.weight.to(x.dtype)
+        if (size := x.shape[-1]) != self.head_dim:
             raise ValueError(f"feature_map: expected to keep head_dim={self.head_dim} with qk_norm='rms', got {size}")
         return norm(x, x.dtype)
 
