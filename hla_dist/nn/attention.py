@@ -1,6 +1,7 @@
 """HLAAttention: projections, norms, gates and decay around one operator of the library.
 
-Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim, V value_dim.
+Letters: B batch, T local tokens, D hidden_size, H query heads, G key/value heads, K head_dim, V value_dim,
+L levels, w width of the convolution.
 """
 
 import math
@@ -21,7 +22,7 @@ from hla_dist.functional.pending import Pending, absent, check_can_go_back, late
 from hla_dist.functional.validate import require
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.head_norm import HeadNorm
-from hla_dist.nn.initialization import decay_biases, normal_linear, sharded_as
+from hla_dist.nn.initialization import assign, decay_biases, normal_linear
 from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.rotary import apply_rotary, global_positions, rotary_tables, since_document
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
@@ -203,6 +204,10 @@ class HLAAttention(AttentionLayer):
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, value_dim=value_dim)
         self.op = op
+        self.options = Options(
+            mask=mask, decay_form=decay_form, ridge=ridge, normalize=normalize, eps=eps, chunk_size=chunk_size,
+            exchange=exchange, wire_dtype=wire_dtype, backend=backend,
+        )  # fmt: skip
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.decay_heads = num_heads if decay_heads is None else decay_heads
         _one_of("op", op, tuple(NAMED))
@@ -236,8 +241,7 @@ class HLAAttention(AttentionLayer):
         if levels is not None:
             require(type(levels) is int and levels >= 2, "levels", "a whole number >= 2, or None", repr(levels))
             require(decay != "channel", "decay", "a gate per head with levels", repr(decay))
-            refuse_options({"mask": mask, "decay_form": decay_form, "normalize": normalize, "wire_dtype": wire_dtype,
-                            "chunk_size": chunk_size, "exchange": exchange, "backend": backend})  # fmt: skip
+            refuse_options(self.options)
         if grown:
             taken = {"conv": conv, "decay": decay if decay == "channel" else None, "feature_map": feature_map if
                      callable(feature_map) or feature_map == "softmax" else None}  # fmt: skip
@@ -251,22 +255,18 @@ class HLAAttention(AttentionLayer):
         self.decay, self.decay_temperature, self.decay_range = decay, decay_temperature, tuple(decay_range)
         self.norm_eps, self.output_norm_eps, self.output_gate = norm_eps, output_norm_eps, output_gate
         self.rope_theta, self.levels = rope_theta, levels
-        self.options = Options(
-            mask=mask, decay_form=decay_form, ridge=ridge, normalize=normalize, eps=eps, chunk_size=chunk_size,
-            exchange=exchange, wire_dtype=wire_dtype, backend=backend,
-        )  # fmt: skip
 
         queries, keys = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         values, outputs = self.num_kv_heads * self.value_dim, num_heads * self.value_dim
         std = hidden_size**-0.5
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # all of one dimension: optimisers know by that, or by the name, what not to decay
-        gates = self.decay_heads * (self.head_dim if decay == "channel" else 1)
+        gates, weights = self.decay_heads * (self.head_dim if decay == "channel" else 1), num_heads * (levels or 0)
         self.decay_bias = None if decay is None else nn.Parameter(torch.empty(gates, **factory))
         self.gain_bias, self.skip_bias = (
             nn.Parameter(torch.empty(num_heads, **factory)) if key_term else None for _ in ("gain", "skip")
         )
-        self.level_bias = None if levels is None else nn.Parameter(torch.empty(num_heads * levels, **factory))
+        self.level_bias = nn.Parameter(torch.empty(weights, **factory)) if weights else None
         self.q_grown = nn.Parameter(torch.empty(num_heads * grown, **factory)) if grown else None
         self.q_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
         self.k_norm = HeadNorm(self.head_dim, norm_eps, **factory) if qk_norm == "rms" else None
@@ -278,12 +278,10 @@ class HLAAttention(AttentionLayer):
         self.o_proj = normal_linear(outputs, hidden_size, residual_scale * outputs**-0.5, **factory)
         channels = queries + keys + values
         self.conv = None if conv is None else ShortConvolution(channels, conv, conv_backend=conv_backend, **factory)
-        # gates that differ from token to token from the start: half a unit of the logit
+        # gates, and weights of levels, that differ from token to token from the start: half a unit of the logit
         moving = decay in ("token", "channel")
         self.d_proj = normal_linear(hidden_size, gates, 0.5 * std, **factory) if moving else None
-        self.level_proj: nn.Linear | None = None
-        if levels is not None:  # weights that differ from token to token, likewise
-            self.level_proj = normal_linear(hidden_size, num_heads * levels, 0.5 * std, **factory)
+        self.level_proj = normal_linear(hidden_size, weights, 0.5 * std, **factory) if weights else None
         self._reset_gates()
 
     @property
@@ -311,9 +309,7 @@ class HLAAttention(AttentionLayer):
         if self.decay_bias is not None:
             count = self.head_dim if self.decay == "channel" else self.decay_heads
             biases = decay_biases(count, self.decay_range, self.decay_temperature)
-            biases *= self.decay_bias.numel() // count
-            with torch.no_grad():
-                self.decay_bias.copy_(sharded_as(self.decay_bias, torch.tensor(biases)))
+            assign(self.decay_bias, biases.repeat(self.decay_bias.numel() // count))
 
     def forward(
         self,
@@ -432,7 +428,7 @@ class HLAAttention(AttentionLayer):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
     def _operands(self, x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v and, where they differ from token to token, the gates.
+        """q [B, T, H, K'], k [B, T, G, K'], v [B, T, G, V] and, where they differ from token to token, the gates.
 
         more: what the convolution made of the projections, with ``conv``; the positions, with ``rope_theta``.
         """
@@ -458,11 +454,12 @@ class HLAAttention(AttentionLayer):
         return (q, k, v) if gates is None else (q, k, v, gates)
 
     def _gate(self, x: Tensor) -> Tensor:
+        """The output gate, [B, T, H V]."""
         assert self.g_proj is not None and self.output_gate is not None
         return _GATES[self.output_gate](self.g_proj(x))
 
     def _result(self, activation: torch.dtype, x: Tensor, o: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The operator's output, normalised, gated and projected."""
+        """The operator's output o [B, T, H, V], normalised, gated and projected, [B, T, D]."""
         o = o.to(activation) if self.o_norm is None else self.o_norm(o, activation)
         o = rearrange(o, "b t h v -> b t (h v)")
         if self.g_proj is not None:
@@ -497,20 +494,13 @@ class HLAAttention(AttentionLayer):
         """
         if self.decay_bias is None:
             return None
-        wide = sum_dtype(self.decay_bias.dtype)
-        logits = self.decay_bias.to(wide)
-        if self.d_proj is not None:
-            # only the small, token-dependent part is ever rounded to x's dtype
-            logits = self.d_proj(x).to(wide) + logits
-        logs = F.logsigmoid(logits) / self.decay_temperature
+        logs = F.logsigmoid(_logits(x, self.d_proj, self.decay_bias)) / self.decay_temperature
         return logs.unflatten(-1, (self.decay_heads, self.head_dim)) if self.decay == "channel" else logs
 
     def _level_weights(self, x: Tensor) -> Tensor:
         """Weights [B, T, H, L] of what is read at each level, float32 or wider."""
-        assert self.level_bias is not None and self.level_proj is not None
-        wide = sum_dtype(self.level_bias.dtype)
-        weights = F.softplus(self.level_proj(x).to(wide) + self.level_bias.to(wide))
-        return weights.unflatten(-1, (self.num_heads, -1))
+        assert self.level_bias is not None
+        return F.softplus(_logits(x, self.level_proj, self.level_bias)).unflatten(-1, (self.num_heads, -1))
 
     def _checked(self, x: Tensor, state: Any, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """Where x has tokens, as of ``_filled``; ValueError for wrong arguments."""
@@ -521,6 +511,12 @@ class HLAAttention(AttentionLayer):
         counted = self.rope_theta is None or state is None
         require(counted or positions is not None, "positions", "to be given with rope_theta and a state", "None")
         return filled
+
+
+def _logits(x: Tensor, proj: nn.Linear | None, bias: Tensor) -> Tensor:
+    """x W + b [B, T, n], or b [n] alone, float32 or wider: the part of the token alone is rounded to the dtype of x."""
+    wide = sum_dtype(bias.dtype)
+    return bias.to(wide) if proj is None else proj(x).to(wide) + bias.to(wide)
 
 
 def _parts(state: Any) -> tuple[Any, Any]:

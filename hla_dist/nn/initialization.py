@@ -40,21 +40,25 @@ def _normal(parameters: dict[str, Any], std: float) -> None:
         nn.init.zeros_(parameters["bias"])
 
 
-def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> list[float]:
-    """``b_h`` with ``log_sigmoid(b_h) / temperature = -1 / tau_h``: tau from the first memory to the last, in equal
-    ratios.
+def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> Tensor:
+    """``b_h`` [count] with ``log_sigmoid(b_h) / temperature = -1 / tau_h``: tau from the first memory to the last, in
+    equal ratios.
     """
     shortest, longest = (math.log(tau) for tau in memories)
     steps = max(count - 1, 1)
     rates = [temperature * math.exp(-(shortest + (longest - shortest) * h / steps)) for h in range(count)]
-    return [-math.log(math.expm1(rate)) for rate in rates]  # softplus(-b) = rate
+    return torch.tensor([-math.log(math.expm1(rate)) for rate in rates])  # softplus(-b) = rate
 
 
-def sharded_as(parameter: Tensor, values: Tensor) -> Tensor:
-    """``values`` as a DTensor where ``parameter`` is one: made on the meta device and sharded before it has numbers."""
-    if not is_dtensor(parameter):
-        return values
-    from torch.distributed.tensor import DTensor, distribute_tensor
+@torch.no_grad()
+def assign(parameter: Tensor, values: Tensor) -> None:
+    """Overwrite ``parameter`` with ``values`` of its shape; a DTensor with its part of them.
 
-    assert isinstance(parameter, DTensor)
-    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+    A DTensor was made on the meta device and sharded before it had numbers.
+    """
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)

@@ -14,7 +14,7 @@ from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.validate import require
 from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.chunks import map_tokens
-from hla_dist.nn.initialization import decay_biases, normal_linear, sharded_as
+from hla_dist.nn.initialization import assign, decay_biases, normal_linear
 from hla_dist.nn.softmax_attention import SoftmaxAttention
 from hla_dist.operators import NAMED
 from hla_dist.operators.cascade import Operator
@@ -56,8 +56,7 @@ class Hedgehog(nn.Module):
     def reset_parameters(self) -> None:
         """Set every head's map to the identity."""
         heads, size, _ = self.weight.shape
-        with torch.no_grad():
-            self.weight.copy_(sharded_as(self.weight, torch.eye(size).repeat(heads, 1, 1)))
+        assign(self.weight, torch.eye(size).repeat(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.einsum("bthk,hkf->bthf", x, self.weight.to(x.dtype))
@@ -169,30 +168,27 @@ class MemoryAttention(SoftmaxAttention):
         self.shares: list[Tensor] | None = None  # a list takes each call's mean share of the memory, [H]
 
         factory: dict[str, Any] = {name: softmax.get(name) for name in ("device", "dtype")}
-        heads = num_heads
 
         def per_head(wanted: bool) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(heads, **factory)) if wanted else None
+            return nn.Parameter(torch.empty(num_heads, **factory)) if wanted else None
 
         joined = window is not None
-        self.q_map = Hedgehog(heads, self.head_dim, **factory) if features == "hedgehog" else None
+        self.q_map = Hedgehog(num_heads, self.head_dim, **factory) if features == "hedgehog" else None
         self.k_map = Hedgehog(self.num_kv_heads, self.head_dim, **factory) if features == "hedgehog" else None
         self.power, self.level = per_head(joined and join == "mass"), per_head(joined and join == "mass")
         self.gate_bias = per_head(joined and join in ("gate", "token"))
         by_token = joined and join == "token"
-        self.gate_proj = normal_linear(hidden_size, heads, 0.5 * hidden_size**-0.5, **factory) if by_token else None
+        self.gate_proj = normal_linear(hidden_size, num_heads, 0.5 * hidden_size**-0.5, **factory) if by_token else None
         self.decay_bias = per_head(decay == "head")
         self._reset_gates()
 
     def _reset_gates(self) -> None:
         starts = {"power": 1.0, "level": 0.0, "gate_bias": self.gate_bias_start}
-        with torch.no_grad():
-            for name, start in starts.items():
-                if getattr(self, name) is not None:
-                    nn.init.constant_(getattr(self, name), start)
-            if self.decay_bias is not None:
-                biases = torch.tensor(decay_biases(self.num_heads, self.decay_range))
-                self.decay_bias.copy_(sharded_as(self.decay_bias, biases))
+        for name, start in starts.items():
+            if getattr(self, name) is not None:
+                nn.init.constant_(getattr(self, name), start)
+        if self.decay_bias is not None:
+            assign(self.decay_bias, decay_biases(self.num_heads, self.decay_range))
 
     def gates(self) -> list[nn.Parameter]:
         """Return what decides how window and memory are joined.
@@ -226,7 +222,7 @@ class MemoryAttention(SoftmaxAttention):
         last = torch.arange(tokens - delay)
         true = softmax.attend_locally(q[:, delay:], k, v, torch.zeros_like(last), last, self.scale, mass=True)[..., -1]
         mass = self._all_read(q, k, v)[:, delay:, :, -1]
-        self.level.copy_(sharded_as(self.level, (true - mass.log()).mean((0, 1))))
+        assign(self.level, (true - mass.log()).mean((0, 1)))
 
     @torch.no_grad()
     def untrained(self, x: Tensor) -> tuple[Tensor, ...]:
