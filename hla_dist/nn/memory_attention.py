@@ -279,7 +279,7 @@ class MemoryAttention(SoftmaxAttention):
         return operands if self.gate_proj is None else (*operands, self.gate_proj(x))
 
     def _mix(
-        self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any, group: Any
+        self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any
     ) -> tuple[Tensor, Any]:
         (q, k, v, *gate), (spans, pg, rank) = operands, call
         kind = self._state_kind()
@@ -299,7 +299,7 @@ class MemoryAttention(SoftmaxAttention):
         present = (enters >= first).to(q.device).expand(q.shape[:2])
         options: dict[str, Any] = {"output_final_state": spans.final, "exchange": self.exchange}
         if pg is not None:
-            options |= {"group": group, "wire_dtype": self.wire_dtype}
+            options |= {"group": pg, "wire_dtype": self.wire_dtype}
         if spans.packed:
             options |= {"cu_seqlens": spans.cu.to(q.device), "cu_seqlens_cpu": spans.cu}
             options |= {"shard_lengths": list(spans.lengths)} if pg is not None else {}

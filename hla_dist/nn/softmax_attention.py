@@ -20,7 +20,7 @@ from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
 from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
-from hla_dist.parallel.collectives import members, resolve_group
+from hla_dist.parallel.collectives import Group, members
 from hla_dist.softmax import attend as softmax
 from hla_dist.states import SLOTS, KVState
 
@@ -30,23 +30,23 @@ EXCHANGES = ("auto", "gather", "ulysses")
 
 
 class LayerCall(NamedTuple):
-    """What a call says beside x; ``cu`` on the host."""
+    """What a call says beside x; ``cu`` on the host, [N + 1], ``positions`` [T] or [B, T]."""
 
     state: Any
     cu: Tensor | None
     positions: Tensor | None
     final: bool
-    group: Any
+    group: Group | None
     rank: int
     ranks: int
     operands: list[Tensor]  # what the tokens become: queries, keys and values first
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Every rank's integers, [P, n]."""
-        if self.ranks == 1:
+        if self.group is None or self.ranks == 1:
             return numbers[None]
-        name = resolve_group(self.group).group_name
-        return exchange_gather([numbers], name, "forward", f"softmax padding numbers={len(numbers)}", at_once=True)[0]
+        about = f"softmax padding numbers={len(numbers)}"
+        return exchange_gather([numbers], self.group.group_name, "forward", about, at_once=True)[0]
 
 
 class SoftmaxAttention(AttentionLayer):
@@ -177,9 +177,8 @@ class SoftmaxAttention(AttentionLayer):
             output_final_state: None: if a state came in or, without a group, if gradients are off.
             pending: As for HLAAttention.
         """
-        group = self.group if group is None else group
+        group, rank, ranks = members(self.group if group is None else group)
         given, state = state, latest(state)
-        _, rank, ranks = members(group)
         try:
             filled = self._filled(x, positions, attention_mask)
             cu = self._check(x, state, cu_seqlens, rank, ranks, filled is not None)
@@ -209,7 +208,7 @@ class SoftmaxAttention(AttentionLayer):
             len(index), None, cu=cu, state=before, window=self._span, final=True, device=rows[0].device,
             description=about,
         )  # fmt: skip
-        return self._mix(call, "gather", rows, before, None)[1]
+        return self._mix(call, "gather", rows, before)[1]
 
     def _among_padding(self, x: Tensor, filled: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
         """The tokens of each row as one document; over a group row by row, since rows lie side by side on the ranks.
@@ -260,7 +259,7 @@ class SoftmaxAttention(AttentionLayer):
         rotary = (positions.expand(x.shape[:2]),)
         operands = map_tokens(self._operands, x, *rotary, modules=[self], tokens=self.chunk_tokens)
         kept[:] = operands
-        o, after = self._mix(agreed, exchange, operands, state, group)
+        o, after = self._mix(agreed, exchange, operands, state)
         y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
         return y.reshape(batch, tokens, self.hidden_size), after
 
@@ -270,12 +269,14 @@ class SoftmaxAttention(AttentionLayer):
         return self.window
 
     def _mix(
-        self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any, group: Any
+        self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any
     ) -> tuple[Tensor, Any]:
+        """The heads' outputs [B, T, H, K] of ``operands``, and the state after them if the call wants it."""
         q, k, v = operands
         return softmax.attend(call, q, k, v, state, exchange, self.scale)
 
     def _operands(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """q [B, T, H, K], k and v [B, T, G, K]; positions [B, T]."""
         projected = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.head_dim) for y in projected)
         activation = v.dtype
