@@ -22,7 +22,7 @@ from tyro.conf import arg
 from hla_dist.convert.distill import distill
 from hla_dist.convert.recipes import RECIPES
 from hla_dist.convert.swap import converted, swap
-from hla_dist.convert.transfer import LayerError, transfer
+from hla_dist.convert.transfer import LayerError, layer_file, transfer
 from hla_dist.convert.usage import Usage, perplexity, usage
 from hla_dist.data.sources import LeftOut, read_documents
 from hla_dist.huggingface import load_softmax, to_huggingface
@@ -97,6 +97,7 @@ class Conversion:
         self.config, self.device, self.group, self.say = config, device, group, say
         self.rank = 0 if group is None else dist.get_rank(group)
         self.out, self.recipe = Path(config.asked.out), RECIPES[config.asked.recipe]
+        self.layers = self.out / "layers"
         self.perplexities: dict[str, dict[str, float]] = {}
         self.kept = 0  # layers of an earlier run
         self.began = time.monotonic()
@@ -142,11 +143,12 @@ class Conversion:
 
     def _begin(self, student: LanguageModel, wanted: dict[str, dict[str, Any]]) -> None:
         """Take the directory, once nothing more can be wrong with what was asked for."""
-        layers = self.out / "layers"
-        missing = [n for n in converted(student) if not (layers / f"layer_{n:03d}.safetensors").is_file()]
-        self.kept = 0 if self.recipe.transfer is None else len(converted(student)) - len(missing)
+        layers = converted(student)
+        missing = [n for n in layers if not layer_file(self.layers, n).is_file()]
+        self.kept = 0 if self.recipe.transfer is None else len(layers) - len(missing)
         if self.config.asked.stage == "distill" and self.recipe.transfer is not None and missing:
-            raise UserError(f"--stage: expected layers {missing} to be in {layers} for distill, run transfer first")
+            raise UserError(f"--stage: expected layers {missing} to be in {self.layers} for distill, "
+                            "run transfer first")  # fmt: skip
         if self.rank == 0:
             try:
                 write_json(self.out / OPTIONS, wanted)
@@ -188,21 +190,20 @@ class Conversion:
             with self._bar(f"perplexity, {stage}", sum(map(len, texts.values())), "row") as bar:
                 figures = {name: perplexity(model, rows, bar.update) for name, rows in texts.items()}
             self.perplexities[stage] = figures
-            shown = ", ".join(f"{value:.4g} on {name}" for name, value in self.perplexities[stage].items())
+            shown = ", ".join(f"{value:.4g} on {name}" for name, value in figures.items())
             self.say(f"perplexity, {stage}: {shown}")
 
     def _transfer(self, student: LanguageModel, teacher: LanguageModel) -> list[LayerError]:
         options = self.recipe.transfer
         if options is None:
             return []
-        layers = self.out / "layers"
         amounts = self.config.amounts
         if amounts.transfer_lr:
             options = {**options, "lr": amounts.transfer_lr}
         with self._bar("transfer", len(converted(student)), "layer") as bar:
             errors = transfer(
                 student, teacher, self.texts["train"], steps=amounts.transfer_steps,
-                batch=amounts.transfer_batch, directory=layers, group=self.group, seed=amounts.seed, **options,
+                batch=amounts.transfer_batch, directory=self.layers, group=self.group, seed=amounts.seed, **options,
                 report=lambda error: self._step(bar, f"layer {error.layer}: missed {error.after:.3f}"),
             )  # fmt: skip
         self._measure("after transfer", student)

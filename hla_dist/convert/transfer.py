@@ -103,7 +103,7 @@ def transfer(
             number = layers.index(index)
             if number % ranks == rank:
                 new = mixer_of(student, index)
-                stored = None if directory is None else directory / f"layer_{index:03d}.safetensors"
+                stored = None if directory is None else layer_file(directory, index)
                 error = _read(new, stored) if stored is not None and stored.is_file() else None
                 if error is None:
                     with torch.no_grad():
@@ -123,6 +123,11 @@ def transfer(
                 broadcast(parameter.data, pg, number % ranks)
         all_reduce_sum(errors, pg)
     return [LayerError(index, *error) for index, error in zip(layers, errors.tolist())]
+
+
+def layer_file(directory: Path, index: int) -> Path:
+    """Where a layer is kept when it is done."""
+    return directory / f"layer_{index:03d}.safetensors"
 
 
 def _trained(layer: nn.Module, train: str) -> list[nn.Parameter]:
@@ -153,8 +158,9 @@ def _no_weights(layer: Any) -> str:
 def weights(layer: Any, x: Tensor) -> Tensor:
     """Each token's weights on all tokens, ``[B, H, T, T]``, of a softmax layer or of a memory of first order."""
     tokens, repeats = x.shape[1], layer.num_heads // layer.num_kv_heads
-    q, k, v, *gate = layer._operands(x, torch.arange(tokens, device=x.device).expand(x.shape[:2]))
-    age = torch.arange(tokens, device=x.device)[:, None] - torch.arange(tokens, device=x.device)
+    at = torch.arange(tokens, device=x.device)
+    q, k, v, *gate = layer._operands(x, at.expand(x.shape[:2]))
+    age = at[:, None] - at
     seen = (age >= 0) & (age < (layer.window or tokens))
     wide = sum_dtype(q.dtype)
     queries, keys = (y.to(wide).transpose(1, 2) for y in (q, k.repeat_interleave(repeats, 2)))
@@ -198,8 +204,8 @@ def _teach(
 
     def missed(part: Any) -> Tensor:
         o = new.heads(x[part], *(y[part] for y in known)) if known else output(new, x[part])
-        difference = o.float() - wanted[part].float()
-        return difference.square().sum() / wanted[part].float().square().sum()
+        want = wanted[part].float()
+        return (o.float() - want).square().sum() / want.square().sum()
 
     def measured() -> float:
         with torch.no_grad():

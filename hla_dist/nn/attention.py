@@ -22,7 +22,7 @@ from hla_dist.functional.pending import Pending, absent, check_can_go_back, late
 from hla_dist.functional.validate import require
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.head_norm import HeadNorm
-from hla_dist.nn.initialization import assign, decay_biases, normal_linear
+from hla_dist.nn.initialization import assign, check_memories, decay_biases, normal_linear
 from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.rotary import apply_rotary, global_positions, rotary_tables, since_document
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
@@ -221,8 +221,7 @@ class HLAAttention(AttentionLayer):
         if not callable(feature_map):
             _one_of("feature_map", feature_map, (*FEATURE_MAPS, None))
         require(decay_temperature > 0, "decay_temperature", "a number > 0", decay_temperature)
-        rising = len(decay_range) == 2 and 0 < decay_range[0] <= decay_range[1] < math.inf
-        require(rising, "decay_range", "0 < shortest <= longest memory in tokens", decay_range)
+        check_memories(decay_range)
         rotary = rope_theta is None or (rope_theta > 0 and self.head_dim % 2 == 0)
         require(rotary, "rope_theta", "> 0 and an even head_dim", f"{rope_theta} and {self.head_dim}")
         _one_of("conv_backend", conv_backend, BACKENDS)

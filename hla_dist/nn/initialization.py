@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hla_dist.functional.validate import require
 from hla_dist.nn.gradient_reduction import is_dtensor
 
 
@@ -38,6 +39,12 @@ def _normal(parameters: dict[str, Any], std: float) -> None:
     nn.init.normal_(parameters["weight"], std=std)
     if parameters.get("bias") is not None:
         nn.init.zeros_(parameters["bias"])
+
+
+def check_memories(decay_range: Sequence[float]) -> None:
+    """ValueError unless ``decay_biases`` can take it: two memories in tokens, the shorter first."""
+    rising = len(decay_range) == 2 and 0 < decay_range[0] <= decay_range[1] < math.inf
+    require(rising, "decay_range", "0 < shortest <= longest memory in tokens", decay_range)
 
 
 def decay_biases(count: int, memories: Sequence[float], temperature: float = 1.0) -> Tensor:

@@ -14,7 +14,7 @@ from hla_dist.functional.any_order import Cascade, CausalPass
 from hla_dist.functional.validate import require
 from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.chunks import map_tokens
-from hla_dist.nn.initialization import assign, decay_biases, normal_linear
+from hla_dist.nn.initialization import assign, check_memories, decay_biases, normal_linear
 from hla_dist.nn.softmax_attention import SoftmaxAttention
 from hla_dist.operators import NAMED
 from hla_dist.operators.cascade import Operator
@@ -153,8 +153,7 @@ class MemoryAttention(SoftmaxAttention):
         known = ("hedgehog", *POSITIVE)
         require(features in known, "features", f"one of {', '.join(known)} (positive)", repr(features))
         require(decay in ("head", None), "decay", "'head' or None", repr(decay))
-        good = len(decay_range) == 2 and 0 < decay_range[0] <= decay_range[1] < float("inf")
-        require(good, "decay_range", "0 < shortest <= longest memory in tokens", decay_range)
+        check_memories(decay_range)
         require(0 <= window_dropout < 1, "window_dropout", "a number from 0 to below 1", window_dropout)
         require(
             window_dropout == 0 or (memory == "all" and window is not None),

@@ -96,11 +96,8 @@ class SequenceParallelHLA(nn.Module):
                 layer.exchange = exchange or layer.exchange
                 layer.wire_dtype = wire_dtype or layer.wire_dtype
         self.shard_lengths = shard_lengths
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        for part in module.modules():
-            # only while FSDP2 has its parameters sharded can one tell that they are its own
-            if fsdp is not None and isinstance(part, fsdp.FSDPModule):
-                part.reshard()
+        for part in _under_fsdp(module):
+            part.reshard()  # only while FSDP2 has its parameters sharded can one tell that they are its own
         self._fsdp_sums = False
         several = group_size(everyone) > 1
         if sync_parameters and several:
@@ -223,16 +220,20 @@ def _add_module_to_keys(state_dict: dict[str, Any], prefix: str, *_: Any) -> Non
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
+def _under_fsdp(module: nn.Module) -> list[Any]:
+    """The modules that FSDP2 shards; none where nobody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+
+
 def _sum_under_fsdp(module: nn.Module) -> None:
     """Have FSDP2 sum gradients of shares, where it would divide by its ranks and nothing else was asked of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for part in module.modules():
-        if fsdp is not None and isinstance(part, fsdp.FSDPModule):
-            state: Any = part._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            if all(group is None or group.gradient_divide_factor is None for group in groups):
-                part.set_gradient_divide_factor(1.0)
-                part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+    for part in _under_fsdp(module):
+        state = part._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        if all(group is None or group.gradient_divide_factor is None for group in groups):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
 
 def _length_problem(lengths: Sequence[int] | None, ranks: int) -> str:

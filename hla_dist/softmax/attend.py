@@ -115,6 +115,7 @@ def fetch(call: SoftmaxCall, own: Tensor, cached: Tensor | None) -> tuple[Tensor
 
 
 def _by_heads(spans: KeySpans, pg: collectives.Group, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """``attend`` by ``"ulysses"``: in between all tokens of this rank's heads, ``[B, sum of T, H / P, K]``."""
     ranks = collectives.group_size(pg)
     lengths, size = list(spans.lengths), q.shape[3]
     parts = [rearrange(x, "b t (p h) k -> b t p (h k)", p=ranks) for x in (q, k, v)]
@@ -177,13 +178,14 @@ def attend_locally(
         return F.pad(out, (0, 1)).to(sum_dtype(q.dtype)) if mass else out
     if tokens == keys and int(first[-1]) == 0 and int(last[0]) == 0 and not mass:
         return _sdpa(q, k, v, None, True, scale)
-    if len(_blocks(first, last, mass)) == 1:
+    blocks = _blocks(first, last, mass)
+    if len(blocks) == 1:
         return _block(q, k, v, first, last, scale, mass)
-    return _Blocks.apply(q, k, v, first, last, scale, mass)
+    return _Blocks.apply(q, k, v, first, last, blocks, scale, mass)
 
 
 def _blocks(first: Tensor, last: Tensor, mass: bool) -> list[tuple[int, int]]:
-    """Runs of queries whose mask is small."""
+    """Runs of queries, from and to (exclusive), whose mask is small; ``first``, ``last`` [T]."""
     blocks, begin, tokens = [], 0, len(first)
     while begin < tokens:
         end = min(begin + (MASS_QUERIES if mass else BLOCK_QUERIES), tokens)
@@ -195,7 +197,7 @@ def _blocks(first: Tensor, last: Tensor, mass: bool) -> list[tuple[int, int]]:
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, mass: bool) -> Tensor:
-    """One block of queries; of the keys, those between the first that any sees and the last are read."""
+    """``attend_locally`` of one block of queries; of the keys, only those that any of them sees are read."""
     low, high = int(first[0]), int(last[-1]) + 1
     at = torch.arange(low, high)
     mask = (at >= first[:, None]) & (at <= last[:, None])
@@ -207,7 +209,10 @@ def _block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: 
 
 
 def _with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """torch's own attention does not tell the mass in public; float32 or wider, as its sums are."""
+    """Outputs and log of the mass ``[B, T, H, K + 1]``, float32 or wider; mask ``[T, S]``.
+
+    torch's own attention does not tell the mass in public.
+    """
     wide, groups = sum_dtype(q.dtype), k.shape[2]
     q = rearrange(q.to(wide), "b t (g r) k -> b g r t k", g=groups)
     k, v = (rearrange(x.to(wide), "b s g k -> b g 1 s k") for x in (k, v))
@@ -219,6 +224,7 @@ def _with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """torch's own attention: q ``[B, T, H, K]``, k and v ``[B, S, G, K]``, mask ``[T, S]`` -> ``[B, T, H, K]``."""
     q, k, v = (rearrange(x, "b t h k -> b h t k") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -230,21 +236,21 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, mass: bool
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, blocks: list[tuple[int, int]],
+        scale: float, mass: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v)
-        ctx.call = (first, last, scale, mass)
-        blocks = _blocks(first, last, mass)
+        ctx.call = (first, last, blocks, scale, mass)
         return torch.cat([_block(q[:, a:b], k, v, first[a:b], last[a:b], scale, mass) for a, b in blocks], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        first, last, scale, mass = ctx.call
+        first, last, blocks, scale, mass = ctx.call
         dk, dv = (torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in (k, v))
         dq = []
-        for a, b in _blocks(first, last, mass):
+        for a, b in blocks:
             low, high = int(first[a]), int(last[b - 1]) + 1
             with torch.enable_grad():
                 qs, ks, vs = (x.detach().requires_grad_() for x in (q[:, a:b], k[:, low:high], v[:, low:high]))
@@ -253,4 +259,4 @@ class _Blocks(torch.autograd.Function):
             dq.append(block_dq)
             dk[:, low:high] += block_dk
             dv[:, low:high] += block_dv
-        return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return torch.cat(dq, 1), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5

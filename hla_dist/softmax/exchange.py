@@ -78,6 +78,7 @@ class HeadsForTokens(torch.autograd.Function):
 
 
 def _to_heads(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
+    """``[B, T, P, w]`` -> ``[B, sum of T, w]``."""
     batch, tokens, ranks, width = x.shape
     flat = rearrange(x, "b t p w -> (p t b w)")
     with named("heads for tokens of softmax attention", pg):
@@ -86,6 +87,7 @@ def _to_heads(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
 
 
 def _to_tokens(x: Tensor, lengths: list[int], pg: Group) -> Tensor:
+    """``[B, sum of T, w]`` -> ``[B, T, P, w]``."""
     (batch, _, width), ranks, tokens = x.shape, len(lengths), lengths[group_rank(pg)]
     flat = rearrange(x, "b t w -> (t b w)")
     with named("tokens for heads of softmax attention", pg):

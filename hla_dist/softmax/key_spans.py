@@ -84,7 +84,7 @@ class KeySpans:
         return self.holdings[rank], self.holdings[rank + 1]
 
     def document(self, tokens: Tensor) -> Tensor:
-        """The documents that tokens are in."""
+        """The documents that tokens [T] are in, [T]."""
         return torch.searchsorted(self.cu, tokens, right=True) - 1
 
     def visible(self, rank: int) -> tuple[Tensor, Tensor]:
