@@ -22,7 +22,7 @@ from tyro.conf import arg
 from hla_dist.convert.distill import distill
 from hla_dist.convert.recipes import RECIPES
 from hla_dist.convert.swap import converted, swap
-from hla_dist.convert.transfer import LayerError, layer_file, transfer
+from hla_dist.convert.transfer import STORED, LayerError, transfer
 from hla_dist.convert.usage import Usage, perplexity, usage
 from hla_dist.data.sources import LeftOut, read_documents
 from hla_dist.huggingface import load_softmax, to_huggingface
@@ -144,7 +144,7 @@ class Conversion:
     def _begin(self, student: LanguageModel, wanted: dict[str, dict[str, Any]]) -> None:
         """Take the directory, once nothing more can be wrong with what was asked for."""
         layers = converted(student)
-        missing = [n for n in layers if not layer_file(self.layers, n).is_file()]
+        missing = [n for n in layers if not (self.layers / STORED.format(n)).is_file()]
         self.kept = 0 if self.recipe.transfer is None else len(layers) - len(missing)
         if self.config.asked.stage == "distill" and self.recipe.transfer is not None and missing:
             raise UserError(f"--stage: expected layers {missing} to be in {self.layers} for distill, "

@@ -20,6 +20,7 @@ from hla_dist.parallel.collectives import all_reduce_sum, broadcast, members
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_transfer"  # in a stored layer's metadata: JSON of its errors
+STORED = "layer_{:03d}.safetensors"  # a layer that is done
 CALIBRATION = 4  # rows that set the memory's mass
 HELD_OUT = 8  # at most so many rows, a tenth of them, measure a layer
 GATES = 10  # gates' learning rate over that of feature maps
@@ -103,7 +104,7 @@ def transfer(
             number = layers.index(index)
             if number % ranks == rank:
                 new = mixer_of(student, index)
-                stored = None if directory is None else layer_file(directory, index)
+                stored = None if directory is None else directory / STORED.format(index)
                 error = _read(new, stored) if stored is not None and stored.is_file() else None
                 if error is None:
                     with torch.no_grad():
@@ -123,11 +124,6 @@ def transfer(
                 broadcast(parameter.data, pg, number % ranks)
         all_reduce_sum(errors, pg)
     return [LayerError(index, *error) for index, error in zip(layers, errors.tolist())]
-
-
-def layer_file(directory: Path, index: int) -> Path:
-    """Where a layer is kept when it is done."""
-    return directory / f"layer_{index:03d}.safetensors"
 
 
 def _trained(layer: nn.Module, train: str) -> list[nn.Parameter]:

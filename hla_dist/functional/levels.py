@@ -78,10 +78,7 @@ def operate_levels(
     op: str, options: Any, levels: int, before: Any, present: Tensor, q: Tensor, k: Tensor, v: Tensor,
     log_decay: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """The state of an operator with levels after those tokens that are ``present`` [B, T].
-
-    No state depends on the weights of levels.
-    """
+    """The state of an operator with levels, which depends on no weights, after tokens ``present`` [B, T]."""
     weights = q.new_ones(*q.shape[:3], levels)
     options = {**options, "log_decay": log_decay, "initial_state": before, "output_final_state": True}
     return attend_levels(op, q, k, v, weights, present, **options)[1]

@@ -24,7 +24,7 @@ from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import assign, check_memories, decay_biases, normal_linear
 from hla_dist.nn.layer import AttentionLayer
-from hla_dist.nn.rotary import apply_rotary, global_positions, rotary_tables, since_document
+from hla_dist.nn.rotary import apply_rotary, local_positions, rotary_tables
 from hla_dist.nn.short_convolution import BACKENDS, ShortConvolution, check_width, inputs_behind
 from hla_dist.operators import NAMED
 from hla_dist.operators.precision import sum_dtype
@@ -334,7 +334,7 @@ class HLAAttention(AttentionLayer):
             positions: ``[T]`` or ``[B, T]``, global, used with ``rope_theta`` only; None: since the
                 document's start.
             attention_mask: ``[B, T]``; 0, False or -inf where there is no token (padding). There the state
-                passes through as it is, and y is 0. Positions that are not given leave padding out.
+                passes through as it is, and y is 0. Positions that are not given count padding as well.
             group: Used instead of the attribute.
             output_final_state: None: if a state came in, or if gradients are off, so that a training step
                 does not pay for it.
@@ -351,24 +351,23 @@ class HLAAttention(AttentionLayer):
             raise_everywhere(error, x, group, "forward" if self.conv is None else "halo forward")
         if output_final_state is None or pending:
             output_final_state = pending or state is not None or not torch.is_grad_enabled()
-        rotary: tuple[Tensor, ...] = ()
-        if self.rope_theta is not None:
-            if positions is None:
-                positions = since_document(global_positions(x, group, self.shard_lengths), cu_seqlens)
-            rotary = (positions.expand(x.shape[:2]),)
         lengths = None if group is None or cu_seqlens is None or self.shard_lengths is None else [*self.shard_lengths]
-        inputs: tuple[Tensor, ...] = ()
-        mixed: tuple[Tensor, ...] = ()
+        inputs: list[Tensor] = []
+        more: list[Tensor] = []
         if self.conv is not None:
             projections = [self.q_proj, self.k_proj, self.v_proj]
-            inputs = (map_tokens(self._projections, x, modules=projections, tokens=self.chunk_tokens),)
+            inputs = [map_tokens(self._projections, x, modules=projections, tokens=self.chunk_tokens)]
             state, before = _parts(state)
             convolution, after = self.conv(
                 *inputs, before, cu_seqlens, attention_mask=filled, group=group, shard_lengths=lengths,
                 output_final_state=output_final_state,
             )  # fmt: skip
-            mixed = (convolution,)
-        q, k, v, *gates = map_tokens(self._operands, x, *mixed, *rotary, modules=[self], tokens=self.chunk_tokens)
+            more.append(convolution)
+        if self.rope_theta is not None:
+            if positions is None:
+                positions = local_positions(x, cu_seqlens, group, self.shard_lengths)
+            more.append(positions.expand(x.shape[:2]))
+        q, k, v, *gates = map_tokens(self._operands, x, *more, modules=[self], tokens=self.chunk_tokens)
         activation = v.dtype
         if activation == torch.float16:
             q, k, v = q.float(), k.float(), v.float()
@@ -379,15 +378,9 @@ class HLAAttention(AttentionLayer):
 
         scale = q.shape[-1] ** (0.5 if self.qk_norm == "l2" else -0.5) if self.scale is None else self.scale
         options: Options = {
-            **self.options,
-            "log_decay": log_decay,
-            "scale": scale,
-            "initial_state": state,
-            "output_final_state": output_final_state,
-            "cu_seqlens": cu_seqlens,
-            "shard_lengths": lengths,
-            "group": group,
-        }
+            **self.options, "log_decay": log_decay, "scale": scale, "initial_state": state, "group": group,
+            "output_final_state": output_final_state, "cu_seqlens": cu_seqlens, "shard_lengths": lengths,
+        }  # fmt: skip
         if self.gain is not None and self.skip is not None:
             options |= {"gain": self.gain, "skip": self.skip}
         ahead: tuple[Tensor, ...] = ()

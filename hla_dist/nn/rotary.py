@@ -43,10 +43,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def global_positions(x: Tensor, group: Any, lengths: Sequence[int] | None) -> Tensor:
-    """Global positions [T] of this rank's tokens; x [B, T, D].
+def local_positions(x: Tensor, cu_seqlens: Any, group: Any, lengths: Sequence[int] | None) -> Tensor:
+    """Positions [T] of this rank's tokens x [B, T, D] in the whole sequence, or since the start of their document.
 
-    Communication over a group whose shards' ``lengths`` are None: one all-gather of one integer.
+    What is wrong with ``cu_seqlens`` the operator says. Communication over a group, unless ``lengths`` say where its
+    shards begin: one all-gather of one integer.
     """
     tokens, start = x.shape[1], 0
     if group is not None:
@@ -54,12 +55,9 @@ def global_positions(x: Tensor, group: Any, lengths: Sequence[int] | None) -> Te
         if lengths is None:
             lengths = all_gather_flat(torch.tensor([tokens], device=x.device), pg)[0].tolist()
         start = sum(lengths[: group_rank(pg)])
-    return torch.arange(start, start + tokens, device=x.device)
-
-
-def since_document(positions: Tensor, cu_seqlens: Any) -> Tensor:
-    """Positions counted from the start of each document; what is wrong with ``cu_seqlens`` the operator says."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.device != positions.device:
+    positions = torch.arange(start, start + tokens, device=x.device)
+    documents = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.device == x.device
+    if not documents or not len(cu_seqlens):
         return positions
     number = torch.searchsorted(cu_seqlens.contiguous(), positions.to(cu_seqlens.dtype), right=True) - 1
-    return positions - cu_seqlens[number.clamp_(min=0)] if len(cu_seqlens) else positions
+    return positions - cu_seqlens[number.clamp_(min=0)]
