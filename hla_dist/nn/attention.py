@@ -348,7 +348,9 @@ class HLAAttention(AttentionLayer):
             if pending:
                 check_can_go_back(group, cu_seqlens)
         except ValueError as error:
-            raise_everywhere(error, x, group, "forward" if self.conv is None else "halo forward")
+            # where the other ranks are: the convolution's exchange or that of positions, if there is one, comes first
+            asks = self.rope_theta is not None and positions is None and self.shard_lengths is None
+            raise_everywhere(error, x, group, "halo forward" if self.conv is not None or asks else "forward")
         if output_final_state is None or pending:
             output_final_state = pending or state is not None or not torch.is_grad_enabled()
         lengths = None if group is None or cu_seqlens is None or self.shard_lengths is None else [*self.shard_lengths]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hla_dist.parallel.collectives import all_gather_flat, group_rank, resolve_group
+from hla_dist.functional.exchange_ops import exchange_gather
+from hla_dist.parallel.collectives import members
 
 
 def rotary_tables(
@@ -49,12 +50,12 @@ def local_positions(x: Tensor, cu_seqlens: Any, group: Any, lengths: Sequence[in
     What is wrong with ``cu_seqlens`` the operator says. Communication over a group, unless ``lengths`` say where its
     shards begin: one all-gather of one integer.
     """
-    tokens, start = x.shape[1], 0
-    if group is not None:
-        pg = resolve_group(group)
-        if lengths is None:
-            lengths = all_gather_flat(torch.tensor([tokens], device=x.device), pg)[0].tolist()
-        start = sum(lengths[: group_rank(pg)])
+    tokens, (pg, rank, ranks) = x.shape[1], members(group)
+    if lengths is None and pg is not None and ranks > 1:
+        own = torch.tensor([tokens], device=x.device)
+        gathered = exchange_gather([own], pg.group_name, "halo forward", "positions", at_once=True)
+        lengths = gathered[0].flatten().tolist()
+    start = sum((lengths or [])[:rank])
     positions = torch.arange(start, start + tokens, device=x.device)
     documents = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.device == x.device
     if not documents or not len(cu_seqlens):

@@ -121,6 +121,23 @@ def test_a_rank_that_fails_its_checks(pool: RankPool, what: str, before: bool) -
     _assert_all_raise(pool.run_group(3, _call, by_rank, before), parts)
 
 
+def _layer_call(pg: dist.ProcessGroup, conv: int | None, size: int) -> tuple[str, str, float]:
+    """A layer that asks for positions; rank 1's tokens have ``size`` numbers."""
+    layer = hla_dist.HLAAttention(8, 2, rope_theta=1e4, conv=conv)
+    started = time.monotonic()
+    try:
+        layer(torch.ones(1, 6, size if dist.get_rank(pg) == 1 else 8), group=pg)
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "nothing", "", time.monotonic() - started
+
+
+@pytest.mark.parametrize("conv", [None, 4])
+def test_a_layer_whose_ranks_ask_for_positions(pool: RankPool, conv: int | None) -> None:
+    _assert_all_raise(pool.run_group(3, _layer_call, conv, 7), ("rank 1: x: ", "[B, T, 8]", "[1, 6, 7]"))
+    assert {kind for kind, *_ in pool.run_group(3, _layer_call, conv, 8)} == {"nothing"}
+
+
 def test_every_rank_failing_alike(pool: RankPool) -> None:
     results = pool.run_group(3, _call, {r: {"mask": "x"} for r in range(3)}, False)
     _assert_all_raise(results, ("rank 0: mask", "rank 1: mask", "rank 2: mask"))
