@@ -11,7 +11,6 @@ from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.training import Run
 
 STEP_SIZES = (1e-2, 3e-3)
-FINER = (1e-2, 3e-3, 1e-3)
 SEEDS = (0, 1, 2)
 KEYED = "hla2, key term from (0, 1)"
 BOTH = "hla2, key term from (1, 1), conv"
@@ -104,6 +103,17 @@ def _pairs() -> list[Run]:
     return sorted(runs, key=lambda run: run.seed)
 
 
+def _long_recall() -> list[Run]:
+    """The sizes of the papers, 2,048 tokens per step."""
+    sizes = ((256, 16), (1024, 64), (256, 64), (1024, 16))
+    tasks = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": 2 * p}, first=4) for n, p in sizes]
+    return [
+        run
+        for task in tasks
+        for run in _grid(task, 1500, CORE, hidden=64, sizes=(16, 8, 32), batch=2048 // task.length)
+    ]
+
+
 def subset() -> list[Run | Regression | Capacity]:
     """Return the runs of ``make evidence``: what decides defaults within half an hour of two CPU cores."""
     return [
@@ -119,7 +129,6 @@ def subset() -> list[Run | Regression | Capacity]:
 
 def everything() -> list[Run | Regression | Capacity]:
     """Return the runs of ``make evidence-all``, those of ``subset`` first."""
-    recall = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": p}) for n in (256, 1024) for p in (16, 64)]
     runs = [
         *subset(),
         *_regression(),
@@ -130,6 +139,6 @@ def everything() -> list[Run | Regression | Capacity]:
         *_pairs(),
         *_grid(Task("text", 512), 400, WRITING, batch=4),
         *_grid(SMALLEST, 600, [name for name in MIXERS if name not in ASKED]),
-        *(run for task in recall for run in _grid(task, 8000, CORE, FINER, hidden=64, sizes=(8, 16, 32), batch=64)),
+        *_long_recall(),
     ]
     return list(dict.fromkeys(runs))

@@ -35,18 +35,20 @@ def recall(
     vocabulary: int,
     pairs: int,
     queries: int,
+    shown: int | None = None,
 ) -> Examples:
     """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of key and value, then keys again.
 
-    Token 0 fills the gaps, keys are the lower half of the others, values the upper. Keys of a sequence differ. Queries,
-    each a key drawn anew, stand at random places after the pairs, or at all of them; a query's target is its key's
-    value. More queries than pairs are more gradients per step, which is what a small machine needs.
+    Token 0 fills the gaps, keys are the lower half of the others, values the upper; of both halves together the first
+    ``shown`` occur, None: all. Keys of a sequence differ. Queries, each a key drawn anew, stand at random places after
+    the pairs, or at all of them; a query's target is its key's value. More queries than pairs are more gradients per
+    step, which is what a small machine needs.
     """
-    half, rest = vocabulary // 2, length - 2 * pairs
-    if pairs > half - 1 or not 0 < queries <= rest:
-        raise ValueError(f"pairs, queries: expected at most {half - 1} and 1 to {rest}, got {pairs} and {queries}")
-    keys = 1 + _permutations(generator, batch, half - 1)[:, :pairs]
-    values = torch.randint(half, vocabulary, (batch, pairs), generator=generator)
+    half, each, rest = vocabulary // 2, (shown or vocabulary) // 2, length - 2 * pairs
+    if pairs > each - 1 or not 0 < queries <= rest:
+        raise ValueError(f"pairs, queries: expected at most {each - 1} and 1 to {rest}, got {pairs} and {queries}")
+    keys = 1 + _permutations(generator, batch, each - 1)[:, :pairs]
+    values = torch.randint(half, half + each, (batch, pairs), generator=generator)
     tokens, targets = torch.zeros(2, batch, length, dtype=torch.long)
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     places = 2 * pairs + _permutations(generator, batch, rest)[:, :queries]
@@ -166,7 +168,9 @@ class Task:
     Attributes:
         beyond: Longer sequences, which a model is measured with and not trained with.
         first: Recall is trained with so many pairs first, then with twice as many, up to all; 0: with all from the
-            start. As in those papers, a model learns from few pairs what it must do with many.
+            start. As in those papers, a model learns from few pairs what it must do with many. What it must do with
+            few tokens it learns before many: 16 per pair, then four times as many, up to the vocabulary. These
+            sequences have no gaps; the task's own come last.
     """
 
     maker: str
@@ -184,13 +188,16 @@ class Task:
 
     @property
     def stages(self) -> list[Task]:
-        """The tasks of training in their order, this one last: fewer pairs have fewer queries and shorter sequences."""
-        tasks, parts = [self], 2
-        while self.first and self.options["pairs"] >= self.first * parts:
-            fewer = {name: self.options[name] // parts for name in ("pairs", "queries")}
-            tasks.insert(0, Task(self.maker, self.length // parts, self.options | fewer))
-            parts *= 2
-        return tasks
+        """The tasks of training in their order, this one last."""
+        if not self.first:
+            return [self]
+        pairs, most = self.options["pairs"], self.vocabulary
+        few, shown, stages = self.first, 16 * self.first, []
+        while few < pairs or shown < most:
+            options = {"vocabulary": most, "pairs": few, "queries": 2 * few}
+            stages.append(Task(self.maker, 4 * few, options | ({"shown": shown} if shown < most else {})))
+            few, shown = (2 * few, 2 * shown) if few < pairs else (few, 4 * shown)
+        return [*stages, self]
 
     @property
     def vocabulary(self) -> int:

@@ -84,10 +84,10 @@ def test_a_model_is_asked_for_values_of_pairs_that_it_was_shown() -> None:
 def test_training_begins_with_few_pairs_and_doubles_them_when_they_are_mastered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    task = Task("recall", 48, {"vocabulary": 64, "pairs": 12, "queries": 24}, first=3)
+    task = Task("recall", 48, {"vocabulary": 48, "pairs": 12, "queries": 24}, first=3)
     few, more, all_pairs = task.stages
-    assert few == Task("recall", 12, {"vocabulary": 64, "pairs": 3, "queries": 6})
-    assert more == Task("recall", 24, {"vocabulary": 64, "pairs": 6, "queries": 12}) and all_pairs is task
+    assert few == Task("recall", 12, {"vocabulary": 48, "pairs": 3, "queries": 6})
+    assert more == Task("recall", 24, {"vocabulary": 48, "pairs": 6, "queries": 12}) and all_pairs is task
     assert replace(task, first=0).stages == [replace(task, first=0)]
 
     shapes = []
@@ -104,6 +104,17 @@ def test_training_begins_with_few_pairs_and_doubles_them_when_they_are_mastered(
     mastered = math.ceil(math.log(0.1) / math.log(0.9))  # steps until the average of ones has passed 0.9
     assert shapes == [(3, 8)] * (5 + mastered) + [(6, 4)] * mastered + [(12, 2)] * (60 - 5 - 2 * mastered)
     assert line["steps_done"] == 60
+
+
+def test_training_shows_few_tokens_of_a_large_vocabulary_first() -> None:
+    task = Task("recall", 64, {"vocabulary": 512, "pairs": 8, "queries": 16}, first=4)
+    sizes = [(t.length, t.options["pairs"], t.options.get("shown", 512)) for t in task.stages]
+    assert sizes == [(16, 4, 64), (32, 8, 128), (64, 8, 512)] and task.stages[-1] is task
+    tokens, targets, scored = task.stages[0].examples(0, 64)
+    keys, values = tokens[:, 0:8:2], tokens[:, 1:8:2]
+    assert 1 <= keys.min() and keys.max() < 32  # of 1 to 255
+    assert 256 <= values.min() and values.max() < 256 + 32  # of 256 to 511
+    assert torch.equal(scored, torch.arange(16).expand(64, 16) >= 8) and (targets[scored] >= 256).all()
 
 
 def test_seeds_repeat_and_validation_is_apart() -> None:
