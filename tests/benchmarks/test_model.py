@@ -22,6 +22,18 @@ def test_a_prediction_is_bound_by_its_slowest_part() -> None:
     assert predict.predict(launch, replace(chip, hbm=chip.hbm / 100)).limiter == "HBM"
 
 
+@pytest.mark.parametrize(("operator", "states"), [("hla2", 2), ("hla3", 3), ("linear_attention", 1)])
+def test_decoding_reads_and_writes_each_state_once(operator: str, states: int) -> None:
+    B, T, H, K = shape = (64, 1, 16, 128)
+    (launch,) = passes.launches(shape, False, False, operator)
+    assert launch.name == "decode" and launch.grid == B * H and launch.steps == K // 32
+    assert launch.unique_bytes == 2 * states * 4 * B * H * K * K
+    found = predict.predict(launch)
+    assert found.limiter == "HBM" and found.spills == 0
+    percent = passes.percent_of_copy([launch], found.ms)
+    assert percent == pytest.approx(100 * found.hbm_ms / found.ms) and 85 <= percent < 100
+
+
 @pytest.mark.slow
 def test_a_rate_is_found_again() -> None:
     """The rate that is fitted predicts what was measured; at half the rate another is found."""

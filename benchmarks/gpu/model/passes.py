@@ -1,7 +1,8 @@
 """The launches of ``hla2`` as this project makes them, forward and backward, put through the model.
 
 python -m benchmarks.gpu.model.passes [--shape B,T,H,K] [--operator hla2] [--gated] [--backward] [--normalize]
-"channels" is linear_attention with a gate per channel, whatever the other options say.
+"channels" is linear_attention with a gate per channel, whatever the other options say. With T = 1 it is decoding:
+``--shape 64,1,16,128``.
 """
 
 import json
@@ -65,6 +66,11 @@ def launches(
     return launches_of(lambda: stages.scan(problem, carry), shape)
 
 
+def percent_of_copy(launched: list[model.Launch], ms: float) -> float:
+    """Unique bytes over the time that all of it takes, in percent of the copy bandwidth."""
+    return 100 * sum(x.unique_bytes for x in launched) / model.H200.hbm / (1e-3 * ms)
+
+
 def predicted_ms(operator: str, shape: Shape, gated: bool, backward: bool, normalize: bool = False) -> float:
     """Predicted milliseconds of a forward, or of a forward and a backward."""
     launched = [x for way in (False, True)[: 1 + backward] for x in launches(shape, gated, way, operator, normalize)]
@@ -100,6 +106,9 @@ def launch_of(kernel: Any, grid: int, a: dict, options: dict, shape: tuple[int, 
     elif name == "fused_forward":
         steps = -(-a["T"] // a["BT"])
         unique = 4 * shape[0] * shape[1] * shape[2] * shape[3] * 2
+    elif name == "decode":
+        steps = -(-a["K"] // a["BR"])
+        unique = 2 * 4 * grid * a["K"] * (a["K"] * a["HAS_S"] + a["V"] * (a["HAS_P"] + a["HAS_F"]))
     elif name == "scan_states":
         unique = 2 * 4 * a["E"] * a["row_of_heads"] * (a["segments"] + 1)
     elif name == "gate_gradient":
@@ -157,8 +166,13 @@ def main() -> None:
         both = [predicted_ms(o.operator, shape, o.gated, way, o.normalize) for way in (False, True)]
         o.into.write_text(json.dumps({"forward": both[0], "forward + backward": both[1]}))
         return
-    total = report(launches(shape, o.gated, o.backward, o.operator, o.normalize))
+    launched = launches(shape, o.gated, o.backward, o.operator, o.normalize)
+    total = report(launched)
     B, T, H, K = shape
+    if {x.name for x in launched} == {"decode"}:
+        moved, percent = sum(x.unique_bytes for x in launched) / 1e6, percent_of_copy(launched, total)
+        print(f"predicted: total {total:.3f} ms; {moved:.0f} MB of states, {percent:.0f} % of the copy bandwidth")
+        return
     work = len(CASCADES.get(o.operator, (0,))) * (2 * 64 * K + 4 * K * K) * B * T * H * (3 if o.backward else 1)
     print(
         f"predicted: total {total:.3f} ms; counted operations at {work / total / 1e9:.0f} TFLOP/s, "
