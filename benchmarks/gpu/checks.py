@@ -132,7 +132,9 @@ def _attempted(case: str, work: Callable[[], Check]) -> Check:
         return Check(case, "", float("inf"), 0.0, f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def _moved(t: Tensors, device: torch.device) -> Tensors:
+def moved(t: Tensors, device: torch.device) -> Tensors:
+    """The tensors of a problem on ``device``."""
+
     def move(x: Any) -> Any:
         return None if x is None else x.to(device)
 
@@ -155,7 +157,7 @@ def _case(p: Problem, target: Target) -> str:
 def check(problem: Problem, device: torch.device, target: Target, backend: str = "triton") -> Check:
     """Outputs, states and every gradient of one problem; run twice, bitwise alike."""
     case = _case(problem, target) + WALKS * (backend == "gluon")
-    tensors = _moved(draw(problem), device)
+    tensors = moved(draw(problem), device)
     options: dict[str, Any] = {"backend": backend}
     if problem.cu_seqlens is not None:
         options["cu_seqlens"] = problem.cu_seqlens.to(device)
@@ -164,7 +166,7 @@ def check(problem: Problem, device: torch.device, target: Target, backend: str =
     for name in got:
         assert_bitwise(name, again[name], got[name])
     want = oracle(problem, tensors, quadratic)
-    allowed = allowed_errors(problem, tensors, want, lambda other: _moved(draw(other), device))
+    allowed = allowed_errors(problem, tensors, want, lambda other: moved(draw(other), device))
     worst = Check(case, "", 0.0, 1.0)
     for name, truth in want.items():
         error = relative_error(got[name], truth)

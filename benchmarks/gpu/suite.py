@@ -79,8 +79,8 @@ def longest_step_s(name: str) -> float:
 
 
 def compiled_ahead(target: Target) -> str:
-    """Compile for the checks and the timings; what happened, in words."""
-    to_compile: list[Any] = [*gpu_checks.long_work(), *gpu_checks.cases(target, 0)]
+    """Compile for the checks, the sanitizer and the timings; what happened, in words."""
+    to_compile: list[Any] = [*gpu_checks.long_work(), *gpu_checks.cases(target, 0), *gpu_sanitized.problems(False)]
     timed = [(operator, shape) for operator in PASSES for shape in SHAPES]
     timed += [("hla2", Shape(1, T, 16, 128)) for T in LENGTHS] + [("hla2", s) for s in gpu_timing.ONE_HEAD]
     for operator, (B, T, H, K) in timed:
@@ -91,7 +91,8 @@ def compiled_ahead(target: Target) -> str:
     if target.arch == "sm_90":
         walked = [work for work in to_compile if isinstance(work, gpu_compile.Work) and work.operator in OPERATORS]
         to_compile += [work._replace(walked=True) for work in walked if work.dtype == torch.bfloat16]
-        to_compile += [gpu_compile.Walked(problem) for problem in gpu_checks.walked(target, 0)]
+        small = (*gpu_checks.walked(target, 0), *gpu_sanitized.problems(True))
+        to_compile += [gpu_compile.Walked(problem) for problem in small]
     to_compile.append(gpu_compile.Work("hla2", torch.bfloat16, 64, 1, 16, 128, False))
     to_compile += [gpu_compile.Work("hla2", torch.bfloat16, *gpu_timing.LATE, gated, True) for gated in (False, True)]
     kinds = dict.fromkeys((s.H, s.K, gated) for s in SHAPES for gated in (False, True))

@@ -20,6 +20,7 @@ from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import compiled as gpu_compile
 from benchmarks.gpu import contenders as gpu_contenders
 from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import sanitized as gpu_sanitized
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu import suite as gpu_suite
 from benchmarks.gpu import timing as gpu_timing
@@ -94,6 +95,45 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
             assert len(ahead) > 3
 
 
+def test_what_the_sanitizer_watches_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the tool there is no time for it. Passes and walks; several segments, so that their states are scanned."""
+    target = Target("sm_90", 132)
+    monkeypatch.setattr(gpu_compile, "ahead", lambda to_compile, *_: to_compile)
+    to_compile = gpu_suite.compiled_ahead(target)
+    for module in (triton_stages, device):
+        monkeypatch.setattr(module, "target_of", lambda _: target)
+    for backend, kind in (("triton", lambda p: p), ("gluon", gpu_compile.Walked)):
+        watched = gpu_sanitized.problems(backend == "gluon")
+        dtypes = {torch.bfloat16, torch.float16} if backend == "triton" else {torch.bfloat16}
+        assert {p.dtype for p in watched} == dtypes and any(p.normalize for p in watched)
+        ahead: set[str] = set()
+        for problem in watched:
+            assert kind(problem) in to_compile
+            ahead |= {aot.compile_key("sm_90", *launch) for launch in gpu_compile.launches(kind(problem), target)}
+        launched: list[tuple] = []
+        device.replace_launcher(lambda kernel, grid, *rest: launched.append((kernel, *rest)))  # noqa: B023
+        try:
+            gpu_sanitized.call_all([(problem, backend) for problem in watched], torch.device("cpu"))
+        finally:
+            device.replace_launcher(None)
+        assert {aot.compile_key("sm_90", *launch) for launch in launched} <= ahead
+        kernels = {kernel.fn.__name__ for kernel, *_ in launched}
+        wanted = {"gluon": {"walk_kernel"}, "triton": {"decode_kernel", "fused_forward_kernel", "channel_rows_kernel"}}
+        assert wanted[backend] | {"first_order_kernel", "key_term_backward_kernel"} <= kernels
+        scans = [arguments for kernel, arguments, _ in launched if kernel.fn.__name__ == "scan_states_kernel"]
+        assert {arguments["segments"] for arguments in scans} >= {2 if backend == "gluon" else 3}
+
+
+def test_a_sanitizer_that_is_late_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(command: list[str], **options: object) -> None:
+        raise subprocess.TimeoutExpired(command, 50.0, output=b"triton the first\ngluon the second\n")
+
+    monkeypatch.setattr(gpu_sanitized.shutil, "which", lambda _: sys.executable)
+    monkeypatch.setattr(gpu_sanitized.subprocess, "run", late)
+    with pytest.raises(RuntimeError, match="racecheck: not done in 50 s; last: gluon the second"):
+        gpu_sanitized.watched("racecheck")
+
+
 def test_every_case_can_be_compiled_ahead() -> None:
     target = Target("sm_90", 132)
     found = [launch for p in gpu_checks.cases(target, 0) for launch in gpu_compile.launches(p, target)]
@@ -127,7 +167,7 @@ def test_the_key_term_and_the_convolution_are_checked(monkeypatch: pytest.Monkey
     names = [name for name, _ in gpu_checks.checks(torch.device("cpu"), Target("sm_90", 132), 0)]
     keyed = next(p for p in gpu_checks.cases(Target("sm_90", 132), 0) if p.key_term != "none")
     assert sum("key term" in name for name in names) == 23 and sum("short convolution" in name for name in names) == 3
-    moved = gpu_checks._moved(draw(keyed), torch.device("meta"))
+    moved = gpu_checks.moved(draw(keyed), torch.device("meta"))
     assert moved.gain is not None and moved.skip is not None
     assert moved.gain.device.type == moved.skip.device.type == "meta"
     for dtype in gpu_checks.DTYPES:
