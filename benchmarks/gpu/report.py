@@ -18,6 +18,8 @@ from benchmarks.report import Target, table
 from hla_kernels.walks import OPERATORS
 
 NAN = float("nan")
+JUDGED_AT = 128  # columns at which walks are to be faster than passes
+WAYS = ("forward", "forward + backward")
 
 
 def _find(rows: list[dict], operator: str, what: str, contender: str, shape: Shape) -> float:
@@ -112,22 +114,37 @@ def wrong(results: dict[str, Any]) -> list[str]:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """What the walks came to beside the passes, and the one line that makes them the default if they are to be."""
+    """What the walks came to beside the passes, and the one line that makes them the default if they are to be.
+
+    They are to be if every check of a walk has run and is right, no walk has failed elsewhere, and every operator was
+    timed at K = V = 128, both ways, and is faster there. Walks that are slower at other shapes are named.
+    """
     checked = [c for c in results["checks"] if c["case"].endswith(WALKS)]
-    ratios = []
-    for row in results["rows"]:
-        if WALKS in row["contender"]:
-            passes = row["contender"].replace(WALKS, "")
-            ms = [r["ms"] for r in results["rows"] if r["contender"] == passes and _place(r) == _place(row)]
-            ratios += [ms[0] / row["ms"] if ms else NAN]
-    if not checked and not ratios:
+    times = {(r["contender"], _place(r)): r["ms"] for r in results["rows"]}
+    walked = [r for r in results["rows"] if WALKS in r["contender"]]
+    if not checked and not walked:
         return ""
-    wrong_ones = sum(not c["good"] for c in checked)
-    text = f"Walks: {len(checked) - wrong_ones} of {len(checked)} cases right"
-    text += f", {min(ratios):.2f} to {max(ratios):.2f} times as fast as passes" if ratios else ", none timed"
-    if checked and not wrong_ones and ratios and all(ratio > 1 for ratio in ratios):
-        return f"{text}. To make them the default, in kernels/walks.py: BY_DEFAULT = True"
-    return f"{text}. They stay by name only."
+    ratios = [times.get((r["contender"].replace(WALKS, ""), _place(r)), NAN) / r["ms"] for r in walked]
+    wide = [ratio for r, ratio in zip(walked, ratios) if r["K"] == JUDGED_AT]
+    right, cases = sum(c["good"] for c in checked), results["walk_checks"]
+    text = f"Walks: {right} of {cases} cases right, "
+    text += f"{min(wide):.2f} to {max(wide):.2f} times as fast as passes" if wide else "none timed"
+    text += f" at K = V = {JUDGED_AT}"
+    slower = [
+        f"{r['contender']}, {r['shape']}, {r['what']}: {ratio:.2f} times as fast"
+        for r, ratio in zip(walked, ratios)
+        if not ratio > 1
+    ]
+    failed = [line for line in wrong(results) + results["left_out"] if WALKS in line]
+    timed = {(r["operator"], r["what"]) for r in walked if r["K"] == JUDGED_AT}
+    missing = [f"{o}, {what}" for o, what in itertools.product(OPERATORS, WAYS) if (o, what) not in timed]
+    if right == cases > 0 and not failed and not missing and all(ratio > 1 for ratio in wide):
+        text += ". To make them the default, in kernels/walks.py: BY_DEFAULT = True"
+        return text + ("" if not slower else f" (slower than passes: {'; '.join(slower)})")
+    why = [f"Slower than passes: {'; '.join(slower)}"] if slower else []
+    why += [f"Not timed at K = V = {JUDGED_AT}: {'; '.join(missing)}"] if missing else []
+    why += [f"Wrong, crashed, unchecked or left out: {len(failed)}"] if failed else []
+    return ". ".join([text, "They stay by name only", *why])
 
 
 def _place(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -54,7 +54,7 @@ from benchmarks.gpu import report as gpu_report  # noqa: E402
 from benchmarks.gpu import sanitized as gpu_sanitized  # noqa: E402
 from benchmarks.gpu import steps as gpu_steps  # noqa: E402
 from benchmarks.gpu import timing as gpu_timing  # noqa: E402
-from benchmarks.gpu.contenders import PASSES, VARIED, Shape, call_peers_once  # noqa: E402
+from benchmarks.gpu.contenders import PASSES, VARIED, WALKS, Shape, call_peers_once  # noqa: E402
 from benchmarks.report import conclude as conclude_targets  # noqa: E402
 from benchmarks.report import context  # noqa: E402
 from hla_kernels import device  # noqa: E402
@@ -110,7 +110,9 @@ def measure(steps: gpu_steps.Steps, target: Target) -> None:
     if not d.smoke:
         steps.run(COMPILING, lambda: compiled_ahead(target), put("compiled"))
     deadline = steps.start + CHECKS_END_S
-    for name, check in gpu_checks.checks(d.device, target, results["seed"]):
+    checks = gpu_checks.checks(d.device, target, results["seed"])
+    results["walk_checks"] = sum(name.endswith(WALKS) for name, _ in checks)
+    for name, check in checks:
         if time.monotonic() < deadline or d.smoke:
             steps.run(name, check, lambda c: results["checks"].append(asdict(c) | {"good": c.good}))
         elif name not in results["done"] and name not in results["unchecked"]:
@@ -188,7 +190,7 @@ def nothing_yet(smoke: bool) -> dict[str, Any]:
     lists: dict[str, Any] = {name: [] for name in ("done", "barred", "left_out", "crashed", "unchecked", "checks")}
     lists |= {"rows": [], "lengths": [], "decoding": {}, "memory": {}, "schedules": {}, "about": about}
     lists |= {"watched": [], "fit": {}, "predicted": {}, "rate": (NAN, NAN), "one_head": NAN, "compiled": "as called"}
-    return lists | {"step": "", "contender": "", "since": 0.0, "seed": time.time_ns() % 2**31}
+    return lists | {"walk_checks": 0} | {"step": "", "contender": "", "since": 0.0, "seed": time.time_ns() % 2**31}
 
 
 def work(smoke: bool, progress: Path, start: float) -> int:
