@@ -141,13 +141,13 @@ class Contender(NamedTuple):
         return inputs(shape, dtype, device, self.gated, self.heads_first, self.variant == "normalized")
 
 
-def contenders(operator: str, smoke: bool) -> list[Contender]:
-    """This library and its peers for one operator."""
+def contenders(operator: str, smoke: bool, walked: bool | None = None) -> list[Contender]:
+    """This library and its peers for one operator; ``walked``: with walks, by default where they run."""
     gated = f"{operator}, gated"
     kinds = [(operator, False, ""), (gated, True, "")]
     kinds += [(f"{gated}, {variant}", True, variant) for variant in VARIED.get(operator, ())]
     chosen = [Contender(name, library(operator, "triton", v), gates, variant=v) for name, gates, v in kinds]
-    if operator in walks.OPERATORS and walks_run():
+    if operator in walks.OPERATORS and (walks_run() if walked is None else walked):
         for name, gates, v in kinds:
             walked = operator + WALKS + name.removeprefix(operator)
             chosen.append(Contender(walked, library(operator, "gluon", v), gates, same_as=name, variant=v))

@@ -1,18 +1,14 @@
 """What the GPU suite writes: targets met or missed, tables as Markdown, everything as JSON, plots."""
 
 import itertools
-import json
 import math
-import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.gpu.contenders import PASSES, WALKS, Shape
-from benchmarks.gpu.timing import DIFFERENCE
+from benchmarks.gpu.predictions import prediction
+from benchmarks.gpu.timing import DECODED, DIFFERENCE, PERCENT_OF_COPY
 from benchmarks.program import pyplot
 from benchmarks.report import Target, table
 from hla_kernels.walks import OPERATORS
@@ -63,37 +59,6 @@ def targets(results: dict[str, Any], shapes: tuple[Shape, ...]) -> list[Target]:
         out.append(Target(name, results["memory"].get(str(shape), NAN), 0.25, False))
     out.append(Target("decoding: % of copy bandwidth", max(results["decoding"].values(), default=NAN), 60.0, True))
     return out
-
-
-def predicting(folder: Path, shapes: tuple[Shape, ...]) -> list[subprocess.Popen]:
-    """Start the static model on every operator and shape, one process with gates and one without, not using the GPU."""
-    folder.mkdir(parents=True, exist_ok=True)
-    started = []
-    for gated in ([], ["--gated"]):
-        calls = []
-        for operator, shape, model in itertools.product(PASSES, shapes, ("passes", "walks")):
-            if model == "walks" and operator not in OPERATORS:
-                continue
-            name = f"{operator}{'_walks' * (model == 'walks')}_{'_'.join(map(str, shape))}{'_gated' * bool(gated)}"
-            command = [sys.executable, "-m", f"benchmarks.gpu.model.{model}", "--operator", operator]
-            command += ["--into", str(folder.resolve() / f"{name}.json"), "--shape", ",".join(map(str, shape)), *gated]
-            calls.append(shlex.join(command))
-        started.append(subprocess.Popen(["nice", "sh", "-c", "; ".join(calls)], cwd=Path(__file__).parents[2]))
-    return started
-
-
-def predicted(folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by file, as far as the model has come."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def _prediction(results: dict[str, Any], row: dict) -> str:
-    """The model's milliseconds for a row of this library, or nothing."""
-    name = row["contender"].replace(", ", "_")
-    sizes = "_".join(re.findall(r"\d+", row["shape"]))
-    stem = name.replace("_gated", "") + f"_{sizes}" + "_gated" * name.endswith("_gated")
-    ms = results.get("predicted", {}).get(stem, {}).get(row["what"])
-    return "" if ms is None else f"{ms:.3f}"
 
 
 def wrong(results: dict[str, Any]) -> list[str]:
@@ -185,15 +150,21 @@ def write(results: dict[str, Any], about: dict[str, Any], goals: list[Target], o
         for c in results["checks"]
     ]
     rows = [
-        [r["operator"], r["shape"], r["what"], r["contender"], f"{r['ms']:.3f}", _prediction(results, r)]
+        [r["operator"], r["shape"], r["what"], r["contender"], f"{r['ms']:.3f}"]
+        + [prediction(results, r["contender"], r["shape"], r["what"])]
         + [f"{r['percent_of_bound']:.0f}"]
         + [f"{r['percent_of_matrix_rate']:.0f}", f"{r['difference']:.1e}" if "difference" in r else ""]
         for r in results["rows"]
     ]
+    decoding = dict(results["decoding"])
+    if percent := prediction(results, "hla2", DECODED, PERCENT_OF_COPY):
+        decoding[f"predicted, {PERCENT_OF_COPY}"] = float(percent)
     header = ["operator", "shape", "what", "contender", "ms", "predicted ms"]
     header += ["% of bound", "% of matrix rate", "difference"]
     lengths = [
-        [str(r["T"]), r["contender"], f"{r['ms']:.3f}", f"{r['percent_of_bound']:.0f}"] for r in results["lengths"]
+        [str(r["T"]), r["contender"], f"{r['ms']:.3f}"]
+        + [prediction(results, r["contender"], Shape(1, r["T"], 16, 128), "forward"), f"{r['percent_of_bound']:.0f}"]
+        for r in results["lengths"]
     ]
     parts = [
         "\n".join(
@@ -208,10 +179,12 @@ def write(results: dict[str, Any], about: dict[str, Any], goals: list[Target], o
         "## Times",
         "The device's own, launches queued ahead. The bound: the larger of operations over the matrix rate and bytes "
         "over the copy bandwidth, both as measured. Operations: 2 * 64 K + 4 K^2 a token, head and pass forward, three "
-        "times that backward, whatever is computed again. Difference: of a peer's output from this library's.",
+        "times that backward, whatever is computed again. Difference: of a peer's output from this library's. "
+        f"Predicted, {len(results.get('predicted', {}))} cases: by the static model, whose processes end with this "
+        "run; it has no softmax attention and no torch.",
         table(header, rows),
-        table(["T", "contender, forward", "ms", "% of bound"], lengths),
-        "\n".join(f"- decoding, {name}: {value:.1f}" for name, value in results["decoding"].items()),
+        table(["T", "contender, forward", "ms", "predicted ms", "% of bound"], lengths),
+        "\n".join(f"- decoding, {name}: {value:.1f}" for name, value in decoding.items()),
         "\n".join(
             f"- peak memory beyond, over the sum, {name}: {value:.3f}" for name, value in results["memory"].items()
         ),

@@ -8,7 +8,7 @@
 4. Interleaved timings, forward and forward + backward, beside flash-linear-attention's kernels, FlashAttention and the
    torch backend; decoding; peak memory; one head with a million tokens against a full device (timing.py).
 5. compute-sanitizer over small and odd shapes (sanitized.py), where it is installed; the static model's rates fitted,
-   its predictions beside what was measured (model/).
+   its predictions beside what was measured (model/, predictions.py).
 6. DIR/gpu_suite.md, .json and .png (report.py), whatever failed: it is named. At the time limit, what there is.
 
 A worker process does this step by step, and what it found is in DIR/gpu_suite_progress.json after each: a kernel that
@@ -50,6 +50,7 @@ import torch  # noqa: E402
 
 from benchmarks.gpu import checks as gpu_checks  # noqa: E402
 from benchmarks.gpu import compiled as gpu_compile  # noqa: E402
+from benchmarks.gpu import predictions as gpu_predictions  # noqa: E402
 from benchmarks.gpu import report as gpu_report  # noqa: E402
 from benchmarks.gpu import sanitized as gpu_sanitized  # noqa: E402
 from benchmarks.gpu import steps as gpu_steps  # noqa: E402
@@ -93,7 +94,7 @@ def compiled_ahead(target: Target) -> str:
         to_compile += [work._replace(walked=True) for work in walked if work.dtype == torch.bfloat16]
         small = (*gpu_checks.walked(target, 0), *gpu_sanitized.problems(True))
         to_compile += [gpu_compile.Walked(problem) for problem in small]
-    to_compile.append(gpu_compile.Work("hla2", torch.bfloat16, 64, 1, 16, 128, False))
+    to_compile.append(gpu_compile.Work("hla2", torch.bfloat16, *gpu_timing.DECODED, False))
     to_compile += [gpu_compile.Work("hla2", torch.bfloat16, *gpu_timing.LATE, gated, True) for gated in (False, True)]
     kinds = dict.fromkeys((s.H, s.K, gated) for s in SHAPES for gated in (False, True))
     peers = [functools.partial(call_peers_once, *kind) for kind in kinds]
@@ -153,7 +154,7 @@ def measure(steps: gpu_steps.Steps, target: Target) -> None:
 
         steps.run("the model's rates", lambda: fit(d, rate[0]), results["fit"].update)
         steps.run(
-            "predictions", lambda: gpu_report.predicted(steps.path.parent / PREDICTED), results["predicted"].update
+            "predictions", lambda: gpu_predictions.predicted(steps.path.parent / PREDICTED), results["predicted"].update
         )
 
 
@@ -231,7 +232,8 @@ def main() -> int:
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out), "--worker", str(start)]
     end = float("inf") if options.smoke else start + LIMIT_S
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worker is ended too
-    predicting = [] if options.smoke else gpu_report.predicting(options.out / PREDICTED, SHAPES)
+    to_predict = gpu_predictions.commands(SHAPES, LENGTHS, gpu_predictions.fla_site())
+    predicting = [] if options.smoke else gpu_predictions.start(options.out / PREDICTED, to_predict)
     try:
         status = gpu_steps.supervise(command + ["--smoke"] * options.smoke, progress, results, end, longest_step_s)
     finally:

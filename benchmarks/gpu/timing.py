@@ -196,10 +196,14 @@ def memory(d: Device, shape: Shape, gated: bool) -> float:
     return (d.peak_bytes(both) - made) / (made + sum(sizes) + sizes[2])  # q, k, v, gates and do were there
 
 
+DECODED = Shape(64, 1, 16, 128)
+PERCENT_OF_COPY = "% of copy bandwidth"
+
+
 def decoding(d: Device, bandwidth: float) -> dict[str, float]:
-    """One token at batch 64, H = 16, K = V = 128: percent of copy bandwidth, states read and written once."""
-    B, H, K = (2, 1, 16) if d.smoke else (64, 16, 128)
-    q, k, v = (torch.randn(B, 1, H, K, device=d.device, dtype=d.dtype) for _ in range(3))
+    """One token of ``DECODED``: percent of copy bandwidth, states read and written once."""
+    B, T, H, K = Shape(2, 1, 1, 16) if d.smoke else DECODED
+    q, k, v = (torch.randn(B, T, H, K, device=d.device, dtype=d.dtype) for _ in range(3))
     state = hla_dist.HLA2State(*(torch.zeros(B, H, K, K, device=d.device) for _ in range(2)))
 
     def step() -> Any:
@@ -217,7 +221,7 @@ def decoding(d: Device, bandwidth: float) -> dict[str, float]:
         except Exception as error:
             d.fail("decoding in a CUDA graph", error)
     moved = 2 * 2 * B * H * K * K * 4
-    return {f"{name}, % of copy bandwidth": 100 * moved / bandwidth / (ms * 1e-3) for name, ms in times.items()}
+    return {f"{name}, {PERCENT_OF_COPY}": 100 * moved / bandwidth / (ms * 1e-3) for name, ms in times.items()}
 
 
 def against_time(d: Device, rate: tuple[float, float], T: int) -> list[dict]:

@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="the kernels are interpreted where Triton i
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import compiled as gpu_compile
 from benchmarks.gpu import contenders as gpu_contenders
+from benchmarks.gpu import predictions as gpu_predictions
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import sanitized as gpu_sanitized
 from benchmarks.gpu import steps as gpu_steps
@@ -317,6 +318,73 @@ def test_the_report_of_what_there_is(tmp_path: Path) -> None:
     assert gpu_report.verdict(found) == ""
     found |= {"checks": [], "rows": [], "crashed": ["hla2: gone"], "unchecked": ["check 7: ahla"]}
     assert gpu_report.wrong(found) == ["no check has run", "check 7: ahla: not run, out of time", "CRASHED hla2: gone"]
+
+
+def test_every_row_stands_beside_its_prediction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows of both libraries with every option, both ways, lengths and decoding; softmax attention has none."""
+    commands = gpu_predictions.commands(gpu_suite.SHAPES, gpu_suite.LENGTHS, "/site")
+    assert "fla_8_4096_16_128" in commands and list(commands)[:2] == ["hla2_64_1_16_128", "hla2_8_4096_16_128"]
+    assert not any(name.startswith("fla") for name in gpu_predictions.commands(gpu_suite.SHAPES, (), ""))
+    predicted = {file: {"forward": i + 1.0, "forward + backward": 1e3} for i, file in enumerate(commands)}
+    found: dict[str, Any] = {"predicted": predicted}
+    monkeypatch.setattr(gpu_contenders, "walks_run", lambda: True)
+    figures = []
+    for shape in gpu_suite.SHAPES:
+        for operator, passes in gpu_contenders.PASSES.items():
+            for contender in gpu_contenders.contenders(operator, smoke=False):
+                calls = len(passes) if contender.name.startswith("fla") and "call" in contender.name.split()[-1] else 1
+                calls = 1 if "first-order" in contender.name else calls
+                row = (found, contender.name, str(shape))
+                assert gpu_predictions.prediction(*row, "forward + backward") == f"{1e3 * calls:.3f}"
+                if not contender.name.startswith("fla"):
+                    figures.append(gpu_predictions.prediction(*row, "forward"))
+    assert len(set(figures)) == len(figures)  # no two rows of this library share one
+    assert gpu_predictions.prediction(found, "softmax (SDPA)", gpu_suite.SHAPES[0], "forward") == ""
+    predicted["hla2_64_1_16_128"] = {gpu_timing.PERCENT_OF_COPY: 97.5}
+    found = json.loads(json.dumps(FOUND)) | found
+    gpu_report.write(found, {"GPU": "a test"}, [], tmp_path)
+    page = (tmp_path / "gpu_suite.md").read_text()
+    length = predicted["hla2_1_32768_16_128"]["forward"]
+    assert f"| 32768 | hla2 | {32768 / 7:.3f} | {length:.3f} | 40 |" in page
+    assert "- decoding, predicted, % of copy bandwidth: 97.5" in page and f"Predicted, {len(commands)} cases" in page
+
+
+def test_the_model_takes_every_command_of_a_prediction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its programs, with the predicting itself replaced, write what rows are looked up by."""
+    from benchmarks.gpu.model import fla, passes, predict
+    from benchmarks.gpu.model import walks as model_walks
+
+    asked = []
+
+    def launches(shape: tuple, gated: bool, backward: bool, operator: str, options: passes.Options) -> list:
+        asked.append((shape, operator, gated, options))
+        return [SimpleNamespace(name="decode" if shape[1] == 1 else "", ms=1.0 + 2.0 * backward, unique_bytes=4.3e9)]
+
+    def report(shape: tuple, operator: str, gated: bool, backward: bool, options: passes.Options) -> float:
+        asked.append((shape, f"walks of {operator}", gated, options))
+        return 1.0 + 2.0 * backward
+
+    def one_call(h: object, o: object, shape: tuple, gated: bool, backward: bool, verbose: bool) -> list:
+        asked.append((shape, h, gated, passes.PLAIN))
+        return [SimpleNamespace(ms=0.5 + backward)] * 2
+
+    monkeypatch.setattr(passes, "launches", launches)
+    monkeypatch.setattr(passes, "predicted", lambda launched: [(x, x) for x in launched])
+    monkeypatch.setattr(model_walks, "report", report)
+    monkeypatch.setattr(fla, "import_fla", lambda site: (site, None))
+    monkeypatch.setattr(fla, "one_call", one_call)
+    for file, (model, *options) in gpu_predictions.commands(gpu_suite.SHAPES, gpu_suite.LENGTHS, "/site").items():
+        into = tmp_path / f"{file}.json"
+        monkeypatch.setattr(sys, "argv", [model, *options, "--into", str(into)])
+        {"passes": passes, "walks": model_walks, "fla": fla}[model].main()
+        wanted = {"forward": 1.0, "forward + backward": 4.0}
+        if file == "hla2_64_1_16_128":
+            wanted["% of copy bandwidth"] = pytest.approx(100 * 4.3e9 / predict.H200.hbm / 1e-3)
+        assert json.loads(into.read_text()) == wanted
+    assert {what for *_, what in asked} == {passes.PLAIN, passes.Options(True), passes.Options(keyed=True)}
+    assert {of for _, of, *_ in asked} == {f"{w}{o}" for o in gpu_contenders.PASSES for w in ("", "walks of ")} | {
+        "/site"
+    }
 
 
 LINE = "BY_DEFAULT = True"

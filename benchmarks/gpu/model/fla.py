@@ -1,7 +1,8 @@
 """The launches of two ``chunk_linear_attn`` calls (or gated: two ``chunk_simple_gla``), put through the same model.
 
-    python -m benchmarks.gpu.model.fla [--shape B,T,H,K] [--gated] [--backward]
+    python -m benchmarks.gpu.model.fla --site DIR [--shape B,T,H,K] [--gated] [--backward] [--quiet]
 
+``--site``: the folder that holds fla and einops. ``--into`` writes the milliseconds of one call.
 Autotuned kernels are compiled at the configurations fla-core 0.6.0 lists for Hopper, or a likely subset of them, and
 the best prediction counts. Bytes are each launch's unique ones: states of every chunk are written and read.
 """
@@ -108,20 +109,29 @@ def best(which: str, *rest: Any, verbose: bool = True) -> model.Prediction:
     return min(predictions, key=lambda f: f[0])[2]
 
 
-def main() -> None:
-    parser = model.options()
-    parser.add_argument("--site", required=True)
-    parser.add_argument("--quiet", action="store_true")
-    o = parser.parse_args()
-    h, co = import_fla(o.site)
-    print(model.HEAD, model.RULE, sep="\n")
+def one_call(h: Any, o: Any, shape: tuple, gated: bool, backward: bool, verbose: bool) -> list[model.Prediction]:
+    """The kernels of a first-order call's forward, or of its backward, each as autotuning would keep it."""
     steps = [("fwd_h", BF), ("fwd_o", BF)]
-    if o.backward:
+    if backward:
         steps = [("fwd_h", FP), ("bwd_dh", FP), ("bwd_dqkwg", FP), ("bwd_dv", FP)]
-    kept = [best(name, h, co, o.shape, o.gated, dtype, verbose=not o.quiet) for name, dtype in steps]
-    total = 2 * sum(p.ms for p in kept)
+    return [best(name, h, o, shape, gated, dtype, verbose=verbose) for name, dtype in steps]
+
+
+def main() -> None:
+    parser = model.options(switches=("--quiet",))
+    parser.add_argument("--site", required=True)
+    o = parser.parse_args()
+    modules = import_fla(o.site)
+    if o.into:
+        ways = [one_call(*modules, o.shape, o.gated, way, verbose=False) for way in (False, True)]
+        model.write_into(o.into, *(sum(p.ms for p in kept) for kept in ways))
+        return
+    print(model.HEAD, model.RULE, sep="\n")
+    kept = one_call(*modules, o.shape, o.gated, o.backward, verbose=not o.quiet)
     print("; ".join(f"{p.name} {p.ms:.3f}" for p in kept))
-    print(f"two calls: {total:.3f} ms, of which bytes alone {2 * sum(p.hbm_ms for p in kept):.3f}")
+    print(
+        f"two calls: {2 * sum(p.ms for p in kept):.3f} ms, of which bytes alone {2 * sum(p.hbm_ms for p in kept):.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ memory bound the launch from below.
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -22,17 +23,22 @@ from benchmarks.gpu.model import sass, sm
 from hla_kernels import aot
 
 
-def options(operators: Collection[str] = ()) -> argparse.ArgumentParser:
-    """What the programs of this folder ask for; with ``operators`` which one, and a file for the result."""
+def options(operators: Collection[str] = (), switches: Collection[str] = ()) -> argparse.ArgumentParser:
+    """What the programs of this folder ask for; with ``operators`` which one; further switches."""
     parser = argparse.ArgumentParser()
     sizes = {"type": lambda text: tuple(map(int, text.split(","))), "default": (8, 4096, 16, 128)}
     parser.add_argument("--shape", metavar="B,T,H,K", **sizes)
-    parser.add_argument("--gated", action="store_true")
-    parser.add_argument("--backward", action="store_true")
+    for switch in ("--gated", "--backward", *switches):
+        parser.add_argument(switch, action="store_true")
     if operators:
         parser.add_argument("--operator", default="hla2", choices=operators)
-        parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
+    parser.add_argument("--into", type=Path, help="write forward's milliseconds, and both ways', into this file")
     return parser
+
+
+def write_into(file: Path, forward: float, backward: float, **more: float) -> None:
+    """Milliseconds under the names that the GPU suite's rows have."""
+    file.write_text(json.dumps({"forward": forward, "forward + backward": forward + backward} | more))
 
 
 @dataclass

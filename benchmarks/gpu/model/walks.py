@@ -1,12 +1,12 @@
 """The walks of ``backend="gluon"`` put through the model: specialised warps, role by role, which wait for one another.
 
-python -m benchmarks.gpu.model.walks [--shape B,T,H,K] [--operator hla2] [--gated] [--backward]
+    python -m benchmarks.gpu.model.walks [--shape B,T,H,K] [--operator hla2] [--gated] [--backward] [--normalize]
+        [--key-term]
 
 A role is the loop of the loader, or of a pass. Mbarrier instructions are told apart by their order in it (``PLANS``).
 One program per multiprocessor; what is not a walk goes the way of ``passes.py``.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -85,37 +85,49 @@ def _walk(a: dict[str, Any], options: dict[str, Any], grid: int, chip: predict.C
     return WalkPrediction(name, total, cycles, bounds, waits, compiled.metadata.shared, local, hbm)
 
 
-def report(shape: tuple[int, int, int, int], operator: str, gated: bool, backward: bool) -> float:
+def launches(
+    shape: passes.Shape, operator: str, gated: bool, backward: bool, options: passes.Options = passes.PLAIN
+) -> list[tuple[Any, int, dict, dict]]:
+    """Every launch of a forward, or of a backward, not run: kernel, grid, arguments, options."""
+    problem, carry, do, dden = passes.on_meta(shape, operator, gated, options)
+
+    def call() -> object:
+        if backward:
+            return walks.scan_backward(problem, carry, do, carry, gated, dden)
+        return walks.scan(problem, carry, options.normalize)
+
+    with torch.device("meta"):
+        return passes.captured(call)
+
+
+def report(
+    shape: passes.Shape, operator: str, gated: bool, backward: bool, options: passes.Options = passes.PLAIN
+) -> float:
     """Print a table of a forward's launches, or of a backward's; total milliseconds."""
     total = 0.0
-    problem, carry, do = passes.on_meta(shape, operator, gated)
-    with torch.device("meta"):
-        launches = passes.captured(
-            lambda: walks.scan_backward(problem, carry, do, carry, gated) if backward else walks.scan(problem, carry)
-        )
     print("| launch | ms | cycles per chunk | tensor | shared | issue | shared KiB | local accesses, loops | HBM ms |")
     print("|---" * 9 + "|")
-    for kernel, grid, arguments, options in launches:
+    for kernel, grid, arguments, compiling in launches(shape, operator, gated, backward, options):
         if kernel is walks.walk_kernel:
-            w = _walk(passes.stand_in(arguments), options, grid, predict.H200)
+            w = _walk(passes.stand_in(arguments), compiling, grid, predict.H200)
             bounds = [f"{w.bounds.get(k, 0):.0f}" for k in ("mma", "shared", "issue")]
             cells = [w.name, f"{w.ms:.3f}", f"{w.cycles:.0f}", *bounds, f"{w.shared / 1024:.0f}", w.local]
             print("| " + " | ".join(map(str, [*cells, f"{w.hbm_ms:.3f}"])) + " |", w.waits, flush=True)
             total += w.ms
         else:
-            predicted = predict.predict(passes.launch_of(kernel, grid, arguments, options, shape))
+            predicted = predict.predict(passes.launch_of(kernel, grid, arguments, compiling, shape))
             print(f"| {predicted.name} | {predicted.ms:.3f} |" + " |" * 7, flush=True)
             total += predicted.ms
     return total
 
 
 def main() -> None:
-    o = predict.options(walks.OPERATORS).parse_args()
+    o = predict.options(walks.OPERATORS, ("--normalize", "--key-term")).parse_args()
+    options = passes.Options(o.normalize, o.key_term)
     if o.into:
-        forward, backward = (report(o.shape, o.operator, o.gated, way) for way in (False, True))
-        o.into.write_text(json.dumps({"forward": forward, "forward + backward": forward + backward}))
+        predict.write_into(o.into, *(report(o.shape, o.operator, o.gated, way, options) for way in (False, True)))
         return
-    print(f"predicted: {report(o.shape, o.operator, o.gated, o.backward):.3f} ms")
+    print(f"predicted: {report(o.shape, o.operator, o.gated, o.backward, options):.3f} ms")
 
 
 if __name__ == "__main__":
