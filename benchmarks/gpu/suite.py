@@ -23,7 +23,6 @@ CPU with tiny sizes: it proves that the program runs and measures nothing.
 
 import argparse
 import functools
-import importlib.util
 import itertools
 import os
 import signal
@@ -37,14 +36,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
-if importlib.util.find_spec("hla_kernels") is None:  # not installed: the folder kernels/ is that package
-    folder = ROOT / "kernels"
-    found_spec = importlib.util.spec_from_file_location(
-        "hla_kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert found_spec is not None and found_spec.loader is not None
-    sys.modules["hla_kernels"] = importlib.util.module_from_spec(found_spec)
-    found_spec.loader.exec_module(sys.modules["hla_kernels"])
 
 import torch  # noqa: E402
 

@@ -78,6 +78,16 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert "no GPU here; nothing was measured" in done.stderr
 
 
+def test_every_program_finds_the_kernels_in_a_bare_checkout() -> None:
+    """The sanitizer's and the model's are processes of their own. Not installed: as if no path led to the package."""
+    lines = ["import importlib.util", "find = importlib.util.find_spec"]
+    lines += ["importlib.util.find_spec = lambda name: None if name == 'hla_kernels' else find(name)"]
+    lines += ["import benchmarks.gpu, hla_kernels", "print(hla_kernels.__file__)"]
+    command = [sys.executable, "-c", "; ".join(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py"), done.stderr
+
+
 def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the suite compiles while it is timed, one kernel after the other. Launched: by a call as it is timed."""
     target = Target("sm_90", 132)
