@@ -35,10 +35,3 @@ def test_gates_per_channel_as_compiled() -> None:
     result = check.check(PER_CHANNEL)
     assert result.good, check.line(PER_CHANNEL, result)
     assert {f"channel_{name}_kernel" for name in ("scores", "inner", "rows", "columns")} <= set(result.kernels)
-
-
-def test_the_sample_meets_every_operator_dtype_and_width() -> None:
-    for mine in (sample.of("sm_80"), sample.of("sm_90")):
-        assert {case.operator for case in mine} == set(check.OPERATORS)
-        assert {case.dtype for case in mine} == set(check.DTYPES)
-        assert {(case.K, case.V) for case in mine} == set(sample.OPTIONS["columns"])
