@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels are compiled where Triton is installed (Linux)")
 from hla_kernels import aot, device, report, tiles, tune  # not before Triton is known to be there
 from hla_kernels.device import SUPPORTED, Target
+from tests.covering import slow_but
 
 ROOT = Path(__file__).parents[2]
 GOOD = report.Row("sm_90", "bfloat16", "first_order", "emit", 128, 128, "64x64 w4 s2", 200, 0, 1024, {}, 0)
@@ -157,9 +158,10 @@ def test_tuning_wants_a_gpu_and_leaves_the_table_alone(
     assert all(tile.stages < 3 and not (tile.warps == 8 and tile.BT == 32) for _, tile in found)
 
 
-@pytest.mark.parametrize(
-    ("operator", "rows", "gated"), [("ahla", 64, True), pytest.param("ahla", 128, False, marks=pytest.mark.slow)]
-)
+RACED = [("ahla", 64, True), ("ahla", 128, False), ("ahla", 128, True)]
+
+
+@pytest.mark.parametrize(("operator", "rows", "gated"), slow_but(RACED[:1], RACED))
 def test_the_report_sees_tiles_that_race(operator: str, rows: int, gated: bool) -> None:
     """With two stages Triton copies the next chunk's k into what a product of this one still reads; with one not."""
     now = tiles.FUSED["sm_90", operator, rows][gated]
