@@ -12,6 +12,7 @@ from hla_kernels.device import Target
 from tests.harness import raises_value_error
 from tests.ptx import check, edits, sample  # not before Triton is known to be there
 from tests.ptx.backend import triton_backend
+from tests.ptx.run import Launch
 
 
 @pytest.mark.parametrize(
@@ -23,21 +24,49 @@ def test_walks(case: check.Case) -> None:
     assert "walk_kernel" in result.kernels
 
 
+def _outs(walk: Launch) -> list[torch.Tensor]:
+    return [out.base for out in walk.arguments["outs"]][0 if walk.arguments["SAVE"] else 1 :]
+
+
+def _in_place(walk: Launch) -> bool:
+    return any(out.data_ptr() == x.base.data_ptr() for out in _outs(walk) for x in walk.arguments["streams"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("walk", "columns"), [("makes b", 64), ("apart", 64), ("adds", 64), ("alone", 128)])
-def test_faults_taken_out_of_a_walk_are_reported(walk: str, columns: int) -> None:
-    """The first and the last place of each kind, in hla2 with gates: more chunks than slots, the last not whole."""
+@pytest.mark.parametrize(
+    ("operator", "link", "reverse", "columns"),
+    [
+        *(("hla2", "makes b", False, columns) for columns in (64, 128)),
+        *(("ahla", "makes c", reverse, columns) for reverse in (False, True) for columns in (64, 128)),
+        *(("hla2", "apart", True, columns) for columns in (64, 128)),
+        *(("hla2", "adds", False, columns) for columns in (64, 128)),
+        *(("hla2", "alone", False, columns) for columns in (64, 128)),
+    ],
+)
+def test_faults_taken_out_of_a_walk_are_reported(operator: str, link: str, reverse: bool, columns: int) -> None:
+    """Each place of each kind, alone. More chunks than slots, the last not whole."""
     q, k, v = (torch.randn(1, 258, 1, columns).mul(0.1).bfloat16().requires_grad_() for _ in range(3))
     gates = torch.rand(1, 258, 1).mul(-0.1).requires_grad_()
+    if link == "adds" and columns == 128:
+        gates = None  # with gates there is no such walk: its passes are walked one by one
     with triton_backend("sm_90", exact=False) as emulator:
-        hla_dist.hla2(q, k, v, log_decay=gates, backend="gluon")[0].square().sum().backward()
-    launch = [one for one in emulator.launches if one.arguments.get("LINK") == walk][-1]
-    outs = [out.base for out in launch.arguments["outs"]][1 if walk == "makes b" else 0 :]
-    for name, (pattern, edit) in edits.WALK_EDITS.items():
-        texts = edits.places(launch.loaded.text, pattern, edit)
-        assert texts, name
-        for text in (texts[0], texts[-1]):
-            assert edits.notice(launch, text, *outs), f"{walk}: {name}"
+        getattr(hla_dist, operator)(q, k, v, log_decay=gates, backend="gluon")[0].square().sum().backward()
+    wanted = {"LINK": link, "REVERSE": reverse}
+    some = [one for one in emulator.launches if wanted.items() <= one.arguments.items()]
+    launch = [one for one in some if not _in_place(one)][-1]  # such a one would read the NaN put where it writes
+    outs = _outs(launch)
+    places = {name: edits.places(launch.loaded.text, *edit) for name, edit in edits.WALK_EDITS.items()}
+    assert all(places.values())
+    launch.again(launch.loaded.text)  # a later walk may have added to what this one had stored
+    assert not edits.notice(launch, launch.loaded.text, *outs), "nothing was taken out"
+    print(sum(map(len, places.values())), "places")
+    missed = [
+        f"{name}: place {i}"
+        for name, texts in places.items()
+        for i, text in enumerate(texts, 1)
+        if not edits.notice(launch, text, *outs)
+    ]
+    assert not missed
 
 
 def test_what_walks_refuse() -> None:
