@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,12 +16,29 @@ from tests.ptx import check, edits, sample  # not before Triton is known to be t
 from tests.ptx.backend import triton_backend
 from tests.ptx.run import Launch
 
+NARROW = replace(sample.WALK, K=64, V=64, T=258)
+NARROW_WALKS = [
+    *(replace(NARROW, operator=name) for name in ("linear_attention", "ahla", "hla3")),
+    *(replace(NARROW, operator=name, gated=True) for name in ("linear_attention", "ahla", "hla3")),
+    replace(NARROW, operator="ahla", K=20, V=33, gated=True),
+]
+
 
 @pytest.mark.parametrize(
     "case", [*sample.FAST_WALKS, *(pytest.param(case, marks=pytest.mark.slow) for case in sample.SLOW_WALKS)], ids=str
 )
 def test_walks(case: check.Case) -> None:
     result = check.check(case)
+    assert result.good, check.line(case, result)
+    assert "walk_kernel" in result.kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NARROW_WALKS, ids=str)
+def test_narrow_walks(case: check.Case) -> None:
+    """Up to 64 columns: a walk of one pass has one warpgroup. More chunks than slots, the last not whole."""
+    result = check.check(case)
+    print(check.line(case, result))
     assert result.good, check.line(case, result)
     assert "walk_kernel" in result.kernels
 
