@@ -1,0 +1,29 @@
+"""The GPU suite's checks from end to end, as on an H200: its tiles, its segments, every call twice, bitwise alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels are compiled where Triton is installed (Linux)")
+from benchmarks.gpu import checks
+from hla_kernels.device import Target
+from tests.ptx.backend import triton_backend  # not before Triton is known to be there
+
+H200 = Target("sm_90", 132)
+NOT_HERE = (": long", "CUDA graph", "short convolution")  # no memory for it, no GPU, no kernel
+SMALL = functools.partial(checks.check_long, torch.device("cpu"), small=True)
+CHECKS = [("small: long, but 300 tokens", SMALL)]
+CHECKS += [one for one in checks.checks(torch.device("cpu"), H200, seed=0) if not any(x in one[0] for x in NOT_HERE)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [pytest.param(check, id=name.partition(": ")[2]) for name, check in CHECKS])
+def test_as_compiled(check: Callable[[], checks.Check]) -> None:
+    with triton_backend(H200.arch, processors=H200.processors, exact=False):
+        found = check()
+    print(f"{found.case}: {found.tensor} {found.error:.1e} / {found.allowed:.1e} {found.failure}")
+    assert found.good, found
