@@ -27,7 +27,7 @@ from benchmarks import report
 from benchmarks.evidence.plan import KEYED, subset
 from benchmarks.evidence.regression import Setting, drawn_optimum
 from benchmarks.evidence.run import needed
-from benchmarks.evidence.tables import Line, chosen, row_name
+from benchmarks.evidence.tables import Line, chosen, row_name, tried
 from hla_dist import HLAAttention
 from hla_dist.models import ModelConfig
 from hla_dist.models.config import NEITHER
@@ -103,8 +103,9 @@ def table(group: str, rows: str, columns: list[str], lines: list[Line]) -> str:
         kept = [x for x in members if not x["mixer"].startswith(f"{KEYED}, conv; ")]
     sign = -1 if columns[1] in DESCENDING else 1
     order = lambda seeds: sign * float(cell(columns[1], seeds).replace(",", ""))  # noqa: E731
-    by_row = sorted(chosen(kept).values(), key=order)
-    return report.table(columns, [[cell(column, seeds) for column in columns] for seeds in by_row])
+    by_row, several = sorted(chosen(kept).values(), key=order), tried(kept)
+    of = lambda column, seeds: f" of {several[row_name(seeds[0])]}" if column == "step size" else ""  # noqa: E731
+    return report.table(columns, [[cell(c, seeds) + of(c, seeds) for c in columns] for seeds in by_row])
 
 
 # operator, and options of its layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,26 @@ def chosen(lines: list[Line]) -> dict[str, list[Line]]:
     return {name: min(by_step.values(), key=order) for name, by_step in rows.items()}
 
 
+def tried(lines: list[Line]) -> dict[str, int]:
+    """Return how many step sizes each row has."""
+    pairs = {(row_name(line), line["step_size"]) for line in lines}
+    return Counter(row for row, _ in pairs)
+
+
 def _spread(values: list[float]) -> list[str]:
     return [f"{statistics.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}", str(len(values))]
 
 
 def accuracy_table(lines: list[Line]) -> str:
     """Return accuracy by mixer: mean and spread over seeds, the steps taken, and what state and decode cost."""
-    tried = {row_name(line): set[float]() for line in lines}
-    for line in lines:
-        tried[row_name(line)].add(line["step_size"])
-    beyond = list(lines[0]["beyond"])
+    beyond, several = list(lines[0]["beyond"]), tried(lines)
     rows = []
     for name, group in chosen(lines).items():
         rows.append([
             name, *_spread([line["accuracy"] for line in group]), f"{statistics.mean(x['loss'] for x in group):.3f}",
             *(f"{statistics.mean(x['beyond'][length] for x in group):.3f}" for length in beyond),
             f"{statistics.median(x['steps_done'] for x in group):.0f}",
-            f"{group[0]['step_size']:g} of {len(tried[name])}", f"{group[0]['state_bytes']:,}",
+            f"{group[0]['step_size']:g} of {several[name]}", f"{group[0]['state_bytes']:,}",
             f"{statistics.median(x['decode_cpu_ms'] for x in group):.2f}",
             f"{statistics.mean(x['cpu_seconds'] for x in group):.0f}", f"{group[0]['parameters']:,}",
         ])  # fmt: skip
