@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,34 @@ def test_the_page_says_what_the_lines_and_the_operators_say() -> None:
     assert page.renewed(text, changed).count("| 0.123 |") > 10
     with pytest.raises(ValueError, match="expected one group of runs that begins with '', got"):
         page.table("", "mixers", ["mixer", "accuracy"], lines)
+
+
+def test_a_command_of_the_page_selects_the_runs_of_the_table_that_follows_it() -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import page
+    from benchmarks.evidence.plan import everything, subset
+
+    text = page.PAGE.read_text()
+    lines = [json.loads(line) for line in page.LINES.read_text().splitlines()]
+    command = re.compile(r'(run\.py |`)(--all )?--only ("[^"]+"|\w+)`')
+    assert len(command.findall(text)) == text.count("--only") > 10
+    for found in command.finditer(text):
+        runs = [run for run in (everything() if found[2] else subset()) if found[3].strip('"') in run.group]
+        assert runs, found[0]
+        following = page.TABLE.search(text, found.end())
+        if following:  # none follows those of what is not known
+            (group,) = {run.group for run in runs}
+            assert group.startswith(following[2])
+            assert {line["key"] for line in lines if line["group"] == group} <= {run.key for run in runs}, found[0]
+
+
+def test_every_line_is_of_a_run_that_is_planned() -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import page
+    from benchmarks.evidence.plan import everything
+
+    keys = {run.key for run in everything()}
+    assert {json.loads(line)["key"] for line in page.LINES.read_text().splitlines()} <= keys
 
 
 @pytest.mark.slow  # times the steps of every mixer
