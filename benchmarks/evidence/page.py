@@ -26,7 +26,7 @@ import torch
 from benchmarks import report
 from benchmarks.evidence.plan import KEYED, subset
 from benchmarks.evidence.regression import Setting, drawn_optimum
-from benchmarks.evidence.run import needed
+from benchmarks.evidence.run import by_lines, needed
 from benchmarks.evidence.tables import Line, chosen, row_name, tried
 from hla_dist import HLAAttention
 from hla_dist.models import ModelConfig
@@ -145,16 +145,13 @@ def costs() -> str:
 def minutes(lines: list[Line]) -> tuple[int, float]:
     """Return how many runs `make evidence` has, and the minutes of two cores that their like took.
 
-    A run's like are the lines of its row; a row without one is taken to cost as much as the dearest line of its group.
+    Without a line of a run's group there is no telling, which is an error.
     """
-    seconds: dict[tuple[str, ...], list[float]] = {}
-    for line in lines:
-        for like in ((line["group"], row_name(line)), (line["group"],)):
-            seconds.setdefault(like, []).append(line["cpu_seconds"])
-    runs, total = needed(subset(), {}), 0.0
+    runs, predict, total = needed(subset(), {}), by_lines(lines), 0.0
     for run in runs:
-        row = seconds.get((run.group, row_name(vars(run))))
-        total += statistics.mean(row) if row else max(seconds[run.group,])
+        seconds = predict(run)
+        assert seconds is not None, run.key
+        total += seconds
     return len(runs), total / 120
 
 

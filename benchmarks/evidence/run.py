@@ -19,7 +19,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from benchmarks.evidence.training import Run
 from benchmarks.program import begin
 
 Job = Run | Regression | Capacity
+Predict = Callable[[Job], float | None]  # CPU seconds; None: there is no telling
 PLAN = ["runs of", "planned", "done", "core-minutes left, predicted"]
 
 
@@ -100,23 +101,47 @@ def work(runs: Sequence[Job], path: Path, about: dict[str, Any]) -> None:
                 file.write(json.dumps(line) + "\n")
 
 
-def planned(runs: Sequence[Job], done: dict[str, Line]) -> list[list[str]]:
-    """Return one row per group and one of sums: runs planned and done, and core-minutes for the rest from timed steps.
+def by_lines(lines: Iterable[Line]) -> Predict:
+    """Predict a run's CPU seconds by its like: the mean of its row's lines, else the dearest line of its group."""
+    seconds: dict[tuple[str, ...], list[float]] = {}
+    for line in lines:
+        for like in ((line["group"], row_name(line)), (line["group"],)):
+            seconds.setdefault(like, []).append(line["cpu_seconds"])
 
-    A mixer is timed at the first of its sizes. A run that solves its task sooner takes less.
+    def predict(run: Job) -> float | None:
+        row = seconds.get(row_of(run))
+        return statistics.mean(row) if row else max(seconds.get((run.group,), []), default=None)
+
+    return predict
+
+
+def by_steps() -> Predict:
+    """Predict a run's CPU seconds from timed steps: a mixer's at the first of its sizes, for all of them."""
+    timed: dict[tuple[str, str], float] = {}
+
+    def predict(run: Job) -> float:
+        if (run.group, run.mixer) not in timed:
+            timed[run.group, run.mixer] = predicted_seconds(run)
+        return timed[run.group, run.mixer]
+
+    return predict
+
+
+def planned(runs: Sequence[Job], done: dict[str, Line], predict: Predict) -> list[list[str]]:
+    """Return one row per group and one of sums: runs planned and done, core-minutes for the rest, "?" for no telling.
+
+    A run that solves its task sooner takes less than timed steps say.
     """
     rows, total, runs = [], 0.0, needed(runs, done)
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]
-        rest = [run for run in members if run.key not in done]
-        timed: dict[str, float] = {}
-        for run in rest:
-            if run.mixer not in timed:
-                timed[run.mixer] = predicted_seconds(run)
-        minutes = sum(timed[run.mixer] for run in rest) / 60
-        total += minutes
-        rows.append([group, str(len(members)), str(len(members) - len(rest)), f"{minutes:.1f}"])
-    return [*rows, ["all", str(len(runs)), str(sum(run.key in done for run in runs)), f"{total:.0f}"]]
+        seconds = [predict(run) for run in members if run.key not in done]
+        known = [x for x in seconds if x is not None]
+        total += sum(known) / 60
+        minutes = f"{sum(known) / 60:.1f}" if len(known) == len(seconds) else "?"
+        rows.append([group, str(len(members)), str(len(members) - len(seconds)), minutes])
+    sums = [str(len(runs)), str(sum(run.key in done for run in runs))]
+    return [*rows, ["all", *sums, f"{total:.0f}" + (" and ?" if any(row[-1] == "?" for row in rows) else "")]]
 
 
 def targets_of(groups: dict[str, list[Line]]) -> list[report.Target]:
@@ -149,13 +174,18 @@ def targets_of(groups: dict[str, list[Line]]) -> list[report.Target]:
 
 
 def write(args: Any, lines: list[Line], plan: list[list[str]]) -> int:
-    """Write report and plot; what the lines hold of other hardware and commits is named. The exit code."""
+    """Write report and plot, the plan first; machines and commits of the lines are named. The exit code."""
     order = {name: place for place, name in enumerate(MIXER_ORDER)}
     lines = sorted(lines, key=lambda line: order.get(line["mixer"], len(order)))
     first = dict.fromkeys(row[0] for row in plan)
     groups = {name: [line for line in lines if line["group"] == name] for name in first}
     groups = {name: members for name, members in groups.items() if members}
-    body = []
+    body = [
+        "## Planned",
+        "Every run of `make evidence-all`, those of `make evidence` first. Minutes are predicted: a run is taken to "
+        "cost what the lines of its row took, or the dearest of its group; ? where there are none.",
+        report.table(PLAN, plan),
+    ]
     if groups:
         machines = sorted({f"{x['hardware']}, commit {x['commit']}" for x in lines})
         body += ["## What was measured"]
@@ -167,8 +197,6 @@ def write(args: Any, lines: list[Line], plan: list[list[str]]) -> int:
         body += [table(name, members) for name, members in groups.items()]
         plot(args.out / "evidence.png", groups)
         body.append("![accuracy against state](evidence.png)")
-    body += ["## Planned", "Every run of `make evidence-all`; those of `make evidence` come first."]
-    body.append(report.table(PLAN[: len(plan[0])], plan))
     return report.finish(args, "Which operator learns what", targets_of(groups), body, {"lines": lines})
 
 
@@ -195,7 +223,7 @@ def main() -> int:
     path = args.out / "evidence.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     if args.plan or (not args.report and args.part == "1/1"):  # parts are children: the steps are timed once
-        print(report.table(PLAN, planned(runs, read(path))))
+        print(report.table(PLAN, planned(runs, read(path), by_steps())))
     if args.plan:
         return 0
     if not args.report and args.processes > 1:
@@ -211,11 +239,7 @@ def main() -> int:
     if args.part != "1/1":
         return 0
     lines = read(path)
-    plan = []
-    for group in dict.fromkeys(run.group for run in grid):
-        members = needed([run for run in grid if run.group == group], lines)
-        plan.append([group, str(len(members)), str(sum(run.key in lines for run in members))])
-    return write(args, list(lines.values()), plan)
+    return write(args, list(lines.values()), planned(grid, lines, by_lines(lines.values())))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,8 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     assert list(lines) == [run.key for run in runs]
     # the plan: nothing is left of what is done, and a further seed is
     later = Run(task, "softmax", 1e-2, 1, 3000, batch=2, hidden=32)
-    *groups, total = program.planned([*runs, later, replace(later, step_size=3e-3)], lines)
+    everything = [*runs, later, replace(later, step_size=3e-3)]
+    *groups, total = program.planned(everything, lines, program.by_steps())
     assert [row[1:3] for row in groups] == [["2", "2"], ["1", "1"], ["1", "1"], ["1", "0"]] and total[:3] == [
         "all",
         "5",
@@ -200,8 +201,14 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     ]
     assert groups[0][3] == "0.0" and float(groups[3][3]) > 0
     args = type("Args", (), {"out": tmp_path, "theme": "evidence", "about": about, "check": False})
-    program.write(args, list(lines.values()), [row[:3] for row in groups])
+    # a report takes what lines of the row took, else the dearest of the group, and says where there is none
+    another = replace(later, steps=2, mixer="ahla")
+    like = program.by_lines(line | {"cpu_seconds": 60.0 * n} for n, line in enumerate(lines.values()))
+    plan = program.planned([*everything, replace(runs[0], seed=1), another], lines, like)
+    assert [row[3] for row in plan] == ["1.0", "0.0", "0.0", "?", "1 and ?"]
+    program.write(args, list(lines.values()), plan)
     text = (tmp_path / "evidence.md").read_text()
+    assert text.index("## Planned") < text.index("## What was measured") and "| all | 7 | 4 | 1 and ? |" in text
     assert "at length 32" in text and "hla2, key term from (0, 1), conv, K 16" in text and "optimum: one step" in text
     assert (tmp_path / "evidence.png").exists()
     # the step size is the choosing seeds', whatever the reported ones say
