@@ -43,7 +43,8 @@ class Mixer:
 
 _PLAIN = {
     "softmax": Mixer("softmax"),
-    "softmax, window 16": Mixer("softmax", softmax={"window": 16}),
+    # a window of 9 keeps 8 keys and values, and a position: first order's bytes at K = 16, and 8 more a layer
+    "softmax, window 9": Mixer("softmax", softmax={"window": 9}),
     "linear_attention": Mixer("linear_attention", {"decay": None}),
     "linear_attention, elu+1": Mixer("linear_attention", {"decay": None, "feature_map": "elu+1"}),
     "linear_attention, gated": Mixer("linear_attention"),
@@ -70,6 +71,8 @@ _PLAIN = {
     "hla2, key term from (0, 1), one softmax in four": Mixer(
         "hla2*3,softmax", {"key_term": True}, gains=(0.0, 1.0), layers=4
     ),
+    "ahla, one softmax in four": Mixer("ahla*3,softmax", layers=4),
+    "hla3, one softmax in four": Mixer("hla3*3,softmax", layers=4),
 }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/evidence/page.py
 
 A comment ``<!-- lines: GROUP; ROWS; COLUMN; COLUMN; ... -->`` in the page stands before each table. GROUP begins the
-name of one group of runs. ROWS is "mixers", or "changed" for the mixer of the ablations and them. The second column
-orders the rows. ``<!-- costs -->`` stands before the table of what an operator costs: counted, but for the times, of
-benchmarks/family_cpu.py. ``<!-- minutes -->`` stands before how long `make evidence` takes.
+name of one group of runs. ROWS is "mixers", "changed" for the mixer of the ablations and them, or "all" for both. The
+second column orders the rows. ``<!-- costs -->`` stands before the table of what an operator costs: counted, but for
+the times, of benchmarks/family_cpu.py. ``<!-- minutes -->`` stands before how long `make evidence` takes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAGE, LINES = ROOT / "docs/which-operator.md", ROOT / "benchmarks/results/eviden
 TIMES, MODES, TOKENS = ROOT / "benchmarks/results/family_cpu.json", ("forward", "forward+backward"), 4096
 MINUTES = re.compile(r"(<!-- minutes -->\n\n).*\n")
 COSTS = re.compile(r"(<!-- costs -->\n\n)(?:\|.*\n)*")
-TABLE = re.compile(r"(<!-- lines: ([^;]+); (mixers|changed); ([^>]+) -->\n\n)(?:\|.*\n)*")
+TABLE = re.compile(r"(<!-- lines: ([^>]+?); (mixers|changed|all); ([^>]+) -->\n\n)(?:\|.*\n)*")
 
 
 def _mean(lines: list[Line], name: str) -> float:
@@ -100,7 +100,7 @@ def table(group: str, rows: str, columns: list[str], lines: list[Line]) -> str:
     if rows == "changed":
         kept = [x for x in members if row_name(x) == whole or x["mixer"].startswith(f"{KEYED}, conv; ")]
     else:
-        kept = [x for x in members if not x["mixer"].startswith(f"{KEYED}, conv; ")]
+        kept = [x for x in members if rows == "all" or not x["mixer"].startswith(f"{KEYED}, conv; ")]
     sign = -1 if columns[1] in DESCENDING else 1
     order = lambda seeds: sign * float(cell(columns[1], seeds).replace(",", ""))  # noqa: E731
     by_row, several = sorted(chosen(kept).values(), key=order), tried(kept)

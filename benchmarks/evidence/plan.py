@@ -22,6 +22,11 @@ START = ["hla2, key term from (1, 0), conv", "softmax; embedding 0.02"]
 SIZED = ["linear_attention, gated, conv", f"{KEYED}, conv"]
 # 16 pairs in whole models: does second order hold as many in the state that first order needs?
 DECISIVE = ["softmax, conv", "linear_attention, conv", f"{KEYED}, conv"]
+# and is it for its gates, which first order has not, that second order holds fewer?
+UNGATED = f"{KEYED}, conv; no decay"
+# kinds of state that no row above has
+KINDS = [name for mixer in ("softmax, window 9", "hla2, paper's decay", "linear_attention, elu+1")
+         for name in (mixer, f"{mixer}, conv")] + [f"{op}, one softmax in four" for op in ("ahla", "hla3")]  # fmt: skip
 # what decides whether a model of text should have a convolution, gates or a key term
 WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "hla2, conv", f"{KEYED}, conv",
            "softmax, conv", "linear_attention, conv", KEYED, "softmax"]  # fmt: skip
@@ -63,6 +68,16 @@ def _regression() -> list[Regression]:
     ]
 
 
+def _drifting() -> list[Regression]:
+    """Weights that move, with more steps: at 600 those with gates are far above their optimum."""
+    return [
+        Regression(DRIFTING, mixer, step_size, seed, steps=2400)
+        for seed in SEEDS
+        for mixer in LAYERS
+        for step_size in (1e-2, 3e-2)
+    ]
+
+
 def _small() -> list[Run]:
     """Every other task at two sizes."""
     tasks = [
@@ -92,7 +107,7 @@ def _pairs() -> list[Run]:
     """16 pairs in whole models: first order at three sizes, second order within the same bytes, then the others."""
     task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32}, first=4)
     sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), "hla2, conv": (10, 6, 3),
-             "linear_attention, gated, conv": (16, 8, 4), "softmax, conv": (16,), "ahla, conv": (8,),
+             UNGATED: (10,), "linear_attention, gated, conv": (16, 8, 4), "softmax, conv": (16,), "ahla, conv": (8,),
              "hla3, conv": (7,), "linear_attention": (16,), "linear_attention, gated": (16,), KEYED: (10,),
              "softmax": (16,)}  # fmt: skip
     runs = [
@@ -104,13 +119,13 @@ def _pairs() -> list[Run]:
 
 
 def _long_recall() -> list[Run]:
-    """The sizes of the papers, 2,048 tokens per step."""
+    """The sizes of the papers, 2,048 tokens per step; hla2 at K = 8 has as many bytes as first order at 16."""
     sizes = ((256, 16), (1024, 64), (256, 64), (1024, 16))
     tasks = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": 2 * p}, first=4) for n, p in sizes]
     return [
         run
         for task in tasks
-        for run in _grid(task, 1500, CORE, hidden=64, sizes=(16, 8, 32), batch=2048 // task.length)
+        for run in _grid(task, 1500, CORE, (*STEP_SIZES, 1e-3), hidden=64, sizes=(16, 8, 32), batch=2048 // task.length)
     ]
 
 
@@ -120,8 +135,8 @@ def subset() -> list[Run | Regression | Capacity]:
         *_grid(SMALLEST, 600, CORE + START),
         *_grid(SMALLEST, 600, SIZED, sizes=(8,)),
         # three state sizes with one seed, the largest with three
-        *(run for run in _pairs() if run.mixer in DECISIVE and run.step_size == STEP_SIZES[0]
-          and (run.seed == 0 or run.head_dim in (16, 10))),
+        *(run for run in _pairs() if run.mixer in (*DECISIVE, UNGATED) and run.step_size == STEP_SIZES[0]
+          and (run.seed == 0 or run.mixer in DECISIVE and run.head_dim in (16, 10))),
         *(run for run in _regression() if run.setting == STEADY or run.seed == 0),
         *_capacity(),
     ]  # fmt: skip
@@ -132,13 +147,15 @@ def everything() -> list[Run | Regression | Capacity]:
     runs = [
         *subset(),
         *_regression(),
+        *_drifting(),
         *_grid(Task("text", 128), 400, WRITING, batch=16),
+        *_grid(Task("text", 128), 400, [f"{KEYED}, conv"], batch=16, sizes=(8,)),
         *_grid(SMALLEST, 600, SIZED, sizes=(4,)),
-        *_grid(SMALLEST, 600, [BOTH, *ABLATIONS]),
+        *_grid(SMALLEST, 600, [*KINDS, BOTH, *ABLATIONS]),
         *_small(),
         *_pairs(),
         *_grid(Task("text", 512), 400, WRITING, batch=4),
-        *_grid(SMALLEST, 600, [name for name in MIXERS if name not in ASKED]),
+        *_grid(SMALLEST, 600, [name for name in MIXERS if name not in (*ASKED, *KINDS)]),
         *_long_recall(),
     ]
     return list(dict.fromkeys(runs))
