@@ -79,6 +79,9 @@ class ModelShape(Checked):
     heads: Natural = 0  # query heads; 0: the named size's
     kv_heads: Natural = 0  # key/value heads; 0: as many as query heads
     head_dim: Natural = 0  # dimension of a head; 0: width / heads
+    # gates of the operators: one per token and head, a constant per head, one per token and channel of the keys
+    # (linear_attention only), or none
+    decay: Annotated[str, one_of("token", "head", "channel", "none")] = "token"
     conv: Natural = BACKED["conv"]  # width, 2 to 8, of a short convolution of queries, keys and values; 0: none
     # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second; none: where there are
     # such layers
@@ -226,8 +229,10 @@ class TrainConfig:
                                    "active": model.active}  # fmt: skip
         changes = {name: value for name, value in changes.items() if value}
         changes |= {kind: {"window": model.window} for kind in ("softmax", "memory") if model.window}
-        attention = {"conv": model.conv or None, "key_term": model.key_term}
+        attention: dict[str, Any] = {"conv": model.conv or None, "key_term": model.key_term}
         attention |= {"levels": model.levels} if model.levels else {}
+        if model.decay != "token":  # which a configuration does not name: checkpoints of before have the same
+            attention["decay"] = None if model.decay == "none" else model.decay
         changes["attention"] = SIZES[model.size]["attention"] | attention
         changes |= {"tie_word_embeddings": model.tie_embeddings, "balance": model.balance}
         try:

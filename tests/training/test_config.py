@@ -91,3 +91,9 @@ def test_untied_embeddings_are_an_option_and_cost_no_arithmetic() -> None:
     tied, untied = (parse([f"--{no}tie-embeddings"]).model_config(256) for no in ("", "no-"))
     assert tied.tie_word_embeddings and not untied.tie_word_embeddings
     assert step_flops(Step(tied, 64)) == step_flops(Step(untied, 64))
+
+
+def test_gates_are_an_option_and_the_usual_ones_are_not_named() -> None:
+    named = ModelConfig.named("tiny", vocab_size=256)
+    for kind, more in {"token": {}, "head": {"decay": "head"}, "none": {"decay": None}}.items():
+        assert parse(["--decay", kind]).model_config(256).attention == named.attention | more

@@ -169,3 +169,16 @@ def test_what_is_not_estimated_is_refused() -> None:
         8,
     )
     assert planned(parse(["--dry-run", "--dp-shard", "2", "--sp", "4"]), 1).sharded == 8
+
+
+def test_gates_per_channel_are_asked_for_by_a_flag() -> None:
+    """And refused by name where an operator has none."""
+    flags = ["--dry-run", "--seq-len", "64", "--op", "linear_attention", "--decay"]
+    channel, token = (planned(parse([*flags, kind]), 1) for kind in ("channel", "token"))
+    more = channel.model.hidden_size - channel.model.num_heads  # gates of a layer
+    got, less = estimate(channel), estimate(token)
+    assert got.parameters - less.parameters == channel.model.num_layers * more * (channel.model.hidden_size + 1)
+    sent = [wire_bytes(replace(step, shards=2), 0)["summaries, forward"] for step in (channel, token)]
+    assert sent[0] > sent[1]
+    with pytest.raises(ValueError, match="decay: expected one of 'token', 'head', None, got 'channel'"):
+        estimate(planned(parse(["--dry-run", "--decay", "channel"]), 1))
