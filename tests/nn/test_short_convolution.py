@@ -42,6 +42,7 @@ PROBLEMS = [
     Problem(documents=(2, 0, 1, 6, 2, 0)),
     Problem(width=3, state=False, documents=(4, 7)),
     Problem(width=6, documents=(11, 0)),
+    Problem(width=7),
     Problem(documents=(1, 3, 2, 5), padding=True),
 ]
 
@@ -165,15 +166,23 @@ def test_streaming_equals_the_whole() -> None:
             assert_bitwise("state", state, end)
 
 
-def test_low_precision_is_as_good_as_torchs_own() -> None:
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_low_precision_is_as_good_as_torchs_own(dtype: torch.dtype) -> None:
+    """The output and both gradients."""
     torch.manual_seed(shifted(0))
-    layer, x = ShortConvolution(32, 4), torch.randn(2, 64, 32)
-    for dtype in (torch.bfloat16, torch.float16):
-        low, rough = layer.to(dtype), x.to(dtype)
-        plain = F.silu(F.conv1d(F.pad(rough.mT, (3, 0)), low.weight[:, None], groups=32)).mT
-        truth = F.silu(F.conv1d(F.pad(rough.double().mT, (3, 0)), low.weight.double()[:, None], groups=32)).mT
-        errors = [(y.double() - truth).norm() for y in (low(rough)[0], plain)]
-        assert errors[0] <= LOW_PRECISION_FACTOR * errors[1]
+    layer = ShortConvolution(32, 4, dtype=dtype)
+    x, dy = (torch.randn(2, 64, 32).to(dtype).requires_grad_() for _ in range(2))
+
+    def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
+        inputs, weight, pulled = (t.detach().to(kind).requires_grad_() for t in (x, layer.weight, dy))
+        y = F.silu(F.conv1d(F.pad(inputs.mT, (3, 0)), weight[:, None], groups=32)).mT
+        return y, *torch.autograd.grad(y, (inputs, weight), pulled)
+
+    y, _ = layer(x)
+    own = (y, *torch.autograd.grad(y, (x, layer.weight), dy))
+    for name, got, rough, truth in zip(("y", "dx", "dweight"), own, plain(dtype), plain(torch.float64)):
+        errors = [(t.double() - truth).norm() for t in (got, rough)]
+        assert errors[0] <= LOW_PRECISION_FACTOR * errors[1], name
 
 
 def _wrong(pg: Any) -> None:
