@@ -1,8 +1,9 @@
 """The model of `make train` with other mixers, at equal time: python benchmarks/evidence/demonstration.py
 
 First each mixer takes some steps, in turns, which gives the time of its step. Then each is trained with each seed, in
-turns again, for as many steps as take the time of --steps of the first. One process, one thread. A run that has its
-summary in out/demonstration is not repeated; the times of steps are kept there too.
+turns again, for as many steps as take the time of --steps of the first. One process, one thread. All mixers have the
+learning rate of `make train`; it is not chosen for each. A run that has its summary in out/demonstration is not
+repeated; the times of steps are kept there too.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def main() -> int:
     gain = {name: mean(bits[first]) - mean(bits[name]) for name in list(MIXERS)[1:]}
     targets = [report.Target(f"{name}: bits per byte less than {first}", x, 0.0, True) for name, x in gain.items()]
     text = (
-        "The model and the data of `make train`, in one process; all else is as it has it. Steps are "
-        f"as many as take the time of {args.steps} of {first}."
+        "The model and the data of `make train`, in one process; all else is as it has it, the learning rate too: one "
+        f"for all mixers. Steps are as many as take the time of {args.steps} of {first}."
     )
     body = ["## At equal time", text, report.table(HEADER, rows)]
     return report.finish(args, "make train with other mixers", targets, body, {"step_s": seconds, "bits": bits})
