@@ -2,6 +2,7 @@
 
     python benchmarks/stability.py               about ten minutes of one core; report in benchmarks/results/
     python benchmarks/stability.py --quick       a smoke run of seconds; report in out/benchmarks/
+    python benchmarks/stability.py --plots       only the plots, of the stability.json in benchmarks/results/
     python benchmarks/stability.py --check       exit code 1 if a target is missed
 
 Norms: one layer of random weights reads inputs half of whose variance is one constant vector, so that sums add up.
@@ -12,6 +13,7 @@ kept state, and by one call over all of it. Mixers, tasks and steps are those of
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -55,6 +57,12 @@ MODELS = (KEYED, "linear_attention, gated", "hla2", f"{KEYED}; no decay", f"{KEY
           "linear_attention, gated per channel", "hla3", f"{KEYED}; no query/key norm")  # fmt: skip
 RECALLING = ("linear_attention, conv", "linear_attention, gated, conv", KEYED)
 Records = list[dict[str, Any]]
+PANELS = {  # of the plot of norms: what a record calls it, the axis and the dtype
+    "state": ("state", "float32"),
+    "output": ("operator's output", "float32"),
+    "layer": ("layer's output", "float32"),
+    "difference": ("bf16 beside float32", "bf16"),
+}
 
 
 def rms(x: Tensor) -> float:
@@ -236,19 +244,10 @@ def tables(normed: Records, lost: Records, reuses: Records, recalled: Records) -
     return parts
 
 
-def plot(path: Path, normed: Records, lost: Records, recalled: Records) -> None:
-    figure, ((axis, rounding), (other, last)) = pyplot().subplots(2, 2, figsize=(12, 8.5))
-    for gates, style in zip(GATES, ("-", "--")):
-        for i, name in enumerate(OPERATORS):
-            where = {"operator": name, "norm": "l2", "gates": gates, "dtype": "float32"}
-            x, y = pick(normed, "T", **where), pick(normed, "output", **where)
-            axis.loglog(x, y, style, color=f"C{i}", label=f"{name}, {gates}")
-        for i, norm in enumerate(NORMS):
-            where = {"operator": "hla2", "norm": norm, "gates": gates, "dtype": "bf16"}
-            x, y = pick(normed, "T", **where), pick(normed, "difference", **where)
-            rounding.loglog(x, y, style, color=f"C{i}", label=f"{norm}, {gates}")
-    axis.set(title="operator's output, random weights, l2", xlabel="tokens", ylabel="root mean square")
-    rounding.set(title="hla2 layer: bf16 beside float32", xlabel="tokens", ylabel="relative difference")
+def plot(out: Path, normed: Records, lost: Records, recalled: Records) -> None:
+    """Write stability_norms.png and stability.png into ``out``."""
+    plot_norms(out / "stability_norms.png", normed)
+    figure, (other, last) = pyplot().subplots(1, 2, figsize=(12, 4.5))
     for i, name in enumerate(dict.fromkeys(r["model"] for r in lost)):
         for kind, style in zip(DTYPES, ("-", ":")):
             lines = [r for r in lost if r["model"] == name and r["dtype"] == kind]
@@ -260,8 +259,33 @@ def plot(path: Path, normed: Records, lost: Records, recalled: Records) -> None:
         x, y = pick(recalled, "T", mixer=mixer), pick(recalled, "accuracy", mixer=mixer)
         last.semilogx(x, y, marker="o", label=mixer)
     last.set(title="recall of 4 pairs, trained at length 16", xlabel="tokens", ylabel="accuracy", ylim=(0, 1.05))
-    for panel in (axis, rounding, other, last):
+    for panel in (other, last):
         panel.legend(fontsize=7)
+    save_figure(figure, out / "stability.png")
+
+
+def plot_norms(path: Path, normed: Records) -> None:
+    """Draw what ``norms`` recorded against T: a row of panels for each quantity, a column for each operator.
+
+    Lines become thinner one after the other, so that one under another is seen.
+    """
+    figure, axes = pyplot().subplots(
+        len(PANELS), len(OPERATORS), figsize=(3.5 * len(OPERATORS), 11), sharex=True, sharey="row", squeeze=False
+    )
+    for row, (name, (title, kind)) in zip(axes, PANELS.items()):
+        for axis, operator in zip(row, OPERATORS):
+            for i, norm in enumerate(NORMS):
+                for gates, style in zip(GATES, ("-", "--")):
+                    where = {"operator": operator, "norm": norm, "gates": gates, "dtype": kind}
+                    x, y = pick(normed, "T", **where), pick(normed, name, **where)
+                    axis.loglog(x, y, style, color=f"C{i}", linewidth=5 - 0.8 * i, label=f"{norm}, {gates}")
+        row[0].set_ylabel(title)
+    for axis, operator in zip(axes[0], OPERATORS):
+        axis.set_title(operator)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens")
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(NORMS), fontsize=8)
     save_figure(figure, path)
 
 
@@ -291,7 +315,12 @@ def main() -> int:
         asked=(64, "longest recall in 1024 tokens"),
         hidden=(64, "width of the models of text"),
         models=(len(MODELS), "how many of the models of text"),
+        plots=(False, "only the plots, of the records in the stability.json of --out"),
     )
+    if args.plots:
+        data = json.loads((args.out / "stability.json").read_text())
+        plot(args.out, data["norms"], data["loss"], data["recall"])
+        return 0
     args.reused *= 1024
     normed = norms([t for t in (1024 * 4**i for i in range(11)) if t <= args.longest * 1024], 2, 16)
     lengths = [t for t in (TRAINED * 2**i for i in range(20)) if t < args.text * 1024] + [args.text * 1024]
@@ -303,7 +332,7 @@ def main() -> int:
     )
     body = tables(normed, lost, reuses, recalled)
     targets = judge(normed, lost, reuses)
-    plot(args.out / "stability.png", normed, lost, recalled)
+    plot(args.out, normed, lost, recalled)
     data = {"norms": normed, "loss": lost, "reuse": reuses, "recall": recalled}
     return report.finish(args, "Stability and length", targets, [what, *body], data)
 

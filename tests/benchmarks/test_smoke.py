@@ -27,7 +27,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.param("simulator/projections", 0, marks=pytest.mark.slow),
         pytest.param("sequence_parallel_peers", 1, marks=pytest.mark.slow),
         pytest.param("overlap", 1, marks=pytest.mark.slow),
-        pytest.param("stability", 1, marks=pytest.mark.slow),
+        pytest.param("stability", 2, marks=pytest.mark.slow),
         pytest.param("speculative", 0, marks=pytest.mark.slow),
         pytest.param("evidence/demonstration", 0, marks=pytest.mark.slow),
     ],

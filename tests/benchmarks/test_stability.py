@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_library", lambda: (TEXT, TEXT))
 
 
-def test_every_part_is_in_the_report(tmp_path: Path) -> None:
+def test_every_part_is_in_the_report_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = argparse.Namespace(models=1, steps=1, hidden=32, reused=64)
     normed = stability.norms([16, 64], 1, 4)
     lost, reuses = stability.loss(args, [32, 64, 96])
@@ -46,8 +48,11 @@ def test_every_part_is_in_the_report(tmp_path: Path) -> None:
     assert lost[0]["bits"] == pytest.approx(lost[0]["anew"], rel=FLOAT32)
     assert all(r["difference"] < FLOAT32 for r in reuses)
     assert all(target.met for target in stability.judge(normed, lost, reuses) if "bits" not in target.name)
-    stability.plot(tmp_path / "plot.png", normed, lost, recalled)
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    (tmp_path / "stability.json").write_text(json.dumps({"norms": normed, "loss": lost, "recall": recalled}))
+    monkeypatch.setattr(sys, "argv", ["stability.py", "--plots", "--out", str(tmp_path)])
+    assert stability.main() == 0
+    for name in ("stability", "stability_norms"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
 def test_a_stream_is_the_whole_text() -> None:
