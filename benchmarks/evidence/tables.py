@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from benchmarks.evidence.regression import Setting, drawn_optimum
 from benchmarks.program import pyplot, save_figure
 
 Line = dict[str, Any]
+DRAWN = ("softmax", "linear_attention", "linear_attention, gated", "linear_attention, gated per channel", "hla2",
+         "hla2, key term", "ahla", "hla3", "hla3, key term")  # fmt: skip
+CONVOLVED: dict[str, Any] = {"marker": "s"}
+ALONE: dict[str, Any] = {"marker": "o", "markerfacecolor": "white"}
 
 
 def row_name(line: Line) -> str:
@@ -88,36 +93,50 @@ def table(group: str, lines: list[Line]) -> str:
 
 
 def plot(path: Path, groups: dict[str, list[Line]]) -> None:
-    """Draw accuracy against the state's bytes, mean and spread over seeds, a panel per group, a line per mixer."""
-    groups = {name: lines for name, lines in groups.items() if "accuracy" in lines[0]}
+    """Draw accuracy of recall against the state's bytes, mean and spread over seeds: a panel per group.
+
+    Only the mixers of ``DRAWN``, a line each: with hybrids, levels and ablations no legend could be read. A key term is
+    that from (0, 1).
+    """
+    groups = {name: lines for name, lines in groups.items() if name.startswith(("recall", "capacity"))}
     if not groups:
         return
     plt = pyplot()
-    columns = min(2, len(groups))
-    size = (9 * columns, 5.5 * -(-len(groups) // columns))
-    figure, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=size, squeeze=False)
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 4 * rows + 1), squeeze=False)
     for axis in axes.flat[len(groups) :]:
         axis.remove()
-    colors = plt.get_cmap("tab20").colors
+    handles: dict[str, Any] = {}
     for axis, (name, lines) in zip(axes.flat, groups.items()):
-        rows: dict[str, list[list[Line]]] = {}  # a mixer's sizes are one line
+        mixers: dict[str, list[list[Line]]] = {}  # a mixer's sizes are one line
         for seeds in chosen(lines).values():
-            rows.setdefault(seeds[0]["mixer"], []).append(seeds)
-        mixers = list(dict.fromkeys(mixer.replace(", conv", "") for mixer in rows))
-        for mixer, sizes in rows.items():
+            mixers.setdefault(seeds[0]["mixer"].replace(" from (0, 1)", ""), []).append(seeds)
+        for mixer, sizes in mixers.items():
+            title = mixer.replace(", conv", "")
+            if title not in DRAWN:
+                continue
             sizes.sort(key=lambda seeds: seeds[0]["state_bytes"])
             values = [[line["accuracy"] for line in seeds] for seeds in sizes]
             means = [statistics.mean(x) for x in values]
             below = [mean - min(x) for mean, x in zip(means, values)]
             above = [max(x) - mean for mean, x in zip(means, values)]
-            axis.errorbar(
-                [seeds[0]["state_bytes"] for seeds in sizes], means, [below, above], capsize=3,
-                fmt="s-" if ", conv" in mixer else "o-", label=mixer,
-                color=colors[mixers.index(mixer.replace(", conv", "")) % len(colors)],
+            place, marker = DRAWN.index(title), CONVOLVED if title != mixer else ALONE
+            axis.errorbar(  # later mixers smaller and on top: one under another is seen
+                [seeds[0]["state_bytes"] for seeds in sizes], means, [below, above], capsize=3, linewidth=1.2,
+                color=f"C{place}", markersize=11 - 0.7 * place, zorder=3 + place, **marker,
             )  # fmt: skip
-        axis.axhline(lines[0]["chance"], color="0.5", linestyle=":", label="chance")
+            handles[title] = plt.Line2D([], [], color=f"C{place}", linewidth=4)
+        handles["chance"] = axis.axhline(lines[0]["chance"], color="0.5", linestyle=":")
         axis.set(xlabel="bytes of the state", ylabel="accuracy: mean, worst and best seed", xscale="log")
-        axis.set_ylim(0, 1.02)
-        axis.set_title(name, fontsize=9)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set_ylim(0, 1.03)
+        axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
+        axis.set_title(textwrap.fill(name, 52), fontsize=8)
+    order = [name for name in (*DRAWN, "chance") if name in handles]
+    shown = [handles[name] for name in order]
+    shown += [plt.Line2D([], [], color="0.3", linestyle="", **marker) for marker in (CONVOLVED, ALONE)]
+    labels = [*order, "with a convolution", "without"]
+    figure.legend(shown, labels, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)

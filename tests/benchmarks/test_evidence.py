@@ -251,6 +251,15 @@ def test_hla2_is_held_to_the_state_that_first_order_needs() -> None:
     assert alone.measured == pytest.approx(0.9)
 
 
+def test_every_mixer_of_the_plot_has_a_line() -> None:
+    """Else one of another name would be missing without a word."""
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import page, tables
+
+    mixers = {json.loads(line)["mixer"] for line in page.LINES.read_text().splitlines()}
+    assert set(tables.DRAWN) <= {mixer.replace(", conv", "").replace(" from (0, 1)", "") for mixer in mixers}
+
+
 def test_a_name_that_no_group_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
     from benchmarks.evidence import run as program
