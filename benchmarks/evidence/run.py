@@ -195,8 +195,8 @@ def write(args: Any, lines: list[Line], plan: list[list[str]]) -> int:
         ]
         body += ["Runs were made on: " + "; ".join(machines) + "."]
         body += [table(name, members) for name, members in groups.items()]
-        plot(args.out / "evidence.png", groups)
-        body.append("![accuracy against state](evidence.png)")
+        if plot(args.out / "evidence.png", groups):
+            body.append("![accuracy against state](evidence.png)")
     return report.finish(args, "Which operator learns what", targets_of(groups), body, {"lines": lines})
 
 

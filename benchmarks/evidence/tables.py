@@ -92,15 +92,15 @@ def table(group: str, lines: list[Line]) -> str:
     return f"### {group}\n\n" + (risk_table(lines) if "risk" in lines[0] else accuracy_table(lines))
 
 
-def plot(path: Path, groups: dict[str, list[Line]]) -> None:
-    """Draw accuracy of recall against the state's bytes, mean and spread over seeds: a panel per group.
+def plot(path: Path, groups: dict[str, list[Line]]) -> bool:
+    """Draw accuracy of recall against the state's bytes, mean and spread over seeds: a panel per group, if any.
 
     Only the mixers of ``DRAWN``, a line each: with hybrids, levels and ablations no legend could be read. A key term is
     that from (0, 1).
     """
     groups = {name: lines for name, lines in groups.items() if name.startswith(("recall", "capacity"))}
     if not groups:
-        return
+        return False
     plt = pyplot()
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
@@ -140,3 +140,4 @@ def plot(path: Path, groups: dict[str, list[Line]]) -> None:
     labels = [*order, "with a convolution", "without"]
     figure.legend(shown, labels, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)
+    return True
