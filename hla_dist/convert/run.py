@@ -103,7 +103,13 @@ class Conversion:
         self.began = time.monotonic()
 
     def run(self) -> None:
-        asked = self.config.asked
+        asked, amounts = self.config.asked, self.config.amounts
+        if amounts.seq_len < 2:
+            raise UserError(f"--seq-len: expected at least 2, a token and the one after it, got {amounts.seq_len}")
+        if self.recipe.transfer is not None and amounts.rows < 2:
+            raise UserError(f"--rows: expected at least 2, of which transfer holds one out, got {amounts.rows}")
+        if asked.stage != "transfer" and amounts.batch > amounts.rows:
+            raise UserError(f"--batch: expected at most the {amounts.rows} rows (--rows), got {amounts.batch}")
         if asked.stage == "transfer" and self.recipe.transfer is None:
             raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
         if asked.window and "memory" not in self.recipe.swap:
@@ -111,9 +117,9 @@ class Conversion:
         options = dict(self.recipe.swap)
         if asked.window:
             options["memory"] = {**options["memory"], "window": asked.window}
-        window, tokens = options.get("memory", {}).get("window", 0), self.config.amounts.seq_len
-        if window >= tokens:
-            raise UserError(f"--window: expected below the {tokens} tokens of a row (--seq-len), got {window}")
+        window = options.get("memory", {}).get("window", 0)
+        if window >= amounts.seq_len:
+            raise UserError(f"--window: expected below the {amounts.seq_len} tokens of a row (--seq-len), got {window}")
         wanted = together(self.group, self._wanted)
         teacher, self.codec = together(self.group, self._load)
         self.texts = together(self.group, self._rows)
