@@ -79,6 +79,8 @@ def distill(
     Raises:
         ValueError: An argument is wrong, or no parameter would change.
     """
+    require(steps >= 1, "steps", "at least 1", steps)
+    require(batch >= 1, "batch", "at least 1", batch)
     if rows.dim() != 2 or rows.is_floating_point() or len(rows) < batch or rows.shape[1] < 2:
         raise ValueError(f"rows: expected integers [N, T], at least {batch} rows, got {rows.dtype} {list(rows.shape)}")
     require(kl >= 0 and tokens >= 0 and kl + tokens > 0, "kl, tokens", "weights >= 0, not both 0", f"{kl} and {tokens}")

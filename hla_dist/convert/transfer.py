@@ -91,6 +91,7 @@ def transfer(
             raise ValueError(f"transfer: expected parameters to train in layer {index}, got none with train={train!r}")
         if loss == "weights" and (problem := _no_weights(mixer_of(student, index))):
             raise ValueError(f"loss: expected 'output' for layer {index} with {problem}, got 'weights'")
+    require(steps >= 1, "steps", "at least 1", steps)
     require(batch >= 1, "batch", "at least 1", batch)
     pg, rank, ranks = members(group)
     modes = student.training, teacher.training

@@ -104,6 +104,21 @@ def test_transfer_of_weights_brings_them_nearer() -> None:
         transfer(student, model, text, loss="weights", train="attention")
 
 
+def test_a_window_is_added_to_a_memory_that_was_trained_without_one() -> None:
+    model, text = teacher(), rows()
+    alone = swap(model, memory={"window": None, "memory": "all"})
+    (trained, _) = transfer(alone, model, text, steps=4)
+    both = swap(model, memory={**MEMORY, "memory": "all"})
+    missing, unexpected = both.load_state_dict(alone.state_dict(), strict=False)
+    assert not unexpected and {name.rpartition(".")[2] for name in missing} == {"power", "level"}
+    layer = both.blocks[0].attention
+    layer.without = both.blocks[1].attention.without = "window"
+    assert_bitwise("the memory alone", both(text), alone(text))
+    layer.without = both.blocks[1].attention.without = None
+    (added, _) = transfer(both, model, text, steps=1)  # calibrates at first
+    assert layer.level.any() and added.before < 0.9 * trained.after
+
+
 def test_transfer_of_everything_is_for_layers_without_a_window_too() -> None:
     model = teacher(softmax={"rope_theta": 100.0, "qk_norm": None})
     student = swap(model, "hla2,softmax", attention={"output_gate": None})
@@ -178,6 +193,12 @@ def test_wrong_stages_are_refused_in_one_line() -> None:
         transfer(student, model, rows(), train="everything")
     with raises_value_error("rows", "[N, T]"):
         transfer(student, model, rows(1))
+    for options in ({"steps": 0}, {"batch": 0}):
+        (name,) = options
+        with raises_value_error(name, "at least 1", "got 0"):
+            transfer(student, model, rows(), **options)
+        with raises_value_error(name, "at least 1", "got 0"):
+            distill(student, rows(), **options)
     plain = swap(teacher(softmax={"qk_norm": None}), "hla2,softmax")
     with raises_value_error("transfer", "layer 0", "features"):
         transfer(plain, model, rows())
