@@ -57,7 +57,8 @@ class Amounts(Checked):
     """How much of the text is used, and how long."""
 
     seq_len: Count = 512  # tokens of a row
-    rows: Count = 40  # rows to learn from
+    rows: Count = 40  # rows to learn from; transfer holds the hidden states of all at once
+    distill_rows: Natural = 0  # rows that distill alone learns from, behind those; 0: the same rows
     held_out: Count = 20  # rows to measure on, the last of the text
     other: Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()] = field(default_factory=list)  # text elsewhere
     transfer_steps: Count = 40  # steps per layer
@@ -108,8 +109,9 @@ class Conversion:
             raise UserError(f"--seq-len: expected at least 2, a token and the one after it, got {amounts.seq_len}")
         if self.recipe.transfer is not None and amounts.rows < 2:
             raise UserError(f"--rows: expected at least 2, of which transfer holds one out, got {amounts.rows}")
-        if asked.stage != "transfer" and amounts.batch > amounts.rows:
-            raise UserError(f"--batch: expected at most the {amounts.rows} rows (--rows), got {amounts.batch}")
+        name, rows = ("--distill-rows", amounts.distill_rows) if amounts.distill_rows else ("--rows", amounts.rows)
+        if asked.stage != "transfer" and amounts.batch > rows:
+            raise UserError(f"--batch: expected at most the {rows} rows ({name}), got {amounts.batch}")
         if asked.stage == "transfer" and self.recipe.transfer is None:
             raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
         if asked.window and "memory" not in self.recipe.swap:
@@ -137,7 +139,8 @@ class Conversion:
         wanted = asdict(self.config)
         for name in ("out", "stage"):
             del wanted["asked"][name]
-        for name in ("held_out", "other", "distill_steps", "distill_lr", "batch"):  # the layers do not depend on them
+        for name in ("distill_rows", "held_out", "other", "distill_steps", "distill_lr", "batch"):
+            # the layers do not depend on them
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
         file = self.out / OPTIONS
@@ -167,11 +170,14 @@ class Conversion:
         return model.to(self.device), PretrainedCodec(path)
 
     def _rows(self) -> dict[str, Tensor]:
-        """Rows to learn from, those behind them to measure on, one between them left out, and those of other text."""
+        """Rows that each stage learns from, those behind them to measure on, one between them left out, and those of
+        other text.
+        """
         amounts = self.config.amounts
-        wanted = amounts.rows + 1 + amounts.held_out
-        rows = self._cut(self.config.asked.data, "--data", wanted)
-        texts = {"train": rows[: amounts.rows], "held out": rows[amounts.rows + 1 :]}
+        learned = amounts.rows + amounts.distill_rows
+        rows = self._cut(self.config.asked.data, "--data", learned + 1 + amounts.held_out)
+        of_distill = slice(amounts.rows, learned) if amounts.distill_rows else slice(learned)
+        texts = {"transfer": rows[: amounts.rows], "distill": rows[of_distill], "held out": rows[learned + 1 :]}
         if amounts.other:
             texts["other text"] = self._cut(amounts.other, "--other", amounts.held_out)
         return {name: tokens.to(self.device) for name, tokens in texts.items()}
@@ -192,7 +198,7 @@ class Conversion:
 
     def _measure(self, stage: str, model: LanguageModel) -> None:
         if self.rank == 0:
-            texts = {name: rows for name, rows in self.texts.items() if name != "train"}
+            texts = {name: rows for name, rows in self.texts.items() if name not in STAGES}
             with self._bar(f"perplexity, {stage}", sum(map(len, texts.values())), "row") as bar:
                 figures = {name: perplexity(model, rows, bar.update) for name, rows in texts.items()}
             self.perplexities[stage] = figures
@@ -208,7 +214,7 @@ class Conversion:
             options = {**options, "lr": amounts.transfer_lr}
         with self._bar("transfer", len(converted(student)), "layer") as bar:
             errors = transfer(
-                student, teacher, self.texts["train"], steps=amounts.transfer_steps,
+                student, teacher, self.texts["transfer"], steps=amounts.transfer_steps,
                 batch=amounts.transfer_batch, directory=self.layers, group=self.group, seed=amounts.seed, **options,
                 report=lambda error: self._step(bar, f"layer {error.layer}: missed {error.after:.3f}"),
             )  # fmt: skip
@@ -222,7 +228,7 @@ class Conversion:
         student.activation_checkpointing = self.config.machine.checkpoint_activations
         with self._bar("distill", amounts.distill_steps, "step") as bar:
             losses = distill(
-                student, self.texts["train"], teacher=teacher if options.get("kl") else None,
+                student, self.texts["distill"], teacher=teacher if options.get("kl") else None,
                 steps=amounts.distill_steps, batch=amounts.batch, group=self.group, seed=amounts.seed, **options,
                 report=lambda _, loss: self._step(bar, f"loss {loss:.3f}"),
             )  # fmt: skip

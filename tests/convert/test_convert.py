@@ -312,7 +312,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def convert(folder: Path, out: Path, *words: str, group: Any = None) -> None:
+def convert(folder: Path, out: Path, *words: str, group: Any = None) -> Any:
     from hla_dist.convert.run import Conversion, ConvertConfig
     from hla_dist.processes.options import parse_options
 
@@ -321,7 +321,9 @@ def convert(folder: Path, out: Path, *words: str, group: Any = None) -> None:
     sizes = {"window": 8, "seq-len": 64, "rows": 6, "held-out": 2, "transfer-steps": 2, "distill-steps": 2}
     options = [word for name, value in {**paths, **sizes}.items() for word in (f"--{name}", str(value))]
     config = parse_options(ConvertConfig, "convert", "", [*options, *words])
-    Conversion(config, torch.device("cpu"), group, print).run()
+    conversion = Conversion(config, torch.device("cpu"), group, print)
+    conversion.run()
+    return conversion
 
 
 def convert_on_ranks(pg: dist.ProcessGroup, folder: Path, out: Path) -> None:
@@ -342,7 +344,10 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     with pytest.raises(UserError, match="got others: transfer_batch, transfer_lr"):
         convert(folder, out)
     same = ["--transfer-batch", "1", "--transfer-lr", "0.02", "--checkpoint-activations"]
-    convert(folder, out, *same)  # goes on: the layers are there
+    run = convert(folder, out, *same, "--distill-rows", "3")  # goes on: the layers are there
+    tokens = run.codec.encode_file((folder.parent / "text.txt").read_bytes()).tolist()
+    for name, start, end in (("transfer", 0, 6), ("distill", 6, 9), ("held out", 10, 12)):
+        assert run.texts[name].flatten().tolist() == tokens[64 * start : 64 * end], name
     assert (out / "layers" / "layer_000.safetensors").stat().st_mtime_ns == stored
     figures = json.loads((out / "summary.json").read_text())
     assert list(figures["perplexity"]) == ["teacher", "swapped in, untrained", "after transfer", "after distill"]
@@ -393,6 +398,11 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--recipe", "radlads", "--window", "0", "--seq-len", "1"], "--seq-len: expected at least 2, .* got 1"),
             (["--rows", "1"], "--rows: expected at least 2, of which transfer holds one out, got 1"),
             (["--batch", "9"], r"--batch: expected at most the 6 rows \(--rows\), got 9"),
+            (
+                ["--distill-rows", "3", "--batch", "4"],
+                r"--batch: expected at most the 3 rows \(--distill-rows\), got 4",
+            ),
+            (["--distill-rows", "30"], "--data: expected 39 rows of 64 tokens, got 31 rows"),
             (["--rows", "60"], "--data: expected 63 rows of 64 tokens, got 31 rows"),
             (["--recipe", "radlads!"], "invalid choice"),
             (["--recipe", "radlads"], "--window: expected none, since radlads has no window, got 8"),
