@@ -21,7 +21,7 @@ from tyro.conf import arg
 
 from hla_dist.convert.distill import distill
 from hla_dist.convert.recipes import RECIPES
-from hla_dist.convert.swap import converted, swap
+from hla_dist.convert.swap import converted, mixer_of, swap
 from hla_dist.convert.transfer import STORED, LayerError, transfer
 from hla_dist.convert.usage import Usage, perplexity, usage
 from hla_dist.data.sources import LeftOut, read_documents
@@ -246,14 +246,16 @@ class Conversion:
         used = usage(student, self.texts["held out"][:USAGE_ROWS]) if "memory" in self.recipe.swap else None
         to_huggingface(student.float().cpu().state_dict(), student.config).save_pretrained(self.out / "model")
         self.codec.save(self.out / "model")
-        text = "\n".join(self._summary(errors, losses, used)) + "\n"
+        text = "\n".join(self._summary(student, errors, losses, used)) + "\n"
         with whole_file(self.out / "summary.md") as partial:
             partial.write_text(text)
         figures = {"perplexity": self.perplexities, "transfer": [error._asdict() for error in errors]}
         write_json(self.out / "summary.json", {**figures, "losses": losses, "usage": used and used._asdict()})
         print(text, end="")
 
-    def _summary(self, errors: list[LayerError], losses: list[float], used: Usage | None) -> Iterator[str]:
+    def _summary(
+        self, student: LanguageModel, errors: list[LayerError], losses: list[float], used: Usage | None
+    ) -> Iterator[str]:
         asked, teacher = self.config.asked, self.perplexities["teacher"]
         yield from (f"# {asked.source}, converted", "", f"Recipe {asked.recipe}: {self.recipe.about}.", "")
         columns = [f"{text}, {what}" for text in teacher for what in ("perplexity", "over the teacher's")]
@@ -280,5 +282,7 @@ class Conversion:
             yield "There is no window beside it: it is all that the layers have."
         else:
             rows = min(USAGE_ROWS, self.config.amounts.held_out)
-            yield from (f"On {rows} of the held-out rows.", "", *used.lines())
+            of = {"all": "all tokens, those in the window too", "before": "the tokens that have left the window alone"}
+            held = of[mixer_of(student, converted(student)[0]).memory]
+            yield from (f"On {rows} of the held-out rows. The memory was trained to hold {held}.", "", *used.lines())
         yield from ("", f"This run took {time.monotonic() - self.began:.0f} s of wall clock.")

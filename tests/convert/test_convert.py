@@ -353,9 +353,12 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     assert list(figures["perplexity"]) == ["teacher", "swapped in, untrained", "after transfer", "after distill"]
     summary = (out / "summary.md").read_text()
     assert "without memory" in summary and "lolcats" in summary
+    assert "The memory was trained to hold the tokens that have left the window alone." in summary
     assert "2 of 2 layers were transferred by an earlier run" in summary
     with pytest.raises(UserError, match="--out: expected a new directory, or the options .* got others: window"):
         convert(folder, out, *same, "--window", "9")
+    convert(folder, tmp_path / "all", "--recipe", "tptt")
+    assert "to hold all tokens, those in the window too." in (tmp_path / "all" / "summary.md").read_text()
     # a row of a step and its rate are other layers; what backward computes again is no other model
     convert(folder, tmp_path / "other")
     other = json.loads((tmp_path / "other" / "summary.json").read_text())
