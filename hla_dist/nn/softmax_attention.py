@@ -177,6 +177,9 @@ class SoftmaxAttention(AttentionLayer):
             output_final_state: None: if a state came in or, without a group, if gradients are off.
             pending: As for HLAAttention.
         """
+        if torch.compiler.is_exporting():  # torch's own error names none of this
+            kind = type(self).__name__
+            raise ValueError(f"torch.export: expected linear layers, since spans of keys are host numbers, got {kind}")
         group, rank, ranks = members(self.group if group is None else group)
         given, state = state, latest(state)
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hla_dist.models import LanguageModel, ModelConfig
-from tests.harness import assert_close, shifted
+from tests.harness import assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT64
 
 LONGEST, LENGTHS = 1024, (1, 2, 63, 64, 65, 513, 1024)
@@ -73,3 +73,11 @@ def test_one_exported_program_serves_every_length_in_another_process(tmp_path: P
         for got, layer in zip(states, after, strict=True):
             for one, two in zip(got, layer, strict=True):
                 assert_close(f"state, T = {length}", one, two, FLOAT64)
+
+
+@pytest.mark.parametrize("pattern", ["softmax", "memory"])
+def test_a_softmax_layer_is_refused_in_one_line(pattern: str) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, pattern=pattern))
+    kind = {"softmax": "SoftmaxAttention", "memory": "MemoryAttention"}[pattern]
+    with torch.no_grad(), raises_value_error("torch.export", "linear layers", f"got {kind}"):
+        torch.export.export(model, (torch.zeros(1, 9, dtype=torch.long),), strict=False)
