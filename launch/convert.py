@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node 4 launch/convert.py ...       layers, then each row, shared by the ranks
     python launch/generate.py --checkpoint out/converted/model --prompt "The capital of France is"
 
-A conversion that was stopped goes on with the next layer. Exit codes: 0; 1 an error, said in one line; 130 stopped by
-Ctrl-C.
+All ranks belong to the one sequence: there is no --sp. A conversion that was stopped goes on with the next layer.
+Exit codes: 0; 1 an error, said in one line; 130 stopped by Ctrl-C.
 """
 
 import sys
