@@ -119,6 +119,17 @@ def test_the_grouped_product_and_the_loop_are_the_same(dtype: torch.dtype, monke
             assert errors[0] <= LOW_PRECISION_FACTOR * errors[1]
 
 
+def test_odd_widths_in_float32_are_those_of_float64() -> None:
+    layer, x = mixture(width=17), torch.randn(2, 9, 17, generator=torch.Generator().manual_seed(shifted(1)))
+    assert not has_grouped_product(torch.float32, *layer.gate_up.shape[1:])
+    exact, results = copy.deepcopy(layer).double(), []
+    for one in (layer, exact):
+        y = one(x.to(one.down.dtype))[0]
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(one.parameters()))))
+    for name, got, want in zip(("y", *dict(layer.named_parameters())), *results, strict=True):
+        assert_close(name, got, want, FLOAT32)
+
+
 def test_autocast_reaches_the_experts_but_not_the_router() -> None:
     layer, x = mixture(), torch.randn(1, 9, 16)
     with torch.autocast("cpu", torch.bfloat16):
