@@ -36,6 +36,7 @@ CASES: list[dict[str, Any]] = [
     dict(join="sum", decay="head", decay_range=(3.0, 9.0), cu=True, qk_norm=None),
     dict(window=None, op="hla2", cu=True),
     dict(window=1, qkv_bias=True),
+    dict(join="gate", features="elu+1", cu=True),  # Infini-attention
 ]
 BEFORE = torch.tensor([0, 2, 7, 7, 12, 13])  # documents of which CU's are the continuation
 RANKED = [CASES[0], CASES[1], CASES[4], CASES[6], CASES[7]]
@@ -146,7 +147,7 @@ def test_a_window_as_long_as_the_text_is_softmax_attention() -> None:
     assert_close("y", layer(text(2))[0], plain(text(2))[0], FLOAT64)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[4], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[4], CASES[7], CASES[9]], ids=str)
 def test_pieces_with_states_equal_the_whole(case: dict[str, Any]) -> None:
     layer = layer_of(**{name: value for name, value in case.items() if name != "cu"})
     x, state, pieces, start = text(2), None, [], 0
