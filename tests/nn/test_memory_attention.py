@@ -39,7 +39,7 @@ CASES: list[dict[str, Any]] = [
     dict(join="gate", features="elu+1", cu=True),  # Infini-attention
 ]
 BEFORE = torch.tensor([0, 2, 7, 7, 12, 13])  # documents of which CU's are the continuation
-RANKED = [CASES[0], CASES[1], CASES[4], CASES[6], CASES[7]]
+RANKED = [CASES[0], CASES[1], CASES[4], CASES[6], CASES[7], CASES[9]]
 
 
 def layer_of(**options: Any) -> MemoryAttention:
@@ -204,7 +204,7 @@ def on_ranks(pg: dist.ProcessGroup, lengths: list[int], cases: list[dict[str, An
     return results
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_on_shards_equals_one_device(pool: RankPool, size: int) -> None:
     ranks = pool.run_group(size, on_ranks, SPLITS[size], RANKED)
     for number, case in enumerate(RANKED):
