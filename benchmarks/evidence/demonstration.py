@@ -22,9 +22,9 @@ from benchmarks.program import begin
 from hla_dist.training.metrics import read_metrics
 
 MIXERS = {
-    "hla2": ["--op", "hla2", "--conv", "0", "--no-key-term"],
-    "hla2, key term, conv": ["--op", "hla2", "--conv", "4", "--key-term"],
-    "linear_attention, conv": ["--op", "linear_attention", "--conv", "4", "--no-key-term"],
+    "hla2": ["--op", "hla2", "--conv", "0", "--key-term", "False"],
+    "hla2, key term, conv": ["--op", "hla2", "--conv", "4", "--key-term", "True"],
+    "linear_attention, conv": ["--op", "linear_attention", "--conv", "4", "--key-term", "False"],
 }
 HEADER = ["mixer", "ms per step", "steps", "held-out bits per byte, by seed", "mean", "less than hla2, by seed"]
 

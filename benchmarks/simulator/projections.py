@@ -75,7 +75,7 @@ def write_report(args: argparse.Namespace) -> int:
     """Gloo's exchanges measured and simulated, then the projections; the exit code."""
     from benchmarks.simulator import links  # its gloo ranks need the train extra's tqdm
 
-    about = report.context("benchmarks/simulator/projections.py", 1)
+    args.about, args.theme = report.context("benchmarks/simulator/projections.py", 1), "exchange_simulator"
     ranks, rounds, args.ranks = (2, 1, (8, 16)) if args.quick else (8, 20, WORLDS)
     link, measured = links.measure(ranks, args.heads, rounds)
     projected = project(args)
@@ -101,7 +101,7 @@ def write_report(args: argparse.Namespace) -> int:
         table(args, projected),
     ]
     data = {"link": link._asdict(), "gloo": measured, "projection": projected}
-    return report.finish(args, "exchange_simulator", "The exchanges' simulator", about, targets, body, data)
+    return report.finish(args, "The exchanges' simulator", targets, body, data)
 
 
 def _seconds(text: str) -> float:

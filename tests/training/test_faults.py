@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from hla_dist.checkpoints import directory as checkpoint
+from hla_dist.models.config import BACKED
 from hla_dist.processes.failure import UserError
 from hla_dist.processes.rendezvous import fresh_store
 from hla_dist.training.config import TrainConfig
@@ -54,9 +55,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def undisturbed(pool: RankPool, text: str, out: Path, ranks: int = 2, **changes: Any) -> dict[int, float]:
+    """The losses of such a run in this process's pool, with the layers that the program's flags have by default."""
     config = small_config(
-        Path(text), seq_len=64, eval_tokens=128, sample=0, steps=STEPS, parity=False, out=str(out), **changes
-    )
+        Path(text), seq_len=64, eval_tokens=128, sample=0, steps=STEPS, parity=False, out=str(out), **BACKED, **changes
+    )  # fmt: skip
     assert pool.run_group(ranks, run_config, config) == [0] * ranks
     return losses(out)
 
@@ -123,7 +125,7 @@ def test_kills_at_random_moments(pool: RankPool, text: str, tmp_path: Path) -> N
     reader.join()
     assert sent >= 3
     config = small_config(Path(text), seq_len=64, eval_tokens=128, sample=0, steps=300, parity=False, eval_every=1000,
-                          out=str(tmp_path / "whole"))  # fmt: skip
+                          out=str(tmp_path / "whole"), **BACKED)  # fmt: skip
     assert pool.run_group(3, run_config, config) == [0] * 3
     assert losses(out) == losses(tmp_path / "whole")
 
