@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hla_kernels.cascade import Pass, Problem
+from hla_kernels.cascade import TRITON_DTYPES, Pass, Problem
 from hla_kernels.device import launch
-from hla_kernels.sequences import rows, sequence, store_rows
+from hla_kernels.sequences import factor, rows, sequence, store_rows
 from hla_kernels.tiles import power_of_two, registers
 
 BT = 32  # tokens of a program
@@ -46,6 +46,8 @@ def key_term_kernel(
     GAIN: tl.constexpr,
     RIDGE: tl.constexpr,
     SKIP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``out = gain product + ridge a + skip c``; ``product`` may be ``out``."""
     i_bh = tl.program_id(0) // tiles
@@ -61,7 +63,7 @@ def key_term_kernel(
         b_o += ridge * rows(a, i_b, i_h, t0, T, o_i, o_d, D).to(tl.float32)
     if SKIP:
         b_o += tl.load(skip + i_h) * rows(c, i_b, i_h, t0, T, o_i, o_d, D).to(tl.float32)
-    store_rows(out, b_o, i_b, i_h, t0, T, o_i, o_d, D)
+    store_rows(out, factor(b_o, DTYPE, PRECISION), i_b, i_h, t0, T, o_i, o_d, D)
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
@@ -83,6 +85,8 @@ def key_term_backward_kernel(
     GAIN: tl.constexpr,
     SKIP: tl.constexpr,
     SUMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``gained = gain dout``; with SUMS ``dc = skip dout``, and this program's part of dgain and dskip."""
     i_bh = tl.program_id(0) // tiles
@@ -95,7 +99,7 @@ def key_term_backward_kernel(
     b_o = rows(dout, i_b, i_h, t0, T, o_i, o_d, D).to(tl.float32)  # [BT, BD]
     slot = sums + (i_t.to(tl.int64) * (tl.num_programs(0) // tiles) + i_bh)
     if GAIN:
-        store_rows(gained, b_o * tl.load(gain + i_h), i_b, i_h, t0, T, o_i, o_d, D)
+        store_rows(gained, factor(b_o * tl.load(gain + i_h), DTYPE, PRECISION), i_b, i_h, t0, T, o_i, o_d, D)
         if SUMS:
             tl.store(slot, tl.sum(tl.sum(b_o * rows(product, i_b, i_h, t0, T, o_i, o_d, D).to(tl.float32), 1), 0))
     if SKIP and SUMS:
@@ -167,4 +171,6 @@ def _shared(problem: Problem, width: int) -> dict[str, Any]:
         "BD": power_of_two(width),
         "GAIN": problem.gain is not None,
         "SKIP": problem.skip is not None,
+        "DTYPE": TRITON_DTYPES[problem.inner_dtype],
+        "PRECISION": problem.precision,
     }
