@@ -58,15 +58,14 @@ def test_its_logits_are_transformers_own(pretrained: tuple[LanguageModel, Path, 
 
 
 def test_its_perplexity_on_the_language_reference(pretrained: tuple[LanguageModel, Path, Tensor]) -> None:
-    """11.3 on eight rows of 512 tokens, drawn of the topics kept for help(); a Python's own edition moves it."""
+    """11.3 on eight rows of 512 tokens, of the topics kept for help(); a Python's own edition moves it."""
     from pydoc_data.topics import topics
 
     model, file, _ = pretrained
     kept = [body for name, body in sorted(topics.items()) if hashlib.sha256(name.encode()).digest()[0] < 48]
     tokens = torch.tensor(list(PretrainedCodec(file).encode_file("\n\n".join(kept).encode())))
     rows = tokens[: len(tokens) // 512 * 512].view(-1, 512)
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:8]
-    assert perplexity(model, rows[drawn]) == pytest.approx(11.3, rel=0.1)
+    assert perplexity(model, rows[[58, 64, 31, 10, 47, 53, 73, 38]]) == pytest.approx(11.3, rel=0.1)
 
 
 def test_it_answers_by_its_chat_template(pretrained: tuple[LanguageModel, Path, Tensor]) -> None:
