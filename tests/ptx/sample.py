@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from hla_kernels import tiles
+from tests import tolerances
 from tests.covering import covering
 from tests.ptx import check
 
@@ -52,6 +55,13 @@ def _case(row: dict[str, Any]) -> check.Case:
 
 SAMPLE = [_case(row) for row in covering(OPTIONS, allowed)]
 SAMPLE += [check.Case(arch, "hla2", "bf16", 64, 64, True, 64, T=130, gate_values="least") for arch in OPTIONS["arch"]]
+SAMPLE += [  # columns that fill no tile, of the wide dtypes
+    check.Case(arch, operator, dtype, 20, 33, True, T=T, state=True)
+    for arch, operator, dtype, T in (
+        ("sm_80", "hla2", "fp16", 34), ("sm_80", "ahla", "fp32", 18),
+        ("sm_90", "ahla", "fp16", 34), ("sm_90", "hla2", "fp32", 18),
+    )
+]  # fmt: skip
 
 WALK = check.Case("sm_90", "hla2", "bf16", 128, 128, False, T=70, backend="gluon", state=True)
 FAST_WALKS = [replace(WALK, K=64, V=64, gated=True)]
@@ -80,6 +90,15 @@ SLOW_WALKS = [
     replace(WALK, operator="hla3", K=64, V=96, gated=True, T=300, segment=128, state=False),
     replace(WALK, gated=True, gate_values="least"),
 ]
+
+
+def hold(case: check.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Execute ``case``. In float32 every gradient is held to 1e-5, that of the gates too."""
+    monkeypatch.setattr(tolerances, "FLOAT32_DLOG_DECAY", 1e-5)
+    result = check.check(case)
+    print(check.line(case, result))
+    assert result.good, check.line(case, result)
+    assert case.dtype != "fp32" or {worst.allowed for worst in result[:2]} == {1e-5}
 
 
 def of(arch: str) -> list[check.Case]:
