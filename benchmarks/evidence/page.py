@@ -104,8 +104,12 @@ def table(group: str, rows: str, columns: list[str], lines: list[Line]) -> str:
     sign = -1 if columns[1] in DESCENDING else 1
     order = lambda seeds: sign * float(cell(columns[1], seeds).replace(",", ""))  # noqa: E731
     by_row, several = sorted(chosen(kept).values(), key=order), tried(kept)
-    of = lambda column, seeds: f" of {several[row_name(seeds[0])]}" if column == "step size" else ""  # noqa: E731
-    return report.table(columns, [[cell(c, seeds) + of(c, seeds) for c in columns] for seeds in by_row])
+
+    def cells(seeds: list[Line]) -> list[str]:
+        sizes = f" of {several[row_name(seeds[0])]}"
+        return [cell(column, seeds) + (sizes if column == "step size" else "") for column in columns]
+
+    return report.table(columns, [cells(seeds) for seeds in by_row])
 
 
 # operator, and options of its layer
