@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import report
-from benchmarks.conversion import SIZES, conversion, fetched, once, taken_up, written
+from benchmarks.conversion import PART, SIZES, conversion, fetched, once, taken_up, written
 from benchmarks.generation import MIB, read_lengths
 from benchmarks.program import begin
 from hla_dist.convert import RECIPES, swap
@@ -45,8 +45,8 @@ HEADER = ["context", "state from", "CPU ms per token", "state, MiB", "softmax: C
 
 def pure(args: Any, model: Path, work: Path) -> list[list[str]]:
     """A row per kind of layer: what the layers miss, and the perplexity over the model's own on both texts."""
-    rows, texts = [], written(work / "text")[:2]
-    sizes = {size: getattr(args, size) for size in SIZES}
+    rows, texts = [], written(work / "text", PART)
+    sizes = {size: getattr(args, size, 0) for size in SIZES}
     for name, layers in LAYERS.items():
         out = (
             work / f"pure_{name.replace(', ', '_').replace(' ', '_')}_{args.rows}x{args.seq_len}_{args.transfer_steps}"

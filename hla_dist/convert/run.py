@@ -23,7 +23,7 @@ from hla_dist.convert.distill import distill
 from hla_dist.convert.recipes import RECIPES
 from hla_dist.convert.swap import converted, mixer_of, swap
 from hla_dist.convert.transfer import STORED, LayerError, transfer
-from hla_dist.convert.usage import Usage, perplexity, usage
+from hla_dist.convert.usage import Usage, exp_mean, row_losses, usage
 from hla_dist.data.sources import LeftOut, read_documents
 from hla_dist.huggingface import load_softmax, to_huggingface
 from hla_dist.huggingface.speech import PretrainedCodec
@@ -60,6 +60,9 @@ class Amounts(Checked):
     rows: Count = 40  # rows to learn from; transfer holds the hidden states of all at once
     distill_rows: Natural = 0  # rows that distill alone learns from, behind those; 0: the same rows
     held_out: Count = 20  # rows to measure on, the last of the text
+    between: Natural = (
+        0  # of these rows, those that swap and transfer are measured on; 0: all, and the last stage always
+    )
     other: Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()] = field(default_factory=list)  # text elsewhere
     transfer_steps: Count = 40  # steps per layer
     transfer_batch: Count = 2  # rows of such a step; of rows of 4,096 tokens one is enough
@@ -99,7 +102,7 @@ class Conversion:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.out, self.recipe = Path(config.asked.out), RECIPES[config.asked.recipe]
         self.layers = self.out / "layers"
-        self.perplexities: dict[str, dict[str, float]] = {}
+        self.losses: dict[str, dict[str, list[float]]] = {}  # of each stage and text: nats per token, row by row
         self.kept = 0  # layers of an earlier run
         self.began = time.monotonic()
 
@@ -128,7 +131,7 @@ class Conversion:
         student = together(self.group, lambda: swap(teacher, **options).to(self.device))
         together(self.group, lambda: self._begin(student, wanted))
         self._measure("teacher", teacher)
-        self._measure("swapped in, untrained", student)
+        self._measure("swapped in, untrained", student, amounts.between)
         errors = self._transfer(student, teacher)
         losses = self._distill(student, teacher) if asked.stage != "transfer" else []
         if self.rank == 0:
@@ -139,7 +142,7 @@ class Conversion:
         wanted = asdict(self.config)
         for name in ("out", "stage"):
             del wanted["asked"][name]
-        for name in ("distill_rows", "held_out", "other", "distill_steps", "distill_lr", "batch"):
+        for name in ("distill_rows", "held_out", "between", "other", "distill_steps", "distill_lr", "batch"):
             # the layers do not depend on them
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
@@ -196,14 +199,23 @@ class Conversion:
             raise UserError(f"{name}: expected {wanted} rows of {seq_len} tokens, got {len(tokens) // seq_len} rows")
         return torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
 
-    def _measure(self, stage: str, model: LanguageModel) -> None:
+    def _measure(self, stage: str, model: LanguageModel, first: int = 0) -> None:
+        """Measure on the texts' first rows; 0: on all."""
         if self.rank == 0:
-            texts = {name: rows for name, rows in self.texts.items() if name not in STAGES}
+            texts = {name: rows[: first or None] for name, rows in self.texts.items() if name not in STAGES}
             with self._bar(f"perplexity, {stage}", sum(map(len, texts.values())), "row") as bar:
-                figures = {name: perplexity(model, rows, bar.update) for name, rows in texts.items()}
-            self.perplexities[stage] = figures
-            shown = ", ".join(f"{value:.4g} on {name}" for name, value in figures.items())
+                self.losses[stage] = {name: row_losses(model, rows, bar.update) for name, rows in texts.items()}
+            shown = ", ".join(f"{value:.4g} on {name}" for name, (value, _) in self._perplexities()[stage].items())
             self.say(f"perplexity, {stage}: {shown}")
+
+    def _perplexities(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Each stage's perplexity of each text, and its ratio to the teacher's of the same rows."""
+        teacher = self.losses["teacher"]
+        of = lambda losses, known: (exp_mean(losses), exp_mean(losses) / exp_mean(known[: len(losses)]))  # noqa: E731
+        return {
+            stage: {text: of(losses, teacher[text]) for text, losses in texts.items()}
+            for stage, texts in self.losses.items()
+        }
 
     def _transfer(self, student: LanguageModel, teacher: LanguageModel) -> list[LayerError]:
         options = self.recipe.transfer
@@ -218,7 +230,7 @@ class Conversion:
                 batch=amounts.transfer_batch, directory=self.layers, group=self.group, seed=amounts.seed, **options,
                 report=lambda error: self._step(bar, f"layer {error.layer}: missed {error.after:.3f}"),
             )  # fmt: skip
-        self._measure("after transfer", student)
+        self._measure("after transfer", student, 0 if self.config.asked.stage == "transfer" else amounts.between)
         return errors
 
     def _distill(self, student: LanguageModel, teacher: LanguageModel) -> list[float]:
@@ -249,21 +261,31 @@ class Conversion:
         text = "\n".join(self._summary(student, errors, losses, used)) + "\n"
         with whole_file(self.out / "summary.md") as partial:
             partial.write_text(text)
-        figures = {"perplexity": self.perplexities, "transfer": [error._asdict() for error in errors]}
-        write_json(self.out / "summary.json", {**figures, "losses": losses, "usage": used and used._asdict()})
+        measured = {
+            what: {
+                stage: {text: pair[n] for text, pair in texts.items()} for stage, texts in self._perplexities().items()
+            }
+            for n, what in enumerate(("perplexity", "over_teacher"))
+        }
+        figures = {**measured, "transfer": [error._asdict() for error in errors], "losses": losses}
+        write_json(self.out / "summary.json", {**figures, "usage": used and used._asdict()})
         print(text, end="")
 
     def _summary(
         self, student: LanguageModel, errors: list[LayerError], losses: list[float], used: Usage | None
     ) -> Iterator[str]:
-        asked, teacher = self.config.asked, self.perplexities["teacher"]
+        asked, between = self.config.asked, self.config.amounts.between
         yield from (f"# {asked.source}, converted", "", f"Recipe {asked.recipe}: {self.recipe.about}.", "")
-        columns = [f"{text}, {what}" for text in teacher for what in ("perplexity", "over the teacher's")]
+        texts = self.losses["teacher"]
+        columns = [f"{text}, {what}" for text in texts for what in ("perplexity", "over the teacher's")]
         yield f"| | {' | '.join(columns)} |"
         yield "|---|" + "---|" * len(columns)
-        for stage, values in self.perplexities.items():
-            cells = [f"{value:.4g} | {value / teacher[text]:.3f}" for text, value in values.items()]
+        for stage, values in self._perplexities().items():
+            cells = [f"{value:.4g} | {ratio:.3f}" for value, ratio in values.values()]
             yield f"| {stage} | {' | '.join(cells)} |"
+        if between:
+            of = f"Swap and transfer are measured on the first {between} rows of each text"
+            yield from ("", f"{of}, and their ratios are to the teacher on the same rows.")
         if errors:
             before, after = (sum(x) / len(errors) for x in zip(*((e.before, e.after) for e in errors)))
             worst = max(errors, key=lambda e: e.after)

@@ -1,7 +1,7 @@
 """How much a converted model uses its memory: a model that leans on its window alone shows it here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,20 +46,30 @@ class Usage(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, rows: Tensor, report: Callable[[], object] | None = None) -> float:
-    """Return exp of the mean cross-entropy of every token of ``rows`` ``[N, T]`` after the first.
+def row_losses(model: LanguageModel, rows: Tensor, report: Callable[[], object] | None = None) -> list[float]:
+    """Return each row's mean cross-entropy, in nats, of its tokens after the first; ``rows`` is ``[N, T]``.
 
     ``report`` is called after each row.
     """
     training = model.training
     model.eval()
-    total = 0.0
+    losses = []
     for row in rows:
-        total += float(model(row[None, :-1], labels=row[None, 1:]))
+        losses.append(float(model(row[None, :-1], labels=row[None, 1:])) / (len(row) - 1))
         if report is not None:
             report()
     model.train(training)
-    return math.exp(min(total / (len(rows) * (rows.shape[1] - 1)), 700.0))
+    return losses
+
+
+def exp_mean(losses: Sequence[float]) -> float:
+    """Return the perplexity of rows of these losses, equally long; e^700 at most."""
+    return math.exp(min(math.fsum(losses) / len(losses), 700.0))
+
+
+def perplexity(model: LanguageModel, rows: Tensor) -> float:
+    """Return exp of the mean cross-entropy of every token of ``rows`` ``[N, T]`` after the first."""
+    return exp_mean(row_losses(model, rows))
 
 
 def usage(student: LanguageModel, rows: Tensor) -> Usage:

@@ -32,11 +32,13 @@ def test_a_failed_or_wrong_download_ends_in_one_line(tmp_path: Path, monkeypatch
     assert not (tmp_path / conversion.MEMBER).exists()
 
 
-def test_long_rows_are_of_whole_long_pages(tmp_path: Path) -> None:
-    library, _, long = (file.read_text() for file in conversion.written(tmp_path))
-    whole = [page for page in conversion.pages() if len(page) >= conversion.LONG]
-    assert len(whole) > 3 and all(page in long for page in whole)
-    assert all(page[: conversion.PART] in library and page not in library for page in whole)
+def test_texts_are_cut_pieces_of_every_page(tmp_path: Path) -> None:
+    library, _ = (file.read_text() for file in conversion.written(tmp_path, conversion.PART))
+    long = conversion.written(tmp_path, conversion.LONG_PART)[0].read_text()
+    for page in conversion.pages():
+        assert page[: conversion.PART] in library and page[: conversion.LONG_PART] in long
+    whole = [page for page in conversion.pages() if len(page) >= conversion.WHOLE]
+    assert len(whole) > 3 and not any(page in long for page in whole)
 
 
 @pytest.mark.slow
@@ -51,6 +53,9 @@ def test_long_rows_are_of_whole_long_pages(tmp_path: Path) -> None:
                 "other text, over",
                 "rows of 160: perplexity over the teacher's, held out",
                 "rows of 160: perplexity without memory",
+                "1 further ones for distill",
+                "measured on the first 1 rows",
+                "Inside single pages",
             ),
         ),
         ("conversion_all", ("hla2, key term", "| 128 | read |", "bytes of the state")),
