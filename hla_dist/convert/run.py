@@ -34,7 +34,7 @@ from hla_dist.processes.options import Amount, Checked, Count, Local, Natural, P
 from hla_dist.processes.whole_file import whole_file, write_json
 
 OPTIONS = "options.json"
-USAGE_ROWS = 8  # are read three times
+USAGE_ROWS, USAGE_TOKENS = 8, 16_384  # are read three times: so many rows, of no more tokens, one at least
 STAGES = ("all", "transfer", "distill")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,10 +60,9 @@ class Amounts(Checked):
     rows: Count = 40  # rows to learn from; transfer holds the hidden states of all at once
     distill_rows: Natural = 0  # rows that distill alone learns from, behind those; 0: the same rows
     held_out: Count = 20  # rows to measure on, the last of the text
-    between: Natural = (
-        0  # of these rows, those that swap and transfer are measured on; 0: all, and the last stage always
-    )
+    between: Natural = 0  # of these rows, those that swap and transfer are measured on; 0: all
     other: Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()] = field(default_factory=list)  # text elsewhere
+    other_rows: Natural = 0  # rows of that text to measure on, the first; 0: as many as are held out
     transfer_steps: Count = 40  # steps per layer
     transfer_batch: Count = 2  # rows of such a step; of rows of 4,096 tokens one is enough
     transfer_lr: Amount = 0.0  # the highest learning rate of feature maps or layers; 0: the recipe's
@@ -115,6 +114,8 @@ class Conversion:
         name, rows = ("--distill-rows", amounts.distill_rows) if amounts.distill_rows else ("--rows", amounts.rows)
         if asked.stage != "transfer" and amounts.batch > rows:
             raise UserError(f"--batch: expected at most the {rows} rows ({name}), got {amounts.batch}")
+        if amounts.between > amounts.held_out:
+            raise UserError(f"--between: expected at most the {amounts.held_out} rows held out, got {amounts.between}")
         if asked.stage == "transfer" and self.recipe.transfer is None:
             raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
         if asked.window and "memory" not in self.recipe.swap:
@@ -142,7 +143,16 @@ class Conversion:
         wanted = asdict(self.config)
         for name in ("out", "stage"):
             del wanted["asked"][name]
-        for name in ("distill_rows", "held_out", "between", "other", "distill_steps", "distill_lr", "batch"):
+        for name in (
+            "distill_rows",
+            "held_out",
+            "between",
+            "other",
+            "other_rows",
+            "distill_steps",
+            "distill_lr",
+            "batch",
+        ):
             # the layers do not depend on them
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
@@ -182,7 +192,7 @@ class Conversion:
         of_distill = slice(amounts.rows, learned) if amounts.distill_rows else slice(learned)
         texts = {"transfer": rows[: amounts.rows], "distill": rows[of_distill], "held out": rows[learned + 1 :]}
         if amounts.other:
-            texts["other text"] = self._cut(amounts.other, "--other", amounts.held_out)
+            texts["other text"] = self._cut(amounts.other, "--other", amounts.other_rows or amounts.held_out)
         return {name: tokens.to(self.device) for name, tokens in texts.items()}
 
     def _cut(self, paths: list[str], name: str, wanted: int) -> Tensor:
@@ -247,6 +257,10 @@ class Conversion:
         self._measure("after distill", student)
         return losses
 
+    def _usage_rows(self) -> int:
+        amounts = self.config.amounts
+        return min(amounts.held_out, USAGE_ROWS, max(1, USAGE_TOKENS // amounts.seq_len))
+
     def _bar(self, stage: str, total: int, unit: str) -> Any:
         return tqdm(total=total, desc=stage, unit=unit, disable=self.rank > 0, dynamic_ncols=True)
 
@@ -255,7 +269,7 @@ class Conversion:
         bar.update()
 
     def _write(self, student: LanguageModel, errors: list[LayerError], losses: list[float]) -> None:
-        used = usage(student, self.texts["held out"][:USAGE_ROWS]) if "memory" in self.recipe.swap else None
+        used = usage(student, self.texts["held out"][: self._usage_rows()]) if "memory" in self.recipe.swap else None
         to_huggingface(student.float().cpu().state_dict(), student.config).save_pretrained(self.out / "model")
         self.codec.save(self.out / "model")
         text = "\n".join(self._summary(student, errors, losses, used)) + "\n"
@@ -303,7 +317,7 @@ class Conversion:
         if used is None:
             yield "There is no window beside it: it is all that the layers have."
         else:
-            rows = min(USAGE_ROWS, self.config.amounts.held_out)
+            rows = self._usage_rows()
             of = {"all": "all tokens, those in the window too", "before": "the tokens that have left the window alone"}
             held = of[mixer_of(student, converted(student)[0]).memory]
             yield from (f"On {rows} of the held-out rows. The memory was trained to hold {held}.", "", *used.lines())

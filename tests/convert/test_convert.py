@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,12 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
         convert(folder, out, *same, "--window", "9")
     convert(folder, tmp_path / "all", "--recipe", "tptt")
     assert "to hold all tokens, those in the window too." in (tmp_path / "all" / "summary.md").read_text()
+    # stages between are measured on fewer rows, beside the teacher on the same
+    few = convert(folder, tmp_path / "few", "--between", "1")
+    ratio = json.loads((tmp_path / "few" / "summary.json").read_text())["over_teacher"]["after transfer"]["held out"]
+    (student,), teacher = few.losses["after transfer"]["held out"], few.losses["teacher"]["held out"]
+    assert ratio == pytest.approx(math.exp(student - teacher[0])) and len(teacher) == 2 and teacher[0] != teacher[1]
+    assert len(few.losses["after distill"]["held out"]) == 2
     # a row of a step and its rate are other layers; what backward computes again is no other model
     convert(folder, tmp_path / "other")
     other = json.loads((tmp_path / "other" / "summary.json").read_text())
@@ -391,6 +398,7 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
     (converted / "config.json").write_text('{"model_type": "hla"}')
     for number, (words, message) in enumerate(
         (
+            (["--between", "9"], "--between: expected at most the .* rows held out, got 9"),
             (["--window", "64"], r"--window: expected below the 64 tokens of a row \(--seq-len\), got 64"),
             (
                 ["--other", str(tmp_path / "none.txt")],
