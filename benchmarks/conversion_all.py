@@ -3,20 +3,22 @@
     make convert-all      a quarter of an hour of two cores
     python benchmarks/conversion_all.py --rows 40 --held-out 20 --seq-len 512 --transfer-steps 40 --distill-steps 30
 
-First the recipe radlads with layers of first order, of second order, and of second order with the key term: figures, no
-bars. Then tokens at several contexts, of the model with windows and memories beside the softmax model. The first reads
-its context as far as --read-seconds lets it. The state of a longer one is synthetic: the last one read, at the position
-of the longer text, since size and work do not depend on what a state holds. The softmax model's cache is filled with
-random numbers instead of computed. Both have the pretrained weights, since what was learned changes neither.
+First the recipes without a window: radlads with layers of first order, of second order, and of second order with the
+key term, and xatl: figures, no bars. Then tokens at several contexts, of the model with windows and memories beside the
+softmax model. The first reads its context as far as --read-seconds lets it. The state of a longer one is synthetic: the
+last one read, at the position of the longer text, since size and work do not depend on what a state holds. The softmax
+model's cache is filled with random numbers instead of computed. Both have the pretrained weights, since what was
+learned changes neither.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,34 +35,35 @@ from hla_dist.models import LanguageModel
 from hla_dist.states import KVState
 
 PLAIN = {"output_gate": None}
-LAYERS: dict[str, dict[str, Any]] = {
-    "linear_attention": {"pattern": "linear_attention", "attention": PLAIN},
-    "hla2": {"pattern": "hla2", "attention": PLAIN},
-    "hla2, key term": {"pattern": "hla2", "attention": {**PLAIN, "key_term": True}},
+# of each row the recipe and, if they are not its own, the layers
+ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "radlads, linear_attention": ("radlads", {"pattern": "linear_attention", "attention": PLAIN}),
+    "radlads, hla2": ("radlads", None),
+    "radlads, hla2 with key term": ("radlads", {"pattern": "hla2", "attention": {**PLAIN, "key_term": True}}),
+    "xatl, hla2": ("xatl", None),
 }
 NEW = 32  # tokens at each context
 STAGES = ("as swapped in", "after transfer", "after distill")
 HEADER = ["context", "state from", "CPU ms per token", "state, MiB", "softmax: CPU ms per token", "its cache, MiB"]
 
 
-def pure(args: Any, model: Path, work: Path) -> list[list[str]]:
-    """A row per kind of layer: what the layers miss, and the perplexity over the model's own on both texts."""
-    rows, texts = [], written(work / "text", PART)
+def pure(args: Any, model: Path, work: Path) -> tuple[list[list[str]], dict[str, Any]]:
+    """What the layers of each of ROWS miss, and the perplexity over the model's own on both texts; and all figures."""
+    rows, texts, kept = [], written(work / "text", PART), {}
     sizes = {size: getattr(args, size, 0) for size in SIZES}
-    for name, layers in LAYERS.items():
-        out = (
-            work / f"pure_{name.replace(', ', '_').replace(' ', '_')}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
-        )
-        run = conversion(sizes, model, texts, "radlads", out)
-        run.recipe = replace(RECIPES["radlads"], swap=layers)
+    for name, (recipe, layers) in ROWS.items():
+        out = work / f"pure_{re.sub('[ ,]+', '_', name)}_{args.rows}x{args.seq_len}_{args.transfer_steps}"
+        run = conversion(sizes, model, texts, recipe, out)
+        if layers:
+            run.recipe = replace(RECIPES[recipe], swap=layers)
         run.run()
-        figures = json.loads((out / "summary.json").read_text())
-        before, after = (sum(e[when] for e in figures["transfer"]) / len(figures["transfer"])
-                         for when in ("before", "after"))  # fmt: skip
-        teacher, *stages = figures["perplexity"].values()
-        over = [" / ".join(f"{stage[text] / teacher[text]:.3g}" for text in teacher) for stage in stages]
-        rows.append([name, f"{before:.3f}", f"{after:.3f}", *over])
-    return rows
+        kept[name] = figures = json.loads((out / "summary.json").read_text())
+        missed = [f"{mean(e[when] for e in figures['transfer']):.3f}" if figures["transfer"] else ""
+                  for when in ("before", "after")]  # fmt: skip
+        over = [" / ".join(f"{ratio:.3g}" for ratio in figures["over_teacher"].get(stage, {}).values())
+                for stage in ("swapped in, untrained", "after transfer", "after distill")]  # fmt: skip
+        rows.append([name, *missed, *over])
+    return rows, kept
 
 
 def per_token(model: LanguageModel, carry: Reading) -> float:
@@ -110,7 +113,7 @@ def main() -> int:
         rows=(4, "rows to learn from"), held_out=(2, "rows to measure on, of each text"),
         seq_len=(256, "tokens of a row"), transfer_steps=(8, "steps per layer"),
         distill_steps=(4, "steps of the whole model"), contexts=([1024, 4096, 16384, 65536], "tokens before new ones"),
-        read_seconds=(60.0, "time for reading, over all contexts"), threads=(2, "CPU threads"),
+        read_seconds=(600.0, "time for reading, over all contexts"), threads=(2, "CPU threads"),
     )  # fmt: skip
     from hla_dist.huggingface import load_softmax
 
@@ -119,23 +122,23 @@ def main() -> int:
     asked = {"model": model.name, "contexts": args.contexts, "read_seconds": args.read_seconds}
     generate = lambda: generation(load_softmax(model), args.contexts, args.read_seconds)  # noqa: E731
     at_contexts, by = once(work / "contexts.json", asked, args.about, generate)
-    layers = pure(args, model, work)
+    rows, kept = pure(args, model, work)
     first, last = at_contexts[0], at_contexts[-1]
     span = f"{last['context']:,} over {first['context']:,} tokens"
     targets = [report.Target(f"bytes of the state, {span}", last["mib"] / first["mib"], 1.0, False)]
     steps = f"{args.transfer_steps} steps per layer, {args.distill_steps} of all"
     body = [
         "## Without a window",
-        f"{model.name} by `radlads`: {args.rows} rows of {args.seq_len} tokens, {steps}. What layers miss is of the "
+        f"{model.name}: {args.rows} rows of {args.seq_len} tokens, {steps}. What layers miss is of the "
         "power of the old ones' outputs, on held-out rows; perplexity is over the model's own, held out / other text.",
-        report.table(["layers", "missed before transfer", "after", *STAGES], layers),
+        report.table(["recipe, layers", "missed before transfer", "after", *STAGES], rows),
         "## New tokens after long contexts",
         f"Windows of 64 with memories beside softmax: float32, one text, medians of {NEW} tokens. The softmax model's "
         "cache was filled with random numbers, not computed; synthetic: the last state read, at a later position.",
         *taken_up("These", by, args.about),
         report.table(HEADER, [cells(row) for row in at_contexts]),
     ]
-    data = {"layers": layers, "contexts": at_contexts}
+    data = {"without a window": kept, "contexts": at_contexts}
     return report.finish(args, "A pretrained model without windows", targets, body, data)
 
 

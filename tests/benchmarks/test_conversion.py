@@ -58,7 +58,7 @@ def test_texts_are_cut_pieces_of_every_page(tmp_path: Path) -> None:
                 "Inside single pages",
             ),
         ),
-        ("conversion_all", ("hla2, key term", "| 128 | read |", "bytes of the state")),
+        ("conversion_all", ("hla2 with key term", "| xatl, hla2 |  |  |", "| 128 | read |", "bytes of the state")),
     ],
 )
 def test_quick_run_writes_its_report(tmp_path: Path, script: str, parts: tuple[str, ...]) -> None:
