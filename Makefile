@@ -52,7 +52,7 @@ test-matrix: $(STAMP)
 test-all: $(STAMP)
 	@$(PYTEST) $(ARGS)
 
-# One process per core, one thread each. --processes N or --part i/n in ARGS for other machines.
+# One process per core, one thread each. --processes N, --part i/n or --device cuda in ARGS for other machines.
 EVIDENCE := benchmarks/evidence/run.py --processes 2
 evidence: $(STAMP)
 	@$(PY) $(EVIDENCE) $(ARGS)

@@ -155,7 +155,7 @@ def by_position(model: LanguageModel, text: Tensor, lengths: list[int]) -> Recor
 
 def loss(args: argparse.Namespace, lengths: list[int]) -> tuple[Records, Records]:
     """By model and dtype: bits and norms by position; what a kept state gives for the text's next piece."""
-    text = tasks._library()[1][: lengths[-1] + 1]
+    text = torch.from_numpy(tasks.corpus().held_out[: lengths[-1] + 1].astype("int64"))
     records: Records = []
     reuses: Records = []
     for name in tqdm(MODELS[: args.models], desc="loss by position", leave=False):

@@ -9,7 +9,6 @@ run says.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from benchmarks.evidence.mixers import parameters
-from benchmarks.evidence.steps import median_ms, shortest, take_step
+from benchmarks.evidence.steps import beside, clock, median_ms, shortest, take_step
 from benchmarks.evidence.training import CHECKS, CHOOSING, REPORTED, SOLVED
 from hla_dist import HLAAttention, SoftmaxAttention
 from hla_dist.models.config import NEITHER
@@ -95,7 +94,7 @@ def evaluate(model: nn.Module, pairs: int, seeds: range) -> tuple[float, float]:
     """Return accuracy and loss in nats over the examples of ``seeds``, the same for every run."""
     right, loss = [], []
     for seed in seeds:
-        tokens, targets = examples(Generator().manual_seed(seed), VALIDATION_BATCH, pairs)
+        tokens, targets = beside(model, *examples(Generator().manual_seed(seed), VALIDATION_BATCH, pairs))
         logits = answers(model, tokens)
         right.append((logits.argmax(-1) == targets).float().mean())
         loss.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
@@ -104,15 +103,15 @@ def evaluate(model: nn.Module, pairs: int, seeds: range) -> tuple[float, float]:
 
 def _step(model: nn.Module, run: Capacity, optimizer: torch.optim.Optimizer, index: int) -> None:
     generator = Generator().manual_seed(1_000_000 * (run.seed + 1) + index)
-    tokens, targets = examples(generator, run.batch, run.pairs)
+    tokens, targets = beside(model, *examples(generator, run.batch, run.pairs))
     take_step(F.cross_entropy(answers(model, tokens).flatten(0, 1), targets.flatten()), model, optimizer)
 
 
-def predicted_seconds(run: Capacity) -> float:
-    """Predict the CPU seconds of ``run``, if it does not end early, from the shortest of five steps."""
-    model = run.model()
+def predicted_seconds(run: Capacity, device: torch.device) -> float:
+    """Predict the seconds of ``run``, if it does not end early, from the shortest of five steps."""
+    model = run.model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.step_size)
-    return shortest(lambda index: _step(model, run, optimizer, index), 5) * run.steps
+    return shortest(lambda index: _step(model, run, optimizer, index), 5, device) * run.steps
 
 
 @torch.no_grad()
@@ -122,12 +121,12 @@ def _state_and_decode(model: nn.Module, tokens: Tensor) -> tuple[int, float]:
     return sum(x.nbytes for x in state if isinstance(x, Tensor)), decode
 
 
-def train(run: Capacity) -> dict[str, Any]:
+def train(run: Capacity, device: torch.device) -> dict[str, Any]:
     """Return the line of results: Adam, the step size falling to zero as a cosine; a run ends where it is solved."""
-    model = run.model()
+    model = run.model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.step_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-    start, curve, chosen, done = time.process_time(), [], (0.0, math.nan), 0
+    start, curve, chosen, done = clock(device), [], (0.0, math.nan), 0
     while done < run.steps and chosen[0] < SOLVED:
         _step(model, run, optimizer, done)
         schedule.step()
@@ -135,10 +134,10 @@ def train(run: Capacity) -> dict[str, Any]:
         if done % -(-run.steps // CHECKS) == 0:
             chosen = evaluate(model, run.pairs, CHOOSING)
             curve.append(round(chosen[0], 4))
-    seconds = time.process_time() - start
+    seconds = clock(device) - start
     accuracy, loss = evaluate(model, run.pairs, REPORTED)
     tokens = examples(Generator().manual_seed(0), 1, run.pairs)[0]
-    size, decode = _state_and_decode(model, tokens)
+    size, decode = _state_and_decode(model.cpu(), tokens)
     gains = [x for x in (getattr(model, "gain", None), getattr(model, "skip", None)) if x is not None]
     return {
         "key": run.key,
@@ -155,5 +154,5 @@ def train(run: Capacity) -> dict[str, Any]:
         "parameters": parameters(model),
         "state_bytes": size,
         "decode_cpu_ms": round(decode, 3),
-        "cpu_seconds": round(seconds, 1),
+        f"{device.type}_seconds": round(seconds, 1),
     }

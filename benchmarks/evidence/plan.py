@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.evidence.capacity import Capacity
 from benchmarks.evidence.mixers import MIXERS
@@ -140,6 +141,12 @@ def subset() -> list[Run | Regression | Capacity]:
         *(run for run in _regression() if run.setting == STEADY or run.seed == 0),
         *_capacity(),
     ]  # fmt: skip
+
+
+def on_data(data: str) -> list[Run | Regression | Capacity]:
+    """Return the runs of text with ``data`` in place of the standard library."""
+    runs = [run for run in everything() if isinstance(run, Run) and run.task.maker == "text"]
+    return [replace(run, task=replace(run.task, options={"data": data})) for run in runs]
 
 
 def everything() -> list[Run | Regression | Capacity]:

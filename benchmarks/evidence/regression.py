@@ -9,7 +9,6 @@ Letters: B prompts, n examples, d features.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from benchmarks.evidence.steps import shortest, take_step
+from benchmarks.evidence.steps import beside, clock, shortest, take_step
 from hla_dist import HLAAttention, SoftmaxAttention
 from hla_dist.models.config import NEITHER
 
@@ -148,7 +147,12 @@ class Regression:
 
 
 def _predict(model: nn.Module, prompts: Tensor) -> Tensor:
+    (prompts,) = beside(model, prompts)
     return model(prompts)[0][:, -1, -1]
+
+
+def _mean_square(predicted: Tensor, labels: Tensor) -> Tensor:
+    return (predicted - labels.to(predicted.device)).square().mean()
 
 
 @torch.no_grad()
@@ -158,7 +162,7 @@ def measured(predict: Callable[[Tensor], Tensor], setting: Setting, seed: int) -
     errors = []
     for _ in range(PROMPTS >> 13):
         prompts, labels = setting.prompts(generator, 1 << 13)
-        errors.append((predict(prompts) - labels).square().mean())
+        errors.append(_mean_square(predict(prompts), labels))
     return float(torch.stack(errors).mean())
 
 
@@ -171,26 +175,27 @@ def drawn_optimum(setting: Setting, gated: bool) -> float:
 
 def _step(model: nn.Module, run: Regression, optimizer: torch.optim.Optimizer, generator: Generator) -> None:
     prompts, labels = run.setting.prompts(generator, run.batch)
-    take_step((_predict(model, prompts) - labels).square().mean(), model, optimizer)
+    take_step(_mean_square(_predict(model, prompts), labels), model, optimizer)
 
 
-def predicted_seconds(run: Regression) -> float:
-    """Predict the CPU seconds of ``run`` from the shortest of five steps."""
-    model = run.model()
+def predicted_seconds(run: Regression, device: torch.device) -> float:
+    """Predict the seconds of ``run`` from the shortest of five steps."""
+    model = run.model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.step_size)
-    return shortest(lambda seed: _step(model, run, optimizer, Generator().manual_seed(100 + seed)), 5) * run.steps
+    step = lambda seed: _step(model, run, optimizer, Generator().manual_seed(100 + seed))  # noqa: E731
+    return shortest(step, 5, device) * run.steps
 
 
-def train(run: Regression) -> dict[str, Any]:
+def train(run: Regression, device: torch.device) -> dict[str, Any]:
     """Return the line of results: Adam, the step size falling to zero as a cosine; risk beside the two optima."""
-    model = run.model()
+    model = run.model().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.step_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-    generator, start = Generator().manual_seed(1000 + run.seed), time.process_time()
+    generator, start = Generator().manual_seed(1000 + run.seed), clock(device)
     for _ in range(run.steps):
         _step(model, run, optimizer, generator)
         schedule.step()
-    seconds = time.process_time() - start
+    seconds = clock(device) - start
     return {
         "key": run.key,
         "group": run.group,
@@ -200,5 +205,5 @@ def train(run: Regression) -> dict[str, Any]:
         "chance": float(run.setting.variances.sum()),  # the risk of always saying 0
         "best_step": run.setting.best(gated=False)[0],
         "best_gated": run.setting.best(gated=True)[0],
-        "cpu_seconds": round(seconds, 1),
+        f"{device.type}_seconds": round(seconds, 1),
     }

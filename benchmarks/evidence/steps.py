@@ -1,4 +1,4 @@
-"""What every kind of run does alike: a step down a loss, and how long a call takes."""
+"""What every kind of run does alike: tensors move to the model, a step goes down a loss, a call takes its time."""
 
 import statistics
 import time
@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+def beside(model: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return ``tensors`` on the device of ``model``. They were drawn on the CPU: a seed is the same task anywhere."""
+    device = next(model.parameters()).device
+    return tuple(x.to(device) for x in tensors)
+
+
 def take_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take one step, gradients cut to norm 1."""
     loss.backward()
@@ -17,17 +23,25 @@ def take_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) 
     optimizer.zero_grad()
 
 
-def shortest(step: Callable[[int], object], times: int) -> float:
-    """Return the CPU seconds of the shortest of ``step(1)`` to ``step(times)``; ``step(0)`` warms up."""
-    return min([_cpu_seconds(partial(step, index)) for index in range(times + 1)][1:])
+def clock(device: torch.device) -> float:
+    """Return seconds: the CPU time of this process, or the time of day when a GPU has done all that it was given."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def shortest(step: Callable[[int], object], times: int, device: torch.device) -> float:
+    """Return the seconds of the shortest of ``step(1)`` to ``step(times)``; ``step(0)`` warms up."""
+    return min([_seconds(partial(step, index), device) for index in range(times + 1)][1:])
 
 
 def median_ms(call: Callable[[], object]) -> float:
     """Return the median CPU milliseconds of nine calls."""
-    return 1e3 * statistics.median(_cpu_seconds(call) for _ in range(9))
+    return 1e3 * statistics.median(_seconds(call, torch.device("cpu")) for _ in range(9))
 
 
-def _cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    start = clock(device)
     call()
-    return time.process_time() - start
+    return clock(device) - start

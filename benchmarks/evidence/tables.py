@@ -47,6 +47,16 @@ def tried(lines: list[Line]) -> dict[str, int]:
     return Counter(row for row, _ in pairs)
 
 
+def cpu_seconds(lines: list[Line]) -> list[float]:
+    """Return the CPU seconds of those ``lines`` that were made on a CPU."""
+    return [line["cpu_seconds"] for line in lines if "cpu_seconds" in line]
+
+
+def _cpu_cell(lines: list[Line]) -> str:
+    seconds = cpu_seconds(lines)
+    return f"{statistics.mean(seconds):.0f}" if seconds else ""
+
+
 def _spread(values: list[float]) -> list[str]:
     return [f"{statistics.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}", str(len(values))]
 
@@ -62,7 +72,7 @@ def accuracy_table(lines: list[Line]) -> str:
             f"{statistics.median(x['steps_done'] for x in group):.0f}",
             f"{group[0]['step_size']:g} of {several[name]}", f"{group[0]['state_bytes']:,}",
             f"{statistics.median(x['decode_cpu_ms'] for x in group):.2f}",
-            f"{statistics.mean(x['cpu_seconds'] for x in group):.0f}", f"{group[0]['parameters']:,}",
+            _cpu_cell(group), f"{group[0]['parameters']:,}",
         ])  # fmt: skip
     header = ["mixer", "accuracy", "spread", "seeds", "loss, nats", *(f"at length {length}" for length in beyond),
               "steps", "step size", "state bytes", "decode, CPU ms", "training, CPU s", "parameters"]  # fmt: skip
@@ -76,7 +86,7 @@ def risk_table(lines: list[Line]) -> str:
     rows = [
         [
             name, *_spread([line["risk"] / best for line in group]), f"{group[0]['step_size']:g}",
-            f"{statistics.mean(x['cpu_seconds'] for x in group):.0f}",
+            _cpu_cell(group),
         ]
         for name, group in chosen(lines).items()
     ]  # fmt: skip

@@ -6,17 +6,21 @@ A task is a function ``(generator, batch, length, **options) -> (tokens, targets
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from hla_dist.data.corpus import load_corpus
+from hla_dist.data.corpus import TOKEN_SUFFIXES, Corpus, load_corpus
+from hla_dist.data.token_file import about_path
+from hla_dist.processes.failure import expect
 
 Examples = tuple[Tensor, Tensor, Tensor]
 BYTES = 256
@@ -131,23 +135,37 @@ def needle(generator: Generator, batch: int, length: int, *, vocabulary: int, ne
 
 
 @cache
-def _library() -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's sources, and of those held out."""
-    corpus = load_corpus(seq_len=1024)
-    return tuple(torch.from_numpy(text.astype("int64")) for text in (corpus.train, corpus.held_out))
+def corpus(data: str = "") -> Corpus:
+    """Return the text in the file or folder ``data``; empty: the running Python's standard library, in bytes.
+
+    Raises UserError for what cannot be read, and for bare tokens: nothing says of which vocabulary they are.
+    """
+    bare = Path(data).suffix in TOKEN_SUFFIXES and not about_path(Path(data)).exists()
+    expect(not bare, "--data", "text, or tokens beside the JSON that launch/prepare.py writes", data)
+    return load_corpus([data] if data else [], seq_len=1024)
 
 
-def text(generator: Generator, batch: int, length: int, *, held_out: bool) -> Examples:
-    """Language modelling: windows of the running Python's standard library, in bytes, each predicting the next."""
-    data = _library()[held_out]
-    starts = torch.randint(len(data) - length, (batch, 1), generator=generator)
-    window = data[starts + torch.arange(length + 1)]
+@cache
+def title(data: str) -> str:
+    """Name the text in ``data`` by its last folder or file and by what it holds: other text has another name."""
+    read = corpus(data)
+    digest = hashlib.sha256(repr((read.fingerprint, read.vocab_size)).encode()).hexdigest()
+    return f"{Path(data).resolve().name} {digest[:12]}"
+
+
+def text(generator: Generator, batch: int, length: int, *, data: str = "", held_out: bool) -> Examples:
+    """Language modelling: windows of the tokens in ``data``, each predicting the next."""
+    read = corpus(data)
+    tokens = read.held_out if held_out else read.train
+    starts = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
+    places = starts + torch.arange(length + 1)
+    window = torch.from_numpy(tokens[places.numpy()].astype("int64"))
     return window[:, :-1], window[:, 1:], torch.ones(batch, length, dtype=torch.bool)
 
 
-def _commonest(options: dict[str, int], length: int) -> float:
-    data = _library()[1]
-    return float(data.bincount().max() / len(data))
+def _commonest(options: dict[str, Any], length: int) -> float:
+    held_out = torch.from_numpy(corpus(options.get("data", "")).held_out.astype("int64"))
+    return float(held_out.bincount().max() / len(held_out))
 
 
 MAKERS: dict[str, tuple[Callable[..., Examples], Callable[[dict[str, Any], int], float]]] = {
@@ -166,6 +184,7 @@ class Task:
     """A maker with its sizes.
 
     Attributes:
+        options: What the maker takes: sizes, and of a text its ``data``.
         beyond: Longer sequences, which a model is measured with and not trained with.
         first: Recall is trained with so many pairs first, then with twice as many, up to all; 0: with all from the
             start. As in those papers, a model learns from few pairs what it must do with many. What it must do with
@@ -175,16 +194,15 @@ class Task:
 
     maker: str
     length: int
-    options: dict[str, int] = field(hash=False, default_factory=dict)
+    options: dict[str, Any] = field(hash=False, default_factory=dict)
     beyond: tuple[int, ...] = ()
     first: int = 0
 
     @property
     def name(self) -> str:
-        sizes = [f"{name} {value}" for name, value in sorted(self.options.items())]
-        return ", ".join(
-            [self.maker, f"length {self.length}", *sizes, *([f"first {self.first}"] if self.first else [])]
-        )
+        sizes = [f"{name} {value}" for name, value in sorted(self.options.items()) if name != "data"]
+        maker = self.maker + (f" of {title(self.options['data'])}" if "data" in self.options else "")
+        return ", ".join([maker, f"length {self.length}", *sizes, *([f"first {self.first}"] if self.first else [])])
 
     @property
     def stages(self) -> list[Task]:
@@ -203,6 +221,8 @@ class Task:
     def vocabulary(self) -> int:
         if self.maker == "states":
             return math.factorial(self.options["letters"])
+        if "data" in self.options:
+            return corpus(self.options["data"]).vocab_size
         return self.options.get("vocabulary", BYTES)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.evidence.mixers import build, parameters, state_and_decode
-from benchmarks.evidence.steps import shortest, take_step
+from benchmarks.evidence.steps import beside, clock, shortest, take_step
 from benchmarks.evidence.tasks import Task
 from hla_dist.models import LanguageModel
 from hla_dist.nn import HLAAttention
@@ -65,7 +64,8 @@ def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
 def _step(model: LanguageModel, run: Run, task: Task, optimizer: torch.optim.Optimizer, index: int) -> float:
     """Take a step with as many tokens as the run's own sequences have; return how many of its answers were right."""
     # the training seeds of two run seeds are a million apart: more than any run has steps
-    tokens, targets, scored = task.examples(1_000_000 * run.seed + index, run.batch * run.task.length // task.length)
+    examples = task.examples(1_000_000 * run.seed + index, run.batch * run.task.length // task.length)
+    tokens, targets, scored = beside(model, *examples)
     logits = answers(model, tokens, scored)
     take_step(F.cross_entropy(logits, targets[scored]), model, optimizer)
     return float((logits.argmax(-1) == targets[scored]).float().mean())
@@ -76,7 +76,7 @@ def evaluate(model: LanguageModel, task: Task, seeds: range) -> tuple[float, flo
     """Return accuracy and loss in nats over the scored positions of validation seeds, the same for every run."""
     right, loss, count = 0, 0.0, 0
     for seed in seeds:
-        tokens, targets, scored = task.examples(seed, VALIDATION_BATCH, validation=True)
+        tokens, targets, scored = beside(model, *task.examples(seed, VALIDATION_BATCH, validation=True))
         logits = answers(model, tokens, scored)
         right += int((logits.argmax(-1) == targets[scored]).sum())
         loss += float(F.cross_entropy(logits, targets[scored], reduction="sum"))
@@ -94,25 +94,25 @@ def _optimizer(model: LanguageModel, run: Run) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=run.step_size, weight_decay=0.0)
 
 
-def predicted_seconds(run: Run) -> float:
-    """Predict the CPU seconds of ``run``, if it does not end early, from the shorter of two steps.
+def predicted_seconds(run: Run, device: torch.device) -> float:
+    """Predict the seconds of ``run``, if it does not end early, from the shorter of two steps.
 
     Long sequences are timed in a smaller batch: to time every mixer must not take long itself.
     """
     share = min(run.batch, max(1, run.task.length // 64))
     run = replace(run, batch=run.batch // share)
-    model = run.model()
+    model = run.model().to(device)
     optimizer = _optimizer(model, run)
-    return shortest(lambda index: _step(model, run, run.task, optimizer, index), 2) * share * run.steps
+    return shortest(lambda index: _step(model, run, run.task, optimizer, index), 2, device) * share * run.steps
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, device: torch.device) -> dict[str, Any]:
     """Return the line of results: AdamW without weight decay, a tenth of the steps to warm up, then a cosine to zero.
 
     Gradients are cut to norm 1. Where a task has stages, the next begins when one is mastered. A run ends early where
     the choosing seeds say that it is solved. ``curve`` holds their accuracy at every check.
     """
-    model = run.model()
+    model = run.model().to(device)
     optimizer = _optimizer(model, run)
     warm = max(1, run.steps // 10)
 
@@ -121,7 +121,7 @@ def train(run: Run) -> dict[str, Any]:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     run.task.examples(0, 1)  # a corpus is read before the clock starts
-    start, curve, chosen, done = time.process_time(), [], (0.0, math.nan), 0
+    start, curve, chosen, done = clock(device), [], (0.0, math.nan), 0
     stages, right = run.task.stages, 0.0
     checks = {-(-run.steps * n // CHECKS) for n in range(1, CHECKS + 1)}
     while done < run.steps and chosen[0] < SOLVED:
@@ -133,9 +133,10 @@ def train(run: Run) -> dict[str, Any]:
         if done in checks:
             chosen = evaluate(model, run.task, CHOOSING)
             curve.append(round(chosen[0], 4))
-    seconds = time.process_time() - start
+    seconds = clock(device) - start
     accuracy, loss = evaluate(model, run.task, REPORTED)
-    size, decode = state_and_decode(model, run.task.examples(0, 1, validation=True)[0])
+    beyond = {str(t.length): evaluate(model, t, REPORTED)[0] for t in run.task.longer}
+    size, decode = state_and_decode(model.cpu(), run.task.examples(0, 1, validation=True)[0])
     return {
         "key": run.key,
         "group": run.group,
@@ -145,11 +146,11 @@ def train(run: Run) -> dict[str, Any]:
         "choosing": chosen[1] if math.isfinite(chosen[1]) else None,
         "steps_done": done,
         "curve": curve,
-        "beyond": {str(t.length): evaluate(model, t, REPORTED)[0] for t in run.task.longer},
+        "beyond": beyond,
         "chance": run.task.chance,
         "key_terms": _key_terms(model),
         "parameters": parameters(model),
         "state_bytes": size,
         "decode_cpu_ms": round(decode, 3),
-        "cpu_seconds": round(seconds, 1),
+        f"{device.type}_seconds": round(seconds, 1),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -14,14 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.evidence import capacity, training
+from benchmarks.evidence import capacity, regression, training
 from benchmarks.evidence.capacity import SYMBOLS, Capacity
 from benchmarks.evidence.mixers import MIXERS, build, parameters, state_and_decode
 from benchmarks.evidence.regression import Regression, Setting, descend
-from benchmarks.evidence.tasks import Task
+from benchmarks.evidence.tasks import Task, title
 from benchmarks.evidence.training import Run, train
+from hla_dist.data.sources import read_documents
+from hla_dist.data.token_file import write_tokens
+from hla_dist.processes.failure import UserError
+from tests.elsewhere import ELSEWHERE, Elsewhere
 from tests.harness import shifted
+from tests.tolerances import FLOAT32
 
+CPU = torch.device("cpu")
 TASKS = [
     Task("recall", 32, {"vocabulary": 64, "pairs": 4, "queries": 6}),
     Task("copying", 24, {"vocabulary": 10, "symbols": 5}),
@@ -101,7 +108,7 @@ def test_training_begins_with_few_pairs_and_doubles_them_when_they_are_mastered(
 
     monkeypatch.setattr(training, "_step", step)
     monkeypatch.setattr(training, "evaluate", lambda *_: (0.0, 1.0))
-    line = train(Run(task, "softmax", 1e-2, 0, 60, batch=2, hidden=32))
+    line = train(Run(task, "softmax", 1e-2, 0, 60, batch=2, hidden=32), CPU)
     mastered = math.ceil(math.log(0.1) / math.log(0.9))  # steps until the average of ones has passed 0.9
     assert shapes == [(3, 8)] * (5 + mastered) + [(6, 4)] * mastered + [(12, 2)] * (60 - 5 - 2 * mastered)
     assert line["steps_done"] == 60
@@ -135,6 +142,30 @@ def test_text_predicts_the_next_byte_and_holds_files_out() -> None:
     assert torch.equal(tokens[:, 1:], targets[:, :-1]) and scored.all() and tokens.max() < task.vocabulary
     assert 0.05 < task.chance < 0.5
     assert not torch.equal(tokens, task.examples(0, 4, validation=True)[0])
+
+
+def test_other_text_is_a_task_of_its_own_wherever_it_lies(tmp_path: Path) -> None:
+    for folder, end in (("here", "."), ("there/here", "."), ("other/here", "!")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text("a text" * 1000 + end)
+    here, same, other = (Task("text", 32, {"data": str(tmp_path / x)}) for x in ("here", "there/here", "other/here"))
+    assert re.fullmatch(r"text of here [0-9a-f]{12}, length 32", here.name)
+    assert here.name == same.name != other.name and Task("text", 32).name == "text, length 32"
+    tokens, targets, scored = here.examples(0, 4)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1]) and scored.all() and bytes(tokens[0].tolist()) in b"a text" * 7
+    assert here.vocabulary == 256 and here.chance == pytest.approx(1 / 3, abs=1e-3)
+    line = train(Run(here, "softmax", 1e-2, 0, 1, batch=2, hidden=32), CPU)
+    assert line["key"].startswith(here.name) and 0 < line["loss"] < 20
+
+
+def test_tokens_bring_their_vocabulary_and_bare_ones_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text" * 1000)
+    write_tokens(tmp_path / "tokens.bin", read_documents([str(tmp_path / "a.txt")]), "bytes")
+    task = Task("text", 32, {"data": str(tmp_path / "tokens.bin")})
+    assert task.vocabulary == 256 and task.name.startswith("text of tokens.bin ")
+    (tmp_path / "bare.bin").write_bytes(bytes(5000))
+    with pytest.raises(UserError, match=r"--data: expected text, or tokens beside the JSON .*, got .*bare.bin"):
+        title(str(tmp_path / "bare.bin"))
 
 
 def test_mixers_have_equal_parameters() -> None:
@@ -180,7 +211,6 @@ def test_the_risk_of_one_step_is_what_sampling_says_and_no_other_step_has_less(s
 
 def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
-    from benchmarks.evidence import regression
     from benchmarks.evidence import run as program
     from benchmarks.evidence.tables import chosen
 
@@ -193,20 +223,20 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     runs += [Regression(Setting(2, 4), "linear_attention", 1e-2, 0, steps=2, batch=2)]
     runs += [Capacity("hla2, key term", 1e-2, 0, 6, pairs=2, steps=2, batch=2)]
     assert program.part_of(runs, "2/2") == runs[1::2] and program.part_of(runs, "1/1") == runs
-    with pytest.raises(ValueError, match="--part: expected i/n"):
+    with pytest.raises(UserError, match="--part: expected i/n"):
         program.part_of(runs, "3/2")
     about = {"commit": "c", "hardware": "h", "torch": "t"}
     path = tmp_path / "evidence.jsonl"
-    program.work(runs[:1], path, about)
+    program.work(runs[:1], path, about, CPU)
     before = path.read_text()
-    program.work(runs, path, about)
+    program.work(runs, path, about, CPU)
     assert path.read_text().startswith(before)
     lines = program.read(path)
-    assert list(lines) == [run.key for run in runs]
+    assert list(lines) == [run.key for run in runs] and {line["device"] for line in lines.values()} == {"cpu"}
     # the plan: nothing is left of what is done, and a further seed is
     later = Run(task, "softmax", 1e-2, 1, 3000, batch=2, hidden=32)
     everything = [*runs, later, replace(later, step_size=3e-3)]
-    *groups, total = program.planned(everything, lines, program.by_steps())
+    *groups, total = program.planned(everything, lines, program.by_steps(CPU))
     assert [row[1:3] for row in groups] == [["2", "2"], ["1", "1"], ["1", "1"], ["1", "0"]] and total[:3] == [
         "all",
         "5",
@@ -219,8 +249,12 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     like = program.by_lines(line | {"cpu_seconds": 60.0 * n} for n, line in enumerate(lines.values()))
     plan = program.planned([*everything, replace(runs[0], seed=1), another], lines, like)
     assert [row[3] for row in plan] == ["1.0", "0.0", "0.0", "?", "1 and ?"]
-    program.write(args, list(lines.values()), plan)
+    on_gpu = {k: x for k, x in lines[runs[0].key].items() if k != "cpu_seconds"} | {"device": "Some GPU", "seed": 1}
+    assert program.by_lines([on_gpu])(runs[0]) is None  # nothing is known of CPU seconds
+    unplanned = on_gpu | {"group": "text of another"}
+    program.write(args, [*lines.values(), on_gpu, unplanned], plan)
     text = (tmp_path / "evidence.md").read_text()
+    assert "### text of another" in text and "h, Some GPU, commit c" in text
     assert text.index("## Planned") < text.index("## What was measured") and "| all | 7 | 4 | 1 and ? |" in text
     assert "at length 32" in text and "hla2, key term from (0, 1), conv, K 16" in text and "optimum: one step" in text
     assert (tmp_path / "evidence.png").exists()
@@ -233,6 +267,53 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     assert program.needed([first, second], {"first": line, "second": worse}) == [first]
     better = worse | {"choosing": line["choosing"] - 1}
     assert program.needed([first, second], {"first": line, "second": better}) == [second]
+
+
+@pytest.mark.parametrize(
+    ("module", "run"),
+    [
+        (training, Run(TASKS[4], "hla2, key term from (0, 1), conv", 1e-2, 0, 2, batch=2, hidden=32)),
+        (training, Run(replace(TASKS[4], beyond=(48,)), "softmax, conv", 1e-2, 0, 2, batch=2, hidden=32)),
+        (capacity, Capacity("linear_attention, levels", 1e-2, 0, 4, pairs=2, steps=2, batch=2)),
+        (regression, Regression(Setting(2, 4), "linear_attention, gated", 1e-2, 0, steps=2, batch=2)),
+    ],
+    ids=["hla2", "softmax", "capacity", "regression"],
+)
+def test_a_run_is_the_same_on_a_device_that_is_not_the_cpu(
+    module: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor left on the CPU would be refused."""
+    monkeypatch.setattr(regression, "PROMPTS", 1 << 13)
+    monkeypatch.setattr(Setting, "best", lambda self, gated: (0.0, None, None))  # a search of seconds, on no device
+    model = run.model()
+    want = module.train(run, CPU)
+    monkeypatch.setattr(type(run), "model", lambda self: model)
+    monkeypatch.setattr(module, "clock", lambda device: 0.0)
+    with Elsewhere():
+        got = module.train(run, ELSEWHERE)
+    assert "cpu_seconds" in want and "cpu_seconds" not in got and "meta_seconds" in got
+    for name in want.keys() - {"cpu_seconds", "decode_cpu_ms"}:
+        near = pytest.approx(want[name], rel=FLOAT32) if isinstance(want[name], float) else want[name]
+        assert got[name] == near, name
+
+
+def test_a_tensor_left_on_the_cpu_is_refused_elsewhere() -> None:
+    model = torch.nn.Linear(2, 2)
+    with Elsewhere():
+        model.to(ELSEWHERE)
+        with pytest.raises(RuntimeError, match="expected tensors of one device"):
+            model(torch.ones(1, 2))
+        assert torch.equal(model(torch.ones(1, 2, device=ELSEWHERE)).cpu(), model.cpu()(torch.ones(1, 2)))
+
+
+def test_parts_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import run as program
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    got = [program.device_of("cuda", f"{i}/3") for i in (1, 2, 3)]
+    assert got == [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 0)]
+    assert program.device_of("cpu", "2/3") == CPU
 
 
 def test_hla2_is_held_to_the_state_that_first_order_needs() -> None:
@@ -260,14 +341,42 @@ def test_every_mixer_of_the_plot_has_a_line() -> None:
     assert set(tables.DRAWN) <= {mixer.replace(", conv", "").replace(" from (0, 1)", "") for mixer in mixers}
 
 
-def test_a_name_that_no_group_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "needle"], "--only: expected part of a group's name .*, got 'needle'"),
+        (["--data", "no/text"], "--data: expected a file or a folder, got no/text, which does not exist"),
+        (["--device", "cuda"], "--device: expected cpu where there is no GPU, got cuda"),
+        (["--part", "3/2"], "--part: expected i/n with 1 <= i <= n, got '3/2'"),
+    ],
+    ids=["only", "data", "device", "part"],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
     from benchmarks.evidence import run as program
 
-    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "needle", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--only: expected part of a group's name .*, got 'needle'"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^{message}$"):
         program.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_data_has_the_runs_of_text_and_the_report_all(tmp_path: Path) -> None:
+    pytest.importorskip("tqdm", reason="the benchmarks need the train extra")
+    from benchmarks.evidence import run as program
+
+    (tmp_path / "a.txt").write_text("a text" * 1000)
+    args = argparse.Namespace(data=str(tmp_path / "a.txt"), all=False, quick=False, only="")
+    grid, runs = program.selected(args)
+    text = [run for run in program.everything() if run.group.startswith("text, ")]
+    assert [run.key.replace(title(args.data), "").replace("text of ", "text") for run in runs] == [x.key for x in text]
+    assert [*grid] == [*program.everything(), *runs] and {run.task.vocabulary for run in runs} == {256}
+    args.quick = True
+    assert {run.task.maker for run in program.selected(args)[1]} == {"text"}
 
 
 def test_the_page_says_what_the_lines_and_the_operators_say() -> None:
@@ -312,7 +421,9 @@ def test_every_line_is_of_a_run_that_is_planned() -> None:
     from benchmarks.evidence.plan import everything
 
     keys = {run.key for run in everything()}
-    assert {json.loads(line)["key"] for line in page.LINES.read_text().splitlines()} <= keys
+    lines = [json.loads(line) for line in page.LINES.read_text().splitlines()]
+    # what other text there is nobody plans
+    assert {line["key"] for line in lines if not line["group"].startswith("text of ")} <= keys
 
 
 @pytest.mark.slow  # times the steps of every mixer

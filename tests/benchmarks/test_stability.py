@@ -27,7 +27,8 @@ TEXT = torch.randint(256, (400,), generator=torch.Generator().manual_seed(shifte
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "TRAINED", PIECE)
     monkeypatch.setattr(stability, "OPERATORS", ("hla2",))
-    monkeypatch.setattr(tasks, "_library", lambda: (TEXT, TEXT))
+    library = argparse.Namespace(train=TEXT.numpy(), held_out=TEXT.numpy())
+    monkeypatch.setattr(tasks, "corpus", lambda data="": library)
 
 
 def test_every_part_is_in_the_report_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
