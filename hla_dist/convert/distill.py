@@ -50,6 +50,7 @@ def distill(
     batch: int = 1,
     lr: float = 1e-3,
     thaw: float | None = None,
+    window_dropout: tuple[float, float] | None = None,
     group: Any = None,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
@@ -72,6 +73,9 @@ def distill(
         thaw: Needs ``lora=0``. What the new layers share with the old model, their output projections
             included, is frozen until the mean loss of an eighth of the steps is no longer below the one
             before by this share (XATL). None: nothing is frozen.
+        window_dropout: The share of tokens that see their memory alone, at the first step and at the last,
+            linear between (scheduled window dropout). It needs memories of all tokens beside a window.
+            None: the layers' own share, throughout.
         group: Ranks among which each row is cut into shards; every rank gets the same rows.
         seed: Of the rows' order and the adapters.
         report: Called with each step's number and loss.
@@ -88,12 +92,21 @@ def distill(
     require(thaw is None or not lora, "thaw", f"None with lora={lora}, which freezes what is shared to the end", thaw)
     layers = [mixer_of(student, index) for index in converted(student)]
     require(layers, "distill", "a converted model", f"the pattern {student.config.pattern!r}")
+    dropping = [layer for layer in layers if getattr(layer, "memory", None) == "all" and layer.window is not None]
+    if window_dropout is not None:
+        require(all(0 <= x <= 1 for x in window_dropout), "window_dropout", "two shares from 0 to 1", window_dropout)
+        require(dropping, "window_dropout", "None without memories of all tokens beside a window", window_dropout)
     torch.manual_seed(seed)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     wanted = {name: p.requires_grad for name, p in student.named_parameters()}
-    mode = student.training
+    mode, own = student.training, [layer.window_dropout for layer in dropping]
+    shares = [] if window_dropout is None else torch.linspace(*window_dropout, steps, dtype=torch.float64).tolist()
     with _adapted(student, layers, lora):
-        losses = _train(student, layers, rows, teacher, kl, tokens, steps, batch, lr, thaw, group, report)
+        losses = _train(
+            student, layers, rows, teacher, kl, tokens, steps, batch, lr, thaw, dropping, shares, group, report
+        )
+    for layer, share in zip(dropping, own):
+        layer.window_dropout = share
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
@@ -123,8 +136,8 @@ def _adapted(student: LanguageModel, layers: list[nn.Module], rank: int) -> Iter
 
 def _train(
     student: LanguageModel, layers: list[nn.Module], rows: Tensor, teacher: LanguageModel | None, kl: float,
-    tokens: float, steps: int, batch: int, lr: float, thaw: float | None, group: Any,
-    report: Callable[[int, float], None] | None,
+    tokens: float, steps: int, batch: int, lr: float, thaw: float | None,
+    dropping: list[Any], shares: list[float], group: Any, report: Callable[[int, float], None] | None,
 ) -> list[float]:  # fmt: skip
     model: Any = student if group is None else SequenceParallelHLA(student, group)
     guide: Any = teacher
@@ -147,6 +160,8 @@ def _train(
     order = torch.cat([torch.randperm(len(rows)) for _ in range(-(-steps * batch // len(rows)))])
     losses: list[float] = []
     for step, picked in enumerate(order[: steps * batch].split(batch)):
+        for layer in dropping if shares else []:
+            layer.window_dropout = shares[step]
         shards = shard_batch(rows[picked].to(student.embedding.weight.device), group)
         logits = model(shards.inputs)
         loss = tokens * token_loss(logits, shards.labels, group)

@@ -36,6 +36,9 @@ from hla_dist.processes.whole_file import whole_file, write_json
 OPTIONS = "options.json"
 USAGE_ROWS, USAGE_TOKENS = 8, 16_384  # are read three times: so many rows, of no more tokens, one at least
 STAGES = ("all", "transfer", "distill")
+# amounts that transferred layers do not depend on
+LATER = ("distill_rows", "held_out", "between", "other", "other_rows", "distill_steps", "distill_lr", "window_dropout",
+         "batch")  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -68,6 +71,8 @@ class Amounts(Checked):
     transfer_lr: Amount = 0.0  # the highest learning rate of feature maps or layers; 0: the recipe's
     distill_steps: Count = 20
     distill_lr: Amount = 0.0  # the highest learning rate of distill; 0: the recipe's
+    # share of tokens without a window at the first step of distill and at the last, linear between; else the recipe's
+    window_dropout: Annotated[list[float], arg(metavar="FIRST LAST")] = field(default_factory=list)
     batch: Count = 1  # rows of a step of distill
     seed: Natural = 0
 
@@ -124,6 +129,12 @@ class Conversion:
         if asked.window:
             options["memory"] = {**options["memory"], "window": asked.window}
         window = options.get("memory", {}).get("window", 0)
+        if dropout := amounts.window_dropout:
+            if options.get("memory", {}).get("memory") != "all":
+                raise UserError(f"--window-dropout: expected none, since {asked.recipe} has no memory of all tokens "
+                                f"beside a window, got {dropout}")  # fmt: skip
+            if len(dropout) != 2 or not all(0 <= share <= 1 for share in dropout):
+                raise UserError(f"--window-dropout: expected two shares from 0 to 1, got {dropout}")
         if window >= amounts.seq_len:
             raise UserError(f"--window: expected below the {amounts.seq_len} tokens of a row (--seq-len), got {window}")
         wanted = together(self.group, self._wanted)
@@ -143,17 +154,7 @@ class Conversion:
         wanted = asdict(self.config)
         for name in ("out", "stage"):
             del wanted["asked"][name]
-        for name in (
-            "distill_rows",
-            "held_out",
-            "between",
-            "other",
-            "other_rows",
-            "distill_steps",
-            "distill_lr",
-            "batch",
-        ):
-            # the layers do not depend on them
+        for name in LATER:
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
         file = self.out / OPTIONS
@@ -247,6 +248,8 @@ class Conversion:
         options, amounts = dict(self.recipe.distill), self.config.amounts
         if amounts.distill_lr:
             options["lr"] = amounts.distill_lr
+        if amounts.window_dropout:
+            options["window_dropout"] = tuple(amounts.window_dropout)
         student.activation_checkpointing = self.config.machine.checkpoint_activations
         with self._bar("distill", amounts.distill_steps, "step") as bar:
             losses = distill(

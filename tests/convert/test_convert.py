@@ -168,6 +168,31 @@ def test_distill_merges_its_adapters_and_learns_the_text() -> None:
     assert not torch.equal(whole.blocks[0].mlp.down.weight, model.blocks[0].mlp.down.weight)
 
 
+def test_windows_are_dropped_on_a_schedule() -> None:
+    """Linear from step to step, in the forward passes themselves; afterwards the layers' own share is back."""
+    model, text = teacher(), rows(4)
+    memory = {**MEMORY, "memory": "all", "window_dropout": 0.25}
+
+    def losses(**options: Any) -> list[float]:
+        student = swap(model, memory=memory)
+        layer, used = student.blocks[1].attention, []
+        layer.register_forward_hook(lambda *_: used.append(layer.window_dropout))
+        found = distill(student, text, teacher=model, kl=1.0, steps=5, **options)
+        first, last = options.get("window_dropout", (0.25, 0.25))
+        assert used == pytest.approx([first + (last - first) * step / 4 for step in range(5)], rel=FLOAT64)
+        assert layer.window_dropout == 0.25
+        return found
+
+    assert losses(window_dropout=(0.25, 0.25)) == losses() != losses(window_dropout=(1.0, 0.0))
+    student = swap(model, memory=memory)
+    for share in (-0.1, 1.1, float("nan")):
+        with raises_value_error("window_dropout", "two shares from 0 to 1", f"({share}, 0.5)"):
+            distill(student, text, window_dropout=(share, 0.5))
+    for other in (MEMORY, {"window": None, "memory": "all"}):
+        with raises_value_error("window_dropout", "memories of all tokens beside a window"):
+            distill(swap(model, memory=other), text, window_dropout=(0.9, 0.1))
+
+
 def test_usage_tells_what_is_left_without_each_part() -> None:
     model, text = teacher(), rows(3)
     student = swap(model, memory=MEMORY)
@@ -359,6 +384,7 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     with pytest.raises(UserError, match="--out: expected a new directory, or the options .* got others: window"):
         convert(folder, out, *same, "--window", "9")
     convert(folder, tmp_path / "all", "--recipe", "tptt")
+    convert(folder, tmp_path / "all", "--recipe", "tptt", "--window-dropout", "0.9", "0.1")  # no layer depends on it
     assert "to hold all tokens, those in the window too." in (tmp_path / "all" / "summary.md").read_text()
     # stages between are measured on fewer rows, beside the teacher on the same
     few = convert(folder, tmp_path / "few", "--between", "1")
@@ -418,6 +444,12 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--recipe", "radlads!"], "invalid choice"),
             (["--recipe", "radlads"], "--window: expected none, since radlads has no window, got 8"),
             (["--recipe", "tptt", "--stage", "transfer"], "--stage: expected all or distill"),
+            (
+                ["--window-dropout", "0.9", "0.1"],
+                "--window-dropout: expected none, since lolcats has no memory of all tokens beside a window, got",
+            ),
+            (["--recipe", "hedgecats", "--window-dropout", "0.9"], r"--window-dropout: .* from 0 to 1, got \[0.9\]"),
+            (["--recipe", "hedgecats", "--window-dropout", "0", "2"], r"two shares from 0 to 1, got \[0.0, 2.0\]"),
             (["--from", str(tmp_path)], "config.json"),
             (["--out", str(folder / "config.json")], "--out: expected a directory to write into, got .*: "),
         )
