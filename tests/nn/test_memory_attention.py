@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hla_dist import MemoryAttention, SequenceParallelHLA, SoftmaxAttention
 from hla_dist.nn.softmax_attention import stacked
+from hla_dist.parallel.agreement import HEADER_BYTES
+from hla_dist.parallel.collectives import counter
 from hla_dist.softmax import attend as softmax
 from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
 from tests.nn.test_softmax_attention import (
@@ -227,6 +229,45 @@ def test_on_shards_equals_one_device(pool: RankPool, size: int) -> None:
             parts = [r["state"][field].double() for r in results]
             for part in parts if cu is None or name == "tokens" else [sum(parts)]:
                 assert_close(f"state {name} {case}", part, after[field].double(), FLOAT64)
+
+
+def sent(ranks: int, options: dict[str, Any]) -> list[tuple[int, ...]] | None:
+    """Calls, messages and bytes, forward and then backward, of short and of long shards."""
+    pg = dist.new_group(list(range(ranks)))  # frames of a group are as long as the longest it has agreed on
+    if dist.get_rank() >= ranks:
+        return None
+    layer, found = layer_of(**options), []
+    layer.group = pg
+    for tokens in (20, 40):
+        for _ in range(2):  # the first call also agrees on its signature
+            counter.reset()
+            y, _ = layer(text(tokens=tokens, seed=dist.get_rank()))
+            forward = (counter.calls, counter.messages, counter.bytes)
+            counter.reset()
+            y.sum().backward()
+        found.append((*forward, counter.calls, counter.messages, counter.bytes))
+    dist.destroy_process_group(pg)
+    return found
+
+
+STATES = {"linear_attention": ["KV"], "hla2": ["KK", "KV"], "ahla": ["KV", "KV"], "hla3": ["KK KV", "KV"]}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(memory="all", join="token"), dict(window=None)], ids=str)
+@pytest.mark.parametrize("op", STATES)
+def test_what_is_sent(pool: RankPool, op: str, options: dict[str, Any]) -> None:
+    """Facts, the window, and an all-gather per pass; back the window and the passes. No byte depends on the length."""
+    number, heads, groups, size, features = 8, 4, 2, 4, 8
+    sums = {"KV": features * (size + 1), "KK": features * features}
+    passes = [sum(sums[name] for name in kept.split()) for kept in STATES[op]]
+    numbers = 2 * groups * size + (0 if op == "linear_attention" else heads * size)  # keys, values and queries
+    window = numbers * number * {"before": 6, "all": 5}[options.get("memory", "before")] * ("window" not in options)
+    gather, back = (HEADER_BYTES + number * heads * (max(passes) + gate) for gate in (1, 0))  # the longest frame
+    for rank, found in enumerate(pool.run(sent, 3, options | {"op": op})[:3]):
+        forward = (2 + len(passes), 0, (1 + len(passes)) * gather + window * (rank < 2))
+        backward = (1 + len(passes), 0, len(passes) * back + window * (rank > 0))
+        assert found == [(*forward, *backward)] * 2, rank
+    assert pool.run(sent, 1, options | {"op": op})[0] == [(0,) * 6] * 2
 
 
 def test_padding_is_no_token() -> None:
