@@ -20,6 +20,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hla3": dict(op="hla3", attention={"conv": 4}),
     "key term": dict(attention={"key_term": True, "conv": 4, "rope_theta": 1e4}),
     "memory": dict(pattern="memory,hla2", memory={"window": 5}),
+    "memory, joined per token": dict(
+        pattern="memory", memory={"window": 5, "memory": "all", "join": "token", "gate_bias": 0.0}
+    ),
     "hybrid": dict(pattern="hla2,softmax", softmax={"window": 5}),
 }
 

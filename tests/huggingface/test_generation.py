@@ -20,6 +20,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hla3": dict(op="hla3", attention={"rope_theta": 1e4, "conv": 4}),
     "first order, ratio": dict(op="linear_attention", attention={"normalize": True, "feature_map": "elu+1"}),
     "window and memory": dict(pattern="memory", memory={"window": 3, "op": "hla2"}),
+    "window and memory, joined per token": dict(
+        pattern="memory", memory={"window": 3, "memory": "all", "join": "token", "gate_bias": 0.0}
+    ),
     "grouped, gate a head": dict(num_heads=4, num_kv_heads=2, attention={"decay": "head"}),
 }
 DECODING: dict[str, dict[str, Any]] = {
@@ -88,7 +91,9 @@ def test_generation_with_the_cache_equals_without(decoding):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
-@pytest.mark.parametrize("variant", ["rotary", "window and memory", "grouped, gate a head"])
+@pytest.mark.parametrize(
+    "variant", ["rotary", "window and memory", "window and memory, joined per token", "grouped, gate a head"]
+)
 def test_left_padded_batches_generate_what_each_text_does_alone(variant, options):
     hla = model(**VARIANTS[variant])
     texts = [tokens(1, length, seed=length)[0] for length in (3, 8, 5)]
@@ -113,22 +118,28 @@ def test_a_prompts_cache_is_read_once_and_used_again():
     assert read.get_seq_length() == 8
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_the_cache_moves_with_its_rows():
-    hla, ids = model(), tokens(3, 5)
-    next_tokens = tokens(3, 1, seed=9)
+def test_the_cache_moves_with_its_rows(variant):
+    """Every row goes on as its text does alone, texts shorter than a window among them."""
+    hla, texts = model(**VARIANTS[variant]), [tokens(1, length, seed=length)[0] for length in (5, 1, 8)]
+    (ids, mask), next_tokens = left_padded(texts), tokens(3, 2, seed=9)
 
     def after(change, rows):
-        cache = hla(ids, use_cache=True).past_key_values
+        cache = hla(ids, attention_mask=mask, use_cache=True).past_key_values
         change(cache)
-        got = hla(next_tokens[rows], past_key_values=cache).logits
-        want = hla(torch.cat([ids[rows], next_tokens[rows]], 1)).logits[:, -1:]
-        assert_close("logits", got, want, FLOAT64)
+        more = next_tokens[rows]
+        whole = torch.cat([mask[rows], torch.ones_like(more)], 1)
+        got = hla(more, attention_mask=whole, past_key_values=cache).logits
+        for place, row in enumerate(rows):
+            want = hla(torch.cat([texts[row], next_tokens[row]])[None]).logits[0, -2:]
+            assert_close("logits", got[place], want, FLOAT64)
 
     beams = torch.tensor([2, 2, 0])
     after(lambda cache: cache.reorder_cache(beams), beams)
     after(lambda cache: cache.batch_select_indices(beams[1:]), beams[1:])
     after(lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2]))
+    after(lambda cache: cache.batch_select_indices(torch.tensor([1, 1])), torch.tensor([1, 1]))
     cache = hla(ids, use_cache=True).past_key_values
     assert cache.batch_size == 3
     cache.reset()

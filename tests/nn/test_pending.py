@@ -27,6 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "softmax": dict(rope_theta=None),
     "window": dict(window=4, num_kv_heads=2),
     "memory": dict(window=4, num_kv_heads=2),
+    "memory, joined per token": dict(window=4, memory="all", join="token", gate_bias=0.0),
     "memory, hla2": dict(op="hla2", window=3, decay="head"),
     "memory, hla3": dict(op="hla3", window=2),
 }
