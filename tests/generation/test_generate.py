@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hla_dist import SequenceParallelHLA
 from hla_dist.checkpoints.export import Trained, export
 from hla_dist.data.text import Codec, TextStream
-from hla_dist.generation.generate import GREEDY, Reading, Sampling, follow, generate, pick, read
+from hla_dist.generation.generate import GREEDY, USUAL, Reading, Sampling, follow, generate, pick, read
 from hla_dist.generation.prompt_state import fingerprint, load_state, save_state
 from hla_dist.generation.speculate import speculate
 from hla_dist.models import LanguageModel, ModelConfig
@@ -45,21 +45,27 @@ def same(got: Reading, want: Reading) -> None:
             assert_close(f"layer {index} {name}", a, b, FLOAT64)
 
 
-def read_over_ranks(ranks: int, attention: dict[str, Any], split: int) -> Reading | None:
+def read_over_ranks(ranks: int, mixers: dict[str, Any], split: int) -> Reading | None:
     if (pg := group(ranks)) is None:
         return None
-    model = SequenceParallelHLA(small(attention=attention), pg, reduce_gradients=False)
+    model = SequenceParallelHLA(small(**mixers), pg, reduce_gradients=False)
     before = read(model, TEXT[:split], piece=5)
     return read(model, TEXT[split:], before, piece=7)
 
 
-@pytest.mark.parametrize("attention", [{}, {"rope_theta": 100.0, "conv": 4}])
-def test_ranks_and_pieces_read_what_one_pass_reads(pool: RankPool, attention: dict[str, Any]) -> None:
-    model = small(attention=attention)
+def memory_of(**options: Any) -> dict[str, Any]:
+    return dict(pattern="memory", memory={"window": 4, **options})
+
+
+@pytest.mark.parametrize(
+    "mixers", [{}, dict(attention={"rope_theta": 100.0, "conv": 4}), memory_of(op="hla2", decay="head")], ids=str
+)
+def test_ranks_and_pieces_read_what_one_pass_reads(pool: RankPool, mixers: dict[str, Any]) -> None:
+    model = small(**mixers)
     want = read(model, TEXT)
     same(read(model, TEXT[20:], read(model, TEXT[:20], piece=6), piece=13), want)
     for ranks, split in ((3, 40), (8, 1)):  # with one token nothing is read yet, and shards are empty
-        readings = [c for c in pool.run(read_over_ranks, ranks, attention, split) if c is not None]
+        readings = [c for c in pool.run(read_over_ranks, ranks, mixers, split) if c is not None]
         assert len(readings) == ranks
         for reading in readings:  # every rank's
             same(reading, want)
@@ -100,9 +106,23 @@ def test_top_p_draws_the_fewest_that_reach_it() -> None:
             Sampling(**wrong)
 
 
-@pytest.mark.parametrize("op", ["hla2", "ahla", "hla3", "linear_attention"])
-def test_a_kept_state_goes_on_bit_for_bit(tmp_path: Path, op: str) -> None:
-    model = small(op=op, attention={"conv": 3} if op == "ahla" else {})
+KEPT: dict[str, dict[str, Any]] = {
+    "hla2": dict(op="hla2"),
+    "ahla": dict(op="ahla", attention={"conv": 3}),
+    "hla3": dict(op="hla3"),
+    "linear_attention": dict(op="linear_attention"),
+    "memory": memory_of(),
+    "memory, hla2": memory_of(op="hla2", decay="head"),
+    "memory, ahla": memory_of(op="ahla", memory="all"),
+    "memory, hla3": memory_of(op="hla3", window=None),
+    "memory, joined per token": memory_of(memory="all", join="token", gate_bias=0.0),
+    "softmax": dict(pattern="softmax", softmax={"window": 4}),
+}
+
+
+@pytest.mark.parametrize("mixers", KEPT)
+def test_a_kept_state_goes_on_bit_for_bit(tmp_path: Path, mixers: str) -> None:
+    model = small(**KEPT[mixers])
     reading = read(model, TEXT)
     save_state(reading, model, tmp_path / "deep" / "text.safetensors")
     loaded = load_state(tmp_path / "deep" / "text.safetensors", model)
@@ -111,6 +131,7 @@ def test_a_kept_state_goes_on_bit_for_bit(tmp_path: Path, op: str) -> None:
         assert type(mine) is type(other)
         for name, a, b in zip(mine._fields, mine, other, strict=True):
             assert_bitwise(name, a, b)
+    assert list(follow(model, [loaded], 8, USUAL)) == list(follow(model, [reading], 8, USUAL))
 
 
 def test_a_state_of_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
