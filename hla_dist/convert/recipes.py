@@ -38,13 +38,13 @@ RECIPES = {
         transfer=None,
     ),
     "radlads": Recipe(
-        "second order without a window; layers imitate the old ones, then all imitates the old model (2505.03005)",
+        "second order without a window; layers imitate the old ones, then the model imitates the old one (2505.03005)",
         swap={"pattern": "hla2", "attention": {"output_gate": None}},
         transfer={"train": "attention", "lr": 3e-3},
         distill={"lora": 0, "kl": 1.0, "tokens": 0.0, "lr": 1e-4},
     ),
     "xatl": Recipe(
-        "second order with projections drawn anew; the copied parts are frozen until it stops to pay (2404.02684)",
+        "second order with projections drawn anew; copied parts are frozen until the loss stops falling (2404.02684)",
         swap={"pattern": "hla2", "keep": "shared"},
         transfer=None,
         distill={"lora": 0, "thaw": 0.02},

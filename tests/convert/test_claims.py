@@ -103,7 +103,7 @@ def test_distill_lowers_the_divergence_at_every_step() -> None:
 def test_infini_attention_recalls_a_pass_key_sixteen_windows_back() -> None:
     """Better than its window alone, which cannot see that far: chance is an eighth."""
     keys, window, ask = 8, 4, 16
-    found = []
+    right = []
     for mixer in (
         {"pattern": "memory", "memory": {"join": "gate", "features": "elu+1", "window": window}},
         {"pattern": "softmax", "softmax": {"window": window}},
@@ -120,8 +120,8 @@ def test_infini_attention_recalls_a_pass_key_sixteen_windows_back() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found.append(float((logits.argmax(-1) == key[:, 0]).float().mean()))
-    assert found[0] > 0.7 and found[1] < 0.4, found
+        right.append(float((logits.argmax(-1) == key[:, 0]).float().mean()))
+    assert right[0] > 0.7 and right[1] < 0.4, right
 
 
 class Recall(nn.Module):

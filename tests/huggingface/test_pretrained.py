@@ -100,7 +100,7 @@ def write_gguf(path: Path, reference: PreTrainedModel, **changes: Any) -> None:
     for word, value in {**words, "rope.freq_base": config.rope_parameters["rope_theta"], **changes}.items():
         if isinstance(value, (int, float)):
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{family}.{word}", value)
-    names = {theirs: own for own, theirs in (gguf_file.MODULES | gguf_file.LAYER_MODULES).items()}
+    names = {name: word for word, name in (gguf_file.MODULES | gguf_file.LAYER_MODULES).items()}
     for name, parameter in reference.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
