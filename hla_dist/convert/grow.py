@@ -2,6 +2,8 @@
 
 q' . k' = q . k,  and S' q' restricted to the old channels is S q,  because the new channels of q' are 0
 d loss / d weight of the new channels != 0,  because those of k' are not
+
+A convolution, like norms and rotary positions, takes new channels apart from old ones.
 """
 
 from dataclasses import replace
@@ -41,12 +43,10 @@ def grow(model: LanguageModel, head_dim: int, *, seed: int = 0) -> LanguageModel
             if name not in given:  # q_grown, which is 0
                 continue
             old = given[name]
-            if parameter.shape == old.shape:
-                parameter.copy_(old)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter[:size] = old
-            else:
-                parameter.view(-1, head_dim, old.shape[1])[:, :size] = old.view(-1, size, old.shape[1])
+            heads = (len(parameter) - len(old)) // (head_dim - size)  # 0 where nothing grows
+            grown, before = parameter[: heads * head_dim], old[: heads * size]
+            grown.unflatten(0, (heads, head_dim))[:, :size] = before.unflatten(0, (heads, size))
+            parameter[heads * head_dim :] = old[heads * size :]  # of a convolution the values' channels
     return larger.train(model.training)
 
 

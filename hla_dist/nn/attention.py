@@ -116,9 +116,8 @@ class HLAAttention(AttentionLayer):
             tell where that is; without them one all-gather of one integer per call asks. A call with
             ``state`` needs positions.
         conv: Width, 2 to 8, of a ``ShortConvolution`` with SiLU that queries, keys and values pass
-            before ``feature_map``. None: none, as ``mask="full"`` and ``grown`` want it. Its last
-            inputs are part of the state (``ConvHLA2State``, for example). Its weight decays like a
-            matrix.
+            before ``feature_map``. None: none, as ``mask="full"`` wants it. Its last inputs are part of
+            the state (``ConvHLA2State``, for example). Its weight decays like a matrix.
         conv_backend: As for ``ShortConvolution``.
         key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
             is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
@@ -133,8 +132,8 @@ class HLAAttention(AttentionLayer):
         grown: How many of the K channels, the last ones, were added to a trained layer
             (``hla_dist.convert.grow``): norm and rotary positions take them apart from the older ones,
             and queries' new channels are times a learned weight ``[H grown]`` that starts at 0. So the
-            layer's function does not change where it grows. Without ``conv``, gates per channel, and
-            feature maps that mix channels.
+            layer's function does not change where it grows. Without gates per channel, and feature maps
+            that mix channels.
         mask: The operator's, as all below.
         decay_form: See ``hla_dist.hla2``.
         ridge: See ``hla_dist.hla2``.
@@ -242,7 +241,7 @@ class HLAAttention(AttentionLayer):
             require(decay != "channel", "decay", "a gate per head with levels", repr(decay))
             refuse_options(self.options)
         if grown:
-            taken = {"conv": conv, "decay": decay if decay == "channel" else None, "feature_map": feature_map if
+            taken = {"decay": decay if decay == "channel" else None, "feature_map": feature_map if
                      callable(feature_map) or feature_map == "softmax" else None}  # fmt: skip
             for name, value in taken.items():
                 require(value is None, name, f"one that leaves channels apart with grown={grown}", repr(value))

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hla_dist import HLAAttention
+from hla_dist import HLAAttention, SequenceParallelHLA
 from hla_dist.convert import RECIPES, distill, grow, perplexity, swap, transfer, usage
 from hla_dist.convert.transfer import _divergence, heads, weights
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.models.config import BACKED, SIZES
+from hla_dist.parallel.shard import shard_batch, token_loss
 from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
 from tests.tolerances import FLOAT32, FLOAT64
 
@@ -277,6 +279,8 @@ GROWING: list[dict[str, Any]] = [
     ),
     dict(op="ahla", num_kv_heads=2, attention={"qk_norm": None, "scale": 0.4, "decay": "head"}),
     dict(op="hla3", attention={"key_term": True, "ridge": 0.3, "value_dim": 5}),
+    dict(attention=SIZES["tiny"]["attention"]),  # a convolution and the key term
+    dict(op="hla3", num_kv_heads=2, attention=BACKED | {"qk_norm": "rms", "rope_theta": 50.0, "value_dim": 5}),
 ]
 
 
@@ -305,6 +309,38 @@ def test_a_grown_model_is_the_same_function_and_learns_with_its_new_channels(opt
     again.load_state_dict(larger.state_dict())
     assert_bitwise("loaded", again(text), larger(text))
     assert not torch.equal(again(text), model(text))
+    if (conv := larger.blocks[0].attention.conv) is not None:  # the new channels' weights learn from the second step on
+        heads = 4 + (model.config.num_kv_heads or 4)
+        larger.zero_grad()
+        larger(text[:, :-1], labels=text[:, 1:]).backward()
+        assert conv.weight.grad[: heads * 12].unflatten(0, (heads, 12))[:, 8:].any(2).all()
+
+
+def grown_further() -> LanguageModel:
+    torch.manual_seed(shifted(3))
+    options = {"vocab_size": 24, "hidden_size": 32, "attention": SIZES["tiny"]["attention"]}
+    larger = grow(LanguageModel(ModelConfig.named("tiny", **options)), 12).double()
+    with torch.no_grad():
+        for block in larger.blocks:
+            block.attention.q_grown.uniform_(-1, 1)
+    return larger
+
+
+def gradients_of(model: Any, group: Any = None) -> list[Tensor | None]:
+    shards = shard_batch(rows(2), group)
+    token_loss(model(shards.inputs), shards.labels, group).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def grown_on_ranks(pg: dist.ProcessGroup) -> list[Tensor | None]:
+    return gradients_of(SequenceParallelHLA(grown_further(), pg), pg)
+
+
+def test_a_grown_model_on_ranks_is_the_one_on_one(pool: RankPool) -> None:
+    want = gradients_of(grown_further())
+    for gradients in pool.run_group(2, grown_on_ranks):
+        for n, (one, two) in enumerate(zip(gradients, want, strict=True)):
+            assert_close(f"d parameter {n}", one, two, FLOAT64 * 10)
 
 
 def test_what_cannot_grow_is_refused() -> None:
@@ -314,7 +350,7 @@ def test_what_cannot_grow_is_refused() -> None:
     for model, size, parts in (
         (made(), 8, ("head_dim", "above the model's 8", "got 8")),
         (made(pattern="hla2,softmax"), 12, ("grow", "softmax")),
-        (made(attention={"conv": 4}), 12, ("conv", "grown=4")),
+        (made(op="linear_attention", attention={"decay": "channel"}), 12, ("decay", "grown=4")),
         (made(attention={"feature_map": "softmax"}), 12, ("feature_map", "'softmax'")),
         (made(attention={"rope_theta": 1e4}), 11, ("rope_theta", "an even head_dim")),
         (grow(made(), 12), 16, ("grow", "by 4 channels")),
@@ -323,7 +359,7 @@ def test_what_cannot_grow_is_refused() -> None:
             grow(model, size)
     for grown, options in ((3, {"rope_theta": 1e4}), (8, {})):
         with raises_value_error("grown", "from 0 to below head_dim=8", f"got {grown}"):
-            HLAAttention(32, 4, grown=grown, conv=None, **options)
+            HLAAttention(32, 4, grown=grown, **options)
 
 
 @pytest.fixture(scope="module")
