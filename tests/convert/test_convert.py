@@ -179,11 +179,11 @@ def test_windows_are_dropped_on_a_schedule() -> None:
         student = swap(model, memory=memory)
         layer, used = student.blocks[1].attention, []
         layer.register_forward_hook(lambda *_: used.append(layer.window_dropout))
-        found = distill(student, text, teacher=model, kl=1.0, steps=5, **options)
+        values = distill(student, text, teacher=model, kl=1.0, steps=5, **options)
         first, last = options.get("window_dropout", (0.25, 0.25))
         assert used == pytest.approx([first + (last - first) * step / 4 for step in range(5)], rel=FLOAT64)
         assert layer.window_dropout == 0.25
-        return found
+        return values
 
     assert losses(window_dropout=(0.25, 0.25)) == losses() != losses(window_dropout=(1.0, 0.0))
     student = swap(model, memory=memory)
