@@ -13,12 +13,14 @@ class Recipe:
         swap: Options of ``swap``.
         transfer: Options of ``transfer``; None: no such stage.
         distill: Options of ``distill``.
+        longer: Options of a further ``distill`` of longer rows; None: no such stage.
     """
 
     about: str
     swap: dict[str, Any]
     transfer: dict[str, Any] | None = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
+    longer: dict[str, Any] | None = None
 
 
 RECIPES = {
@@ -42,6 +44,7 @@ RECIPES = {
         swap={"pattern": "hla2", "attention": {"output_gate": None}},
         transfer={"train": "attention", "lr": 3e-3},
         distill={"lora": 0, "kl": 1.0, "tokens": 0.0, "lr": 1e-4},
+        longer={"lora": 0, "lr": 7e-5},  # next tokens alone; its rate over that of distill is the paper's
     ),
     "xatl": Recipe(
         "second order with projections drawn anew; copied parts are frozen until the loss stops falling (2404.02684)",

@@ -38,7 +38,8 @@ USAGE_ROWS, USAGE_TOKENS = 8, 16_384  # are read three times: so many rows, of n
 STAGES = ("all", "transfer", "distill")
 # amounts that transferred layers do not depend on
 LATER = ("distill_rows", "distill_len", "held_out", "between", "other", "other_rows", "distill_steps", "distill_lr",
-         "window_dropout", "batch")  # fmt: skip
+         "window_dropout", "longer_steps", "batch")  # fmt: skip
+JOINED = 4  # rows, or pieces, that are one row of the stage on longer rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,6 +75,8 @@ class Amounts(Checked):
     distill_lr: Amount = 0.0  # the highest learning rate of distill; 0: the recipe's
     # share of tokens without a window at the first step of distill and at the last, linear between; else the recipe's
     window_dropout: Annotated[list[float], arg(metavar="FIRST LAST")] = field(default_factory=list)
+    # steps of a last stage on the next tokens of rows four times as long, behind distill; of radlads only; 0: none
+    longer_steps: Natural = 0
     batch: Count = 1  # rows of a step of distill
     seed: Natural = 0
 
@@ -125,6 +128,13 @@ class Conversion:
             raise UserError(f"--batch: expected at most the {rows} rows ({name}), got {amounts.batch}")
         if amounts.between > amounts.held_out:
             raise UserError(f"--between: expected at most the {amounts.held_out} rows held out, got {amounts.between}")
+        if amounts.longer_steps and self.recipe.longer is None:
+            raise UserError(f"--longer-steps: expected none, since {asked.recipe} has no stage on longer rows, got "
+                            f"{amounts.longer_steps}")  # fmt: skip
+        pieces = rows * (amounts.seq_len // (amounts.distill_len or amounts.seq_len))
+        if amounts.longer_steps and pieces < (least := JOINED * amounts.batch):
+            raise UserError(f"--longer-steps: expected at least {least} rows ({name}), or pieces of them, of which "
+                            f"{JOINED} are joined into one, got {pieces}")  # fmt: skip
         if asked.stage == "transfer" and self.recipe.transfer is None:
             raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
         if asked.window and "memory" not in self.recipe.swap:
@@ -250,19 +260,30 @@ class Conversion:
         return errors
 
     def _distill(self, student: LanguageModel, teacher: LanguageModel) -> list[float]:
-        options, amounts = dict(self.recipe.distill), self.config.amounts
+        options, amounts, rows = dict(self.recipe.distill), self.config.amounts, self.texts["distill"]
         if amounts.distill_lr:
             options["lr"] = amounts.distill_lr
         if amounts.window_dropout:
             options["window_dropout"] = tuple(amounts.window_dropout)
         student.activation_checkpointing = self.config.machine.checkpoint_activations
-        with self._bar("distill", amounts.distill_steps, "step") as bar:
+        losses = self._learn("distill", student, teacher, rows, amounts.distill_steps, options)
+        if amounts.longer_steps and self.recipe.longer is not None:
+            joined = rows[: len(rows) // JOINED * JOINED].reshape(-1, JOINED * rows.shape[1])
+            self._learn("longer rows", student, teacher, joined, amounts.longer_steps, self.recipe.longer)
+        return losses
+
+    def _learn(
+        self, stage: str, student: LanguageModel, teacher: LanguageModel, rows: Tensor, steps: int,
+        options: dict[str, Any],
+    ) -> list[float]:  # fmt: skip
+        amounts = self.config.amounts
+        with self._bar(stage, steps, "step") as bar:
             losses = distill(
-                student, self.texts["distill"], teacher=teacher if options.get("kl") else None,
-                steps=amounts.distill_steps, batch=amounts.batch, group=self.group, seed=amounts.seed, **options,
+                student, rows, teacher=teacher if options.get("kl") else None,
+                steps=steps, batch=amounts.batch, group=self.group, seed=amounts.seed, **options,
                 report=lambda _, loss: self._step(bar, f"loss {loss:.3f}"),
             )  # fmt: skip
-        self._measure("after distill", student)
+        self._measure(f"after {stage}", student)
         return losses
 
     def _usage_rows(self) -> int:

@@ -90,13 +90,18 @@ def test_windows_dropped_on_a_schedule_are_leaned_on_less(learned: LanguageModel
     assert lost[1] < 0.95 * lost[0], lost
 
 
-def test_distill_lowers_the_divergence_at_every_step() -> None:
-    """RADLADS' second stage, on all rows at once so that no step differs in its text."""
+def test_radlads_lowers_each_stages_loss_at_every_step() -> None:
+    """RADLADS' second and third stage, on all rows at once so that no step differs in its text."""
     model, recipe, text = teacher(softmax={"rope_theta": 100.0, "qk_norm": None}), RECIPES["radlads"], rows(4)
     student = swap(model, **recipe.swap)
     transfer(student, model, text, steps=2, **recipe.transfer or {})
     losses = distill(student, text, teacher=model, steps=10, batch=len(text), **recipe.distill)
     assert all(after < before for before, after in pairwise(losses)), losses
+    joined = text.reshape(1, -1)  # the third stage, of next tokens alone
+    before = perplexity(student, joined)
+    losses = distill(student, joined, steps=10, **recipe.longer or {})
+    assert all(after < before for before, after in pairwise(losses)), losses
+    assert perplexity(student, joined) < before
 
 
 @pytest.mark.slow

@@ -430,6 +430,8 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     (student,), teacher = few.losses["after transfer"]["held out"], few.losses["teacher"]["held out"]
     assert ratio == pytest.approx(math.exp(student - teacher[0])) and len(teacher) == 2 and teacher[0] != teacher[1]
     assert len(few.losses["after distill"]["held out"]) == 2
+    convert(folder, tmp_path / "longer", "--recipe", "radlads", "--window", "0", "--longer-steps", "1")
+    assert "| after longer rows |" in (tmp_path / "longer" / "summary.md").read_text()
     # a row of a step and its rate are other layers; what backward computes again is no other model
     convert(folder, tmp_path / "other")
     other = json.loads((tmp_path / "other" / "summary.json").read_text())
@@ -486,6 +488,11 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--recipe", "radlads!"], "invalid choice"),
             (["--recipe", "radlads"], "--window: expected none, since radlads has no window, got 8"),
             (["--recipe", "tptt", "--stage", "transfer"], "--stage: expected all or distill"),
+            (["--longer-steps", "3"], "--longer-steps: expected none, since lolcats has no stage on longer rows"),
+            (
+                ["--recipe", "radlads", "--window", "0", "--longer-steps", "3", "--rows", "3"],
+                r"--longer-steps: expected at least 4 rows \(--rows\), or pieces of them, .* joined into one, got 3",
+            ),
             (
                 ["--window-dropout", "0.9", "0.1"],
                 "--window-dropout: expected none, since lolcats has no memory of all tokens beside a window, got",

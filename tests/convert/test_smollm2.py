@@ -94,6 +94,11 @@ def test_each_recipe_converts_it(pretrained: tuple[LanguageModel, Path, Tensor],
     before = perplexity(student, learned)
     losses = distill(student, learned, teacher=model, steps=4, **recipe.distill)
     assert len(losses) == 4 and perplexity(student, learned) < before
+    if recipe.longer is not None:
+        joined = learned.reshape(1, -1)
+        before = perplexity(student, joined)
+        distill(student, joined, steps=4, **recipe.longer)
+        assert perplexity(student, joined) < before
     if name == "lolcats":
         used = usage(student, held_out)
         assert used.whole < 1.5 * perplexity(model, held_out) and used.without_memory > 1.1 * used.whole
