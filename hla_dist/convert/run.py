@@ -32,6 +32,7 @@ from hla_dist.models.language_model import CHECKPOINTING
 from hla_dist.processes.failure import UserError, together
 from hla_dist.processes.options import Amount, Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
 from hla_dist.processes.whole_file import whole_file, write_json
+from hla_dist.training.continuation import refuse_run
 
 OPTIONS = "options.json"
 USAGE_ROWS, USAGE_TOKENS = 8, 16_384  # are read three times: so many rows, of no more tokens, one at least
@@ -171,8 +172,13 @@ class Conversion:
         for name in LATER:
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
+        refuse_run(self.out, "--out")
         file = self.out / OPTIONS
-        if file.is_file() and (before := json.loads(file.read_text())) != wanted:
+        try:
+            before = json.loads(file.read_text()) if file.is_file() else wanted
+        except ValueError as exc:
+            raise UserError(f"{file}: expected the options of a conversion in JSON, got {exc}") from exc
+        if before != wanted:
             names = [n for group in wanted for n in wanted[group] if before.get(group, {}).get(n) != wanted[group][n]]
             raise UserError(f"--out: expected a new directory, or the options of the conversion in {file}, got others: "
                             f"{', '.join(names)}")  # fmt: skip

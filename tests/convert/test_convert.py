@@ -462,6 +462,10 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
     converted = tmp_path / "converted"
     converted.mkdir()
     (converted / "config.json").write_text('{"model_type": "hla"}')
+    run, torn = tmp_path / "run", tmp_path / "torn"
+    for directory, name, text in ((run, "config.json", '{"run": {}, "launch": {}}'), (torn, "options.json", '{"ask')):
+        directory.mkdir()
+        (directory / name).write_text(text)
     for number, (words, message) in enumerate(
         (
             (
@@ -500,6 +504,8 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--recipe", "hedgecats", "--window-dropout", "0.9"], r"--window-dropout: .* from 0 to 1, got \[0.9\]"),
             (["--recipe", "hedgecats", "--window-dropout", "0", "2"], r"two shares from 0 to 1, got \[0.0, 2.0\]"),
             (["--from", str(tmp_path)], "config.json"),
+            (["--out", str(run)], "--out: expected a directory for this alone, got .*, that of a training run"),
+            (["--out", str(torn)], "options.json: expected the options of a conversion in JSON, got "),
             (["--out", str(folder / "config.json")], "--out: expected a directory to write into, got .*: "),
         )
     ):
