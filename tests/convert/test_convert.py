@@ -423,9 +423,7 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     convert(folder, tmp_path / "all", "--recipe", "tptt", "--window-dropout", "0.9", "0.1")  # no layer depends on it
     assert "to hold all tokens, those in the window too." in (tmp_path / "all" / "summary.md").read_text()
     # stages between are measured on fewer rows, beside the teacher on the same
-    few = convert(folder, tmp_path / "few", "--between", "1", "--distill-len", "32")
-    assert torch.equal(few.texts["distill"].flatten(), few.texts["transfer"].flatten())
-    assert few.texts["distill"].shape == (12, 32)
+    few = convert(folder, tmp_path / "few", "--between", "1")
     ratio = json.loads((tmp_path / "few" / "summary.json").read_text())["over_teacher"]["after transfer"]["held out"]
     (student,), teacher = few.losses["after transfer"]["held out"], few.losses["teacher"]["held out"]
     assert ratio == pytest.approx(math.exp(student - teacher[0])) and len(teacher) == 2 and teacher[0] != teacher[1]
@@ -468,10 +466,6 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
         (directory / name).write_text(text)
     for number, (words, message) in enumerate(
         (
-            (
-                ["--distill-len", "48"],
-                r"--distill-len: expected .* a part of the 64 tokens of a row \(--seq-len\), got 48",
-            ),
             (["--between", "9"], "--between: expected at most the .* rows held out, got 9"),
             (["--window", "64"], r"--window: expected below the 64 tokens of a row \(--seq-len\), got 64"),
             (
@@ -495,7 +489,7 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--longer-steps", "3"], "--longer-steps: expected none, since lolcats has no stage on longer rows"),
             (
                 ["--recipe", "radlads", "--window", "0", "--longer-steps", "3", "--rows", "3"],
-                r"--longer-steps: expected at least 4 rows \(--rows\), or pieces of them, .* joined into one, got 3",
+                r"--longer-steps: expected at least 4 rows \(--rows\), of which 4 are joined into one, got 3",
             ),
             (
                 ["--window-dropout", "0.9", "0.1"],
