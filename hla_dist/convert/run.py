@@ -327,8 +327,8 @@ class Conversion:
             cells = [f"{value:.4g} | {ratio:.3f}" for value, ratio in values.values()]
             yield f"| {stage} | {' | '.join(cells)} |"
         if between:
-            of = f"Swap and transfer are measured on the first {between} rows of each text"
-            yield from ("", f"{of}, and their ratios are to the teacher on the same rows.")
+            measured = f"Swap and transfer are measured on the first {between} rows of each text"
+            yield from ("", f"{measured}, and their ratios are to the teacher on the same rows.")
         if errors:
             before, after = (sum(x) / len(errors) for x in zip(*((e.before, e.after) for e in errors)))
             worst = max(errors, key=lambda e: e.after)
