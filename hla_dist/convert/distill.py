@@ -73,9 +73,9 @@ def distill(
         thaw: Needs ``lora=0``. What the new layers share with the old model, their output projections
             included, is frozen until the mean loss of an eighth of the steps is no longer below the one
             before by this share (XATL). None: nothing is frozen.
-        window_dropout: The share of tokens that see their memory alone, at the first step and at the last,
-            linear between (scheduled window dropout). It needs memories of all tokens beside a window.
-            None: the layers' own share, throughout.
+        window_dropout: The share of tokens that see their memory alone, at the first step and at the
+            last, linear between (scheduled window dropout). It needs memories of all tokens beside a
+            window. None: the layers' own share, throughout.
         group: Ranks among which each row is cut into shards; every rank gets the same rows.
         seed: Of the rows' order and the adapters.
         report: Called with each step's number and loss.
