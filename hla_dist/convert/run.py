@@ -326,9 +326,10 @@ class Conversion:
         for stage, values in self._perplexities().items():
             cells = [f"{value:.4g} | {ratio:.3f}" for value, ratio in values.values()]
             yield f"| {stage} | {' | '.join(cells)} |"
-        if between:
-            measured = f"Swap and transfer are measured on the first {between} rows of each text"
-            yield from ("", f"{measured}, and their ratios are to the teacher on the same rows.")
+        rows_of = {stage: max(map(len, of.values())) for stage, of in self.losses.items()}
+        if few := [stage for stage, rows in rows_of.items() if rows < rows_of["teacher"]]:
+            yield from ("", f"{'; '.join(few).capitalize()}: measured on the first {between} rows of each text, with "
+                        "ratios to the teacher on the same rows.")  # fmt: skip
         if errors:
             before, after = (sum(x) / len(errors) for x in zip(*((e.before, e.after) for e in errors)))
             worst = max(errors, key=lambda e: e.after)

@@ -428,6 +428,11 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     (student,), teacher = few.losses["after transfer"]["held out"], few.losses["teacher"]["held out"]
     assert ratio == pytest.approx(math.exp(student - teacher[0])) and len(teacher) == 2 and teacher[0] != teacher[1]
     assert len(few.losses["after distill"]["held out"]) == 2
+    said = "Swapped in, untrained; after transfer: measured on the first 1 rows of each text"
+    assert said in (tmp_path / "few" / "summary.md").read_text()
+    convert(folder, tmp_path / "last", "--between", "1", "--stage", "transfer")  # whose last stage is on all rows
+    said = "Swapped in, untrained: measured on the first 1 rows of each text"
+    assert said in (tmp_path / "last" / "summary.md").read_text()
     convert(folder, tmp_path / "longer", "--recipe", "radlads", "--window", "0", "--longer-steps", "1")
     assert "| after longer rows |" in (tmp_path / "longer" / "summary.md").read_text()
     # a row of a step and its rate are other layers; what backward computes again is no other model
