@@ -130,9 +130,8 @@ def inside_pages(model: Path, converted: Path, seq_len: int, count: int) -> list
     rows = list(itertools.islice((row for row in whole if len(row) == seq_len), count))
     if len(rows) < count:
         raise SystemExit(f"expected {count} pages of {seq_len} tokens, got {len(rows)}: --long-seq-len takes less")
-    losses = [row_losses(each, torch.tensor(rows)) for each in (old, new)]
-    return [[f"{exp_mean(a):.4g}", f"{exp_mean(b):.4g}", f"{exp_mean(b) / exp_mean(a):.3f}"]
-            for a, b in (([x], [y]) for x, y in zip(*losses))]  # fmt: skip
+    before, after = ([exp_mean([loss]) for loss in row_losses(each, torch.tensor(rows))] for each in (old, new))
+    return [[f"{a:.4g}", f"{b:.4g}", f"{b / a:.3f}"] for a, b in zip(before, after)]
 
 
 def taken_up(what: str, by: dict[str, Any], about: dict[str, Any]) -> list[str]:
