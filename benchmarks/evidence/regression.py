@@ -31,6 +31,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "linear_attention, gated": {"op": "linear_attention", "decay": "token"},
     "hla2": {"op": "hla2", "decay": None},
     "hla2, key term": {"op": "hla2", "decay": None, "key_term": True},
+    "hla2, key term, decay per head": {"op": "hla2", "decay": "head", "key_term": True},
     "ahla": {"op": "ahla", "decay": None},
 }
 
