@@ -4,8 +4,8 @@ Letters, as everywhere: N rows (batch rows, or documents when sequences are pack
 queries and keys, V the size of values; with ``normalize`` every V below reads V + 1 (a column of ones rides along).
 Gates are written Gamma(end, i): the product of the gates after token i up to the end of the sequence.
 
-Every field is ``[N, H, K, K]`` or ``[N, H, K, V]``, float32, or float64 for float64 inputs. Heads are always query
-heads: that keys and values may be shared between them is a matter of storage, not of this interface.
+Every field is ``[N, H, K, K]`` or ``[N, H, K, V]``, float32, or float64 for float64 inputs. Heads are query heads, even
+where keys and values are shared between them. Only ``remembering`` keeps one memory for all that share them.
 """
 
 from typing import Any, NamedTuple
@@ -146,7 +146,8 @@ def remembering(kind: Any) -> Any:
 
     Before that state's fields, which are sums over features of tokens that have left the window, it has
     those of ``KVState``: ``k`` and ``v`` ``[N, S, G, K]`` of the tokens that have not, and ``tokens``
-    ``[N]``. Above first order these tokens' queries ``q [N, S, H, K]`` are kept too, since the memory
+    ``[N]``. At first order without decay P is kept once per key/value head, ``[N, G, F, K + 1]``. Above
+    first order these tokens' queries ``q [N, S, H, K]`` are kept too, since the memory
     takes them up with the keys. ``MemoryHLA2State(k, v, q, tokens, S, F)``, for example.
     """
     window = ("k", "v", "tokens") if kind is LinearState else ("k", "v", "q", "tokens")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hla_dist.functional.any_order import Cascade, CausalPass
+from hla_dist.functional.any_order import Cascade, CausalPass, repeated
 from hla_dist.functional.validate import require
 from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.chunks import map_tokens
@@ -80,7 +80,8 @@ class MemoryAttention(SoftmaxAttention):
     y and every gradient are those of one device, for shards of any lengths, for documents and padding.
     The state has constant size: the window's keys and values, and the operator's state
     (``MemoryLinearState``, for example, of ``hla_dist.states``). A token enters the memory when it
-    leaves the window.
+    leaves the window. At first order without ``decay`` the state has one memory per key/value head,
+    ``P [B, G, F, K + 1]``, else one per query head.
 
     Communication over a group: one all-gather of a few integers; one all-to-all forward and one
     backward, of the window's keys and values; and the operator's passes, one all-gather each way each.
@@ -117,10 +118,12 @@ class MemoryAttention(SoftmaxAttention):
 
     Examples:
         >>> import torch, hla_dist
-        >>> attention = hla_dist.MemoryAttention(hidden_size=32, num_heads=4, window=16)
+        >>> attention = hla_dist.MemoryAttention(
+        ...     hidden_size=32, num_heads=4, num_kv_heads=2, window=16
+        ... )
         >>> y, state = attention(torch.randn(2, 100, 32), output_final_state=True)
         >>> y.shape, state.k.shape, state.P.shape
-        (torch.Size([2, 100, 32]), torch.Size([2, 16, 4, 8]), torch.Size([2, 4, 16, 9]))
+        (torch.Size([2, 100, 32]), torch.Size([2, 16, 2, 8]), torch.Size([2, 2, 16, 9]))
     """
 
     _shown = ("op", "num_heads", "num_kv_heads", "head_dim", "window", "memory", "join", "features")
@@ -265,6 +268,21 @@ class MemoryAttention(SoftmaxAttention):
     def _state_kind(self) -> Any:
         return remembering(NAMED[self.op].state)
 
+    @property
+    def _alike(self) -> int:
+        """How many consecutive query heads have equal memories, of which the state keeps one: those of a key/value
+        head, unless each has a decay of its own or its queries enter too.
+        """
+        equal = self.op == "linear_attention" and self.decay is None
+        return self.num_heads // self.num_kv_heads if equal else 1
+
+    def _check_state(self, x: Tensor, state: Any, rows: int, equal: bool) -> None:
+        super()._check_state(x, state, rows, equal)
+        count = self.num_heads // self._alike
+        for name in _carries(self._state_kind()):
+            shape = list(getattr(state, name).shape)
+            require(shape[1:2] == [count], f"state.{name}", f"[{rows}, {count}, ...], a memory per head", shape)
+
     def _chosen(self, call: softmax.SoftmaxCall, ranks: int) -> str:
         return "gather"
 
@@ -303,13 +321,15 @@ class MemoryAttention(SoftmaxAttention):
             options |= {"cu_seqlens": spans.cu.to(q.device), "cu_seqlens_cpu": spans.cu}
             options |= {"shard_lengths": list(spans.lengths)} if pg is not None else {}
         if state is not None:
-            options["initial_state"] = {name: getattr(state, name) for name in _carries(kind)}
+            options["initial_state"] = {n: repeated(getattr(state, n), 1, self.num_heads) for n in _carries(kind)}
         far, carry = self._remember(q, present, *map(self._in_heads, entering.split(widths, -1)), **options)
         o = self._joined(near, far, *gate).to(v.dtype)
         after = softmax.keep(call, rows, low)
         if after is None:
             return o, None
         kept = dict(zip(slots, map(self._in_heads, after[0].split(widths, -1))))
+        if self._alike > 1:  # a copy, so that the others are freed
+            carry = {name: x[:, :: self._alike].contiguous() for name, x in carry.items()}
         return o, kind(**kept, tokens=after[1], **carry)
 
     def _in_groups(self, x: Tensor) -> Tensor:

@@ -169,14 +169,50 @@ def test_pieces_with_states_equal_the_whole(case: dict[str, Any]) -> None:
             assert_close(f"row {n}", y[n : n + 1], want, FLOAT64)
 
 
-def test_gradients_go_through_the_state() -> None:
-    want = truth(CASES[1])
-    layer, x = layer_of(**CASES[1]), text(2)
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_gradients_go_through_the_state(case: dict[str, Any]) -> None:
+    want = truth(case)
+    layer, x = layer_of(**case), text(2)
     first, state = layer(x[:, :11], output_final_state=True)
-    y = torch.cat([first, layer(x[:, 11:], state)[0]], 1)
+    second, state = layer(x[:, 11:12], state)  # a decode step
+    y = torch.cat([first, second, layer(x[:, 12:], state)[0]], 1)
     (y * weights_like(y)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert_close(f"d {name}", parameter.grad, want[f"d {name}"], FLOAT64)
+
+
+def test_query_heads_that_share_keys_and_values_share_a_memory() -> None:
+    """At first order without decay; each has one of its own where a decay or its queries tell them apart."""
+    features, width = 8, 5  # of keys; of values, and a column for the mass
+    for options, memories in ((dict(), 2), (dict(num_kv_heads=4), 4), (dict(decay="head"), 4), (dict(op="ahla"), 4)):
+        layer = layer_of(**options)
+        _, state = layer(text(2), output_final_state=True)
+        assert state.P.shape == (2, memories, features, width), options
+        assert state.P.untyped_storage().nbytes() == state.P.numel() * 8, options  # none is kept out of sight
+    layer = layer_of()
+    _, state = layer(text(2), output_final_state=True)
+    with raises_value_error("state.P", "[2, 2, ...], a memory per head", "[2, 4, 8, 5]"):
+        layer(text(2), state._replace(P=state.P.repeat_interleave(2, 1)))
+
+
+def gradients_of_state(pg: dist.ProcessGroup | None, lengths: list[int]) -> dict[str, Tensor]:
+    """Of the whole text's first tokens, which every rank reads, through a state into shards and a state out of them."""
+    layer, before = layer_of(), text(2, seed=1, tokens=13).requires_grad_()
+    _, state = layer(before, output_final_state=True)
+    rank = 0 if pg is None else dist.get_rank(pg)
+    start = sum(lengths[:rank])
+    x = text(2)[:, start : start + lengths[rank]].requires_grad_()
+    y, after = layer(x, state, group=pg, output_final_state=True)
+    share = 1 / len(lengths)  # every rank has the state after the last token, and its loss
+    (y * weights_like(y, start)).sum().add(after.P.square().sum(), alpha=share).backward()
+    return {"dx": x.grad, "before": before.grad}
+
+
+def test_gradients_of_a_shared_memory_go_into_shards_and_out(pool: RankPool) -> None:
+    want = gradients_of_state(None, [TOKENS])
+    ranks = pool.run_group(3, gradients_of_state, SPLITS[3])
+    assert_close("dx", torch.cat([r["dx"] for r in ranks], 1), want["dx"], FLOAT64)
+    assert_close("before", sum(r["before"] for r in ranks), want["before"], FLOAT64)
 
 
 def on_ranks(pg: dist.ProcessGroup, lengths: list[int], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
