@@ -213,9 +213,10 @@ def main() -> int:
         long_transfer_lr=(0.03, "the highest learning rate of feature maps on long rows"),
         long_distill_steps=(12, "steps of the whole model on long rows"),
         long_distill_lr=(0.002, "the highest learning rate of the whole model on long rows"),
-        long_window=(192, "tokens of the exact window on long rows"),
+        long_window=(176, "tokens of the exact window on long rows"),
         whole_pages=(2, "single pages to measure inside"), threads=(2, "CPU threads"),
     )  # fmt: skip
+    report.keep_memory(True)  # logits of a long row are 800 MB: mapped afresh they cost a third of the time
     if args.long and RECIPES[args.recipe].transfer and RECIPES[args.recipe].transfer.get("loss") == "weights":
         sys.exit(f"--recipe {args.recipe}: expected --no-long, since it teaches weights, [T, T] of each head")
     if args.recipe != "lolcats":
