@@ -77,9 +77,17 @@ def load_tokenizer(path: str) -> Any:
     tokenizers = optional_package("tokenizers", "--tokenizer")
     expect(Path(path).is_file(), "--tokenizer", "a JSON file", f"{path}, which is none")
     try:
-        return tokenizers.Tokenizer.from_file(path)
+        tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as exc:  # the package raises plain Exception
         raise UserError(f"--tokenizer: expected the JSON of a tokenizer in {path}, got: {exc}") from exc
+    return whole_texts(tokenizer)
+
+
+def whole_texts(tokenizer: Any) -> Any:
+    """The tokenizer without the truncation and padding that are stored with it if its last batch had them."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 JOINED = (

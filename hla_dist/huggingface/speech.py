@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from hla_dist.data.text import Codec
+from hla_dist.data.text import Codec, whole_texts
 from hla_dist.huggingface.pretrained import load_softmax
 from hla_dist.models import LanguageModel
 from hla_dist.processes.failure import UserError, describe
@@ -22,7 +22,7 @@ class PretrainedCodec(Codec):
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         try:
             self._whole = AutoTokenizer.from_pretrained(**where, local_files_only=True)
-            self.tokenizer = self._whole.backend_tokenizer
+            self.tokenizer = whole_texts(self._whole.backend_tokenizer)
         except Exception as exc:  # transformers and tokenizers raise many kinds
             raise UserError(f"{path}: expected a tokenizer, got none: {describe(exc)}") from exc
         ends = {self._whole.eos_token_id}

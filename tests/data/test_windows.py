@@ -12,6 +12,7 @@ import torch
 
 from hla_dist.data.corpus import load_corpus
 from hla_dist.data.sources import Document, list_files
+from hla_dist.data.text import Codec
 from hla_dist.data.token_file import write_tokens
 from hla_dist.data.windows import MIXED, Mixture, Windows, _epoch, cut, held_out_windows
 from hla_dist.processes.failure import UserError
@@ -139,6 +140,10 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     assert corpus.bytes_per_token == pytest.approx(3000 / (len(corpus.train) + len(corpus.held_out)))
     assert corpus.codec.decode(corpus.codec.encode("the state")) == "the state"
     (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
+    tokenizer.enable_truncation(4)  # transformers saves what its last batch had
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "cut.json"))
+    assert len(Codec(str(tmp_path / "cut.json")).encode("the state " * 10)) == 20
     with pytest.raises(UserError, match="--tokenizer: expected the JSON of a tokenizer"):
         load_corpus([str(path)], seq_len=16, tokenizer=str(tmp_path / "broken.json"))
 
