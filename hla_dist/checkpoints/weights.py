@@ -1,5 +1,7 @@
 """A model's parameters alone, to begin a run with: from a checkpoint, a safetensors file or a folder of such files."""
 
+import json
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from hla_dist.models import LanguageModel, ModelConfig
 from hla_dist.nn.head_norm import current_name
 from hla_dist.parallel.collectives import all_gather_objects
 from hla_dist.processes import tensor_file
-from hla_dist.processes.failure import UserError, expect, together
+from hla_dist.processes.failure import UserError, describe, expect, together
 
 _SUFFIX = ".safetensors"
 _TRANSFORMERS = "model.network."  # before the names in a folder that transformers has saved
@@ -26,6 +28,7 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
     model: ModelConfig | None  # None: the files do not say
     path: Path
+    tokenizer: str | None = None  # its file; None: bytes, or not known
 
 
 def read_weights(path: Path, group: Any) -> Weights:
@@ -35,7 +38,7 @@ def read_weights(path: Path, group: Any) -> Weights:
     checkpoint, or a run's --out directory. Communication: small objects. Raises UserError, the same on every rank.
     """
     own = [path] if path.is_file() else sorted(path.glob(f"*{_SUFFIX}"))
-    files = all_gather_objects(list(map(str, own)), group)[0]
+    path, files = all_gather_objects((path, own), group)[0]
     if files:
         return together(group, partial(_read_files, path, files), patient=True)
     saved = checkpoints.open_checkpoint(path, group)
@@ -49,31 +52,56 @@ def read_weights(path: Path, group: Any) -> Weights:
         }
         read_tensors(saved.path, tensors)
         plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        return Weights(plain, ModelConfig.from_dict(saved.state["model"]), saved.path)
+        return described(saved)._replace(tensors=plain)
 
     return together(group, read, patient=True)
 
 
+def described(saved: checkpoints.Checkpoint) -> Weights:
+    """What a checkpoint says of its model, without the parameters."""
+    model = ModelConfig.from_dict(saved.state["model"])
+    return Weights({}, model, saved.path, saved.state["run"].get("tokenizer"))
+
+
 def put_weights(weights: Weights, model: LanguageModel) -> None:
     """Copy the parameters into ``model``, in its dtype; UserError naming the first that is missing, odd or too many."""
-    wanted = model.state_dict()
+    wanted, hint = model.state_dict(), ""
+    if weights.model is not None and weights.model.differences(model.config):
+        hint = " (without options of the model it is the one that is described there)"
     tensors = {current_name(name.removeprefix(_TRANSFORMERS)): tensor for name, tensor in weights.tensors.items()}
     if model.lm_head is None:
         tensors.pop("lm_head.weight", None)  # transformers may write the tied matrix twice
     for name, parameter in wanted.items():
-        expect(name in tensors, "--init-from", f"parameter {name} in {weights.path}", "none of that name")
+        expect(name in tensors, "--init-from", f"parameter {name} in {weights.path}", f"none of that name{hint}")
         shape, wanted_shape = tuple(tensors[name].shape), tuple(parameter.shape)
-        expect(shape == wanted_shape, "--init-from", f"{name} with shape {wanted_shape} in {weights.path}", shape)
+        fitting = f"{name} with shape {wanted_shape} in {weights.path}"
+        expect(shape == wanted_shape, "--init-from", fitting, f"{shape}{hint}")
     for name in sorted(tensors.keys() - wanted.keys()):
-        raise UserError(f"--init-from: expected the parameters of this model in {weights.path}, got also {name}")
+        raise UserError(f"--init-from: expected the parameters of this model in {weights.path}, got also {name}{hint}")
     model.load_state_dict(tensors)
 
 
-def _read_files(path: Path, files: list[str]) -> Weights:
+def _read_files(path: Path, files: list[Path]) -> Weights:
     tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {}
+    about = {} if path.is_file() else _about_folder(path)
     for name in files:
-        part, description = tensor_file.read_tensors(Path(name), KEY, "--init-from")
+        part, description = tensor_file.read_tensors(name, KEY, "--init-from")
         tensors |= part
         about |= description
-    return Weights(tensors, ModelConfig.from_dict(about["model"]) if "model" in about else None, path)
+    model = ModelConfig.from_dict(about["model"]) if "model" in about else None
+    return Weights(tensors, model, path, about.get("tokenizer"))
+
+
+def _about_folder(folder: Path) -> dict[str, Any]:
+    """What transformers' files in ``folder`` say of a model of this library, without transformers; {} without them."""
+    file, tokenizer = folder / "config.json", folder / "tokenizer.json"
+    try:
+        values = json.loads(file.read_text()) if file.is_file() else {}
+        kind = values.get("model_type")
+    except (ValueError, AttributeError) as exc:
+        raise UserError(f"--init-from: expected a model's configuration in {file}, got: {describe(exc)}") from exc
+    if kind is None:
+        return {}
+    expect(kind == "hla", "--init-from", f"a model of this library (launch/convert.py makes one) in {folder}", kind)
+    model = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}  # what is left out is default
+    return {"model": model, "tokenizer": str(tokenizer.resolve()) if tokenizer.is_file() else None}

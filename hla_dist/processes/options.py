@@ -56,6 +56,8 @@ Directory = Annotated[str | None, arg(metavar="DIR"), Local()]
 class Checked:
     """Base of options: UserError for a number below the least of its annotation, and for NaN."""
 
+    given: frozenset[str] | None = None  # fields whose flags were typed; None: no command line made it
+
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
@@ -106,10 +108,14 @@ def parse_options(
     if unknown := [word for word in words if re.match(r"--\w[\w-]*_", word)]:  # tyro would read _ as -
         _refuse(f"unrecognized arguments: {' '.join(unknown)}")
     with on_parse_error(_report):
-        return tyro.cli(
+        options = tyro.cli(
             kind, prog=program, description=about, args=words, console_outputs=not quiet, registry=_registry,
             config=(tyro.conf.OmitArgPrefixes,),
         )  # fmt: skip
+    if isinstance(options, Checked):
+        flags = (word.partition("=")[0] for word in words if word.startswith("--"))
+        options.given = frozenset(word[2:].removeprefix("no-").replace("-", "_") for word in flags)
+    return options
 
 
 def _refuse(message: str) -> NoReturn:

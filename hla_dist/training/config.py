@@ -67,7 +67,7 @@ class Data(Checked):
 
 @dataclass
 class ModelShape(Checked):
-    """A named size, and what is changed of it."""
+    """A named size, and what is changed of it; none of these with --init-from or --resume: the model stored there."""
 
     size: Annotated[str, one_of(*SIZES)] = "tiny"  # named size, which the options below change
     op: Annotated[str, one_of(*NAMED)] = "hla2"  # operator of the attention layers
@@ -162,7 +162,8 @@ class Output(Checked):
     # is any, else start. A run that torchrun restarts needs no flag
     resume: Annotated[str | None, optional_value("", "DIR"), Local(words=("", "auto"))] = None
     # begin with these parameters, at step 0 and with fresh moments: a .safetensors file or folder, a checkpoint, or the
-    # --out of a run; --size and the like must describe its model
+    # --out of a run. Its model and tokenizer come along if it says what they are and no option of the model is given;
+    # with one, these options must describe the whole model
     init_from: Annotated[str | None, arg(metavar="PATH"), Local()] = None
     # log to this project of Weights & Biases too, by the package 'wandb' (needs --out)
     wandb: str | None = None
@@ -177,7 +178,7 @@ class Output(Checked):
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Checked):
     """Everything that decides a run. The defaults are the demonstration: minutes on two CPU cores."""
 
     data: Data = field(default_factory=Data)
@@ -213,6 +214,13 @@ class TrainConfig:
         fresh, both = "no --resume beside it, which goes on with parameters of its own", f"{resume or output.out}"
         expect(init_from is None or resume in (None, "auto"), "--init-from", fresh, f"both {init_from} and {both}")
         expect(written or output.wandb is None, "--wandb", "--out too, which holds what is logged", "none")
+
+    @property
+    def describes_model(self) -> bool:
+        """Whether an option of the model is given, so that all of them describe it, and not a file."""
+        if self.given is None:
+            return self.model != ModelShape()
+        return not self.given.isdisjoint(f.name for f in fields(ModelShape))
 
     def refuse_offload_on_cpu(self) -> None:
         """UserError if something is to be offloaded: without GPUs there is nowhere to."""

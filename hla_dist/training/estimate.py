@@ -71,6 +71,10 @@ def planned(config: TrainConfig, world_size: int) -> Step:
                          ("offload_activations", (False,)), ("offload_parameters", (False,)),
                          ("ep", (1,))):  # fmt: skip
         expect(options[name] in wanted, "--dry-run", f"{flag(name)} {wanted[-1]}", options[name])
+    described = config.describes_model or (config.output.init_from is None and config.output.resume is None)
+    expect(
+        described, "--dry-run", "options of the model, since it reads no files", "none beside --init-from or --resume"
+    )
     model = config.model_config(config.data.vocab_size or Codec(config.data.tokenizer).vocab_size)
     step, ranks = config.optimisation, config.ranks
     shards = ranks.sp or max(1, world_size // (max(1, ranks.dp_shard) * max(1, ranks.dp_replicate)))

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.checkpoints.saver import Saver
 from hla_dist.checkpoints.tensors import capture, read_random
-from hla_dist.checkpoints.weights import put_weights, read_weights
+from hla_dist.checkpoints.weights import Weights, described, put_weights, read_weights
 from hla_dist.data.bigram import bigram_bits
 from hla_dist.data.corpus import Corpus, load_corpus
 from hla_dist.data.fingerprint import changes, check_alike
@@ -64,17 +65,28 @@ class TrainingRun:
         self.saved = -1  # the step of the last checkpoint
         self.log: MetricsLog | None = None
         self.out = None if output.out is None else followed(Path(output.out))
+        self.start = decide(config, self.job, mesh.world)
+        self.resumed: checkpoints.Checkpoint | None = None
+        weights = self._open_weights()
+        # the configuration stays as it was given: a restart is known by it
+        self.tokenizer, self.vocab_size = data.tokenizer, data.vocab_size
+        self.stored: ModelConfig | None = None  # the model, where a file describes it and no option does
+        if weights is not None and weights.model is not None and not config.describes_model:
+            self.stored, self.tokenizer = weights.model, data.tokenizer or weights.tokenizer
+            if self.tokenizer is not None:  # a model's vocabulary may be rounded up from its tokenizer's
+                self.vocab_size = data.vocab_size or self.stored.vocab_size
+            reader = "" if self.tokenizer is None else f", its tokenizer {self.tokenizer}"
+            self.say(f"the model is as {weights.path} describes it{reader}")
         self.corpus: Corpus = together(mesh.world, self._load_corpus, patient=True)
         check_alike(self.corpus.fingerprint, self.corpus.description, mesh.world)
-        vocabulary = data.vocab_size or self.corpus.vocab_size
-        self.model_config: ModelConfig = together(mesh.world, lambda: config.model_config(vocabulary))
+        self.model_config: ModelConfig = together(mesh.world, self._describe_model)
         if optimisation.deterministic:
             be_deterministic()
         torch.manual_seed(optimisation.seed)  # the same on every rank: parameters start equal
         model = together(mesh.world, lambda: LanguageModel(self.model_config))
-        self.start = decide(config, self.job, mesh.world)
-        if output.init_from is not None and self.start.source is None:
-            self._init_from(Path(output.init_from), model)
+        if weights is not None and self.resumed is None:
+            self._init_from(weights, model)
+        del weights
         model = model.to(mesh.device)
         if self.start.source is None:  # FSDP2 would take its slices from ranks that differ
             where = "--init-from" if output.init_from is not None else "--seed"
@@ -108,11 +120,27 @@ class TrainingRun:
         self._resume()
         together(mesh.world, self._open_output)
 
+    def _open_weights(self) -> Weights | None:
+        """What the run begins with: of a checkpoint to resume from, what it says of its model, else --init-from's."""
+        world, path = self.mesh.world, self.config.output.init_from
+        if self.start.source is None:
+            return None if path is None else read_weights(Path(path), world)
+        self.resumed = checkpoints.open_checkpoint(self.start.source, world)
+        return together(world, partial(described, self.resumed))
+
+    def _describe_model(self) -> ModelConfig:
+        vocabulary = self.vocab_size or self.corpus.vocab_size
+        if self.stored is None:
+            return self.config.model_config(vocabulary)
+        size = self.stored.vocab_size
+        expect(vocabulary == size, "--tokenizer, --vocab-size", f"those of the model, {size:,} tokens", vocabulary)
+        return self.stored
+
     def _load_corpus(self) -> Corpus:
         data = self.config.data
         return load_corpus(
-            data.data, seq_len=data.seq_len, held_out=data.held_out, tokenizer=data.tokenizer,
-            vocab_size=data.vocab_size, token_dtype=None if data.token_dtype == "none" else data.token_dtype,
+            data.data, seq_len=data.seq_len, held_out=data.held_out, tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size, token_dtype=None if data.token_dtype == "none" else data.token_dtype,
             text_field=data.text_field, end_token=data.end_token, weights=data.data_weights,
             verify=self.main if data.verify_data is None else data.verify_data, whole=bool(data.verify_data),
         )  # fmt: skip
@@ -130,9 +158,8 @@ class TrainingRun:
             some = f"at least one token to continue, all of the vocabulary of {size}"
             expect(tokens and max(tokens) < size, "--prompt", some, f"{prompt!r}: {tokens}")
 
-    def _init_from(self, path: Path, model: LanguageModel) -> None:
-        """Begin with the parameters in ``path``; what its model says of itself and this one's differs in is a line."""
-        weights = read_weights(path, self.mesh.world)
+    def _init_from(self, weights: Weights, model: LanguageModel) -> None:
+        """Begin with these parameters; what their model says of itself and this one's differs in is a line."""
         together(self.mesh.world, lambda: put_weights(weights, model))
         self.say(f"begins with the parameters of {weights.path}")
         for name in self.model_config.differences(weights.model) if weights.model is not None else []:
@@ -142,11 +169,11 @@ class TrainingRun:
     def _resume(self) -> None:
         """Go on from a checkpoint if the options say so, or if this launch has been here before."""
         world = self.mesh.world
-        if self.start.source is None:
+        if self.resumed is None:
             if self.start.data is not None:
                 self._compare_data(self.start.data, "the earlier life of this run")
             return
-        saved = checkpoints.open_checkpoint(self.start.source, world)
+        saved = self.resumed
         for line in saved.passed_over:
             self.warn(f"{line}; going on from {saved.path}", all_ranks=False)
 
@@ -234,7 +261,7 @@ class TrainingRun:
             raise
 
     def _train(self) -> int:
-        mixers = self.config.model.pattern or self.config.model.op
+        mixers = self.model_config.pattern or self.model_config.op
         self.say(
             f"{self.parameters:,} parameters, {mixers}; {self.config.data.seq_len:,} tokens per sequence over "
             f"{self.mesh.shards} rank(s), {self.mesh.replicas} replica(s)" + self.mesh.sharding
@@ -365,7 +392,7 @@ class TrainingRun:
                 "ranks": group_size(self.mesh.world),
                 "schedule": {name: getattr(self.config.optimisation, name) for name in schedule},
                 "model": self.model_config.to_dict(),
-                "run": self.config.to_dict(),
+                "run": self.config.to_dict() | {"tokenizer": self.tokenizer},
                 "data": self.corpus.fingerprint,
             }
             self.saver.wait()  # before the copy: two would be twice the memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="folders of transformers need the extra hf")
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM
 
 from hla_dist import SequenceParallelHLA
 from hla_dist.checkpoints import directory as checkpoint
-from hla_dist.checkpoints.export import load_trained
+from hla_dist.checkpoints.export import export, load_trained
 from hla_dist.checkpoints.tensors import capture
 from hla_dist.convert import distill, swap, transfer
+from hla_dist.data.sources import read_documents
+from hla_dist.data.token_file import write_tokens
 from hla_dist.generation.generate import GREEDY, generate
 from hla_dist.huggingface import to_huggingface
 from hla_dist.huggingface.folders import main
+from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
 from hla_dist.parallel.shard import shard_batch, token_loss
+from hla_dist.processes.failure import UserError
+from hla_dist.processes.mesh import Degrees
+from hla_dist.training.config import TrainConfig, parse
+from hla_dist.training.estimate import planned
+from hla_dist.training.metrics import read_metrics
 from hla_dist.training.optim import build_adamw
 from tests.convert.test_convert import MEMORY, rows, teacher
-from tests.harness import RankPool, assert_bitwise, assert_close
+from tests.harness import RankPool, assert_bitwise, assert_close, run_ranks
+from tests.processes.test_mesh import run_on
 from tests.tolerances import FLOAT64
+from tests.training.corpora import WORDS, write_text
+from tests.training.test_steps import mistakes, model_bytes, run_config
 
 
 def converted() -> LanguageModel:
@@ -139,3 +153,82 @@ def test_over_ranks_it_is_what_it_is_on_one(pool: RankPool) -> None:
         for _, gradients in results:
             for name, parameter in model.named_parameters():
                 assert_close(f"d {name}, {size} ranks", gradients[name], parameter.grad, FLOAT64 * 10)
+
+
+def with_tokenizer(folder: Path, target: Path) -> Path:
+    """A copy with a tokenizer of letters, fewer than the model's vocabulary has places for."""
+    shutil.copytree(folder, target)
+    letters = sorted(set(" ".join(WORDS)) | {"\n"})
+    tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    for_models(tokenizer).save_pretrained(target)
+    return target
+
+
+def options(data: Path, *more: str) -> TrainConfig:
+    """A run of launch/train.py, 4 steps of 48 tokens."""
+    common = "--steps 4 --seq-len 48 --warmup 1 --eval-tokens 96 --sample 4 --lr 1e-2 --device cpu --timeout 30"
+    return parse(["--data", str(data), *common.split(), *more])
+
+
+def test_launch_train_goes_on_with_it(student: LanguageModel, folder: Path, pool: RankPool, tmp_path: Path) -> None:
+    data, source = write_text(tmp_path / "text.txt", 4000), str(with_tokenizer(folder, tmp_path / "model"))
+    whole, stopped, still, again = (tmp_path / name for name in ("whole", "stopped", "still", "again"))
+    # with parity of the two ranks with one process
+    assert pool.run_group(2, run_config, options(data, "--init-from", source, "--out", str(whole))) == [0, 0]
+    first = options(data, "--init-from", source, "--out", str(stopped), "--no-parity")
+    assert pool.run_group(2, run_config, first, 4) == [128, 128]
+    assert 0 < checkpoint.open_checkpoint(stopped).step < 4
+    assert pool.run_group(2, run_config, options(data, "--resume", "--out", str(stopped), "--no-parity")) == [0, 0]
+    assert model_bytes(stopped) == model_bytes(whole)
+
+    # at a rate of 0 the parameters stay those of the folder; here the text was prepared with its tokenizer
+    memmap = tmp_path / "text.bin"
+    write_tokens(memmap, read_documents([str(data)]), str(tmp_path / "model" / "tokenizer.json"))
+    unchanged = options(memmap, "--init-from", source, "--out", str(still), "--lr", "0", "--no-parity")
+    assert pool.run_group(1, run_config, unchanged) == [0]
+    trained = load_trained(still)
+    assert trained.model.config == student.config
+    assert trained.tokenizer == str(tmp_path / "model" / "tokenizer.json") and trained.known_text
+    for (name, one), two in zip(student.named_parameters(), trained.model.parameters(), strict=True):
+        assert_bitwise(name, two, one.float())
+
+    # what launch/export.py writes says of itself what the folder does
+    export(load_trained(whole), file := tmp_path / "model.safetensors")
+    assert pool.run_group(1, run_config, options(data, "--init-from", str(file), "--out", str(again))) == [0]
+    losses = [[line.get("held_out") for line in read_metrics(out / "metrics.jsonl")] for out in (whole, still, again)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6) and losses[1][0] == losses[1][-1]
+    assert losses[2][0] == pytest.approx(losses[0][-1], rel=1e-6) and losses[0][-1] < losses[0][0]
+
+
+def test_launch_train_says_what_does_not_fit(folder: Path, pool: RankPool, tmp_path: Path) -> None:
+    data, source = write_text(tmp_path / "text.txt", 4000), str(with_tokenizer(folder, tmp_path / "model"))
+    other, broken = tmp_path / "other", tmp_path / "broken"
+    for path, text in ((other, json.dumps({"model_type": "llama"})), (broken, "{")):
+        shutil.copytree(folder, path)
+        (path / "config.json").write_text(text)
+    cases = [
+        ((str(other),), "--init-from: expected a model of this library (launch/convert.py makes one) in "),
+        ((str(broken),), f"--init-from: expected a model's configuration in {broken / 'config.json'}, got: Expecting"),
+        ((str(folder),), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 256"),
+        ((source, "--vocab-size", "30"), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 30"),
+        ((source, "--window", "9"), f"--init-from: expected embedding.weight with shape (256, 128) in {source}, got "
+         "(24, 32) (without options of the model it is the one that is described there)"),
+        ((source, "--op", "hla2"), "--init-from: expected embedding.weight with shape (256, 128) in "),  # the default
+    ]  # fmt: skip
+    said = pool.run_group(2, mistakes, [options(data, "--init-from", *more) for more, _ in cases])
+    assert said[0] == said[1]
+    for (_, want), got in zip(cases, said[0], strict=True):
+        assert isinstance(got, str) and got.startswith(want) and "\n" not in got
+    for more in (["--init-from", source], ["--resume", source]):
+        with pytest.raises(UserError, match="--dry-run: expected options of the model, since it reads no files, got "):
+            planned(options(data, *more), 2)
+
+
+@pytest.mark.slow  # fresh ranks for each mesh
+@pytest.mark.parametrize("degrees", [Degrees(1, 1, 2, fully_sharded=True), Degrees(1, 2, 1, fully_sharded=True)])
+def test_launch_train_shards_its_parameters(degrees: Degrees, folder: Path, tmp_path: Path) -> None:
+    data, source = write_text(tmp_path / "text.txt", 4000), str(with_tokenizer(folder, tmp_path / "model"))
+    for more in (["--init-from", source], ["--resume", "--steps", "6"]):
+        config = options(data, "--out", str(tmp_path / "out"), *more)
+        assert run_ranks(run_on, 2, degrees, config, timeout=120) == [0, 0]  # with parity

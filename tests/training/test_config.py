@@ -87,6 +87,15 @@ def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
         TrainConfig(model=ModelShape(hidden_size=30, heads=4)).model_config(256)
 
 
+def test_an_option_of_the_model_counts_where_it_is_typed() -> None:
+    """At its default too: it must not be passed over where a file describes another model."""
+    for words in ([], ["--prompt=--op"], ["--vocab-size", "9"], ["--no-parity"], ["--init-from", "op"]):
+        assert not parse(words).describes_model
+    for words in (["--op", "hla2"], ["--op=hla2"], ["--tie-embeddings"], ["--no-tie-embeddings"], ["--heads", "0"]):
+        assert parse(words).describes_model
+    assert TrainConfig(model=ModelShape(heads=2)).describes_model and not TrainConfig().describes_model
+
+
 def test_untied_embeddings_are_an_option_and_cost_no_arithmetic() -> None:
     tied, untied = (parse([f"--{no}tie-embeddings"]).model_config(256) for no in ("", "no-"))
     assert tied.tie_word_embeddings and not untied.tie_word_embeddings
