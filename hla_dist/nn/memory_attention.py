@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hla_dist.functional.any_order import Cascade, CausalPass, repeated
-from hla_dist.functional.validate import require
+from hla_dist.functional.validate import refuse, require
 from hla_dist.nn.attention import FEATURE_MAPS
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.initialization import assign, check_memories, decay_biases, normal_linear
@@ -281,7 +281,8 @@ class MemoryAttention(SoftmaxAttention):
         count = self.num_heads // self._alike
         for name in _carries(self._state_kind()):
             shape = list(getattr(state, name).shape)
-            require(shape[1:2] == [count], f"state.{name}", f"[{rows}, {count}, ...], a memory per head", shape)
+            if shape[1:2] != [count]:
+                refuse(f"state.{name}", f"[{rows}, {count}, ...], a memory per head", shape)
 
     def _chosen(self, call: softmax.SoftmaxCall, ranks: int) -> str:
         return "gather"
@@ -298,22 +299,13 @@ class MemoryAttention(SoftmaxAttention):
     def _mix(
         self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any
     ) -> tuple[Tensor, Any]:
-        (q, k, v, *gate), (spans, pg, rank) = operands, call
+        (q, k, v, *gate), (spans, pg, _) = operands, call
         kind = self._state_kind()
         slots, by_name = self._slots, {"k": k, "v": v, "q": q}
         own = [self._in_groups(by_name[name]) for name in slots]
         widths = [x.shape[3] for x in own]
         cached = None if state is None else torch.cat([self._in_groups(getattr(state, name)) for name in slots], -1)
-        rows, low = softmax.fetch(call, torch.cat(own, -1), cached)
-        first, last = (x - low for x in spans.visible(rank))
-        near = None
-        if self.window is not None:
-            seen_k, seen_v = rows.split(widths, -1)[:2]
-            nearest = torch.maximum(first, last - self.window + 1)
-            near = softmax.attend_locally(q, seen_k, seen_v, nearest, last, self.scale, mass=True)
-        enters = last - self._delay
-        entering = rows.index_select(1, enters.clamp(min=0).to(q.device))
-        present = (enters >= first).to(q.device).expand(q.shape[:2])
+        near, (entering, present), after = self._see(call, q, torch.cat(own, -1), cached)
         options: dict[str, Any] = {"output_final_state": spans.final, "exchange": self.exchange}
         if pg is not None:
             options |= {"group": pg, "wire_dtype": self.wire_dtype}
@@ -324,7 +316,6 @@ class MemoryAttention(SoftmaxAttention):
             options["initial_state"] = {n: repeated(getattr(state, n), 1, self.num_heads) for n in _carries(kind)}
         far, carry = self._remember(q, present, *map(self._in_heads, entering.split(widths, -1)), **options)
         o = self._joined(near, far, *gate).to(v.dtype)
-        after = softmax.keep(call, rows, low)
         if after is None:
             return o, None
         kept = dict(zip(slots, map(self._in_heads, after[0].split(widths, -1))))

@@ -14,7 +14,7 @@ from torch import Tensor
 from hla_dist.functional.call import raise_everywhere
 from hla_dist.functional.exchange_ops import exchange_gather
 from hla_dist.functional.pending import Pending, check_can_go_back, latest
-from hla_dist.functional.validate import check_documents, require
+from hla_dist.functional.validate import check_documents, refuse, require
 from hla_dist.nn.chunks import map_tokens
 from hla_dist.nn.head_norm import HeadNorm
 from hla_dist.nn.initialization import normal_linear
@@ -22,6 +22,8 @@ from hla_dist.nn.layer import AttentionLayer
 from hla_dist.nn.rotary import apply_rotary, rotary_tables
 from hla_dist.parallel.collectives import Group, members
 from hla_dist.softmax import attend as softmax
+from hla_dist.softmax import exported
+from hla_dist.softmax.key_spans import KeySpans
 from hla_dist.states import SLOTS, KVState
 
 __all__ = ["SoftmaxAttention"]
@@ -177,12 +179,15 @@ class SoftmaxAttention(AttentionLayer):
             output_final_state: None: if a state came in or, without a group, if gradients are off.
             pending: As for HLAAttention.
         """
-        if torch.compiler.is_exporting():  # torch's own error names none of this
-            kind = type(self).__name__
-            raise ValueError(f"torch.export: expected linear layers, since spans of keys are host numbers, got {kind}")
         group, rank, ranks = members(self.group if group is None else group)
         given, state = state, latest(state)
+        exporting = torch.compiler.is_exporting()
         try:
+            if exporting:  # torch's own errors name none of this
+                options = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask, "pending": pending or None}
+                refused = [name for name, value in options.items() if value is not None] + ["group"] * (ranks > 1)
+                expected = f"{type(self).__name__} without documents, padding, pending states and other ranks"
+                require(not refused, "torch.export", expected, ", ".join(refused))
             filled = self._filled(x, positions, attention_mask)
             cu = self._check(x, state, cu_seqlens, rank, ranks, filled is not None)
             if pending:
@@ -193,6 +198,8 @@ class SoftmaxAttention(AttentionLayer):
             output_final_state = state is not None or (ranks == 1 and not torch.is_grad_enabled())
         operands: list[Tensor] = []
         call = LayerCall(state, cu, positions, output_final_state or pending, group, rank, ranks, operands)
+        if exporting:
+            return self._program(x, call)
         y, after = self._attend(x, call) if filled is None else self._among_padding(x, filled, call)
         if not pending:
             return y, after
@@ -266,17 +273,46 @@ class SoftmaxAttention(AttentionLayer):
         y = map_tokens(self._result, o, modules=[self], tokens=self.chunk_tokens)
         return y.reshape(batch, tokens, self.hidden_size), after
 
+    def _program(self, x: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
+        """``_attend`` while torch.export makes a program: how many tokens came before is known when it runs."""
+        tokens = x.shape[1]
+        before = torch.zeros(len(x), dtype=torch.int64) if call.state is None else call.state.tokens
+        spans = KeySpans(torch.arange(2) * tokens, [tokens], before, self._span, False, call.final)
+        positions = call.positions
+        if positions is None:
+            positions = before[:, None].to(x.device) + torch.arange(tokens, device=x.device)
+        operands = self._operands(x, positions.expand(x.shape[:2]))
+        o, after = self._mix(softmax.SoftmaxCall(spans, None, 0), "gather", operands, call.state)
+        return self._result(o), after
+
     @property
     def _span(self) -> int | None:
         """Of how many tokens keys must be at hand; one less is a state's."""
         return self.window
+
+    @property
+    def _delay(self) -> int | None:
+        """How many tokens ago a token enters the layer's memory; None: it has none."""
+        return None
 
     def _mix(
         self, call: softmax.SoftmaxCall, exchange: str, operands: tuple[Tensor, ...], state: Any
     ) -> tuple[Tensor, Any]:
         """The heads' outputs [B, T, H, K] of ``operands``, and the state after them if the call wants it."""
         q, k, v = operands
-        return softmax.attend(call, q, k, v, state, exchange, self.scale)
+        if exchange == "ulysses" and call.pg is not None:
+            return softmax.by_heads(call, q, k, v, self.scale), None
+        cached = None if state is None else torch.cat([state.k, state.v], -1)
+        o, _, after = self._see(call, q, torch.cat([k, v], -1), cached)
+        if after is None:
+            return o, None
+        new_k, new_v = after[0].chunk(2, -1)
+        return o, KVState(new_k, new_v, after[1])
+
+    def _see(self, call: softmax.SoftmaxCall, q: Tensor, own: Tensor, cached: Tensor | None) -> Any:
+        """``softmax.see``, in a program of torch.export as one op."""
+        see = exported.see if torch.compiler.is_exporting() else softmax.see
+        return see(call, q, own, cached, self.window, self._delay, self.scale)
 
     def _operands(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """q [B, T, H, K], k and v [B, T, G, K]; positions [B, T]."""
@@ -333,16 +369,15 @@ class SoftmaxAttention(AttentionLayer):
             past, heads = getattr(state, name), self.num_heads if name == "q" else self.num_kv_heads
             shape = (rows, heads, self.head_dim)
             fits = past.dim() == 4 and (past.shape[0], *past.shape[2:]) == shape and past.shape[1] == state.k.shape[1]
-            require(fits, f"state.{name}", f"[{rows}, S, {heads}, {self.head_dim}]", list(past.shape))
+            if not fits:
+                refuse(f"state.{name}", f"[{rows}, S, {heads}, {self.head_dim}]", list(past.shape))
             require(past.device == x.device, f"state.{name}", f"x's device {x.device}", past.device)
         counts = state.tokens
-        require(
-            counts.shape == (rows,) and counts.dtype == torch.int64, "state.tokens", f"int64 [{rows}]",
-            f"{counts.dtype} {list(counts.shape)}",
-        )  # fmt: skip
-        need = int(counts.max()) if rows else 0
-        need = need if self._span is None else min(need, self._span - 1)
-        require(state.k.shape[1] >= need, "state.k", f"at least {need} keys per row", state.k.shape[1])
+        if counts.shape != (rows,) or counts.dtype != torch.int64:
+            refuse("state.tokens", f"int64 [{rows}]", f"{counts.dtype} {list(counts.shape)}")
+        if torch.compiler.is_exporting():
+            return  # what the state holds is seen when the program runs
+        softmax.check_slots(counts, state.k.shape[1], self._span)
         alike = not equal or not bool((counts != counts[:1]).any())
         require(alike, "state.tokens", "rows of equal length over a group (or documents, cu_seqlens)", counts.tolist())
 

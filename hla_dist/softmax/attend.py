@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hla_dist.functional import exchange_ops
+from hla_dist.functional.validate import require
 from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel import collectives
 from hla_dist.softmax.exchange import FetchKeys, HeadsForTokens
@@ -77,27 +78,35 @@ def agree(
     return SoftmaxCall(KeySpans(bounds, lengths, before, window, packed, final), pg, rank)
 
 
-def attend(
-    call: SoftmaxCall, q: Tensor, k: Tensor, v: Tensor, state: KVState | None, exchange: str, scale: float
-) -> tuple[Tensor, KVState | None]:
-    """Outputs ``[B, T, H, K]`` for local q ``[B, T, H, K]``, k, v ``[B, T, G, K]``, and the state if it is wanted.
+def see(
+    call: SoftmaxCall,
+    q: Tensor,
+    own: Tensor,
+    cached: Tensor | None,
+    window: int | None,
+    delay: int | None,
+    scale: float,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """What local q ``[B, T, H, K]`` make of the rows they see, ``own [B, T, G, w]`` of everyone and ``cached``.
 
-    ``exchange`` ``"gather"``: keys and values that the local queries see come to this rank; ``"ulysses"``: each rank
-    attends for its part of the heads. See :class:`FetchKeys` and :class:`HeadsForTokens`.
+    A row begins with a key and a value. Returns the outputs ``[B, T, H, K]`` over a window, what enters a memory, and
+    what :func:`keep` gives. With ``delay`` there is a memory, which rows enter so many tokens late: those that enter
+    ``[B, T, G, w]``, and where there are any ``[B, T]``. Outputs then come with their mass, ``[B, T, H, K + 1]``, and
+    there are none without a window.
+    Communication: that of :class:`FetchKeys`.
     """
-    spans, pg, rank = call
-    if exchange == "ulysses" and pg is not None:
-        return _by_heads(spans, pg, q, k, v, scale), None
-    cached = None if state is None else torch.cat([state.k, state.v], -1)
-    rows, low = fetch(call, torch.cat([k, v], -1), cached)
-    first, last = (x - low for x in spans.visible(rank))
-    seen_k, seen_v = rows.split(k.shape[3], -1)
-    out = attend_locally(q, seen_k, seen_v, first, last, scale)
-    after = keep(call, rows, low)
-    if after is None:
-        return out, None
-    new_k, new_v = after[0].chunk(2, -1)
-    return out, KVState(new_k, new_v, after[1])
+    rows, low = fetch(call, own, cached)
+    first, last = (x - low for x in call.spans.visible(call.rank))
+    near = entering = None
+    if window is not None or delay is None:
+        k, v = rows[..., : q.shape[3]], rows[..., q.shape[3] : 2 * q.shape[3]]
+        nearest = first if window is None else torch.maximum(first, last - window + 1)
+        near = attend_locally(q, k, v, nearest, last, scale, mass=delay is not None)
+    if delay is not None:
+        enters = last - delay
+        present = (enters >= first).to(q.device).expand(q.shape[:2])
+        entering = rows.index_select(1, enters.clamp(min=0).to(q.device)), present
+    return near, entering, keep(call, rows, low)
 
 
 def fetch(call: SoftmaxCall, own: Tensor, cached: Tensor | None) -> tuple[Tensor, int]:
@@ -114,8 +123,13 @@ def fetch(call: SoftmaxCall, own: Tensor, cached: Tensor | None) -> tuple[Tensor
     return rearrange(flat, "b e (g w) -> b e g w", g=own.shape[2]), spans.seen(rank)[0]
 
 
-def _by_heads(spans: KeySpans, pg: collectives.Group, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``attend`` by ``"ulysses"``: in between all tokens of this rank's heads, ``[B, sum of T, H / P, K]``."""
+def by_heads(call: SoftmaxCall, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Outputs ``[B, T, H, K]`` by ``"ulysses"``: in between all tokens of this rank's heads, [B, sum of T, H / P, K].
+
+    Communication: that of :class:`HeadsForTokens`, twice.
+    """
+    spans, pg, _ = call
+    assert pg is not None
     ranks = collectives.group_size(pg)
     lengths, size = list(spans.lengths), q.shape[3]
     parts = [rearrange(x, "b t (p h) k -> b t p (h k)", p=ranks) for x in (q, k, v)]
@@ -163,6 +177,13 @@ def keep(call: SoftmaxCall, rows: Tensor, low: int) -> tuple[Tensor, Tensor] | N
     index = torch.where(present, (spans.starts[1:] - spans.kept)[:, None] + slot - low, rows.shape[1])
     padded = torch.cat([rows[0], rows.new_zeros(1, *rows.shape[2:])])
     return padded.index_select(0, index.flatten().to(rows.device)).unflatten(0, tuple(index.shape)), after
+
+
+def check_slots(tokens: Tensor, slots: int, window: int | None) -> None:
+    """ValueError unless a state of rows that read ``tokens [N]`` has as many keys and values as they may still see."""
+    need = int(tokens.max()) if len(tokens) else 0
+    need = need if window is None else min(need, window - 1)
+    require(slots >= need, "state.k", f"at least {need} keys per row", slots)
 
 
 def attend_locally(

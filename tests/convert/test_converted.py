@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 pytest.importorskip("transformers", reason="folders of transformers need the extra hf")
 from tokenizers import Tokenizer, decoders, models
@@ -132,6 +133,34 @@ def test_it_trains_on_resumes_and_is_exported(student: LanguageModel, folder: Pa
     for (name, one), two in zip(model.named_parameters(), again.parameters(), strict=True):
         assert_bitwise(name, two, one)
     assert not torch.equal(model(text), student(text))
+
+
+class GoesOn(nn.Module):
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, state: list[Any]) -> Any:
+        return self.model(tokens, state, return_state=True)
+
+
+@torch.no_grad()
+@pytest.mark.slow  # torch.export imports a compiler
+def test_one_program_of_torch_export_generates_from_nothing(student: LanguageModel, tmp_path: Path) -> None:
+    """It reads a prompt and then its own tokens, greedily; a state of zeros is that of no text."""
+    text = rows(1, 30)
+    state = student(text, return_state=True)[1]
+    shapes = {"tokens": {1: torch.export.Dim("T", max=64)}, "state": pytree.tree_map(lambda _: None, state)}
+    program = torch.export.export(GoesOn(student), (text, state), dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    run = torch.export.load(tmp_path / "model.pt2").module()
+    tokens, state, written = text, pytree.tree_map(torch.zeros_like, state), []
+    for _ in range(12):
+        logits, state = run(tokens, state)
+        tokens = logits[:, -1:].argmax(-1)
+        written.append(int(tokens))
+    assert written == generate(student, text[0].tolist(), 12, GREEDY)
+    assert_close("logits", logits[:, -1], student(torch.tensor([[*text[0], *written[:-1]]]))[:, -1], FLOAT64)
 
 
 def on_ranks(pg: dist.ProcessGroup) -> tuple[float, dict[str, Tensor]]:

@@ -416,7 +416,7 @@ def _dies_before_the_keys(directory: str) -> None:
     pg = dist.group.WORLD
     layer = layer_of(exchange="gather")
     if dist.get_rank() == 1:
-        softmax.attend = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        softmax.see = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
         layer(text(), group=pg)
     except RuntimeError as error:
