@@ -276,7 +276,7 @@ class SoftmaxAttention(AttentionLayer):
     def _program(self, x: Tensor, call: LayerCall) -> tuple[Tensor, Any]:
         """``_attend`` while torch.export makes a program: how many tokens came before is known when it runs."""
         tokens = x.shape[1]
-        before = torch.zeros(len(x), dtype=torch.int64) if call.state is None else call.state.tokens
+        before = torch.zeros(x.shape[0], dtype=torch.int64) if call.state is None else call.state.tokens
         spans = KeySpans(torch.arange(2) * tokens, [tokens], before, self._span, False, call.final)
         positions = call.positions
         if positions is None:
@@ -356,7 +356,7 @@ class SoftmaxAttention(AttentionLayer):
             cu = check_documents(options, x, rank, ranks).cu
         if state is not None:
             together = cu is None and ranks > 1 and not masked
-            self._check_state(x, state, len(x) if cu is None else len(cu) - 1, together)
+            self._check_state(x, state, x.shape[0] if cu is None else len(cu) - 1, together)
         return cu
 
     def _state_kind(self) -> Any:

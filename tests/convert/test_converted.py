@@ -148,13 +148,15 @@ class GoesOn(nn.Module):
 @pytest.mark.slow  # torch.export imports a compiler
 def test_one_program_of_torch_export_generates_from_nothing(student: LanguageModel, tmp_path: Path) -> None:
     """It reads a prompt and then its own tokens, greedily; a state of zeros is that of no text."""
-    text = rows(1, 30)
+    text = rows(2, 30)
     state = student(text, return_state=True)[1]
-    shapes = {"tokens": {1: torch.export.Dim("T", max=64)}, "state": pytree.tree_map(lambda _: None, state)}
+    batch, length = torch.export.Dim("B", max=8), torch.export.Dim("T", max=64)
+    shapes = {"tokens": {0: batch, 1: length}, "state": pytree.tree_map(lambda _: {0: batch}, state)}
     program = torch.export.export(GoesOn(student), (text, state), dynamic_shapes=shapes, strict=False)
     torch.export.save(program, tmp_path / "model.pt2")
     run = torch.export.load(tmp_path / "model.pt2").module()
-    tokens, state, written = text, pytree.tree_map(torch.zeros_like, state), []
+    text, written = text[:1], []
+    tokens, state = text, pytree.tree_map(lambda x: torch.zeros_like(x[:1]), state)
     for _ in range(12):
         logits, state = run(tokens, state)
         tokens = logits[:, -1:].argmax(-1)
