@@ -249,7 +249,7 @@ def _states_of_documents(
 def _window(stream: Tensor, counts: Tensor | None, reach: int) -> Tensor:
     """The ``reach`` rows of ``stream [B, reach + T, C]`` behind ``counts [B]`` tokens; None: behind all."""
     if counts is None:
-        return stream[:, stream.shape[1] - reach :]
+        return stream[:, stream.shape[1] - reach :].clone()  # a view would hold the whole text
     return _taken(stream, counts[:, None] + torch.arange(reach, device=stream.device))
 
 

@@ -171,7 +171,10 @@ def keep(call: SoftmaxCall, rows: Tensor, low: int) -> tuple[Tensor, Tensor] | N
     after = spans.before + spans.cu[1:] - spans.cu[:-1]
     if not spans.packed:
         end, kept = spans.holdings[-1] - low, int(spans.kept[0])
-        return rows[:, end - kept : end], after.repeat(len(rows))
+        last = rows[:, end - kept : end]
+        if kept < rows.shape[1]:  # a view would hold all rows; without a window there are no others
+            last = last.clone()
+        return last, after.repeat(len(rows))
     slot = torch.arange(int(spans.kept.max()) if len(spans.kept) else 0)
     present = (slot < spans.kept[:, None]) & (spans.ends_on == rank)[:, None]
     index = torch.where(present, (spans.starts[1:] - spans.kept)[:, None] + slot - low, rows.shape[1])

@@ -117,6 +117,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "memory, hla3": memory_of(op="hla3", window=None),
     "memory, joined per token": memory_of(memory="all", join="token", gate_bias=0.0),
     "softmax": dict(pattern="softmax", softmax={"window": 4}),
+    "softmax without a window": dict(pattern="softmax"),
 }
 
 
@@ -132,6 +133,19 @@ def test_a_kept_state_goes_on_bit_for_bit(tmp_path: Path, mixers: str) -> None:
         for name, a, b in zip(mine._fields, mine, other, strict=True):
             assert_bitwise(name, a, b)
     assert list(follow(model, [loaded], 8, USUAL)) == list(follow(model, [reading], 8, USUAL))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixers", KEPT)
+def test_a_state_holds_the_bytes_of_its_numbers_alone(mixers: str) -> None:
+    """A view on the prompt's keys, values or projections would hold all of them."""
+    model = small(**KEPT[mixers])
+    _, prefill = model(torch.tensor([TEXT, TEXT[::-1]]), return_state=True)
+    _, step = model(torch.tensor([[1], [2]]), prefill, return_state=True)
+    for layer in (*prefill, *step):
+        storages = [x.untyped_storage() for x in layer]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        assert sum(held.values()) == sum(x.nbytes for x in layer), type(layer).__name__
 
 
 def test_a_state_of_another_model_is_refused_in_one_line(tmp_path: Path) -> None:

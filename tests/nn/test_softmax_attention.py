@@ -138,6 +138,14 @@ def test_pieces_with_states_equal_the_whole(window: int | None) -> None:
         assert_close(f"d {name}", parameter.grad, want[name], FLOAT64)
 
 
+def test_a_state_without_a_window_is_the_keys_and_values_uncopied() -> None:
+    rows, about = text(2)[:, :, None], {"cu": None, "state": None, "description": "", "device": torch.device("cpu")}
+    for window, own in ((None, False), (TOKENS + 1, False), (6, True)):
+        call = softmax.agree(TOKENS, None, window=window, final=True, **about)
+        kept, _ = softmax.keep(call, rows, 0)
+        assert (kept.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr()) == own, window
+
+
 def test_packed_states_and_rows_of_unequal_length() -> None:
     """Prompts packed into one call, then decoded as the rows of a batch."""
     layer = layer_of(window=8)
