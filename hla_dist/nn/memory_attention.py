@@ -18,7 +18,7 @@ from hla_dist.nn.initialization import assign, check_memories, decay_biases, nor
 from hla_dist.nn.softmax_attention import SoftmaxAttention
 from hla_dist.operators import NAMED
 from hla_dist.operators.cascade import Operator
-from hla_dist.operators.precision import sum_dtype
+from hla_dist.operators.precision import sum_dtype, without_autocast
 from hla_dist.softmax import attend as softmax
 from hla_dist.states import SLOTS, remembering
 
@@ -44,7 +44,7 @@ GATE_BIAS = {"gate": 0.0, "token": -8.0}
 class Hedgehog(nn.Module):
     """``softmax(x W_h)`` beside ``softmax(-x W_h)``: x ``[B, T, heads, K]`` -> positive ``[B, T, heads, 2 K]``.
 
-    W ``[heads, K, K]`` starts as the identity. float32 at least.
+    W ``[heads, K, K]`` starts as the identity. float32 at least, under autocast too.
     """
 
     def __init__(self, heads: int, size: int, **factory: Any) -> None:
@@ -59,7 +59,8 @@ class Hedgehog(nn.Module):
         assign(self.weight, torch.eye(size).repeat(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.einsum("bthk,hkf->bthf", x, self.weight.to(x.dtype))
+        with without_autocast(x.device):
+            x = torch.einsum("bthk,hkf->bthf", x, self.weight.to(x.dtype))
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 

@@ -15,7 +15,7 @@ from hla_dist.nn.softmax_attention import stacked
 from hla_dist.parallel.agreement import HEADER_BYTES
 from hla_dist.parallel.collectives import counter
 from hla_dist.softmax import attend as softmax
-from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, shifted
+from tests.harness import RankPool, assert_bitwise, assert_close, raises_value_error, relative_error, shifted
 from tests.nn.test_softmax_attention import (
     CU,
     HIDDEN,
@@ -26,7 +26,7 @@ from tests.nn.test_softmax_attention import (
     text,
     weights_like,
 )
-from tests.tolerances import FLOAT64
+from tests.tolerances import FLOAT64, LOW_PRECISION_FACTOR
 
 CASES: list[dict[str, Any]] = [
     dict(),
@@ -179,6 +179,22 @@ def test_gradients_go_through_the_state(case: dict[str, Any]) -> None:
     (y * weights_like(y)).sum().backward()
     for name, parameter in layer.named_parameters():
         assert_close(f"d {name}", parameter.grad, want[f"d {name}"], FLOAT64)
+
+
+def under_autocast(layer: nn.Module) -> float:
+    """The error that bfloat16 makes of a layer's outputs, once its parameters have gradients there."""
+    layer, x = layer.float(), text(2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = layer(x)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in layer.parameters())
+    return relative_error(y, layer(x)[0])
+
+
+@pytest.mark.parametrize("case", [dict(), dict(op="hla2", decay="head"), dict(op="ahla", join="token")], ids=str)
+def test_autocast_loses_no_more_than_in_softmax_attention(case: dict[str, Any]) -> None:
+    window = SoftmaxAttention(HIDDEN, 4, 2, 4, window=6)
+    assert under_autocast(layer_of(**case)) <= LOW_PRECISION_FACTOR * under_autocast(window)
 
 
 def test_query_heads_that_share_keys_and_values_share_a_memory() -> None:
