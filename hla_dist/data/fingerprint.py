@@ -108,5 +108,8 @@ def _ends(path: Path) -> str:
 
 def _shown(line: Mapping[str, Any]) -> str:
     size = f"{line['bytes']:,} bytes, " if "bytes" in line else ""
-    hashes = ", ".join(f"{name} {line[name][:12]}" for name in ("sha256", "ends", "documents") if name in line)
+    # a tokenizer's end token follows its hash
+    hashes = ", ".join(
+        f"{name} {line[name][:12]}{line[name][64:]}" for name in ("sha256", "ends", "documents") if name in line
+    )
     return f"{size}{line['dtype'] + ', ' if 'dtype' in line else ''}{hashes}"
