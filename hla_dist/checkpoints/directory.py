@@ -140,8 +140,8 @@ def open_checkpoint(path: Path, group: Any = None) -> Checkpoint:
     every rank, if there is none, or if ``path`` itself is one that is not whole.
     """
     # the first rank's answer: a directory may look different from another machine
-    names, itself = all_gather_objects(together(group, partial(_candidates, path)), group)[0]
-    expect(names, "checkpoint", f"a directory with {MANIFEST} in or under {path}", "none")
+    names, itself, hint = all_gather_objects(together(group, partial(_candidates, path)), group)[0]
+    expect(names, "checkpoint", f"a directory with {MANIFEST} in or under {path}", f"none{hint}")
     _, rank, ranks = members(group)
     problems: list[str] = []
     for candidate in map(Path, names):
@@ -163,12 +163,13 @@ def _read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def _candidates(path: Path) -> tuple[list[str], bool]:
-    """Directories to try in order, and whether that is ``path`` itself."""
+def _candidates(path: Path) -> tuple[list[str], bool, str]:
+    """Directories to try in order, whether that is ``path`` itself, and what to say where there are none."""
     if (path / MANIFEST).is_file() or (_NAME.match(path.name) and path.is_dir()):
-        return [str(path)], True
-    steps = _steps(path) or _steps(path / "checkpoints")
-    return [str(p) for p in reversed(steps)], False
+        return [str(path)], True, ""
+    steps, model = _steps(path) or _steps(path / "checkpoints"), path / "model"
+    hint = f" (the model of launch/convert.py is {model})" if (model / "config.json").is_file() else ""
+    return [str(p) for p in reversed(steps)], False, hint
 
 
 def _steps(directory: Path) -> list[Path]:

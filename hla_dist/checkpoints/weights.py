@@ -18,7 +18,9 @@ from hla_dist.parallel.collectives import all_gather_objects
 from hla_dist.processes import tensor_file
 from hla_dist.processes.failure import UserError, describe, expect, together
 
+HINT = " (without options of the model it is the one that is described there)"
 _SUFFIX = ".safetensors"
+_OURS = "a model of this library (launch/convert.py makes one)"
 _TRANSFORMERS = "model.network."  # before the names in a folder that transformers has saved
 
 
@@ -39,6 +41,7 @@ def read_weights(path: Path, group: Any) -> Weights:
     """
     own = [path] if path.is_file() else sorted(path.glob(f"*{_SUFFIX}"))
     path, files = all_gather_objects((path, own), group)[0]
+    expect(path.suffix != ".gguf", "--init-from", _OURS, f"the GGUF file {path}")
     if files:
         return together(group, partial(_read_files, path, files), patient=True)
     saved = checkpoints.open_checkpoint(path, group)
@@ -66,8 +69,10 @@ def described(saved: checkpoints.Checkpoint) -> Weights:
 def put_weights(weights: Weights, model: LanguageModel) -> None:
     """Copy the parameters into ``model``, in its dtype; UserError naming the first that is missing, odd or too many."""
     wanted, hint = model.state_dict(), ""
-    if weights.model is not None and weights.model.differences(model.config):
-        hint = " (without options of the model it is the one that is described there)"
+    if weights.model is None:
+        hint = " (nothing there describes a model, so the options of the model have to)"
+    elif weights.model.differences(model.config):
+        hint = HINT
     tensors = {current_name(name.removeprefix(_TRANSFORMERS)): tensor for name, tensor in weights.tensors.items()}
     if model.lm_head is None:
         tensors.pop("lm_head.weight", None)  # transformers may write the tied matrix twice
@@ -102,6 +107,6 @@ def _about_folder(folder: Path) -> dict[str, Any]:
         raise UserError(f"--init-from: expected a model's configuration in {file}, got: {describe(exc)}") from exc
     if kind is None:
         return {}
-    expect(kind == "hla", "--init-from", f"a model of this library (launch/convert.py makes one) in {folder}", kind)
+    expect(kind == "hla", "--init-from", f"{_OURS} in {folder}", kind)
     model = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}  # what is left out is default
     return {"model": model, "tokenizer": str(tokenizer.resolve()) if tokenizer.is_file() else None}

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from hla_dist.checkpoints import directory as checkpoints
 from hla_dist.checkpoints.saver import Saver
 from hla_dist.checkpoints.tensors import capture, read_random
-from hla_dist.checkpoints.weights import Weights, described, put_weights, read_weights
+from hla_dist.checkpoints.weights import HINT, Weights, described, put_weights, read_weights
 from hla_dist.data.bigram import bigram_bits
 from hla_dist.data.corpus import Corpus, load_corpus
 from hla_dist.data.fingerprint import changes, check_alike
 from hla_dist.data.packing import cuts_between
+from hla_dist.data.text import BYTES
 from hla_dist.data.windows import cut, held_out_windows
 from hla_dist.generation.generate import generate
 from hla_dist.models import LanguageModel, ModelConfig
@@ -73,7 +74,7 @@ class TrainingRun:
         self.stored: ModelConfig | None = None  # the model, where a file describes it and no option does
         if weights is not None and weights.model is not None and not config.describes_model:
             self.stored, self.tokenizer = weights.model, data.tokenizer or weights.tokenizer
-            if self.tokenizer is not None:  # a model's vocabulary may be rounded up from its tokenizer's
+            if self.tokenizer is not None and data.tokenizer != BYTES:  # it may be rounded up from the tokenizer's
                 self.vocab_size = data.vocab_size or self.stored.vocab_size
             reader = "" if self.tokenizer is None else f", its tokenizer {self.tokenizer}"
             self.say(f"the model is as {weights.path} describes it{reader}")
@@ -178,11 +179,12 @@ class TrainingRun:
             self.warn(f"{line}; going on from {saved.path}", all_ranks=False)
 
         def load() -> None:
-            checkpoints.load(saved, self.model, self.trainer.optimizer)
             before = ModelConfig.from_dict(saved.state["model"])
             for name in self.model_config.differences(before):  # parameters of the same shapes do not tell
                 stored, configured = getattr(before, name), getattr(self.model_config, name)
-                raise UserError(f"checkpoint: expected the model of {saved.path}, {name} {stored}, got {configured}")
+                expected = f"the model of {saved.path}, {name} {stored!r}"
+                raise UserError(f"checkpoint: expected {expected}, got {configured!r}{HINT}")
+            checkpoints.load(saved, self.model, self.trainer.optimizer)
             self._compare_data(saved.state.get("data"), str(saved.path))
             self.step = saved.step
             self._find_position(saved.state)

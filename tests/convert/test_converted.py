@@ -238,7 +238,16 @@ def test_launch_train_says_what_does_not_fit(folder: Path, pool: RankPool, tmp_p
     for path, text in ((other, json.dumps({"model_type": "llama"})), (broken, "{")):
         shutil.copytree(folder, path)
         (path / "config.json").write_text(text)
+    file = tmp_path / "model" / "model.safetensors"
+    (tmp_path / "model.gguf").touch()
     cases = [
+        ((str(tmp_path),), f"checkpoint: expected a directory with manifest.json in or under {tmp_path}, got none "
+         f"(the model of launch/convert.py is {source})"),
+        ((str(tmp_path / "model.gguf"),), "--init-from: expected a model of this library (launch/convert.py makes "
+         "one), got the GGUF file "),
+        ((str(file),), f"--init-from: expected embedding.weight with shape (256, 128) in {file}, got (24, 32) (nothing "
+         "there describes a model, so the options of the model have to)"),
+        ((source, "--tokenizer", "bytes"), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 25"),
         ((str(other),), "--init-from: expected a model of this library (launch/convert.py makes one) in "),
         ((str(broken),), f"--init-from: expected a model's configuration in {broken / 'config.json'}, got: Expecting"),
         ((str(folder),), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 256"),
