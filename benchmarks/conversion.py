@@ -197,7 +197,7 @@ def main() -> int:
         __doc__ or "", "two rows",
         dict(rows=2, held_out=1, between=1, seq_len=96, transfer_steps=1, distill_steps=1, long_rows=2,
              long_distill_rows=1, long_held_out=2, long_between=1, long_other_rows=1, long_seq_len=160,
-             long_transfer_steps=1, long_distill_steps=1, whole_pages=1),
+             long_transfer_steps=1, long_distill_steps=1, long_window=128, whole_pages=1),
         model=("", "a folder of transformers or a .gguf file; empty: SmolLM2 from the wheel"),
         recipe=("lolcats", "as for launch/convert.py", *RECIPES), rows=(40, "rows to learn from"),
         held_out=(20, "rows to measure on, of each text"),
