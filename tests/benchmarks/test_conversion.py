@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers", reason="the conversion needs the extra hf")
 
-from benchmarks import conversion
+from benchmarks import conversion, report
 from hla_dist.huggingface import byte_tokenizer
 from tests.benchmarks.test_smoke import run
 from tests.huggingface.test_pretrained import random_model
@@ -39,6 +41,46 @@ def test_texts_are_cut_pieces_of_every_page(tmp_path: Path) -> None:
         assert page[: conversion.PART] in library and page[: conversion.LONG_PART] in long
     whole = [page for page in conversion.pages() if len(page) >= conversion.WHOLE]
     assert len(whole) > 3 and not any(page in long for page in whole)
+
+
+def short(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:.0f}"
+
+
+def test_the_page_has_the_figures_of_the_reports() -> None:
+    page = (report.ROOT / "docs" / "convert-your-model.md").read_text()
+
+    def figures(name: str) -> dict[str, Any]:
+        return json.loads((report.RESULTS / f"{name}.json").read_text())
+
+    def ratios(measured: dict[str, Any], stage: str) -> list[str]:
+        return [f"{measured['over_teacher'][stage][text]:.3f}" for text in conversion.BARS]
+
+    lolcats, rows = figures("conversion"), []
+    long = lolcats["long rows"]
+    stages = {"teacher": "SmolLM2", "swapped in, untrained": "after swap, not calibrated",
+              "after transfer": "after transfer", "after distill": "after distill"}  # fmt: skip
+    for measured in (lolcats, long):
+        for stage, name in stages.items():
+            perplexities = [f"{measured['perplexity'][stage][text]:.2f}" for text in conversion.BARS]
+            rows.append([name, *(cell for pair in zip(perplexities, ratios(measured, stage)) for cell in pair)])
+        worst = max(measured["transfer"], key=lambda error: error["after"])
+        assert f"at most {worst['after']:.3f} (layer {worst['layer']})" in page
+    for recipe in ("lolcats", "hedgecats", "tptt"):
+        measured = lolcats if recipe == "lolcats" else figures(f"conversion_{recipe}")
+        used = [short(measured["usage"][part]) for part in ("whole", "without_memory", "without_window")]
+        rows.append([f"`{recipe}`", ", ".join(ratios(measured, "after distill")), *used])
+    used = long["usage"]["without_memory"] / long["usage"]["whole"]
+    rows.append(["176", *ratios(long, "after distill"), f"{used:.2f}"])
+    rows += [[str(number), *cells] for number, cells in enumerate(long["inside pages"], 1)]
+    for row in figures("conversion_all")["contexts"]:
+        times = [f"{1e3 * row[name]:.0f}" for name in ("s", "softmax_s")]
+        rows.append([f"{row['context']:,}", times[0], f"{row['mib']:.1f}", times[1], f"{row['softmax_mib']:,.0f}"])
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in page
+    lines = (report.RESULTS / "conversion_all.md").read_text().splitlines()
+    without = [" ".join(line.split()) for line in lines if line.startswith(("| radlads", "| xatl"))]
+    assert len(without) == 4 and all(line in page for line in without)
 
 
 @pytest.mark.slow
