@@ -24,7 +24,8 @@ def swap(
 
     What a layer has of its own (feature maps, gates, norms of outputs) starts as it always does, in
     float32: these are few, and gates of a bf16 model could not move in small steps. What the old layer
-    had and the new one lacks is refused, since the model would be another one.
+    had and the new one lacks is refused, since the model would be another one: parameters, and scaled
+    rotary positions where a layer becomes one of ``HLAAttention``.
 
     Args:
         model: As ``load_softmax`` returns it.
@@ -35,12 +36,16 @@ def swap(
             XATL, and all else is kept.
 
     Raises:
-        ValueError: An option is wrong, no layer changes, or a parameter has no place in the new layers.
+        ValueError: An option is wrong, no layer changes, or a parameter or scaled rotary positions have
+            no place in the new layers.
     """
     config = _config(model.config, pattern, memory, attention)
     require(keep in ("all", "shared"), "keep", "'all' or 'shared'", repr(keep))
     changed = [n for n, (old, new) in enumerate(zip(model.config.mixers, config.mixers)) if old != new]
     require(changed, "swap", f"a pattern that changes a layer of {model.config.pattern!r}", repr(pattern))
+    linear = sorted(set(config.mixers) - {"memory", "softmax"})
+    if linear and model.config.softmax.get("rope_factors") is not None:
+        raise ValueError(f"swap: expected memory layers for scaled rotary positions (rope_factors), got {linear[0]}")
     student = LanguageModel(config)
     given = model.state_dict()
     places = student.state_dict()

@@ -217,6 +217,10 @@ def test_wrong_stages_are_refused_in_one_line() -> None:
         swap(model, "softmax")
     with raises_value_error("swap", "q_proj.bias", "none of that name"):
         swap(model, "hla2")
+    scaled = teacher(softmax={"rope_theta": 100.0, "rope_factors": [1.0, 1.0, 8.0, 8.0], "qk_norm": None})
+    with raises_value_error("swap", "memory layers for scaled rotary positions (rope_factors)", "got hla2"):
+        swap(scaled, "memory,hla2")
+    assert swap(scaled, memory=MEMORY).config.memory["rope_factors"] == [1.0, 1.0, 8.0, 8.0]
     with raises_value_error("train", "'everything'"):
         transfer(student, model, rows(), train="everything")
     with raises_value_error("rows", "[N, T]"):
