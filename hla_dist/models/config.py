@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from hla_dist.functional.validate import require
+from hla_dist.models.option_types import check_types, keywords
+from hla_dist.nn import HLAAttention, MemoryAttention, SoftmaxAttention
 from hla_dist.operators import NAMED
 
 # what a configuration's layers have where it does not name them, as those that were saved before they were default
 NEITHER: dict[str, Any] = {"conv": None, "key_term": False}
+# what the layers take beside their sizes
+_OPTIONS = {
+    "attention": keywords(HLAAttention),
+    "softmax": keywords(SoftmaxAttention),
+    "memory": keywords(SoftmaxAttention, MemoryAttention),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class ModelConfig:
             training.
 
     Raises:
-        ValueError: The sizes cannot be built.
+        ValueError: The sizes cannot be built, a layer has no such option, or a value is of another type.
     """
 
     vocab_size: int = 256
@@ -67,6 +75,9 @@ class ModelConfig:
     balance: float = 0.01
 
     def __post_init__(self) -> None:
+        check_types("ModelConfig", vars(self), get_type_hints(type(self)))  # config.json may be edited by hand
+        for name, known in _OPTIONS.items():
+            check_types(name, getattr(self, name), known)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
             require(getattr(self, name) >= 1, "ModelConfig", f"{name} >= 1", getattr(self, name))
         read_pattern(self.pattern)
@@ -81,6 +92,7 @@ class ModelConfig:
         mixture = f"active={self.active} and experts={self.experts}"
         require(0 <= self.active <= self.experts, "ModelConfig", "0 <= active <= experts", mixture)
         require(self.balance >= 0, "ModelConfig", "balance >= 0", self.balance)
+        require(self.norm_eps >= 0, "ModelConfig", "norm_eps >= 0", self.norm_eps)
 
     @property
     def mixers(self) -> list[str]:

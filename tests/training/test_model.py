@@ -41,6 +41,47 @@ def test_configuration_survives_json_and_refuses_nonsense() -> None:
             ModelConfig(**changes)
 
 
+def test_a_value_of_another_type_is_refused_by_name() -> None:
+    """config.json may be edited by hand, and Python takes "false" for true."""
+    for changes, message in (
+        ({"hidden_size": "32"}, "ModelConfig: expected hidden_size of type int, got '32'"),
+        ({"num_layers": None}, "ModelConfig: expected num_layers of type int, got None"),
+        ({"num_heads": True}, "ModelConfig: expected num_heads of type int, got True"),
+        ({"num_heads": 4.0}, "ModelConfig: expected num_heads of type int, got 4.0"),
+        ({"num_kv_heads": "2"}, "ModelConfig: expected num_kv_heads of type int | None, got '2'"),
+        ({"norm_eps": "1e-6"}, "ModelConfig: expected norm_eps of type float, got '1e-6'"),
+        ({"norm_eps": -1}, "ModelConfig: expected norm_eps >= 0, got -1"),
+        ({"pattern": ["memory"]}, "ModelConfig: expected pattern of type str, got ['memory']"),
+        ({"tie_word_embeddings": "false"}, "ModelConfig: expected tie_word_embeddings of type bool, got 'false'"),
+        ({"memory": [1]}, "ModelConfig: expected memory of type dict[str, Any], got [1]"),
+        ({"softmax": None}, "ModelConfig: expected softmax of type dict[str, Any], got None"),
+        ({"memory": {"windo": 8}}, "memory: expected options out of window, "),
+        ({"memory": {"hidden_size": 8}}, "memory: expected options out of window, "),
+        ({"memory": {"window": "8"}}, "memory: expected window of type int | None, got '8'"),
+        ({"memory": {"rope_theta": [1.0]}}, "memory: expected rope_theta of type float | None, got [1.0]"),
+        ({"memory": {"op": ["hla2"]}}, "memory: expected op of type str, got ['hla2']"),
+        ({"memory": {"decay_range": 3}}, "memory: expected decay_range of type tuple[float, float], got 3"),
+        ({"softmax": {"rope_factors": "abcd"}}, "softmax: expected rope_factors of type "),
+        ({"softmax": {"rope_factors": ["1"]}}, "softmax: expected rope_factors of type "),
+        ({"softmax": {"qkv_bias": "false"}}, "softmax: expected qkv_bias of type bool, got 'false'"),
+        ({"softmax": {"features": "relu"}}, "softmax: expected options out of window, "),
+        (
+            {"attention": {"wire_dtype": "bf16"}},
+            "attention: expected wire_dtype of type torch.dtype | None, got 'bf16'",
+        ),
+        ({"attention": {"op": "hla2"}}, "attention: expected options out of value_dim, "),
+    ):
+        with pytest.raises(ValueError) as caught:
+            ModelConfig(**changes)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value), changes
+    ModelConfig(
+        norm_eps=0,
+        attention={"feature_map": torch.relu, "decay_range": [1, 2.0], "wire_dtype": torch.bfloat16},
+        softmax={"rope_factors": [1, 2.0], "rope_theta": None, "scale": 1},
+        memory={"window": None, "qkv_bias": True, "gate_bias": -2, "exchange": "auto"},
+    )
+
+
 def test_what_makes_another_network_is_told_by_field() -> None:
     config = ModelConfig(num_layers=2, op="hla2", attention={"decay_range": (0.5, 512.0)})
     saved = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
