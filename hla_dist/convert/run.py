@@ -1,11 +1,12 @@
 """A conversion from a folder to a folder, stage by stage; needs the extra ``hf``. The program is launch/convert.py.
 
-OUT/options.json          what was asked for; other options in the same directory are refused
+OUT/options.json          what was asked for, of which weights and text; in the same directory others are refused
 OUT/layers/               each layer when its transfer is done: a conversion that was stopped goes on from there
 OUT/model/                the converted model as a folder of transformers, with its tokenizer
 OUT/summary.md            perplexities before, after each stage and of the teacher, and how the memory is used
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +26,12 @@ from hla_dist.convert.swap import converted, mixer_of, swap
 from hla_dist.convert.transfer import STORED, LayerError, transfer
 from hla_dist.convert.usage import Usage, exp_mean, row_losses, usage
 from hla_dist.data.sources import LeftOut, read_documents
+from hla_dist.generation.prompt_state import fingerprint
 from hla_dist.huggingface import load_softmax, to_huggingface
 from hla_dist.huggingface.speech import PretrainedCodec
 from hla_dist.models import LanguageModel
 from hla_dist.models.language_model import CHECKPOINTING
-from hla_dist.processes.failure import UserError, together
+from hla_dist.processes.failure import UserError, describe, together
 from hla_dist.processes.options import Amount, Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
 from hla_dist.processes.whole_file import whole_file, write_json
 from hla_dist.training.continuation import refuse_run
@@ -151,6 +153,7 @@ class Conversion:
         teacher, self.codec = together(self.group, self._load)
         self.texts = together(self.group, self._rows)
         student = together(self.group, lambda: swap(teacher, **options).to(self.device))
+        wanted["read"] = together(self.group, lambda: self._what_was_read(teacher))
         together(self.group, lambda: self._begin(student, wanted))
         self._measure("teacher", teacher)
         self._measure("swapped in, untrained", student, amounts.between)
@@ -168,19 +171,32 @@ class Conversion:
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
         refuse_run(self.out, "--out")
+        self._refuse_others(wanted)
+        return wanted
+
+    def _what_was_read(self, teacher: LanguageModel) -> dict[str, Any]:
+        """What the layers are of: a path alone does not tell."""
+        text = self.texts["transfer"].cpu().numpy().tobytes()
+        return {"weights": fingerprint(teacher), "text": hashlib.sha256(text).hexdigest()}
+
+    def _refuse_others(self, wanted: dict[str, dict[str, Any]]) -> None:
         file = self.out / OPTIONS
         try:
             before = json.loads(file.read_text()) if file.is_file() else wanted
-        except ValueError as exc:
-            raise UserError(f"{file}: expected the options of a conversion in JSON, got {exc}") from exc
-        if before != wanted:
-            names = [n for group in wanted for n in wanted[group] if before.get(group, {}).get(n) != wanted[group][n]]
+            before = {"read": wanted.get("read"), **before}  # an earlier version did not say
+            names = [
+                name for group, values in wanted.items() for name in sorted(values | before[group])
+                if before[group].get(name) != values.get(name)
+            ]  # fmt: skip
+        except (ValueError, KeyError, TypeError) as exc:
+            raise UserError(f"{file}: expected the options of a conversion in JSON, got {describe(exc)}") from exc
+        if names:
             raise UserError(f"--out: expected a new directory, or the options of the conversion in {file}, got others: "
                             f"{', '.join(names)}")  # fmt: skip
-        return wanted
 
     def _begin(self, student: LanguageModel, wanted: dict[str, dict[str, Any]]) -> None:
         """Take the directory, once nothing more can be wrong with what was asked for."""
+        self._refuse_others(wanted)
         layers = converted(student)
         missing = [n for n in layers if not (self.layers / STORED.format(n)).is_file()]
         self.kept = 0 if self.recipe.transfer is None else len(layers) - len(missing)

@@ -17,6 +17,7 @@ from hla_dist.models import LanguageModel
 from hla_dist.nn import MemoryAttention
 from hla_dist.operators.precision import sum_dtype
 from hla_dist.parallel.collectives import all_reduce_sum, broadcast, members
+from hla_dist.processes.failure import expect
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_transfer"  # in a stored layer's metadata: JSON of its errors
@@ -242,5 +243,8 @@ def _write(layer: nn.Module, path: Path, error: tuple[float, float]) -> None:
 
 def _read(layer: nn.Module, path: Path) -> tuple[float, float]:
     tensors, about = read_tensors(path, KEY, "--out")
+    stored, own = ({name: list(x.shape) for name, x in of} for of in (tensors.items(), layer.named_parameters()))
+    fits = stored == own and about.keys() == {"before", "after"}
+    expect(fits, "--out", "transferred layers of this model", f"{path} of something else")
     layer.load_state_dict(tensors)
     return about["before"], about["after"]

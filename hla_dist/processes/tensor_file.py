@@ -28,6 +28,8 @@ def read_tensors(path: Path, key: str, flag: str) -> tuple[dict[str, Tensor], di
     """Read all tensors, and the JSON under ``key``, empty if there is none; UserError that begins with ``flag``."""
     with open_tensors(path, lambda reason: UserError(f"{flag}: cannot read {path}: {reason}")) as file:
         about = json.loads((file.metadata() or {}).get(key, "{}"))
+        if not isinstance(about, dict):
+            raise ValueError(f"expected a JSON object as {key} in its metadata, got {about!r}")
         return {name: file.get_tensor(name) for name in file.keys()}, about
 
 

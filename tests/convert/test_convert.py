@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hla_dist import HLAAttention, SequenceParallelHLA
@@ -378,11 +380,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def convert(folder: Path, out: Path, *words: str, group: Any = None) -> Any:
+TEXT = "The memory holds what the window has left behind. "
+
+
+def convert(folder: Path, out: Path, *words: str, group: Any = None, text: str = TEXT) -> Any:
     from hla_dist.convert.run import Conversion, ConvertConfig
     from hla_dist.processes.options import parse_options
 
-    (folder.parent / "text.txt").write_text("The memory holds what the window has left behind. " * 40)
+    (folder.parent / "text.txt").write_text(text * 40)
     paths = {"from": folder, "data": folder.parent / "text.txt", "out": out}
     sizes = {"window": 8, "seq-len": 64, "rows": 6, "held-out": 2, "transfer-steps": 2, "distill-steps": 2}
     options = [word for name, value in {**paths, **sizes}.items() for word in (f"--{name}", str(value))]
@@ -451,6 +456,36 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     tokens = hla.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
     assert tokens == generate(model, prompt[0].tolist(), 20, GREEDY) and codec.decode(tokens)
     assert hla.config.to_model_config() == model.config
+
+
+def test_layers_of_another_model_or_text_are_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    from hla_dist.processes.failure import UserError
+    from tests.huggingface.test_pretrained import random_model
+
+    out, same = tmp_path / "out", tmp_path / "pretrained"
+    shutil.copytree(folder, same)
+    convert(same, out, "--stage", "transfer")
+    options = json.loads((out / "options.json").read_text())
+    random_model("llama", {"vocab_size": 256}, seed=1).save_pretrained(same)  # other weights, the same path
+    with pytest.raises(UserError, match="--out: expected a new directory, or the options .* got others: weights$"):
+        convert(same, out)
+    shutil.copytree(folder, same, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="got others: text$"):
+        convert(same, out, text="Other tokens in a file of the same name. ")
+    del options["read"]  # as an earlier version wrote it
+    (out / "options.json").write_text(json.dumps(options))
+    convert(same, out, "--stage", "transfer")
+    assert set(json.loads((out / "options.json").read_text())["read"]) == {"weights", "text"}
+    layer = out / "layers" / "layer_001.safetensors"
+    for tensors, about in (({}, {}), ({"q_proj.weight": torch.ones(2)}, {"before": 1.0, "after": 1.0}), ({}, [])):
+        save_file(tensors, layer, metadata={"hla_dist_transfer": json.dumps(about)})
+        with pytest.raises(UserError, match="--out: .*layer_001.safetensors") as caught:
+            convert(same, out)
+        assert "\n" not in str(caught.value)
+    for text in ("[]", '{"asked": 3}', "null"):
+        (out / "options.json").write_text(text)
+        with pytest.raises(UserError, match="options.json: expected the options of a conversion in JSON, got "):
+            convert(same, out)
 
 
 @pytest.mark.slow
