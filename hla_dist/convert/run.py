@@ -315,8 +315,7 @@ class Conversion:
 
     def _write(self, student: LanguageModel, errors: list[LayerError], losses: list[float]) -> None:
         used = usage(student, self.texts["held out"][: self._usage_rows()]) if "memory" in self.recipe.swap else None
-        to_huggingface(student.float().cpu().state_dict(), student.config).save_pretrained(self.out / "model")
-        self.codec.save(self.out / "model")
+        self.codec.save(to_huggingface(student.float().cpu().state_dict(), student.config), self.out / "model")
         text = "\n".join(self._summary(student, errors, losses, used)) + "\n"
         with whole_file(self.out / "summary.md") as partial:
             partial.write_text(text)

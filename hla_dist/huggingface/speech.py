@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from hla_dist.data.text import Codec, whole_texts
 from hla_dist.huggingface.pretrained import load_softmax
 from hla_dist.models import LanguageModel
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, expect
 
 
 class PretrainedCodec(Codec):
@@ -25,15 +25,25 @@ class PretrainedCodec(Codec):
             self.tokenizer = whole_texts(self._whole.backend_tokenizer)
         except Exception as exc:  # transformers and tokenizers raise many kinds
             raise UserError(f"{path}: expected a tokenizer, got none: {describe(exc)}") from exc
-        ends = {self._whole.eos_token_id}
+        about: Any = self._whole
         if path.is_dir():
             kind = GenerationConfig if (path / "generation_config.json").is_file() else AutoConfig
-            token_ids = kind.from_pretrained(path, local_files_only=True).eos_token_id
-            ends |= set(token_ids) if isinstance(token_ids, list) else {token_ids}
-        self.ends = frozenset(ends - {None})
+            about = kind.from_pretrained(path, local_files_only=True)
+        given = about.eos_token_id
+        tokens = given if isinstance(given, list) else [given]
+        whole = all(token is None or type(token) is int for token in tokens)
+        expect(whole, str(path), "whole numbers as eos_token_id", repr(given))
+        ends = {self._whole.eos_token_id, *tokens} - {None}
+        self.ends = frozenset(ends)
+        self._special = {name: getattr(about, name) for name in ("bos_token_id", "pad_token_id")}
+        self._special["eos_token_id"] = ends.pop() if len(ends) == 1 else sorted(ends) or None
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer, chat template included, beside a model."""
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write a model, which is to end where the old one does, with the tokenizer, chat template included."""
+        for name, token in self._special.items():
+            setattr(model.config, name, token)
+            setattr(model.generation_config, name, token)
+        model.save_pretrained(folder)
         self._whole.save_pretrained(folder)
 
     def encode_turn(self, text: str) -> list[int]:

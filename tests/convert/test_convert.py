@@ -456,6 +456,10 @@ def test_the_program_converts_a_folder_into_one_that_transformers_loads(folder: 
     tokens = hla.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
     assert tokens == generate(model, prompt[0].tolist(), 20, GREEDY) and codec.decode(tokens)
     assert hla.config.to_model_config() == model.config
+    # and ends where the pretrained model does
+    assert codec.ends == run.codec.ends == {2}
+    for special in (hla.config, hla.generation_config):
+        assert (special.bos_token_id, special.eos_token_id, special.pad_token_id) == (1, 2, 0)
 
 
 def test_layers_of_another_model_or_text_are_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
