@@ -17,10 +17,11 @@ from hla_dist.nn.padding import present
 from hla_dist.parallel.collectives import all_gather_objects, group_rank, group_size, resolve_group
 
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")  # transformers' names and the library's, [N + 1]
-# what transformers, its Trainer and its losses hand to forward beside the arguments that are read
+# what transformers, its Trainer and its losses hand to forward beside the arguments that are read; the tokenizer is
+# that of generate(stop_strings=...)
 IGNORED = {
     "max_length_q", "max_length_k", "num_items_in_batch", "shift_labels", "ignore_index", "return_dict",
-    "output_hidden_states", "output_attentions",
+    "output_hidden_states", "output_attentions", "tokenizer",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hla_dist.huggingface import HLACache
+from hla_dist.huggingface import HLACache, byte_tokenizer
 from tests.harness import assert_close, raises_value_error, shifted
 from tests.huggingface.models import left_padded, model, tokens
 from tests.tolerances import FLOAT64
@@ -55,6 +55,13 @@ def test_prefill_and_decode_equal_the_full_forward(variant):
         sizes.add(cache.nbytes())
     assert_close("logits", torch.cat(pieces, 1), whole, FLOAT64)
     assert len(sizes) == 1 and sizes.pop() > 0
+
+
+def test_a_text_ends_at_a_stop_string():
+    hla, ids = model(vocab_size=256), tokens(1, 5)
+    others = [token for token in range(256) if token != ord("a")]
+    out = generate(hla, ids, do_sample=False, suppress_tokens=others, stop_strings=["aa"], tokenizer=byte_tokenizer())
+    assert out[0, 5:].tolist() == list(b"aa")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
