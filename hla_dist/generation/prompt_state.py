@@ -9,7 +9,7 @@ import torch
 from hla_dist import states
 from hla_dist.generation.generate import Reading
 from hla_dist.models import LanguageModel
-from hla_dist.processes.failure import UserError, expect
+from hla_dist.processes.failure import UserError, describe, expect
 from hla_dist.processes.tensor_file import read_tensors, write_tensors
 
 KEY = "hla_dist_state"  # in the file's metadata: JSON of the fields below
@@ -48,7 +48,7 @@ def load_state(path: Path, model: LanguageModel) -> Reading:
     tensors, about = read_tensors(path, KEY, "--state")
     expect(_FIELDS <= about.keys(), "--state", "a file that --save-state wrote", f"{path} without its {KEY} entry")
     own = fingerprint(model)
-    other = f"{path}, which is of another ({about['model'][:12]})"
+    other = f"{path}, which is of another ({str(about['model'])[:12]})"
     expect(about["model"] == own, "--state", f"a state of this model ({own[:12]})", other)
     device = model.embedding.weight.device
     state = []
@@ -58,6 +58,8 @@ def load_state(path: Path, model: LanguageModel) -> Reading:
                 raise KeyError(f"kind of state {kind}")
             of = getattr(states, kind)
             state.append(of(*(tensors[f"layers.{index}.{name}"].to(device) for name in of._fields)))
+        return Reading(state, int(about["position"]), int(about["last"]))
     except KeyError as exc:
         raise UserError(f"--state: expected {exc} to be in {path} and known, it is not") from exc
-    return Reading(state, int(about["position"]), int(about["last"]))
+    except (TypeError, ValueError) as exc:
+        raise UserError(f"--state: expected what --save-state wrote in {path}, got: {describe(exc)}") from exc
