@@ -89,7 +89,7 @@ def generate(program: Program) -> int:
 def open_model(program: Program, checkpoint: str, device: torch.device) -> tuple[Any, Codec]:
     path = Path(checkpoint)
     about = path / "config.json"  # a run's has no model_type
-    if path.suffix == ".gguf" or (about.is_file() and '"model_type"' in about.read_text()):
+    if path.suffix == ".gguf" or (about.is_file() and b'"model_type"' in about.read_bytes()):
         try:
             from hla_dist.huggingface.speech import load_speaker
         except ImportError as exc:

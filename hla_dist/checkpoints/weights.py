@@ -74,8 +74,10 @@ def put_weights(weights: Weights, model: LanguageModel) -> None:
     elif weights.model.differences(model.config):
         hint = HINT
     tensors = {current_name(name.removeprefix(_TRANSFORMERS)): tensor for name, tensor in weights.tensors.items()}
-    if model.lm_head is None:
-        tensors.pop("lm_head.weight", None)  # transformers may write the tied matrix twice
+    if model.lm_head is None and (output := tensors.pop("lm_head.weight", None)) is not None:
+        twice = torch.equal(output, tensors.get("embedding.weight", output).to(output.dtype))  # transformers may do so
+        tied = f"lm_head.weight to be the embedding in {weights.path} (tie_word_embeddings)"
+        expect(twice, "--init-from", tied, f"other numbers{hint}")
     for name, parameter in wanted.items():
         expect(name in tensors, "--init-from", f"parameter {name} in {weights.path}", f"none of that name{hint}")
         shape, wanted_shape = tuple(tensors[name].shape), tuple(parameter.shape)
@@ -93,7 +95,10 @@ def _read_files(path: Path, files: list[Path]) -> Weights:
         part, description = tensor_file.read_tensors(name, KEY, "--init-from")
         tensors |= part
         about |= description
-    model = ModelConfig.from_dict(about["model"]) if "model" in about else None
+    try:
+        model = ModelConfig.from_dict(about["model"]) if "model" in about else None
+    except ValueError as exc:
+        raise UserError(f"--init-from: {path}: {exc}") from exc
     return Weights(tensors, model, path, about.get("tokenizer"))
 
 

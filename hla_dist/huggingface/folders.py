@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from transformers import logging
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hla_dist import huggingface
@@ -26,7 +27,7 @@ from hla_dist.processes.failure import UserError, describe
 from hla_dist.processes.whole_file import whole_file
 from hla_dist.training.continuation import refuse_run
 
-TOKENIZER = "tokenizer.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _SPARED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # by the Trainer, from decay
 _HEAD_NORM = re.compile(r"\.attention\.[qko]_norm\.weight$")
 
@@ -53,13 +54,14 @@ def from_folder(folder: Path) -> Trained:
 
     Raises UserError if ``folder`` is not that of an HLA model.
     """
+    about = folder / CONFIG
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError) as exc:
+        kind = json.loads(about.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as exc:
         raise UserError(f"from-hf: expected a folder with config.json, got {folder}: {describe(exc)}") from exc
     if kind != "hla":
-        raise UserError(f"from-hf: expected model_type 'hla' in {folder / 'config.json'}, got {kind!r}")
-    hla = HLAForCausalLM.from_pretrained(folder)
+        raise UserError(f"from-hf: expected model_type 'hla' in {about}, got {kind!r}")
+    hla = _load(folder)
     tensors, config = from_huggingface(hla)
     model = LanguageModel(config)
     model.load_state_dict(tensors, assign=True)
@@ -68,6 +70,26 @@ def from_folder(folder: Path) -> Trained:
     if file.is_file() and Tokenizer.from_file(str(file)).to_str() != byte_tokenizer().backend_tokenizer.to_str():
         tokenizer = str(file.resolve())
     return Trained(model, tokenizer, file.is_file(), int(getattr(hla.config, "trained_steps", 0)), [])
+
+
+def _load(folder: Path) -> HLAForCausalLM:
+    """The model, every parameter from the folder; transformers draws what is missing there and passes over the rest."""
+    about, shown = folder / CONFIG, logging.get_verbosity()
+    logging.set_verbosity_error()  # it would print a table of what differs; here it is one line
+    try:
+        hla, found = HLAForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as exc:  # transformers has errors of its own for wrong types
+        raise UserError(f"{folder}: expected a model, got none: {describe(exc)}") from exc
+    finally:
+        logging.set_verbosity(shown)
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(f"{about}: expected the model of its weights, got {name} {list(wanted)}, not {list(stored)}")
+    for problem, got in (("missing_keys", "one with"), ("unexpected_keys", "one without")):
+        for name in sorted(found[problem]):
+            raise UserError(f"{about}: expected the model of its weights, got {got} {name}")
+    if hla.config.tie_word_embeddings and not torch.equal(hla.lm_head.weight, hla.get_input_embeddings().weight):
+        raise UserError(f"{about}: expected tie_word_embeddings false, since lm_head.weight is not the embedding")
+    return hla
 
 
 def regroup_optimizer(folder: Path) -> None:

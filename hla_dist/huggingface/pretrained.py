@@ -221,14 +221,14 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     try:
         values = json.loads(file.read_text())
         kind = values.pop("model_type", None)
-    except (OSError, ValueError, AttributeError) as exc:
+    except (OSError, ValueError, AttributeError, TypeError) as exc:
         raise ValueError(f"{folder}: expected a folder with config.json, got: {describe(exc)}") from exc
     return family_config(kind, lambda: values, str(file))
 
 
 def family_config(kind: Any, values: Callable[[], dict[str, Any]], where: str) -> PreTrainedConfig:
     """transformers' configuration with its defaults, older spellings read; ValueError for a family not in the table."""
-    require(kind in FAMILIES, where, f"model_type one of {', '.join(FAMILIES)}", repr(kind))
+    require(isinstance(kind, str) and kind in FAMILIES, where, f"model_type one of {', '.join(FAMILIES)}", repr(kind))
     given = values()
     try:
         return AutoConfig.for_model(kind, **given)

@@ -55,8 +55,11 @@ class PretrainedCodec(Codec):
 
 def load_speaker(path: Path) -> tuple[LanguageModel, Codec]:
     """Model and tokenizer, of a pretrained softmax model or of a converted one. ValueError or UserError in one line."""
-    about = path / "config.json"
-    if about.is_file() and json.loads(about.read_text()).get("model_type") == "hla":
+    try:
+        converted = json.loads((path / "config.json").read_text())["model_type"] == "hla"
+    except (OSError, ValueError, KeyError, TypeError):  # load_softmax says what is wrong
+        converted = False
+    if converted:
         from hla_dist.huggingface.folders import from_folder
 
         return from_folder(path).model.eval(), PretrainedCodec(path)

@@ -235,8 +235,13 @@ def test_launch_train_goes_on_with_it(student: LanguageModel, folder: Path, pool
 def test_launch_train_says_what_does_not_fit(folder: Path, pool: RankPool, tmp_path: Path) -> None:
     data, source = write_text(tmp_path / "text.txt", 4000), str(with_tokenizer(folder, tmp_path / "model"))
     other, broken = tmp_path / "other", tmp_path / "broken"
-    for path, text in ((other, json.dumps({"model_type": "llama"})), (broken, "{")):
-        shutil.copytree(folder, path)
+    typed, tied = tmp_path / "typed", tmp_path / "tied"
+    own = json.loads((folder / "config.json").read_text())
+    for path, text in (
+        (other, json.dumps({"model_type": "llama"})), (broken, "{"), (typed, json.dumps({**own, "num_heads": "4"})),
+        (tied, json.dumps({**own, "tie_word_embeddings": True})),
+    ):  # fmt: skip
+        shutil.copytree(source, path)
         (path / "config.json").write_text(text)
     file = tmp_path / "model" / "model.safetensors"
     (tmp_path / "model.gguf").touch()
@@ -250,6 +255,9 @@ def test_launch_train_says_what_does_not_fit(folder: Path, pool: RankPool, tmp_p
         ((source, "--tokenizer", "bytes"), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 25"),
         ((str(other),), "--init-from: expected a model of this library (launch/convert.py makes one) in "),
         ((str(broken),), f"--init-from: expected a model's configuration in {broken / 'config.json'}, got: Expecting"),
+        ((str(typed),), f"--init-from: {typed}: ModelConfig: expected num_heads of type int, got '4'"),
+        ((str(tied),), f"--init-from: expected lm_head.weight to be the embedding in {tied} (tie_word_embeddings), got "
+         "other numbers"),
         ((str(folder),), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 256"),
         ((source, "--vocab-size", "30"), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 30"),
         ((source, "--window", "9"), f"--init-from: expected embedding.weight with shape (256, 128) in {source}, got "

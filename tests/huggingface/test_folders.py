@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hla_dist.checkpoints.export import Trained, export, load_trained
 from hla_dist.generation.generate import GREEDY, generate
 from hla_dist.huggingface import byte_tokenizer
-from hla_dist.huggingface.folders import main
+from hla_dist.huggingface.folders import main, to_folder
+from hla_dist.huggingface.speech import load_speaker
 from hla_dist.models import LanguageModel, ModelConfig
+from hla_dist.processes.failure import UserError
 from tests.harness import assert_bitwise, shifted
 
 
@@ -107,6 +110,40 @@ def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture):
         assert convert(*arguments) == 1
         lines = capfd.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("convert: error: ") and part in lines[0], lines
+
+
+def test_a_folder_is_the_model_of_its_weights_or_none(tmp_path: Path):
+    """transformers draws parameters that are missing at random, and passes over those that are too many."""
+    sizes = {"num_layers": 2, "tie_word_embeddings": False, "pattern": "softmax", "softmax": {"qk_norm": None}}
+    to_folder(trained(**sizes), folder := tmp_path / "folder")
+    kept = json.loads((folder / "config.json").read_text())
+    (folder / "generation_config.json").unlink()  # then config.json says which tokens end a text
+    assert load_speaker(folder)[0].config.num_layers == 2
+    where = f"{folder / 'config.json'}: expected "
+    weights, layer = f"{where}the model of its weights, got one ", "model.network.blocks.{}.attention.k_proj.weight"
+    for changes, message in (
+        ({"num_layers": 3}, f"{weights}with {layer.format(2)}"),
+        ({"num_layers": 1}, f"{weights}without {layer.format(1)}"),
+        (
+            {"mlp_size": 96},
+            f"{where}the model of its weights, got model.network.blocks.0.mlp.down.weight [16, 96], not ",
+        ),
+        ({"tie_word_embeddings": True}, f"{where}tie_word_embeddings false, since lm_head.weight is not the embedding"),
+        (
+            {"num_heads": "2"},
+            f"{folder}: expected a model, got none: ModelConfig: expected num_heads of type int, got '2'",
+        ),
+        ({"softmax": None}, f"{folder}: expected a model, got none: ModelConfig: expected softmax of type "),
+        ({"eos_token_id": "2"}, f"{folder}: expected whole numbers as eos_token_id, got '2'"),
+        ({"dtype": 3}, f"{folder}: expected a model, got none: "),
+        ({"model_type": ["hla"]}, f"{folder / 'config.json'}: expected model_type one of "),
+        ([{"model_type": "hla"}], f"{folder}: expected a folder with config.json, got: "),
+        ("hla", f"{folder}: expected a folder with config.json, got: "),
+    ):
+        (folder / "config.json").write_text(json.dumps({**kept, **changes} if isinstance(changes, dict) else changes))
+        with pytest.raises((ValueError, UserError)) as caught:
+            load_speaker(folder)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value), str(caught.value)
 
 
 def test_every_byte_is_its_own_token():
