@@ -197,9 +197,10 @@ def targets_of(groups: dict[str, list[Line]]) -> list[report.Target]:
                 size = {row: seeds[0]["state_bytes"] for row, seeds in rows.items()}
                 needs = [size[row] for row in rows if row.startswith("linear_attention") and mean[row] >= 0.99]
                 keyed = [row for row in rows if row.startswith("hla2, key term")]
-                within = [mean[row] for row in keyed if size[row] <= min(needs, default=math.inf)]
-                what = f"hla2 with a key term, within the state that first order needs: {name}"
-                targets.append(report.Target(what, max(within, default=math.nan), 0.99, True))
+                if needs:  # else first order does not solve it at any size so far, and there is nothing to compare
+                    within = [mean[row] for row in keyed if size[row] <= min(needs)]
+                    what = f"hla2 with a key term, within the state that first order needs: {name}"
+                    targets.append(report.Target(what, max(within, default=math.nan), 0.99, True))
     return targets
 
 
