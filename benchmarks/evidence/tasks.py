@@ -226,14 +226,6 @@ class Task:
         return self.options.get("vocabulary", BYTES)
 
     @property
-    def shown(self) -> Tensor | None:
-        """The tokens [N] that occur, in order, where a stage shows few of them; None: all may."""
-        if "shown" not in self.options:
-            return None
-        each = torch.arange(self.options["shown"] // 2)
-        return torch.cat([each, self.vocabulary // 2 + each])
-
-    @property
     def longer(self) -> list[Task]:
         return [Task(self.maker, length, self.options) for length in self.beyond]
 

@@ -55,28 +55,20 @@ class Run:
         return build(self.mixer, self.task.vocabulary, self.hidden, self.head_dim, self.value_dim)
 
 
-def answers(model: LanguageModel, tokens: Tensor, scored: Tensor, shown: Tensor | None = None) -> Tensor:
-    """Return the logits [N, shown or vocabulary] of the scored positions: elsewhere the head would cost the most."""
+def answers(model: LanguageModel, tokens: Tensor, scored: Tensor) -> Tensor:
+    """Return the logits [N, vocabulary] of the scored positions alone: elsewhere the head would cost the most."""
     features = model.features(model.embedding(tokens))[0]
-    weight = model.embedding.weight if shown is None else model.embedding.weight[shown]
-    return F.linear(model.norm(features[scored]), weight)
+    return F.linear(model.norm(features[scored]), model.embedding.weight)
 
 
 def _step(model: LanguageModel, run: Run, task: Task, optimizer: torch.optim.Optimizer, index: int) -> float:
-    """Take a step with as many tokens as the run's own sequences have; return how many of its answers were right.
-
-    A stage that shows few tokens has logits of these alone, which is most of its time where the vocabulary is large.
-    """
+    """Take a step with as many tokens as the run's own sequences have; return how many of its answers were right."""
     # the training seeds of two run seeds are a million apart: more than any run has steps
     examples = task.examples(1_000_000 * run.seed + index, run.batch * run.task.length // task.length)
     tokens, targets, scored = beside(model, *examples)
-    shown, right = task.shown, targets[scored]
-    if shown is not None:
-        shown = shown.to(tokens.device)
-        right = torch.searchsorted(shown, right)
-    logits = answers(model, tokens, scored, shown)
-    take_step(F.cross_entropy(logits, right), model, optimizer)
-    return float((logits.argmax(-1) == right).float().mean())
+    logits = answers(model, tokens, scored)
+    take_step(F.cross_entropy(logits, targets[scored]), model, optimizer)
+    return float((logits.argmax(-1) == targets[scored]).float().mean())
 
 
 @torch.no_grad()
