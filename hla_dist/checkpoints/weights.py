@@ -74,10 +74,7 @@ def put_weights(weights: Weights, model: LanguageModel) -> None:
     elif weights.model.differences(model.config):
         hint = HINT
     tensors = {current_name(name.removeprefix(_TRANSFORMERS)): tensor for name, tensor in weights.tensors.items()}
-    if model.lm_head is None and (output := tensors.pop("lm_head.weight", None)) is not None:
-        twice = torch.equal(output, tensors.get("embedding.weight", output).to(output.dtype))  # transformers may do so
-        tied = f"lm_head.weight to be the embedding in {weights.path} (tie_word_embeddings)"
-        expect(twice, "--init-from", tied, f"other numbers{hint}")
+    output = tensors.pop("lm_head.weight", None) if model.lm_head is None else None
     for name, parameter in wanted.items():
         expect(name in tensors, "--init-from", f"parameter {name} in {weights.path}", f"none of that name{hint}")
         shape, wanted_shape = tuple(tensors[name].shape), tuple(parameter.shape)
@@ -85,6 +82,10 @@ def put_weights(weights: Weights, model: LanguageModel) -> None:
         expect(shape == wanted_shape, "--init-from", fitting, f"{shape}{hint}")
     for name in sorted(tensors.keys() - wanted.keys()):
         raise UserError(f"--init-from: expected the parameters of this model in {weights.path}, got also {name}{hint}")
+    if output is not None:  # transformers may write the tied matrix twice
+        tied = f"lm_head.weight to be the embedding in {weights.path} (tie_word_embeddings)"
+        twice = torch.equal(output, tensors["embedding.weight"].to(output.dtype))
+        expect(twice, "--init-from", tied, f"other numbers{hint}")
     model.load_state_dict(tensors)
 
 

@@ -53,7 +53,8 @@ class ModelConfig:
             training.
 
     Raises:
-        ValueError: The sizes cannot be built, a layer has no such option, or a value is of another type.
+        ValueError: The sizes cannot be built, a layer has no such option, or a value is of another
+            type.
     """
 
     vocab_size: int = 256
