@@ -13,7 +13,7 @@ from hla_dist.functional.validate import require
 
 def keywords(*layers: type) -> dict[str, Any]:
     """Return the arguments that these take by keyword alone, and their types."""
-    known = {}
+    known: dict[str, Any] = {}
     for layer in layers:
         names, hints = inspect.getfullargspec(layer).kwonlyargs, get_type_hints(layer.__init__)  # type: ignore[misc]
         known |= {name: hints[name] for name in names}
