@@ -89,10 +89,14 @@ def _small() -> list[Run]:
         Task("induction", 32, {"vocabulary": 32}),
         Task("copying", 32, {"vocabulary": 8, "symbols": 8}),
         Task("states", 4, {"letters": 3}),
-        Task("states", 8, {"letters": 5}),
         Task("needle", 48, {"vocabulary": 32, "needles": 8}, beyond=(192, 768)),
     ]
-    return [run for task in tasks for run in _grid(task, 600, FEW)]
+    return [
+        *(run for task in tasks for run in _grid(task, 600, FEW)),
+        # products that softmax learns only with more steps, and in S5 with more channels
+        *_grid(Task("states", 6, {"letters": 3}), 2400, FEW),
+        *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
+    ]
 
 
 def _capacity() -> list[Capacity]:
