@@ -94,7 +94,7 @@ def _small() -> list[Run]:
     return [
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
-        *_grid(Task("states", 6, {"letters": 3}), 2400, FEW),
+        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, BOTH, START[0], "ahla, conv"]),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
 
@@ -130,11 +130,11 @@ def _long_recall() -> list[Run]:
     """
     lengths = ((256, 16), (1024, 64), (256, 64), (1024, 16))
     tasks = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": 2 * p}, first=4) for n, p in lengths]
-    steps = (*STEP_SIZES, 1e-3)
+    steps = (*STEP_SIZES, 2e-2)
     return [
         run
         for task in tasks
-        for mixers in (CORE[::2], CORE[1::2])
+        for mixers in ([*CORE[::2], UNGATED], CORE[1::2])
         for size in (16, 8, 32)
         for run in _grid(task, 1500, mixers, steps, hidden=64, sizes=(size,), batch=2048 // task.length)
     ]
