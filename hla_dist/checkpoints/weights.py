@@ -103,14 +103,25 @@ def _read_files(path: Path, files: list[Path]) -> Weights:
     return Weights(tensors, model, path, about.get("tokenizer"))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what transformers' config.json in ``folder`` says; ValueError, in one line, if there is none."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as exc:
+        raise ValueError(f"{folder}: expected a folder with config.json, got: {describe(exc)}") from exc
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder}: expected a model's options in config.json, got {type(values).__name__}")
+    return values
+
+
 def _about_folder(folder: Path) -> dict[str, Any]:
     """What transformers' files in ``folder`` say of a model of this library, without transformers; {} without them."""
     file, tokenizer = folder / "config.json", folder / "tokenizer.json"
     try:
-        values = json.loads(file.read_text()) if file.is_file() else {}
-        kind = values.get("model_type")
-    except (ValueError, AttributeError) as exc:
-        raise UserError(f"--init-from: expected a model's configuration in {file}, got: {describe(exc)}") from exc
+        values = read_config(folder) if file.is_file() else {}
+    except ValueError as exc:
+        raise UserError(f"--init-from: {exc}") from exc
+    kind = values.get("model_type")
     if kind is None:
         return {}
     expect(kind == "hla", "--init-from", f"{_OURS} in {folder}", kind)

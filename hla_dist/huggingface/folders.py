@@ -6,7 +6,6 @@ python -m hla_dist.huggingface.folders optimizer run/checkpoint-20           a T
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from hla_dist import huggingface
 from hla_dist.checkpoints.export import Trained, export, load_trained
+from hla_dist.checkpoints.weights import read_config
 from hla_dist.data.text import load_tokenizer
 from hla_dist.huggingface import HLAConfig, HLAForCausalLM, byte_tokenizer, from_huggingface, to_huggingface
 from hla_dist.huggingface.tokenizer import for_models
 from hla_dist.models import LanguageModel
-from hla_dist.processes.failure import UserError, describe
+from hla_dist.processes.failure import UserError, describe, expect
 from hla_dist.processes.whole_file import whole_file
 from hla_dist.training.continuation import refuse_run
 
@@ -54,13 +54,11 @@ def from_folder(folder: Path) -> Trained:
 
     Raises UserError if ``folder`` is not that of an HLA model.
     """
-    about = folder / CONFIG
     try:
-        kind = json.loads(about.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as exc:
-        raise UserError(f"from-hf: expected a folder with config.json, got {folder}: {describe(exc)}") from exc
-    if kind != "hla":
-        raise UserError(f"from-hf: expected model_type 'hla' in {about}, got {kind!r}")
+        kind = read_config(folder).get("model_type")
+    except ValueError as exc:
+        raise UserError(f"from-hf: {exc}") from exc
+    expect(kind == "hla", "from-hf", f"model_type 'hla' in {folder / CONFIG}", repr(kind))
     hla = _load(folder)
     tensors, config = from_huggingface(hla)
     model = LanguageModel(config)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hla_dist.checkpoints.weights import read_config
 from hla_dist.functional.validate import require
 from hla_dist.huggingface.gguf_file import GGUFFile
 from hla_dist.models import LanguageModel, ModelConfig
@@ -217,13 +218,8 @@ def _places(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text())
-        kind = values.pop("model_type", None)
-    except (OSError, ValueError, AttributeError, TypeError) as exc:
-        raise ValueError(f"{folder}: expected a folder with config.json, got: {describe(exc)}") from exc
-    return family_config(kind, lambda: values, str(file))
+    values = read_config(folder)
+    return family_config(values.pop("model_type", None), lambda: values, str(folder / "config.json"))
 
 
 def family_config(kind: Any, values: Callable[[], dict[str, Any]], where: str) -> PreTrainedConfig:

@@ -1,11 +1,11 @@
 """What a pretrained model needs to speak: its tokenizer, its chat template, and the tokens that end an answer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from hla_dist.checkpoints.weights import read_config
 from hla_dist.data.text import Codec, whole_texts
 from hla_dist.huggingface.pretrained import load_softmax
 from hla_dist.models import LanguageModel
@@ -56,8 +56,8 @@ class PretrainedCodec(Codec):
 def load_speaker(path: Path) -> tuple[LanguageModel, Codec]:
     """Model and tokenizer, of a pretrained softmax model or of a converted one. ValueError or UserError in one line."""
     try:
-        converted = json.loads((path / "config.json").read_text())["model_type"] == "hla"
-    except (OSError, ValueError, KeyError, TypeError):  # load_softmax says what is wrong
+        converted = read_config(path).get("model_type") == "hla"
+    except ValueError:  # load_softmax says what is wrong
         converted = False
     if converted:
         from hla_dist.huggingface.folders import from_folder

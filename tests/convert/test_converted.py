@@ -254,7 +254,7 @@ def test_launch_train_says_what_does_not_fit(folder: Path, pool: RankPool, tmp_p
          "there describes a model, so the options of the model have to)"),
         ((source, "--tokenizer", "bytes"), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 25"),
         ((str(other),), "--init-from: expected a model of this library (launch/convert.py makes one) in "),
-        ((str(broken),), f"--init-from: expected a model's configuration in {broken / 'config.json'}, got: Expecting"),
+        ((str(broken),), f"--init-from: {broken}: expected a folder with config.json, got: Expecting"),
         ((str(typed),), f"--init-from: {typed}: ModelConfig: expected num_heads of type int, got '4'"),
         ((str(tied),), f"--init-from: expected lm_head.weight to be the embedding in {tied} (tie_word_embeddings), got "
          "other numbers"),

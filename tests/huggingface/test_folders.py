@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture):
         (("to-hf", tmp_path / "nothing", tmp_path / "x"), "nothing"),
         (("to-hf", tmp_path / "a.safetensors", tmp_path / "file"), "to-hf: expected a folder to write into"),
         (("to-hf", tmp_path / "a.safetensors", tmp_path / "run"), "to-hf: expected a directory for this alone"),
-        (("from-hf", tmp_path / "nothing", tmp_path / "x.safetensors"), "from-hf: expected a folder with"),
+        (("from-hf", tmp_path / "nothing", tmp_path / "x.safetensors"), "nothing: expected a folder with config.json"),
         (("from-hf", tmp_path / "other", tmp_path / "x.safetensors"), "expected model_type 'hla'"),
         (("from-hf", tmp_path / "other", tmp_path / "x.bin"), "expected a FILE ending in .safetensors"),
     ):
@@ -137,8 +137,8 @@ def test_a_folder_is_the_model_of_its_weights_or_none(tmp_path: Path):
         ({"eos_token_id": "2"}, f"{folder}: expected whole numbers as eos_token_id, got '2'"),
         ({"dtype": 3}, f"{folder}: expected a model, got none: "),
         ({"model_type": ["hla"]}, f"{folder / 'config.json'}: expected model_type one of "),
-        ([{"model_type": "hla"}], f"{folder}: expected a folder with config.json, got: "),
-        ("hla", f"{folder}: expected a folder with config.json, got: "),
+        ([{"model_type": "hla"}], f"{folder}: expected a model's options in config.json, got list"),
+        ("hla", f"{folder}: expected a model's options in config.json, got str"),
     ):
         (folder / "config.json").write_text(json.dumps({**kept, **changes} if isinstance(changes, dict) else changes))
         with pytest.raises((ValueError, UserError)) as caught:

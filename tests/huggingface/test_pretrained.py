@@ -231,7 +231,7 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / "model.safetensors").unlink(), "expected model.safetensors or .*, got neither"),
     (lambda folder: (folder / "config.json").unlink(), "expected a folder with config.json, got: .*No such file"),
     (lambda folder: (folder / "config.json").write_text("{"), "expected a folder with config.json, got: "),
-    (lambda folder: (folder / "config.json").write_text("[1]"), "expected a folder with config.json, got: "),
+    (lambda folder: (folder / "config.json").write_text("[1]"), "expected a model's options in config.json, got list"),
     (_config(model_type=["llama"]), "expected model_type one of llama, .*, got \\['llama'\\]"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "model.safetensors: cannot be read: "),
     (
