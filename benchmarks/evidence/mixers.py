@@ -26,7 +26,7 @@ class Mixer:
         softmax: Options of SoftmaxAttention.
         key_size: Keys are so many times ``head_dim`` wide; values are not.
         conv: Queries, keys and values pass a short convolution.
-        gains: What gain and skip of a key term start from; None: from what the layer gives them.
+        gains: What gain and skip of a key term start from, heads in turn; None: from what the layer gives them.
         embedding: Deviation of the embedding at the start; None: 1/sqrt(D), so that logits begin at order 1.
         layers: How many; the model's parameters stay as many.
     """
@@ -36,7 +36,7 @@ class Mixer:
     softmax: dict[str, Any] = field(default_factory=dict)
     key_size: int = 1
     conv: bool = False
-    gains: tuple[float, float] | None = None
+    gains: tuple[tuple[float, float], ...] | None = None
     embedding: float | None = None
     layers: int = 2
 
@@ -53,23 +53,26 @@ _PLAIN = {
     "linear_attention, gated per channel": Mixer("linear_attention", {"decay": "channel"}),
     "hla2": Mixer("hla2"),
     # gain and skip at the start: second order alone, both terms, first order alone
-    "hla2, key term from (1, 0)": Mixer("hla2", {"key_term": True}, gains=(1.0, 0.0)),
-    "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": True}, gains=(1.0, 1.0)),
-    "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": True}, gains=(0.0, 1.0)),
+    "hla2, key term from (1, 0)": Mixer("hla2", {"key_term": True}, gains=((1.0, 0.0),)),
+    "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 1.0),)),
+    "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": True}, gains=((0.0, 1.0),)),
+    # heads of first order beside heads of second
+    "hla2, key term from (0, 1) and (1, 0)": Mixer("hla2", {"key_term": True}, gains=((0.0, 1.0), (1.0, 0.0))),
+    "hla2, key term from (1, 0) and (0, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 0.0), (0.0, 1.0))),
     # levels of blocks of up to 32 tokens, and one of all that is further away
     "linear_attention, gated, levels": Mixer("linear_attention", {"levels": 7}),
-    "hla2, key term from (0, 1), levels": Mixer("hla2", {"key_term": True, "levels": 7}, gains=(0.0, 1.0)),
+    "hla2, key term from (0, 1), levels": Mixer("hla2", {"key_term": True, "levels": 7}, gains=((0.0, 1.0),)),
     "hla2, paper's decay": Mixer("hla2", {"decay_form": "paper"}),
     "ahla": Mixer("ahla"),
     "hla3": Mixer("hla3"),
-    "hla3, key term from (0, 1)": Mixer("hla3", {"key_term": True}, gains=(0.0, 1.0)),
+    "hla3, key term from (0, 1)": Mixer("hla3", {"key_term": True}, gains=((0.0, 1.0),)),
     "hla2, then softmax": Mixer("hla2,softmax"),
     "linear_attention, gated, then softmax": Mixer("linear_attention,softmax"),
     "linear_attention, gated, four layers": Mixer("linear_attention", layers=4),
     "linear_attention, gated, one softmax in four": Mixer("linear_attention*3,softmax", layers=4),
     "hla2, one softmax in four": Mixer("hla2*3,softmax", layers=4),
     "hla2, key term from (0, 1), one softmax in four": Mixer(
-        "hla2*3,softmax", {"key_term": True}, gains=(0.0, 1.0), layers=4
+        "hla2*3,softmax", {"key_term": True}, gains=((0.0, 1.0),), layers=4
     ),
     "ahla, one softmax in four": Mixer("ahla*3,softmax", layers=4),
     "hla3, one softmax in four": Mixer("hla3*3,softmax", layers=4),
@@ -86,7 +89,7 @@ for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2,
 # one option changed, of the mixer that has all the others
 MIXERS |= {
     f"hla2, key term from (0, 1), conv; {what}": Mixer(
-        "hla2", {"key_term": True, "conv": WIDTH} | changed, conv=True, gains=(0.0, 1.0)
+        "hla2", {"key_term": True, "conv": WIDTH} | changed, conv=True, gains=((0.0, 1.0),)
     )
     for what, changed in {
         "no decay": {"decay": None},
@@ -137,8 +140,10 @@ def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, value_dim:
                 setattr(layer, name, Convolved(getattr(layer, name)))
         if isinstance(layer, HLAAttention) and mixer.gains is not None:
             assert layer.gain is not None and layer.skip is not None
-            nn.init.constant_(layer.gain, mixer.gains[0])
-            nn.init.constant_(layer.skip, mixer.gains[1])
+            pairs = [mixer.gains[head % len(mixer.gains)] for head in range(layer.num_heads)]
+            with torch.no_grad():
+                for parameter, starts in zip((layer.gain, layer.skip), zip(*pairs, strict=True), strict=True):
+                    parameter.copy_(torch.tensor(starts))
     return model
 
 

@@ -15,6 +15,8 @@ STEP_SIZES = (1e-2, 3e-3)
 SEEDS = (0, 1, 2)
 KEYED = "hla2, key term from (0, 1)"
 BOTH = "hla2, key term from (1, 1), conv"
+# heads of first order beside heads of second, either with the longer memory
+MIXED = ["hla2, key term from (0, 1) and (1, 0), conv", "hla2, key term from (1, 0) and (0, 1), conv"]
 PLAIN = ["softmax", "linear_attention", "linear_attention, gated", KEYED, "hla2", "ahla", "hla3"]
 # what decides defaults: each mixer with a convolution, then without
 CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
@@ -34,7 +36,7 @@ WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
        "hla2, conv", "linear_attention, gated, levels, conv", "hla3, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
-ASKED = [*CORE, *START, BOTH, *ABLATIONS]
+ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
 
 SMALLEST = Task("recall", 16, {"vocabulary": 16, "pairs": 4, "queries": 8})
@@ -94,7 +96,7 @@ def _small() -> list[Run]:
     return [
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
-        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, BOTH, START[0], "ahla, conv"]),
+        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, *MIXED, BOTH, START[0], "ahla, conv"]),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
 
@@ -168,7 +170,7 @@ def everything() -> list[Run | Regression | Capacity]:
         *_grid(Task("text", 128), 400, WRITING, batch=16),
         *_grid(Task("text", 128), 400, [f"{KEYED}, conv"], batch=16, sizes=(8,)),
         *_grid(SMALLEST, 600, SIZED, sizes=(4,)),
-        *_grid(SMALLEST, 600, [*KINDS, BOTH, *ABLATIONS]),
+        *_grid(SMALLEST, 600, [*MIXED, BOTH, *KINDS, *ABLATIONS]),
         *_small(),
         *_pairs(),
         *_grid(Task("text", 512), 400, WRITING, batch=4),
