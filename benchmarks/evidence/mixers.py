@@ -26,7 +26,8 @@ class Mixer:
         softmax: Options of SoftmaxAttention.
         key_size: Keys are so many times ``head_dim`` wide; values are not.
         conv: Queries, keys and values pass a short convolution.
-        gains: What gain and skip of a key term start from, heads in turn; None: from what the layer gives them.
+        gains: What gain and skip of a key term start from, each for an equal part of the heads; None: from what the
+            layer gives them.
         embedding: Deviation of the embedding at the start; None: 1/sqrt(D), so that logits begin at order 1.
         layers: How many; the model's parameters stay as many.
     """
@@ -140,7 +141,7 @@ def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, value_dim:
                 setattr(layer, name, Convolved(getattr(layer, name)))
         if isinstance(layer, HLAAttention) and mixer.gains is not None:
             assert layer.gain is not None and layer.skip is not None
-            pairs = [mixer.gains[head % len(mixer.gains)] for head in range(layer.num_heads)]
+            pairs = [mixer.gains[head * len(mixer.gains) // layer.num_heads] for head in range(layer.num_heads)]
             with torch.no_grad():
                 for parameter, starts in zip((layer.gain, layer.skip), zip(*pairs, strict=True), strict=True):
                     parameter.copy_(torch.tensor(starts))

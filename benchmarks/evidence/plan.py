@@ -15,8 +15,8 @@ STEP_SIZES = (1e-2, 3e-3)
 SEEDS = (0, 1, 2)
 KEYED = "hla2, key term from (0, 1)"
 BOTH = "hla2, key term from (1, 1), conv"
-# heads of first order beside heads of second, either with the longer memory
-MIXED = ["hla2, key term from (0, 1) and (1, 0), conv", "hla2, key term from (1, 0) and (0, 1), conv"]
+# heads of second order beside heads of first with the longer memory; then the other way about
+MIXED = ["hla2, key term from (1, 0) and (0, 1), conv", "hla2, key term from (0, 1) and (1, 0), conv"]
 PLAIN = ["softmax", "linear_attention", "linear_attention, gated", KEYED, "hla2", "ahla", "hla3"]
 # what decides defaults: each mixer with a convolution, then without
 CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
@@ -32,9 +32,9 @@ KINDS = [name for mixer in ("softmax, window 9", "hla2, paper's decay", "linear_
          for name in (mixer, f"{mixer}, conv")] + [f"{op}, one softmax in four" for op in ("ahla", "hla3")]  # fmt: skip
 # what decides whether a model of text should have a convolution, gates or a key term
 WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "hla2, conv", f"{KEYED}, conv",
-           "softmax, conv", "linear_attention, conv", KEYED, "softmax"]  # fmt: skip
+           "softmax, conv", "linear_attention, conv", KEYED, "softmax", MIXED[0]]  # fmt: skip
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
-       "hla2, conv", "linear_attention, gated, levels, conv", "hla3, conv"]  # fmt: skip
+       "hla2, conv", "linear_attention, gated, levels, conv", "hla3, conv", MIXED[0]]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
@@ -96,7 +96,7 @@ def _small() -> list[Run]:
     return [
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
-        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, *MIXED, BOTH, START[0], "ahla, conv"]),
+        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, MIXED[1], BOTH, START[0], "ahla, conv"]),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
 
@@ -113,10 +113,10 @@ def _capacity() -> list[Capacity]:
 def _pairs() -> list[Run]:
     """16 pairs in whole models: first order at three sizes, second order within the same bytes, then the others."""
     task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32}, first=4)
-    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), "hla2, conv": (10, 6, 3),
-             UNGATED: (10,), "linear_attention, gated, conv": (16, 8, 4), "softmax, conv": (16,), "ahla, conv": (8,),
-             "hla3, conv": (7,), "linear_attention": (16,), "linear_attention, gated": (16,), KEYED: (10,),
-             "softmax": (16,)}  # fmt: skip
+    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), MIXED[0]: (10, 6, 3),
+             "hla2, conv": (10, 6, 3), UNGATED: (10,), "linear_attention, gated, conv": (16, 8, 4),
+             "softmax, conv": (16,), "ahla, conv": (8,), "hla3, conv": (7,), "linear_attention": (16,),
+             "linear_attention, gated": (16,), KEYED: (10,), "softmax": (16,)}  # fmt: skip
     runs = [
         run
         for mixer, several in sizes.items()
