@@ -60,6 +60,8 @@ _PLAIN = {
     # heads of first order beside heads of second
     "hla2, key term from (0, 1) and (1, 0)": Mixer("hla2", {"key_term": True}, gains=((0.0, 1.0), (1.0, 0.0))),
     "hla2, key term from (1, 0) and (0, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 0.0), (0.0, 1.0))),
+    # both terms in the heads with short memories, the key alone in those with long ones
+    "hla2, key term from (1, 1) and (0, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 1.0), (0.0, 1.0))),
     # levels of blocks of up to 32 tokens, and one of all that is further away
     "linear_attention, gated, levels": Mixer("linear_attention", {"levels": 7}),
     "hla2, key term from (0, 1), levels": Mixer("hla2", {"key_term": True, "levels": 7}, gains=((0.0, 1.0),)),

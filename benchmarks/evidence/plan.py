@@ -15,8 +15,9 @@ STEP_SIZES = (1e-2, 3e-3)
 SEEDS = (0, 1, 2)
 KEYED = "hla2, key term from (0, 1)"
 BOTH = "hla2, key term from (1, 1), conv"
-# heads of second order beside heads of first with the longer memory; then the other way about
-MIXED = ["hla2, key term from (1, 0) and (0, 1), conv", "hla2, key term from (0, 1) and (1, 0), conv"]
+# heads of second order beside heads of first with the longer memory; then the other way about; then the key in all
+MIXED = [f"hla2, key term from {starts}, conv" for starts in ("(1, 0) and (0, 1)", "(0, 1) and (1, 0)",
+                                                              "(1, 1) and (0, 1)")]  # fmt: skip
 PLAIN = ["softmax", "linear_attention", "linear_attention, gated", KEYED, "hla2", "ahla", "hla3"]
 # what decides defaults: each mixer with a convolution, then without
 CORE = [name for mixer in PLAIN for name in (f"{mixer}, conv", mixer)]
@@ -96,7 +97,7 @@ def _small() -> list[Run]:
     return [
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
-        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, MIXED[1], BOTH, START[0], "ahla, conv"]),
+        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, *MIXED[1:], BOTH, START[0], "ahla, conv"]),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
 
@@ -113,7 +114,7 @@ def _capacity() -> list[Capacity]:
 def _pairs() -> list[Run]:
     """16 pairs in whole models: first order at three sizes, second order within the same bytes, then the others."""
     task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32}, first=4)
-    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), MIXED[0]: (10, 6, 3),
+    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), MIXED[0]: (10, 6, 3), MIXED[2]: (10,),
              "hla2, conv": (10, 6, 3), UNGATED: (10,), "linear_attention, gated, conv": (16, 8, 4),
              "softmax, conv": (16,), "ahla, conv": (8,), "hla3, conv": (7,), "linear_attention": (16,),
              "linear_attention, gated": (16,), KEYED: (10,), "softmax": (16,)}  # fmt: skip
