@@ -5,7 +5,7 @@ L levels, w width of the convolution.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,10 +119,11 @@ class HLAAttention(AttentionLayer):
             before ``feature_map``. None: none, as ``mask="full"`` wants it. Its last inputs are part of
             the state (``ConvHLA2State``, for example). Its weight decays like a matrix.
         conv_backend: As for ``ShortConvolution``.
-        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]`` from 0 and 1: how much of u
-            is the query seen through the keys, and how much the token's own key. For hla2 and hla3,
-            which then begin as linear_attention and ahla. None: where the operator, ``mask`` and
-            ``decay_form`` have one. False: the paper's operator.
+        key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]``: how much of u is the query
+            seen through the keys, and how much the token's own key. True, for hla2 and hla3: they begin
+            at 0 and 1, as linear_attention and ahla, which is best for recall. A pair: they begin at
+            these; (1, 0), the operator itself, is best for products (docs/which-operator.md). None:
+            True where the operator, ``mask`` and ``decay_form`` have one. False: the paper's operator.
         levels: L, at least 2: the last pass has weights per token, head and level of distance
             (log-linear attention), softplus of a projection of x that begins near 1; with 1 it is the
             operator itself. Level l >= 1 is the left half of the block of 2^l tokens in whose right
@@ -186,7 +187,7 @@ class HLAAttention(AttentionLayer):
         rope_theta: float | None = None,
         conv: int | None = 4,
         conv_backend: str = "auto",
-        key_term: bool | None = None,
+        key_term: bool | Sequence[float] | None = None,
         levels: int | None = None,
         grown: int = 0,
         mask: str = "causal",
@@ -230,12 +231,16 @@ class HLAAttention(AttentionLayer):
             check_width("conv", conv)
             require(mask != "full", "conv", "None with mask='full', which has no order", conv)
         keyed = NAMED[op].keyed and mask == "causal" and decay_form == "masked"
-        if key_term and not keyed:
+        if key_term not in (None, False) and not keyed:
             raise ValueError(
                 f"key_term: expected None or False for {op} with mask={mask!r} and decay_form={decay_form!r} "
                 f"(only hla2 and hla3, causal and masked, have a key term), got {key_term!r}"
             )
         key_term = keyed if key_term is None else key_term
+        # first order at the start: every seed learns recall, from (1, 0) not every one (docs/which-operator.md)
+        self.key_term_start = (0.0, 1.0) if isinstance(key_term, bool) else tuple(key_term)
+        whole = len(self.key_term_start) == 2 and all(map(math.isfinite, self.key_term_start))
+        require(whole and any(self.key_term_start), "key_term", "a gain and a skip, not both 0", repr(key_term))
         if levels is not None:
             require(type(levels) is int and levels >= 2, "levels", "a whole number >= 2, or None", repr(levels))
             require(decay != "channel", "decay", "a gate per head with levels", repr(decay))
@@ -297,9 +302,8 @@ class HLAAttention(AttentionLayer):
         ratios; of channel c, where each has its own, in every head.
         """
         if self.gain is not None and self.skip is not None:
-            # first order at the start: every seed learns recall, from 1 and 0 not every one (docs/which-operator.md)
-            nn.init.zeros_(self.gain)
-            nn.init.ones_(self.skip)
+            for parameter, start in zip((self.gain, self.skip), self.key_term_start, strict=True):
+                nn.init.constant_(parameter, start)
         if self.q_grown is not None:
             nn.init.zeros_(self.q_grown)
         if self.level_bias is not None:  # weights of 1, from which a token's own differ by a fourth or so

@@ -153,6 +153,9 @@ def test_the_key_term_starts_as_first_order_and_reaches_hla2():
     assert_close("hla2", layer(x)[0].detach(), plain(x)[0].detach(), FLOAT64)
     layer.reset_parameters()
     assert layer.gain.tolist() == [0.0] * 4 and layer.skip.tolist() == [1.0] * 4
+    second = _layer(key_term=(1.0, 0.0))
+    assert second.gain.tolist() == [1.0] * 4 and second.skip.tolist() == [0.0] * 4
+    assert_close("from (1, 0)", second(x)[0].detach(), plain(x)[0].detach(), FLOAT64)
 
 
 def _undecayed(layer: HLAAttention) -> list[torch.Tensor]:
@@ -333,6 +336,10 @@ def test_compiles_without_graph_breaks():
         (dict(conv=4, mask="full", decay=None), ("conv", "None with mask='full'", "got 4")),
         (dict(key_term=True, op="ahla"), ("key_term", "False for ahla", "only hla2 and hla3")),
         (dict(key_term=True, mask="prefix"), ("key_term", "mask='prefix'", "got True")),
+        (dict(key_term=(1.0, 0.0), op="ahla"), ("key_term", "False for ahla", "got (1.0, 0.0)")),
+        (dict(key_term=(0.0, 0.0)), ("key_term", "a gain and a skip, not both 0", "got (0.0, 0.0)")),
+        (dict(key_term=(1.0,)), ("key_term", "a gain and a skip", "got (1.0,)")),
+        (dict(key_term=(1.0, float("nan"))), ("key_term", "a gain and a skip", "nan")),
         (dict(levels=1), ("levels", "a whole number >= 2, or None", "got 1")),
         (dict(levels=4, normalize=True), ("normalize", "False with levels", "got True")),
         (dict(levels=4, mask="prefix"), ("mask", "'causal' with levels", "got 'prefix'")),

@@ -40,7 +40,7 @@ from tests.training.test_estimate import allocated
 VOCABULARY, TOKENS, MICRO = 30, 45, 2
 OPTIONS: dict[str, dict[str, Any]] = {
     "convolution": dict(op="ahla", attention={"conv": 4}),
-    "key term": dict(pattern="hla2,softmax", attention={"key_term": True}),
+    "key term": dict(pattern="hla2,softmax", attention={"key_term": [1.0, 0.0]}),
     "key term and convolution": dict(op="hla3", attention={"key_term": True, "conv": 3, "rope_theta": 100.0}),
     "gates per channel": dict(op="linear_attention", num_kv_heads=1, attention={"decay": "channel", "conv": 2}),
     "levels": dict(op="hla2", num_kv_heads=1, attention={"levels": 4, "key_term": True, "conv": 2}),
