@@ -36,6 +36,9 @@ WRITING = ["linear_attention, gated", "linear_attention, gated, conv", "hla2", "
            "softmax, conv", "linear_attention, conv", KEYED, "softmax", MIXED[0]]  # fmt: skip
 FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", f"{KEYED}, conv",
        "hla2, conv", "linear_attention, gated, levels, conv", "hla3, conv", MIXED[0]]  # fmt: skip
+# products are where it matters how a key term starts
+TRACKING = ["softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", START[0], "hla2, conv", BOTH,
+            f"{KEYED}, conv"]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
@@ -87,7 +90,6 @@ def _small() -> list[Run]:
     tasks = [
         Task("induction", 16, {"vocabulary": 16}),
         Task("copying", 16, {"vocabulary": 8, "symbols": 4}),
-        Task("states", 8, {"letters": 3}),
         Task("needle", 24, {"vocabulary": 16, "needles": 4}, beyond=(96, 384)),
         Task("induction", 32, {"vocabulary": 32}),
         Task("copying", 32, {"vocabulary": 8, "symbols": 8}),
@@ -98,6 +100,7 @@ def _small() -> list[Run]:
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
         *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, *MIXED[1:], BOTH, START[0], "ahla, conv"]),
+        *_grid(Task("states", 8, {"letters": 3}), 4800, TRACKING),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
 
@@ -114,7 +117,7 @@ def _capacity() -> list[Capacity]:
 def _pairs() -> list[Run]:
     """16 pairs in whole models: first order at three sizes, second order within the same bytes, then the others."""
     task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32}, first=4)
-    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), MIXED[0]: (10, 6, 3), MIXED[2]: (10,),
+    sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), MIXED[0]: (10,), MIXED[2]: (10,),
              "hla2, conv": (10, 6, 3), UNGATED: (10,), "linear_attention, gated, conv": (16, 8, 4),
              "softmax, conv": (16,), "ahla, conv": (8,), "hla3, conv": (7,), "linear_attention": (16,),
              "linear_attention, gated": (16,), KEYED: (10,), "softmax": (16,)}  # fmt: skip
