@@ -101,16 +101,18 @@ def distill(
     wanted = {name: p.requires_grad for name, p in student.named_parameters()}
     mode, own = student.training, [layer.window_dropout for layer in dropping]
     shares = [] if window_dropout is None else torch.linspace(*window_dropout, steps, dtype=torch.float64).tolist()
-    with _adapted(student, layers, lora):
-        losses = _train(
-            student, layers, rows, teacher, kl, tokens, steps, batch, lr, thaw, dropping, shares, group, report
-        )
-    for layer, share in zip(dropping, own):
-        layer.window_dropout = share
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(wanted[name])
-        parameter.grad = None
-    student.train(mode)
+    try:
+        with _adapted(student, layers, lora):
+            losses = _train(
+                student, layers, rows, teacher, kl, tokens, steps, batch, lr, thaw, dropping, shares, group, report
+            )
+    finally:  # also where a user stops it
+        for layer, share in zip(dropping, own):
+            layer.window_dropout = share
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(wanted[name])
+            parameter.grad = None
+        student.train(mode)
     require_change("distill", before, student)
     return losses
 

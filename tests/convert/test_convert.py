@@ -197,6 +197,22 @@ def test_windows_are_dropped_on_a_schedule() -> None:
             distill(swap(model, memory=other), text, window_dropout=(0.9, 0.1))
 
 
+def test_a_stopped_distillation_leaves_the_model_as_it_was_set() -> None:
+    """Adapters merged, gradients asked for as before, and the layers' own share of dropped windows."""
+    student = swap(teacher(), memory={**MEMORY, "memory": "all", "window_dropout": 0.25}).eval()
+    student.embedding.weight.requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in student.named_parameters()}
+
+    def stop(step: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, rows(4), window_dropout=(1.0, 0.0), steps=5, report=stop)
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == wanted
+    assert all(p.grad is None for p in student.parameters()) and not student.training
+    assert student.blocks[1].attention.window_dropout == 0.25
+
+
 def test_usage_tells_what_is_left_without_each_part() -> None:
     model, text = teacher(), rows(3)
     student = swap(model, memory=MEMORY)
