@@ -44,6 +44,7 @@ ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
 
 SMALLEST = Task("recall", 16, {"vocabulary": 16, "pairs": 4, "queries": 8})
+PRODUCTS = Task("states", 6, {"letters": 3})
 STEADY = Setting(features=4, examples=16, smallest=0.25)
 DRIFTING = Setting(features=4, examples=32, kept=0.95)
 
@@ -99,7 +100,10 @@ def _small() -> list[Run]:
     return [
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
-        *_grid(Task("states", 6, {"letters": 3}), 2400, [*FEW, *MIXED[1:], BOTH, START[0], "ahla, conv"]),
+        *_grid(PRODUCTS, 2400, [*FEW, *MIXED[1:], BOTH, START[0], "ahla, conv"]),
+        # is it for its larger state, or for two sums per layer, that second order tracks products?
+        *_grid(PRODUCTS, 2400, [START[0]], sizes=(8,)),
+        *_grid(PRODUCTS, 2400, [f"linear_attention, gated, {what}, conv" for what in ("keys of 2K", "four layers")]),
         *_grid(Task("states", 8, {"letters": 3}), 4800, TRACKING),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
@@ -151,6 +155,7 @@ def subset() -> list[Run | Regression | Capacity]:
     return [
         *_grid(SMALLEST, 600, CORE + START),
         *_grid(SMALLEST, 600, SIZED, sizes=(8,)),
+        *_grid(PRODUCTS, 2400, [*DECISIVE, START[0]]),
         # three state sizes with one seed, the largest with three
         *(run for run in _pairs() if run.mixer in (*DECISIVE, UNGATED) and run.step_size == STEP_SIZES[0]
           and (run.seed == 0 or run.mixer in DECISIVE and run.head_dim in (16, 10))),
