@@ -152,6 +152,14 @@ def test_links_lead_somewhere(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
+def test_tables_end_with_an_empty_line(page: Path):
+    """A line that follows a table at once would be its next row."""
+    lines = [*page.read_text().splitlines(), ""]
+    glued = [after for row, after in zip(lines, lines[1:]) if row[:1] == "|" and after[:1] not in ("", "|")]
+    assert not glued, glued
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_make_targets_exist(page: Path):
     """Every `make x` in text or in a shell block is a target."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -3,8 +3,9 @@
     python benchmarks/evidence/page.py
 
 A comment ``<!-- lines: GROUP; ROWS; COLUMN; COLUMN; ... -->`` in the page stands before each table. GROUP begins the
-name of one group of runs. ROWS is "mixers", "changed" for the mixer of the ablations and them, or "all" for both. The
-second column orders the rows. ``<!-- costs -->`` stands before the table of what an operator costs: counted, but for
+name of one group of runs. ROWS is "mixers", "changed" for the mixer of the ablations and them, or "all" for both;
+"mixers but ONE/OTHER" leaves out, for the report, mixers with these words in their names. The second column orders the
+rows. ``<!-- costs -->`` stands before the table of what an operator costs: counted, but for
 the times, of benchmarks/family_cpu.py. ``<!-- minutes -->`` stands before how long `make evidence` takes.
 """
 
@@ -35,10 +36,10 @@ from hla_dist.training.estimate import Step, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, LINES = ROOT / "docs/which-operator.md", ROOT / "benchmarks/results/evidence.jsonl"
-TIMES, MODES, TOKENS = ROOT / "benchmarks/results/family_cpu.json", ("forward", "forward+backward"), 4096
+TIMES, MODES, TOKENS = ROOT / "benchmarks/results/family_cpu.json", ("forward", "forward+backward", "decode"), 4096
 MINUTES = re.compile(r"(<!-- minutes -->\n\n).*\n")
 COSTS = re.compile(r"(<!-- costs -->\n\n)(?:\|.*\n)*")
-TABLE = re.compile(r"(<!-- lines: ([^>]+?); (mixers|changed|all); ([^>]+) -->\n\n)(?:\|.*\n)*")
+TABLE = re.compile(r"(<!-- lines: ([^>]+?); (mixers(?: but [^;>]+)?|changed|all); ([^>]+) -->\n\n)(?:\|.*\n)*")
 
 
 def _mean(lines: list[Line], name: str) -> float:
@@ -100,7 +101,9 @@ def table(group: str, rows: str, columns: list[str], lines: list[Line]) -> str:
     if rows == "changed":
         kept = [x for x in members if row_name(x) == whole or x["mixer"].startswith(f"{KEYED}, conv; ")]
     else:
+        left_out = rows.partition(" but ")[2].split("/") if " but " in rows else []
         kept = [x for x in members if rows == "all" or not x["mixer"].startswith(f"{KEYED}, conv; ")]
+        kept = [x for x in kept if not any(words in x["mixer"] for words in left_out)]
     sign = -1 if columns[1] in DESCENDING else 1
     order = lambda seeds: sign * float(cell(columns[1], seeds).replace(",", ""))  # noqa: E731
     by_row, several = sorted(chosen(kept).values(), key=order), tried(kept)
@@ -124,8 +127,10 @@ OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _times_over_first_order() -> dict[tuple[str, str], float]:
     """By mode and operator, with a gate per token."""
-    timed = [x for x in json.loads(TIMES.read_text())["seconds"] if x["variant"] == "gate a token"]
+    record = json.loads(TIMES.read_text())
+    timed = [x for x in record["seconds"] if x["variant"] == "gate per token"]
     medians = {(x["mode"], x["operator"]): statistics.median(x["samples"]) for x in timed}
+    medians |= {("decode", operator): us for operator, us in record["decode_us_per_token"].items()}
     return {key: seconds / medians[key[0], "linear_attention"] for key, seconds in medians.items()}
 
 
@@ -141,7 +146,8 @@ def costs() -> str:
         took = [f"{times[mode, op]:.1f}" if name != "linear_attention, 20 levels" else "" for mode in MODES]
         rows.append([name, f"{size:,}", f"{flops / TOKENS:,.0f}", *took])
     flops = step_flops(Step(ModelConfig(**sizes, pattern="softmax"), TOKENS))["softmax"]
-    rows.append(["softmax", f"{TOKENS * 2 * 64 * 4:,} at {TOKENS:,} tokens", f"{flops / TOKENS:,.0f}", "", ""])
+    rows.append(["softmax", f"{TOKENS * 2 * 64 * 4:,} at {TOKENS:,} tokens", f"{flops / TOKENS:,.0f}", "", "",
+                 f"{times['decode', 'softmax']:.1f} at {TOKENS:,} tokens"])  # fmt: skip
     header = ["operator", "bytes of the state", "FLOPs per token, forward and backward", *(f"time, {m}" for m in MODES)]
     return report.table(header, rows)
 

@@ -117,13 +117,16 @@ def predicted_seconds(run: Job, device: torch.device) -> float:
     return module.predicted_seconds(run, device)
 
 
+ABOUT = ("commit", "hardware", "instructions", "torch")  # of a report's context, in every line
+
+
 def work(runs: Sequence[Job], path: Path, about: dict[str, Any], device: torch.device) -> None:
     """Do the runs that are needed and have no line yet."""
     for run in tqdm(runs, desc="evidence"):
         done = read(path)
         if run.key not in done and needed([run], done):
             line = train(run, device)
-            line |= {"device": named(device)} | {name: about[name] for name in ("commit", "hardware", "torch")}
+            line |= {"device": named(device)} | {name: about[name] for name in ABOUT}
             with path.open("a") as file:  # one write a line: several processes may append
                 file.write(json.dumps(line) + "\n")
 
@@ -219,7 +222,7 @@ def write(args: Any, lines: list[Line], plan: list[list[str]]) -> int:
     ]
     if groups:
         gpu = lambda line: "" if line.get("device", "cpu") == "cpu" else f", {line['device']}"  # noqa: E731
-        machines = sorted({f"{x['hardware']}{gpu(x)}, commit {x['commit']}" for x in lines})
+        machines = sorted({f"{x['hardware']}, {x['instructions']}{gpu(x)}, commit {x['commit']}" for x in lines})
         body += ["## What was measured"]
         body += [
             "Mean over seeds on validation seeds, at the step size that other validation seeds prefer; spread from the "

@@ -225,7 +225,7 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     assert program.part_of(runs, "2/2") == runs[1::2] and program.part_of(runs, "1/1") == runs
     with pytest.raises(UserError, match="--part: expected i/n"):
         program.part_of(runs, "3/2")
-    about = {"commit": "c", "hardware": "h", "torch": "t"}
+    about = {"commit": "c", "hardware": "h", "instructions": "i", "torch": "t"}
     path = tmp_path / "evidence.jsonl"
     program.work(runs[:1], path, about, CPU)
     before = path.read_text()
@@ -254,7 +254,7 @@ def test_runs_are_done_once_shared_out_and_reported(tmp_path: Path, monkeypatch:
     unplanned = on_gpu | {"group": "text of another"}
     program.write(args, [*lines.values(), on_gpu, unplanned], plan)
     text = (tmp_path / "evidence.md").read_text()
-    assert "### text of another" in text and "h, Some GPU, commit c" in text
+    assert "### text of another" in text and "h, i, Some GPU, commit c" in text
     assert text.index("## Planned") < text.index("## What was measured") and "| all | 7 | 4 | 1 and ? |" in text
     assert "at length 32" in text and "hla2, key term from (0, 1), conv, K 16" in text and "optimum: one step" in text
     assert (tmp_path / "evidence.png").exists()
