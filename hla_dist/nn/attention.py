@@ -121,9 +121,9 @@ class HLAAttention(AttentionLayer):
         conv_backend: As for ``ShortConvolution``.
         key_term: Learn ``gain`` and ``skip`` of the operator, each ``[H]``: how much of u is the query
             seen through the keys, and how much the token's own key. True, for hla2 and hla3: they begin
-            at 0 and 1, as linear_attention and ahla, which is best for recall. A pair: they begin at
-            these; (1, 0), the operator itself, is best for products (docs/which-operator.md). None:
-            True where the operator, ``mask`` and ``decay_form`` have one. False: the paper's operator.
+            at 0 and 1, as linear_attention and ahla, which suits recall. A pair: they begin at these;
+            (1, 0), the operator itself, suits state tracking (docs/which-operator.md). None: True
+            where the operator, ``mask`` and ``decay_form`` have one. False: the paper's operator.
         levels: L, at least 2: the last pass has weights per token, head and level of distance
             (log-linear attention), softplus of a projection of x that begins near 1; with 1 it is the
             operator itself. Level l >= 1 is the left half of the block of 2^l tokens in whose right
@@ -238,9 +238,10 @@ class HLAAttention(AttentionLayer):
             )
         key_term = keyed if key_term is None else key_term
         # first order at the start: every seed learns recall, from (1, 0) not every one (docs/which-operator.md)
-        self.key_term_start = (0.0, 1.0) if isinstance(key_term, bool) else tuple(key_term)
-        whole = len(self.key_term_start) == 2 and all(map(math.isfinite, self.key_term_start))
-        require(whole and any(self.key_term_start), "key_term", "a gain and a skip, not both 0", repr(key_term))
+        start = (0.0, 1.0) if isinstance(key_term, bool) else key_term
+        pair = isinstance(start, (tuple, list)) and len(start) == 2 and all(map(math.isfinite, start)) and any(start)
+        require(pair, "key_term", "True, False, None, or a gain and a skip that are not both 0", repr(key_term))
+        self.key_term_start = tuple(start)
         if levels is not None:
             require(type(levels) is int and levels >= 2, "levels", "a whole number >= 2, or None", repr(levels))
             require(decay != "channel", "decay", "a gate per head with levels", repr(decay))
