@@ -101,8 +101,8 @@ def main() -> int:
             for name, bound in BOUNDS.items():
                 ratio = time_of[variant, mode, name] / base
                 targets.append(report.Target(f"{name} over hla2, {variant}, {mode}", ratio, bound, False))
-    per_sequence = {name: 1e6 * statistics.median(values) / args.sequences for name, values in decoded.items()}
-    base = per_sequence["linear_attention"]
+    us_per_token = {name: 1e6 * statistics.median(values) / args.sequences for name, values in decoded.items()}
+    base = us_per_token["linear_attention"]
     parts = [
         "## What was measured",
         f"B = 1, T = {args.tokens}, H = {args.heads}, K = V = {K}, float32, {args.threads} threads. Medians of "
@@ -111,10 +111,10 @@ def main() -> int:
         "## Decoding",
         f"One token of each of {args.sequences} sequences with a state and a gate, otherwise as above; softmax with "
         f"the keys and values of {args.cached} tokens. Microseconds per token, in brackets over linear_attention's.",
-        report.table([*decoding], [[f"{x:.1f} ({x / base:.2f})" for x in per_sequence.values()]]),
+        report.table([*decoding], [[f"{x:.1f} ({x / base:.2f})" for x in us_per_token.values()]]),
     ]
     data = {"seconds": [dict(zip(("variant", "mode", "operator"), c), samples=v) for c, v in samples.items()]}
-    data |= {"decode_us_per_token": per_sequence}
+    data |= {"decode_us_per_token": us_per_token}
     return report.finish(args, "The operators beside one another", targets, parts, data)
 
 

@@ -26,8 +26,8 @@ class Mixer:
         softmax: Options of SoftmaxAttention.
         key_size: Keys are so many times ``head_dim`` wide; values are not.
         conv: Queries, keys and values pass a short convolution.
-        gains: What gain and skip of a key term start from, each for an equal part of the heads; None: from what the
-            layer gives them.
+        gains: What gain and skip of a key term start from, each pair in an equal part of the heads; None: from what
+            ``key_term`` says in all of them.
         embedding: Deviation of the embedding at the start; None: 1/sqrt(D), so that logits begin at order 1.
         layers: How many; the model's parameters stay as many.
     """
@@ -54,9 +54,9 @@ _PLAIN = {
     "linear_attention, gated per channel": Mixer("linear_attention", {"decay": "channel"}),
     "hla2": Mixer("hla2"),
     # gain and skip at the start: second order alone, both terms, first order alone
-    "hla2, key term from (1, 0)": Mixer("hla2", {"key_term": True}, gains=((1.0, 0.0),)),
-    "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 1.0),)),
-    "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": True}, gains=((0.0, 1.0),)),
+    "hla2, key term from (1, 0)": Mixer("hla2", {"key_term": (1.0, 0.0)}),
+    "hla2, key term from (1, 1)": Mixer("hla2", {"key_term": (1.0, 1.0)}),
+    "hla2, key term from (0, 1)": Mixer("hla2", {"key_term": (0.0, 1.0)}),
     # heads of first order beside heads of second
     "hla2, key term from (0, 1) and (1, 0)": Mixer("hla2", {"key_term": True}, gains=((0.0, 1.0), (1.0, 0.0))),
     "hla2, key term from (1, 0) and (0, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 0.0), (0.0, 1.0))),
@@ -64,19 +64,17 @@ _PLAIN = {
     "hla2, key term from (1, 1) and (0, 1)": Mixer("hla2", {"key_term": True}, gains=((1.0, 1.0), (0.0, 1.0))),
     # levels of blocks of up to 32 tokens, and one of all that is further away
     "linear_attention, gated, levels": Mixer("linear_attention", {"levels": 7}),
-    "hla2, key term from (0, 1), levels": Mixer("hla2", {"key_term": True, "levels": 7}, gains=((0.0, 1.0),)),
+    "hla2, key term from (0, 1), levels": Mixer("hla2", {"key_term": (0.0, 1.0), "levels": 7}),
     "hla2, paper's decay": Mixer("hla2", {"decay_form": "paper"}),
     "ahla": Mixer("ahla"),
     "hla3": Mixer("hla3"),
-    "hla3, key term from (0, 1)": Mixer("hla3", {"key_term": True}, gains=((0.0, 1.0),)),
+    "hla3, key term from (0, 1)": Mixer("hla3", {"key_term": (0.0, 1.0)}),
     "hla2, then softmax": Mixer("hla2,softmax"),
     "linear_attention, gated, then softmax": Mixer("linear_attention,softmax"),
     "linear_attention, gated, four layers": Mixer("linear_attention", layers=4),
     "linear_attention, gated, one softmax in four": Mixer("linear_attention*3,softmax", layers=4),
     "hla2, one softmax in four": Mixer("hla2*3,softmax", layers=4),
-    "hla2, key term from (0, 1), one softmax in four": Mixer(
-        "hla2*3,softmax", {"key_term": True}, gains=((0.0, 1.0),), layers=4
-    ),
+    "hla2, key term from (0, 1), one softmax in four": Mixer("hla2*3,softmax", {"key_term": (0.0, 1.0)}, layers=4),
     "ahla, one softmax in four": Mixer("ahla*3,softmax", layers=4),
     "hla3, one softmax in four": Mixer("hla3*3,softmax", layers=4),
 }
@@ -92,7 +90,7 @@ for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2,
 # one option changed, of the mixer that has all the others
 MIXERS |= {
     f"hla2, key term from (0, 1), conv; {what}": Mixer(
-        "hla2", {"key_term": True, "conv": WIDTH} | changed, conv=True, gains=((0.0, 1.0),)
+        "hla2", {"key_term": (0.0, 1.0), "conv": WIDTH} | changed, conv=True
     )
     for what, changed in {
         "no decay": {"decay": None},
