@@ -87,6 +87,12 @@ def _convolved(mixer: Mixer) -> Mixer:
 MIXERS: dict[str, Mixer] = _PLAIN | {f"{name}, conv": _convolved(mixer) for name, mixer in _PLAIN.items()}
 for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2, key term from (0, 1), conv"):
     MIXERS[f"{name}; embedding 0.02"] = replace(MIXERS[name], embedding=0.02)  # the library's own
+# no head begins with a memory of a few tokens
+for name in ("linear_attention, gated, conv", "hla2, conv", "hla2, key term from (1, 0), conv",
+             "hla2, key term from (0, 1), conv"):  # fmt: skip
+    MIXERS[f"{name}; memories from 64"] = replace(
+        MIXERS[name], attention=MIXERS[name].attention | {"decay_range": (64.0, 4096.0)}
+    )
 # one option changed, of the mixer that has all the others
 MIXERS |= {
     f"hla2, key term from (0, 1), conv; {what}": Mixer(

@@ -39,6 +39,9 @@ FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, 
 # products are where it matters how a key term starts
 TRACKING = ["softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", START[0], "hla2, conv", BOTH,
             f"{KEYED}, conv"]  # fmt: skip
+# gates that begin with longer memories: for first order, for second order begun as such, for the layer as it comes
+LASTING = [f"{name}; memories from 64" for name in ("linear_attention, gated, conv", "hla2, conv", START[0],
+                                                    f"{KEYED}, conv")]  # fmt: skip
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
@@ -101,10 +104,12 @@ def _small() -> list[Run]:
         *(run for task in tasks for run in _grid(task, 600, FEW)),
         # products that softmax learns only with more steps, and in S5 with more channels
         *_grid(PRODUCTS, 2400, [*FEW, *MIXED[1:], BOTH, START[0], "ahla, conv"]),
+        *_grid(PRODUCTS, 2400, LASTING[:3]),
         # is it for its larger state, or for two sums per layer, that second order tracks products?
         *_grid(PRODUCTS, 2400, [START[0]], sizes=(8,)),
         *_grid(PRODUCTS, 2400, [f"linear_attention, gated, {what}, conv" for what in ("keys of 2K", "four layers")]),
-        *_grid(Task("states", 8, {"letters": 3}), 4800, TRACKING),
+        *_grid(Task("states", 8, {"letters": 3}), 4800, [*TRACKING, *LASTING[:3]]),
+        *_grid(tasks[-1], 600, LASTING[:1]),
         *_grid(Task("states", 2, {"letters": 5}), 1800, FEW, (3e-3, 1e-3), hidden=64, batch=256),
     ]
 
@@ -123,7 +128,8 @@ def _pairs() -> list[Run]:
     task = Task("recall", 64, {"vocabulary": 64, "pairs": 16, "queries": 32}, first=4)
     sizes = {"linear_attention, conv": (16, 8, 4), f"{KEYED}, conv": (10, 6, 3), MIXED[0]: (10,), MIXED[2]: (10,),
              "hla2, conv": (10, 6, 3), UNGATED: (10,), "linear_attention, gated, conv": (16, 8, 4),
-             "softmax, conv": (16,), "ahla, conv": (8,), "hla3, conv": (7,), "linear_attention": (16,),
+             LASTING[0]: (16, 8, 4), LASTING[3]: (10,), "softmax, conv": (16,),
+             "ahla, conv": (8,), "hla3, conv": (7,), "linear_attention": (16,),
              "linear_attention, gated": (16,), KEYED: (10,), "softmax": (16,)}  # fmt: skip
     runs = [
         run
@@ -184,6 +190,7 @@ def everything() -> list[Run | Regression | Capacity]:
         *_pairs(),
         *_grid(Task("text", 512), 400, WRITING, batch=4),
         *_grid(Task("text", 512), 400, ["hla2, conv"], batch=4, sizes=(8,)),
+        *_grid(Task("text", 512), 400, LASTING[:2], batch=4),
         *_grid(SMALLEST, 600, [name for name in MIXERS if name not in (*ASKED, *KINDS)]),
         *_long_recall(),
     ]
