@@ -32,6 +32,7 @@ from hla_dist.huggingface.speech import PretrainedCodec
 from hla_dist.models import LanguageModel
 from hla_dist.models.language_model import CHECKPOINTING
 from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.processes.lock import Owner, holding
 from hla_dist.processes.options import Amount, Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
 from hla_dist.processes.whole_file import whole_file, write_json
 from hla_dist.training.continuation import refuse_run
@@ -93,6 +94,9 @@ class Machine(Checked):
     # what backward of distill computes again to save memory, as for launch/train.py: for long rows
     checkpoint_activations: Annotated[str, one_of(*CHECKPOINTING, alone="layer")] = "none"
     timeout: Seconds = 3600.0  # seconds after which a collective that cannot finish is an error
+    # take --out although a conversion on another machine was at work in it less than its --timeout ago: if you know
+    # that it is over
+    break_lock: bool = False
 
 
 @dataclass
@@ -149,16 +153,22 @@ class Conversion:
                 raise UserError(f"--window-dropout: expected two shares from 0 to 1, got {dropout}")
         if window >= amounts.seq_len:
             raise UserError(f"--window: expected below the {amounts.seq_len} tokens of a row (--seq-len), got {window}")
+        machine = self.config.machine
+        owner = Owner.this_process("", machine.timeout, under_launcher=False)
+        with holding(self.out, self.group, owner, machine.break_lock, False, self.say):
+            self._convert(options)
+
+    def _convert(self, options: dict[str, Any]) -> None:
         wanted = together(self.group, self._wanted)
         teacher, self.codec = together(self.group, self._load)
         self.texts = together(self.group, self._rows)
-        student = together(self.group, lambda: swap(teacher, **options).to(self.device))
+        student = together(self.group, lambda: self._swap(teacher, options))
         wanted["read"] = together(self.group, lambda: self._what_was_read(teacher))
         together(self.group, lambda: self._begin(student, wanted))
         self._measure("teacher", teacher)
-        self._measure("swapped in, untrained", student, amounts.between)
+        self._measure("swapped in, untrained", student, self.config.amounts.between)
         errors = self._transfer(student, teacher)
-        losses = self._distill(student, teacher) if asked.stage != "transfer" else []
+        losses = self._distill(student, teacher) if self.config.asked.stage != "transfer" else []
         if self.rank == 0:
             self._write(student, errors, losses)
 
@@ -170,9 +180,14 @@ class Conversion:
         for name in LATER:
             del wanted["amounts"][name]
         wanted["machine"] = {"dtype": self.config.machine.dtype}
-        refuse_run(self.out, "--out")
+        refuse_run(self.out, "--out", held=True)
         self._refuse_others(wanted)
         return wanted
+
+    def _swap(self, teacher: LanguageModel, options: dict[str, Any]) -> LanguageModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.amounts.seed)  # of what the new layers have of their own
+            return swap(teacher, **options).to(self.device)
 
     def _what_was_read(self, teacher: LanguageModel) -> dict[str, Any]:
         """What the layers are of: a path alone does not tell."""

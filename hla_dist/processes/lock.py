@@ -177,11 +177,12 @@ def holding(
 ) -> Iterator[DirectoryLock | None]:
     """Hold ``directory`` on the first rank of ``world`` while the block runs; every rank raises UserError if it cannot.
 
-    After an error with ``restarts_left`` the lock stays, and counts as long as the launcher is alive.
+    ``world`` None: this process alone. After an error with ``restarts_left`` the lock stays, and counts as long as the
+    launcher is alive.
     """
 
     def take() -> DirectoryLock | None:
-        if directory is None or group_rank(world) != 0:
+        if directory is None or world is not None and group_rank(world) != 0:
             return None
         with reporting(f"--out: cannot write {directory}"):
             return DirectoryLock(followed(directory), owner, breaking)

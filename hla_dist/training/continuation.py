@@ -73,9 +73,12 @@ def run_in(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def refuse_run(directory: Path, name: str) -> None:
-    """UserError if ``directory`` is a training run's, for a program that writes files of its own."""
-    if run_in(directory) is not None or (directory / LOCK).exists():
+def refuse_run(directory: Path, name: str, held: bool = False) -> None:
+    """UserError if ``directory`` is a training run's, for a program that writes files of its own.
+
+    ``held``: the program has the directory's lock, which is otherwise a run's.
+    """
+    if run_in(directory) is not None or not held and (directory / LOCK).exists():
         raise UserError(f"{name}: expected a directory for this alone, got {directory}, that of a training run")
 
 

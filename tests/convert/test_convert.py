@@ -508,6 +508,36 @@ def test_layers_of_another_model_or_text_are_not_gone_on_with(folder: Path, tmp_
             convert(same, out)
 
 
+def test_two_conversions_do_not_share_a_directory(folder: Path, tmp_path: Path) -> None:
+    from hla_dist.processes.failure import UserError
+    from hla_dist.processes.lock import NAME, DirectoryLock, Owner
+
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    lock = DirectoryLock(out, Owner.this_process("", 60.0, under_launcher=False))
+    with pytest.raises(UserError, match="--out: .*out is in use by another run, process .*; end it, or take another"):
+        convert(folder, out, "--stage", "transfer")
+    lock.release()
+    # one that was killed on this machine, and one on another that was heard of just now
+    for directory, machine, words in ((out, lock.owner.machine, []), (elsewhere, "another", ["--break-lock"])):
+        directory.mkdir(exist_ok=True)
+        owner = {**dataclasses.asdict(lock.owner), "machine": machine, "began": "never"}
+        (directory / NAME).write_text(json.dumps(owner))
+        if words:
+            with pytest.raises(UserError, match="heard of 0 s ago; .* --break-lock"):
+                convert(folder, directory, "--stage", "transfer")
+        convert(folder, directory, "--stage", "transfer", *words)
+        assert (directory / "model").is_dir() and not (directory / NAME).exists()
+
+
+def test_a_seed_draws_what_the_new_layers_have_of_their_own(folder: Path, tmp_path: Path) -> None:
+    words = ["--recipe", "radlads", "--window", "0", "--stage", "transfer"]
+    losses = [
+        convert(folder, tmp_path / str(n), *words, "--seed", seed).losses["swapped in, untrained"]["held out"]
+        for n, seed in enumerate("001")
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.slow
 def test_the_program_on_ranks_gives_what_one_process_does(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "alone")
@@ -564,7 +594,7 @@ def test_the_program_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
             (["--from", str(tmp_path)], "config.json"),
             (["--out", str(run)], "--out: expected a directory for this alone, got .*, that of a training run"),
             (["--out", str(torn)], "options.json: expected the options of a conversion in JSON, got "),
-            (["--out", str(folder / "config.json")], "--out: expected a directory to write into, got .*: "),
+            (["--out", str(folder / "config.json")], "--out: cannot write .*config.json: "),
         )
     ):
         with pytest.raises(UserError, match=message):
