@@ -150,7 +150,7 @@ def _long_recall() -> list[Run]:
     return [
         run
         for task in tasks
-        for mixers in ([*CORE[::2], UNGATED], CORE[1::2])
+        for mixers in ([*CORE[::2], UNGATED, LASTING[0]], CORE[1::2])
         for size in (16, 8, 32)
         for run in _grid(task, 1500, mixers, steps, hidden=64, sizes=(size,), batch=2048 // task.length)
     ]
