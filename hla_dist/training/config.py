@@ -86,6 +86,12 @@ class ModelShape(Checked):
     # layers of hla2 and hla3 learn a gain and a skip per head: a path from first order to second; none: where there are
     # such layers
     key_term: bool | None = BACKED["key_term"]
+    # gain and skip that they start from: 0 1 is first order, 1 0 second, which tracks states better
+    # (docs/which-operator.md); none: 0 1
+    key_term_start: Annotated[list[float], arg(metavar="GAIN SKIP")] = field(default_factory=list)
+    # memory of an operator's first head and of its last as they start, in tokens, the others between; none: the named
+    # size's, which of tiny are 0.5 512 and else 2 4096
+    memories: Annotated[list[float], arg(metavar="SHORTEST LONGEST")] = field(default_factory=list)
     # levels of the operators' last pass, which weighs near and far apart (log-linear attention), at least 2; 0: none
     levels: Natural = 0
     tie_embeddings: bool = True  # the output layer is the embedding; off: a matrix of its own
@@ -239,6 +245,12 @@ class TrainConfig(Checked):
         changes |= {kind: {"window": model.window} for kind in ("softmax", "memory") if model.window}
         attention: dict[str, Any] = {"conv": model.conv or None, "key_term": model.key_term}
         attention |= {"levels": model.levels} if model.levels else {}
+        if start := model.key_term_start:
+            expect(model.key_term is not False, "--key-term-start", "--key-term beside it, or no word on it", "False")
+            attention["key_term"] = start
+        if model.memories:
+            expect(model.decay != "none", "--memories", "a --decay, whose gates start from them", model.decay)
+            attention["decay_range"] = model.memories
         if model.decay != "token":  # which a configuration does not name: checkpoints of before have the same
             attention["decay"] = None if model.decay == "none" else model.decay
         changes["attention"] = SIZES[model.size]["attention"] | attention
