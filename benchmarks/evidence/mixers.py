@@ -30,6 +30,7 @@ class Mixer:
             ``key_term`` says in all of them.
         embedding: Deviation of the embedding at the start; None: 1/sqrt(D), so that logits begin at order 1.
         layers: How many; the model's parameters stay as many.
+        kv_heads: Heads of keys and values; None: as many as of queries.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Mixer:
     gains: tuple[tuple[float, float], ...] | None = None
     embedding: float | None = None
     layers: int = 2
+    kv_heads: int | None = None
 
 
 _PLAIN = {
@@ -110,8 +112,15 @@ MIXERS |= {
         "ridge 1": {"ridge": 1.0},
         "relu features": {"feature_map": "relu"},
         "relu features, normalize": {"feature_map": "relu", "normalize": True},
+        "a quarter of the scale": {"scale": 1.0},  # at K = 16
+        "output norm's eps 1e-6": {"output_norm_eps": 1e-6},
+        "half the output's weights": {"residual_scale": 0.5},
     }.items()
 }
+for what, shared in {"one key/value head": {}, "one key/value head, one gate": {"decay_heads": 1}}.items():
+    MIXERS[f"hla2, key term from (0, 1), conv; {what}"] = Mixer(
+        "hla2", {"key_term": (0.0, 1.0), "conv": WIDTH} | shared, conv=True, kv_heads=1
+    )
 
 
 class Convolved(nn.Module):
@@ -136,7 +145,7 @@ def _model(mixer: Mixer, vocabulary: int, hidden: int, head_dim: int, value_dim:
     model = LanguageModel(
         ModelConfig(
             vocab_size=vocabulary, hidden_size=hidden, num_layers=mixer.layers, num_heads=hidden // value_dim,
-            head_dim=keys, mlp_size=mlp, pattern=mixer.op, attention=attention,
+            num_kv_heads=mixer.kv_heads, head_dim=keys, mlp_size=mlp, pattern=mixer.op, attention=attention,
             softmax=mixer.softmax,
         )
     )  # fmt: skip
