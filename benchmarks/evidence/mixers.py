@@ -95,6 +95,11 @@ for name in ("linear_attention, gated, conv", "hla2, conv", "hla2, key term from
     MIXERS[f"{name}; memories from 64"] = replace(
         MIXERS[name], attention=MIXERS[name].attention | {"decay_range": (64.0, 4096.0)}
     )
+# gates that begin long and cut softly, as GLA's do: a sixteenth of the logarithm
+for name in ("linear_attention, gated, conv", "hla2, key term from (0, 1), conv"):
+    MIXERS[f"{name}; slow gates"] = replace(
+        MIXERS[name], attention=MIXERS[name].attention | {"decay_temperature": 16.0, "decay_range": (256.0, 4096.0)}
+    )
 # one option changed, of the mixer that has all the others
 MIXERS |= {
     f"hla2, key term from (0, 1), conv; {what}": Mixer(

@@ -42,6 +42,7 @@ TRACKING = ["softmax, conv", "linear_attention, conv", "linear_attention, gated,
 # gates that begin with longer memories: for first order, for second order begun as such, for the layer as it comes
 LASTING = [f"{name}; memories from 64" for name in ("linear_attention, gated, conv", "hla2, conv", START[0],
                                                     f"{KEYED}, conv")]  # fmt: skip
+SLOW = [f"{name}; slow gates" for name in ("linear_attention, gated, conv", f"{KEYED}, conv")]
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
@@ -150,7 +151,7 @@ def _long_recall() -> list[Run]:
     return [
         run
         for task in tasks
-        for mixers in ([*CORE[::2], UNGATED, LASTING[0]], CORE[1::2])
+        for mixers in ([*CORE[::2], UNGATED, LASTING[0], *SLOW], CORE[1::2])
         for size in (16, 8, 32)
         for run in _grid(task, 1500, mixers, steps, hidden=64, sizes=(size,), batch=2048 // task.length)
     ]
@@ -190,7 +191,7 @@ def everything() -> list[Run | Regression | Capacity]:
         *_pairs(),
         *_grid(Task("text", 512), 400, WRITING, batch=4),
         *_grid(Task("text", 512), 400, ["hla2, conv"], batch=4, sizes=(8,)),
-        *_grid(Task("text", 512), 400, LASTING[:2], batch=4),
+        *_grid(Task("text", 512), 400, [*LASTING[:2], SLOW[0]], batch=4),
         *_grid(SMALLEST, 600, [name for name in MIXERS if name not in (*ASKED, *KINDS)]),
         *_long_recall(),
     ]
