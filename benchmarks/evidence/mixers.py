@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -89,43 +90,41 @@ def _convolved(mixer: Mixer) -> Mixer:
 MIXERS: dict[str, Mixer] = _PLAIN | {f"{name}, conv": _convolved(mixer) for name, mixer in _PLAIN.items()}
 for name in ("softmax", "softmax, conv", "linear_attention, gated, conv", "hla2, key term from (0, 1), conv"):
     MIXERS[f"{name}; embedding 0.02"] = replace(MIXERS[name], embedding=0.02)  # the library's own
+
+
+def _change(names: Sequence[str], what: str, options: dict[str, Any], kv_heads: int | None = None) -> None:
+    """Add these mixers with other options of HLAAttention."""
+    for name in names:
+        mixer = MIXERS[name]
+        MIXERS[f"{name}; {what}"] = replace(mixer, attention=mixer.attention | options, kv_heads=kv_heads)
+
+
+WHOLE = "hla2, key term from (0, 1), conv"  # the mixer that has all options
+GATED = "linear_attention, gated, conv"
 # no head begins with a memory of a few tokens
-for name in ("linear_attention, gated, conv", "hla2, conv", "hla2, key term from (1, 0), conv",
-             "hla2, key term from (0, 1), conv"):  # fmt: skip
-    MIXERS[f"{name}; memories from 64"] = replace(
-        MIXERS[name], attention=MIXERS[name].attention | {"decay_range": (64.0, 4096.0)}
-    )
+_change([GATED, "hla2, conv", "hla2, key term from (1, 0), conv", WHOLE], "memories from 64",
+        {"decay_range": (64.0, 4096.0)})  # fmt: skip
 # gates that begin long and cut softly, as GLA's do: a sixteenth of the logarithm
-for name in ("linear_attention, gated, conv", "hla2, key term from (0, 1), conv"):
-    MIXERS[f"{name}; slow gates"] = replace(
-        MIXERS[name], attention=MIXERS[name].attention | {"decay_temperature": 16.0, "decay_range": (256.0, 4096.0)}
-    )
-# one option changed, of the mixer that has all the others
-MIXERS |= {
-    f"hla2, key term from (0, 1), conv; {what}": Mixer(
-        "hla2", {"key_term": (0.0, 1.0), "conv": WIDTH} | changed, conv=True
-    )
-    for what, changed in {
-        "no decay": {"decay": None},
-        "decay per head": {"decay": "head"},
-        "decay temperature 16": {"decay_temperature": 16.0},
-        "rotary positions": {"rope_theta": 10000.0},
-        "no query/key norm": {"qk_norm": None},
-        "rms query/key norm": {"qk_norm": "rms"},
-        "no output norm": {"output_norm": False},
-        "no output gate": {"output_gate": None},
-        "ridge 1": {"ridge": 1.0},
-        "relu features": {"feature_map": "relu"},
-        "relu features, normalize": {"feature_map": "relu", "normalize": True},
-        "a quarter of the scale": {"scale": 1.0},  # at K = 16
-        "output norm's eps 1e-6": {"output_norm_eps": 1e-6},
-        "half the output's weights": {"residual_scale": 0.5},
-    }.items()
-}
-for what, shared in {"one key/value head": {}, "one key/value head, one gate": {"decay_heads": 1}}.items():
-    MIXERS[f"hla2, key term from (0, 1), conv; {what}"] = Mixer(
-        "hla2", {"key_term": (0.0, 1.0), "conv": WIDTH} | shared, conv=True, kv_heads=1
-    )
+_change([GATED, WHOLE], "slow gates", {"decay_temperature": 16.0, "decay_range": (256.0, 4096.0)})
+for what, changed in {
+    "no decay": {"decay": None},
+    "decay per head": {"decay": "head"},
+    "decay temperature 16": {"decay_temperature": 16.0},
+    "rotary positions": {"rope_theta": 10000.0},
+    "no query/key norm": {"qk_norm": None},
+    "rms query/key norm": {"qk_norm": "rms"},
+    "no output norm": {"output_norm": False},
+    "no output gate": {"output_gate": None},
+    "ridge 1": {"ridge": 1.0},
+    "relu features": {"feature_map": "relu"},
+    "relu features, normalize": {"feature_map": "relu", "normalize": True},
+    "a quarter of the scale": {"scale": 1.0},  # at K = 16
+    "output norm's eps 1e-6": {"output_norm_eps": 1e-6},
+    "half the output's weights": {"residual_scale": 0.5},
+}.items():
+    _change([WHOLE], what, changed)
+_change([WHOLE], "one key/value head", {}, kv_heads=1)
+_change([WHOLE], "one key/value head, one gate", {"decay_heads": 1}, kv_heads=1)
 
 
 class Convolved(nn.Module):

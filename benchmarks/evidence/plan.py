@@ -40,9 +40,8 @@ FEW = ["softmax", "softmax, conv", "linear_attention, conv", "linear_attention, 
 TRACKING = ["softmax, conv", "linear_attention, conv", "linear_attention, gated, conv", START[0], "hla2, conv", BOTH,
             f"{KEYED}, conv"]  # fmt: skip
 # gates that begin with longer memories: for first order, for second order begun as such, for the layer as it comes
-LASTING = [f"{name}; memories from 64" for name in ("linear_attention, gated, conv", "hla2, conv", START[0],
-                                                    f"{KEYED}, conv")]  # fmt: skip
-SLOW = [f"{name}; slow gates" for name in ("linear_attention, gated, conv", f"{KEYED}, conv")]
+LASTING = [name for name in MIXERS if name.endswith("; memories from 64")]
+SLOW = [name for name in MIXERS if name.endswith("; slow gates")]
 ABLATIONS = [name for name in MIXERS if ";" in name and name not in START]
 ASKED = [*CORE, *START, BOTH, *MIXED, *ABLATIONS]
 MIXER_ORDER = list(dict.fromkeys([*ASKED, *MIXERS, *LAYERS]))
