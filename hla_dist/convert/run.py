@@ -31,7 +31,7 @@ from hla_dist.huggingface import load_softmax, to_huggingface
 from hla_dist.huggingface.speech import PretrainedCodec
 from hla_dist.models import LanguageModel
 from hla_dist.models.language_model import CHECKPOINTING
-from hla_dist.processes.failure import UserError, describe, together
+from hla_dist.processes.failure import UserError, describe, reporting, together
 from hla_dist.processes.lock import Owner, holding
 from hla_dist.processes.options import Amount, Checked, Count, Local, Natural, Paths, Seconds, Threads, one_of
 from hla_dist.processes.whole_file import whole_file, write_json
@@ -219,10 +219,8 @@ class Conversion:
             raise UserError(f"--stage: expected layers {missing} to be in {self.layers} for distill, "
                             "run transfer first")  # fmt: skip
         if self.rank == 0:
-            try:
+            with reporting(f"--out: cannot write {self.out}"):
                 write_json(self.out / OPTIONS, wanted)
-            except OSError as exc:
-                raise UserError(f"--out: expected a directory to write into, got {self.out}: {exc.strerror}") from exc
 
     def _load(self) -> tuple[LanguageModel, PretrainedCodec]:
         path = Path(self.config.asked.source)
