@@ -91,7 +91,7 @@ class ModelShape(Checked):
     key_term_start: Annotated[list[float], arg(metavar="GAIN SKIP")] = field(default_factory=list)
     # memory of an operator's first head and of its last as they start, in tokens, the others between; none: the named
     # size's, which of tiny are 0.5 512 and else 2 4096
-    memories: Annotated[list[float], arg(metavar="SHORTEST LONGEST")] = field(default_factory=list)
+    decay_range: Annotated[list[float], arg(metavar="SHORTEST LONGEST")] = field(default_factory=list)
     # divides the logarithm of the gates: at 16, as in GLA, a token cuts softly
     decay_temperature: Amount = 1.0
     # levels of the operators' last pass, which weighs near and far apart (log-linear attention), at least 2; 0: none
@@ -250,12 +250,12 @@ class TrainConfig(Checked):
         if start := model.key_term_start:
             expect(model.key_term is not False, "--key-term-start", "--key-term beside it, or no word on it", "False")
             attention["key_term"] = start
-        if model.memories:
-            expect(model.decay != "none", "--memories", "a --decay, whose gates start from them", model.decay)
-            attention["decay_range"] = model.memories
+        if model.decay_range:
+            expect(model.decay != "none", "--decay-range", "a --decay, whose gates start from them", model.decay)
+            attention["decay_range"] = model.decay_range
         if model.decay_temperature != 1.0:
-            gated = "a --decay, whose gates it softens"
-            expect(model.decay != "none", "--decay-temperature", gated, model.decay)
+            softened = "a --decay, whose gates it softens"
+            expect(model.decay != "none", "--decay-temperature", softened, model.decay)
             attention["decay_temperature"] = model.decay_temperature
         if model.decay != "token":  # which a configuration does not name: checkpoints of before have the same
             attention["decay"] = None if model.decay == "none" else model.decay

@@ -109,7 +109,7 @@ def test_gates_are_an_option_and_the_usual_ones_are_not_named() -> None:
 
 
 def test_how_gates_and_a_key_term_start_are_options() -> None:
-    words = "--key-term-start 1 0 --memories 64 4096 --decay-temperature 16"
+    words = "--key-term-start 1 0 --decay-range 64 4096 --decay-temperature 16"
     given = parse(words.split()).model_config(256).attention
     assert given["key_term"] == [1.0, 0.0] and given["decay_range"] == [64.0, 4096.0]
     assert given["decay_temperature"] == 16.0 and "decay_temperature" not in parse([]).model_config(256).attention
@@ -119,7 +119,10 @@ def test_how_gates_and_a_key_term_start_are_options() -> None:
             "--decay-temperature 16 --decay none",
             "--decay-temperature: expected a --decay, whose gates it softens, got none",
         ),
-        ("--memories 64 4096 --decay none", "--memories: expected a --decay, whose gates start from them, got none"),
+        (
+            "--decay-range 64 4096 --decay none",
+            "--decay-range: expected a --decay, whose gates start from them, got none",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             parse(words.split()).model_config(256)
