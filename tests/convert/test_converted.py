@@ -260,7 +260,7 @@ def test_launch_train_says_what_does_not_fit(folder: Path, pool: RankPool, tmp_p
          "other numbers"),
         ((str(folder),), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 256"),
         ((source, "--vocab-size", "30"), "--tokenizer, --vocab-size: expected those of the model, 24 tokens, got 30"),
-        ((source, "--window", "9"), f"--init-from: expected embedding.weight with shape (256, 128) in {source}, got "
+        ((source, "--conv", "3"), f"--init-from: expected embedding.weight with shape (256, 128) in {source}, got "
          "(24, 32) (without options of the model it is the one that is described there)"),
         ((source, "--op", "hla2"), "--init-from: expected embedding.weight with shape (256, 128) in "),  # the default
     ]  # fmt: skip

@@ -126,3 +126,28 @@ def test_how_gates_and_a_key_term_start_are_options() -> None:
     ):
         with pytest.raises(UserError, match=message):
             parse(words.split()).model_config(256)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--pattern softmax --conv 3", r"--conv: expected a layer that takes it \(hla2, .*\), got softmax"),
+        ("--pattern softmax --decay head", "--decay: expected a layer that takes it .* got softmax"),
+        (
+            "--pattern memory,softmax --decay-range 2 64",
+            "--decay-range: expected a layer that takes it .* got memory, softmax",
+        ),
+        ("--window 64", r"--window: expected a layer that takes it \(softmax, memory\), got hla2"),
+        ("--op ahla --pattern hla2,softmax", r"--op: expected a layer of --pattern \(hla2, softmax\), got ahla"),
+        ("--balance 0.5", "--balance: expected --experts, which it keeps equally busy, got none"),
+    ],
+)
+def test_an_option_that_no_layer_takes_is_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(words.split()).model_config(256)
+
+
+def test_an_option_that_some_layer_takes_is_not_refused() -> None:
+    for words in ("--pattern softmax --conv 0", "--pattern softmax --decay none", "--op ahla --pattern ahla,softmax",
+                  "--pattern hla2,softmax --window 64 --conv 3", "--experts 4 --balance 0.5"):  # fmt: skip
+        parse(words.split()).model_config(256)
