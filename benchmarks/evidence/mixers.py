@@ -105,7 +105,8 @@ GATED = "linear_attention, gated, conv"
 _change([GATED, "hla2, conv", "hla2, key term from (1, 0), conv", WHOLE], "memories from 64",
         {"decay_range": (64.0, 4096.0)})  # fmt: skip
 # gates that begin long and cut softly, as GLA's do: a sixteenth of the logarithm
-_change([GATED, WHOLE], "slow gates", {"decay_temperature": 16.0, "decay_range": (256.0, 4096.0)})
+_change([GATED, WHOLE, "hla2, conv", "ahla, conv", "hla3, conv"], "slow gates",
+        {"decay_temperature": 16.0, "decay_range": (256.0, 4096.0)})  # fmt: skip
 for what, changed in {
     "no decay": {"decay": None},
     "decay per head": {"decay": "head"},
