@@ -147,13 +147,16 @@ def _long_recall() -> list[Run]:
     lengths = ((256, 16), (1024, 64), (256, 64), (1024, 16))
     tasks = [Task("recall", n, {"vocabulary": 8192, "pairs": p, "queries": 2 * p}, first=4) for n, p in lengths]
     steps = (*STEP_SIZES, 2e-2)
-    return [
+    runs = [
         run
         for task in tasks
         for mixers in ([*CORE[::2], UNGATED, LASTING[0], *SLOW], CORE[1::2])
         for size in (16, 8, 32)
         for run in _grid(task, 1500, mixers, steps, hidden=64, sizes=(size,), batch=2048 // task.length)
     ]
+    # the bytes of two heads in four: two of them begin with memories of hundreds of tokens
+    heads = [f"{KEYED}, conv", UNGATED, "linear_attention, conv", "linear_attention, gated, conv", LASTING[0], SLOW[0]]
+    return runs + _grid(tasks[0], 1500, heads, steps, hidden=64, sizes=(32,), value_dim=16, batch=8)
 
 
 def subset() -> list[Run | Regression | Capacity]:
