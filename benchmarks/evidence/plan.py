@@ -154,8 +154,8 @@ def _long_recall() -> list[Run]:
         for size in (16, 8, 32)
         for run in _grid(task, 1500, mixers, steps, hidden=64, sizes=(size,), batch=2048 // task.length)
     ]
-    # the bytes of two heads in four: two of them begin with memories of hundreds of tokens
-    heads = [f"{KEYED}, conv", UNGATED, "linear_attention, conv", "linear_attention, gated, conv", LASTING[0], SLOW[0]]
+    # four heads in place of two: two of them begin with memories of hundreds of tokens
+    heads = [*DECISIVE, UNGATED, "linear_attention, gated, conv", LASTING[0], SLOW[0]]
     return runs + _grid(tasks[0], 1500, heads, steps, hidden=64, sizes=(32,), value_dim=16, batch=8)
 
 
