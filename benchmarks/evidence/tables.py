@@ -112,6 +112,8 @@ def plot(path: Path, groups: dict[str, list[Line]]) -> bool:
     if not groups:
         return False
     plt = pyplot()
+    from matplotlib.ticker import EngFormatter
+
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 4 * rows + 1), squeeze=False)
@@ -141,7 +143,7 @@ def plot(path: Path, groups: dict[str, list[Line]]) -> bool:
         axis.set(xlabel="bytes of the state", ylabel="accuracy: mean, worst and best seed", xscale="log")
         axis.set_ylim(0, 1.03)
         axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k: whole numbers run into one another
         axis.xaxis.set_minor_formatter("")
         axis.set_title(textwrap.fill(name, 52), fontsize=8)
     order = [name for name in (*DRAWN, "chance") if name in handles]
