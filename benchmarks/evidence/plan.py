@@ -154,9 +154,9 @@ def _long_recall() -> list[Run]:
         for size in (16, 8, 32)
         for run in _grid(task, 1500, mixers, steps, hidden=64, sizes=(size,), batch=2048 // task.length)
     ]
-    # four heads in place of two: two of them begin with memories of hundreds of tokens
-    heads = [*DECISIVE, UNGATED, "linear_attention, gated, conv", LASTING[0], SLOW[0]]
-    return runs + _grid(tasks[0], 1500, heads, steps, hidden=64, sizes=(32,), value_dim=16, batch=8)
+    # four heads in place of two: two of them begin with memories of hundreds of tokens or more
+    mixers = [*DECISIVE, UNGATED, "linear_attention, gated, conv", LASTING[0], SLOW[0]]
+    return runs + _grid(tasks[0], 1500, mixers, steps, hidden=64, sizes=(32,), value_dim=16, batch=8)
 
 
 def subset() -> list[Run | Regression | Capacity]:

@@ -35,6 +35,7 @@ DEMO_STEPS = 400
 DEMO_MINUTES = 4.2  # leaves time for evaluation, parity and plots within six minutes on slower machines
 RUN_FILES = ("config.json", "metrics.jsonl", "tensorboard/", "checkpoints/", "loss.png", "summary.json")  # in --out
 
+# options that layers of operators take, and those of softmax and memory do not
 _OF_OPERATORS = ("decay", "conv", "key_term", "key_term_start", "decay_range", "decay_temperature", "levels")
 _WITHOUT = (0, "none", False)  # to ask for none of what a layer does not have is no mistake
 
@@ -273,14 +274,14 @@ class TrainConfig(Checked):
 
     def _refuse_unused(self, named: ModelConfig) -> None:
         """UserError for an option of a layer that the model does not have."""
-        model, layers = self.model, ", ".join(dict.fromkeys(named.mixers))
+        model, usual, layers = self.model, ModelShape(), ", ".join(dict.fromkeys(named.mixers))
         takers = dict.fromkeys(_OF_OPERATORS, tuple(NAMED)) | {"window": ("softmax", "memory")}
         for name, kinds in takers.items():
-            changed = getattr(model, name) not in (getattr(ModelShape(), name), *_WITHOUT)
-            taken = not changed or not {*kinds}.isdisjoint(named.mixers)
-            expect(taken, flag(name), f"a layer that takes it ({', '.join(kinds)})", layers)
-        expect(model.op in (ModelShape.op, *named.mixers), "--op", f"a layer of --pattern ({layers})", model.op)
-        weighed = model.balance == ModelShape.balance or named.experts
+            passed_over = set(kinds).isdisjoint(named.mixers)
+            asked = getattr(model, name) not in (getattr(usual, name), *_WITHOUT)
+            expect(not (asked and passed_over), flag(name), f"a layer that takes it ({', '.join(kinds)})", layers)
+        expect(model.op in (usual.op, *named.mixers), "--op", f"a layer of --pattern ({layers})", model.op)
+        weighed = model.balance == usual.balance or named.experts
         expect(weighed, "--balance", "--experts, which it keeps equally busy", "none")
 
     def to_dict(self) -> dict[str, Any]:
