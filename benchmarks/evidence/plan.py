@@ -156,7 +156,16 @@ def _long_recall() -> list[Run]:
     ]
     # four heads in place of two: two of them begin with memories of hundreds of tokens or more
     mixers = [*DECISIVE, UNGATED, "linear_attention, gated, conv", LASTING[0], SLOW[0]]
-    return runs + _grid(tasks[0], 1500, mixers, steps, hidden=64, sizes=(32,), value_dim=16, batch=8)
+    runs += _grid(tasks[0], 1500, mixers, steps, hidden=64, sizes=(32,), value_dim=16, batch=8)
+    # what has not learned in 1,500 steps, at its best step size there: is it short of steps, or of state?
+    ungated = ["softmax, conv", "linear_attention, conv", UNGATED]
+    for task, mixers, step, size in [
+        (tasks[0], ungated, 1e-2, 16),
+        (tasks[0], SIZED, 3e-3, 32),
+        (tasks[2], ungated, 1e-2, 32),
+    ]:
+        runs += _grid(task, 4500, mixers, (step,), hidden=64, sizes=(size,), batch=8)
+    return runs
 
 
 def subset() -> list[Run | Regression | Capacity]:
