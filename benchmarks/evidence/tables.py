@@ -15,7 +15,7 @@ from benchmarks.program import pyplot, save_figure
 
 Line = dict[str, Any]
 DRAWN = ("softmax", "linear_attention", "linear_attention, gated", "linear_attention, gated per channel", "hla2",
-         "hla2, key term", "ahla", "hla3", "hla3, key term")  # fmt: skip
+         "hla2, key term", "hla2, key term; no decay", "ahla", "hla3", "hla3, key term")  # fmt: skip
 CONVOLVED: dict[str, Any] = {"marker": "s"}
 ALONE: dict[str, Any] = {"marker": "o", "markerfacecolor": "white"}
 
@@ -102,33 +102,39 @@ def table(group: str, lines: list[Line]) -> str:
     return f"### {group}\n\n" + (risk_table(lines) if "risk" in lines[0] else accuracy_table(lines))
 
 
+def _sizes(lines: list[Line]) -> dict[str, list[list[Line]]]:
+    """Return the rows of each mixer of ``DRAWN``, with a convolution or without, from the smallest state."""
+    mixers: dict[str, list[list[Line]]] = {}
+    for seeds in sorted(chosen(lines).values(), key=lambda seeds: seeds[0]["state_bytes"]):
+        mixer = seeds[0]["mixer"].replace(" from (0, 1)", "")
+        if mixer.replace(", conv", "") in DRAWN:
+            mixers.setdefault(mixer, []).append(seeds)
+    return mixers
+
+
 def plot(path: Path, groups: dict[str, list[Line]]) -> bool:
     """Draw accuracy of recall against the state's bytes, mean and spread over seeds: a panel per group, if any.
 
     Only the mixers of ``DRAWN``, a line each: with hybrids, levels and ablations no legend could be read. A key term is
-    that from (0, 1).
+    that from (0, 1). Groups in which no mixer has two sizes are left out, unless all are such.
     """
     groups = {name: lines for name, lines in groups.items() if name.startswith(("recall", "capacity"))}
+    several = {name: lines for name, lines in groups.items() if any(len(s) > 1 for s in _sizes(lines).values())}
+    groups = several or groups
     if not groups:
         return False
     plt = pyplot()
     from matplotlib.ticker import EngFormatter
 
-    columns = min(3, len(groups))
+    columns = 2 if len(groups) == 4 else min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 4 * rows + 1), squeeze=False)
     for axis in axes.flat[len(groups) :]:
         axis.remove()
     handles: dict[str, Any] = {}
     for axis, (name, lines) in zip(axes.flat, groups.items()):
-        mixers: dict[str, list[list[Line]]] = {}  # a mixer's sizes are one line
-        for seeds in chosen(lines).values():
-            mixers.setdefault(seeds[0]["mixer"].replace(" from (0, 1)", ""), []).append(seeds)
-        for mixer, sizes in mixers.items():
+        for mixer, sizes in _sizes(lines).items():
             title = mixer.replace(", conv", "")
-            if title not in DRAWN:
-                continue
-            sizes.sort(key=lambda seeds: seeds[0]["state_bytes"])
             values = [[line["accuracy"] for line in seeds] for seeds in sizes]
             means = [statistics.mean(x) for x in values]
             below = [mean - min(x) for mean, x in zip(means, values)]
